@@ -1,0 +1,57 @@
+# `make help` lists the targets. All of them set the environment up first, which costs nothing when
+# it is up to date.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+
+MODEL ?= models/tiny-recall
+PORT ?= 8000
+PRUNE ?= 0.5
+TESTS ?= tests
+NAME ?=
+ARGS ?=
+
+BIN := .venv/bin
+BUNDLED := models/tiny-recall
+OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
+
+.PHONY: help setup serve test fmt lint type model bench clean
+
+help: ## Show this list
+	@echo "usage: make TARGET [VARIABLE=value ...]"
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-7s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+setup: ## Make .venv and install into it (DEVICE=cpu|cuda, PYTHON=, TORCH_INDEX=)
+	@scripts/setup.sh
+
+serve: setup ## Serve MODEL with PRUNE of its key channels pruned (PORT=, ARGS=)
+	$(if $(filter $(BUNDLED) $(BUNDLED)/ ./$(BUNDLED),$(MODEL)),HF_HUB_OFFLINE=1) $(BIN)/think-vllm serve $(MODEL) \
+		--kv-channel-prune $(PRUNE) --port $(PORT) $(ARGS)
+
+test: setup ## Run the tests (TESTS=path, ARGS="-k name")
+	$(OFFLINE) $(BIN)/python -m pytest $(TESTS) $(ARGS)
+
+fmt: setup ## Format the code and fix what ruff can fix
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lint: setup ## Check format and style, change nothing
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+type: setup ## Check types
+	$(BIN)/mypy think_vllm
+
+model: setup ## Train the bundled model again
+	$(BIN)/python -m models.recipe.train --out $(BUNDLED) $(ARGS)
+
+bench: setup ## Run a benchmark (NAME=decode, ARGS=); without NAME, list them
+ifeq ($(NAME),)
+	@echo "usage: make bench NAME=..., where NAME is one of:"
+	@grep -l __main__ bench/*.py 2>/dev/null | sed -E 's|bench/(.*)\.py|  \1|' || true
+else
+	$(OFFLINE) $(BIN)/python -m bench.$(NAME) $(ARGS)
+endif
+
+clean: ## Remove caches and build output; .venv and the model stay
+	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
