@@ -1,0 +1,23 @@
+"""Fixtures and settings for all tests."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+# No test may reach a model hub, nor report usage. Before anything imports vLLM.
+for name, value in {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+}.items():
+    os.environ.setdefault(name, value)
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def recall_model() -> Path:
+    """Directory of the bundled model."""
+    return REPOSITORY / "models" / "tiny-recall"

@@ -1,0 +1,63 @@
+"""The rule that scheduler and workers share, against a simulation of single tokens."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from think_vllm.spans import SpanRule
+
+RULES = st.builds(
+    SpanRule,
+    block_size=st.sampled_from([2, 4]),
+    span_blocks=st.integers(2, 4),
+    thin_blocks=st.just(1),
+    recent_window=st.integers(0, 9),
+    prune_decode=st.booleans(),
+)
+
+
+def simulate(rule: SpanRule, prompt_len: int, position: int) -> int:
+    """Thin spans that a query sees, by following a request token by token."""
+    if position < prompt_len:
+        return 0
+    thin = 0
+    for now in range(prompt_len, (position if rule.prune_decode else prompt_len) + 1):
+        while (thin + 1) * rule.span_tokens + rule.recent_window <= now:
+            thin += 1
+    return thin
+
+
+@given(rule=RULES, prompt_len=st.integers(1, 60), position=st.integers(0, 120))
+def test_thin_spans_equals_token_by_token(rule: SpanRule, prompt_len: int, position: int) -> None:
+    expected = simulate(rule, prompt_len, position)
+    assert rule.thin_spans(prompt_len, position) == expected
+    several = rule.thin_spans_array(np.array([prompt_len] * 2), np.array([position] * 2))
+    assert several.tolist() == [expected] * 2
+
+
+@given(rule=RULES, prompt_len=st.integers(1, 60), processed=st.integers(0, 120))
+def test_freeable_spans_were_thin_for_a_processed_query_or_at_the_prompt_end(
+    rule: SpanRule, prompt_len: int, processed: int
+) -> None:
+    freeable = rule.freeable_spans(prompt_len, processed)
+    if processed < prompt_len:
+        assert freeable == 0
+    elif processed == prompt_len:
+        assert freeable == rule.prompt_spans(prompt_len)
+    else:
+        assert freeable == simulate(rule, prompt_len, processed - 1)
+
+
+@pytest.mark.parametrize(
+    ("prompt_len", "spans"), [(1, 0), (223, 0), (224, 1), (225, 1), (415, 1), (416, 2)]
+)
+def test_prompt_spans_leaves_the_recent_window_dense(prompt_len: int, spans: int) -> None:
+    rule = SpanRule(48, 4, 3, 32, True)
+    assert rule.prompt_spans(prompt_len) == spans
+
+
+def test_due_position_is_the_first_that_sees_the_span_thin() -> None:
+    rule = SpanRule(48, 4, 3, 32, True)
+    assert rule.due_position(0) == 224
+    assert [rule.thin_spans(100, p) for p in (223, 224, 415, 416)] == [0, 1, 1, 2]

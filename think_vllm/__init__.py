@@ -1,0 +1,10 @@
+"""think-vllm: ThinK channel-pruned, paged KV blocks for stock vLLM.
+
+Importing this package imports neither vLLM nor torch; vLLM finds it through the
+``vllm.general_plugins`` entry point (see ``plugin.py``).
+"""
+
+__version__ = "0.1.0"
+
+#: The vLLM release line that this version extends. Any other one leaves the plugin inert.
+VLLM_SERIES = "0.32"

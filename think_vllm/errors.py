@@ -1,0 +1,9 @@
+"""The one exception of this package that a user is meant to read."""
+
+
+class ThinkError(ValueError):
+    """A configuration that cannot be served.
+
+    The message says who refuses, what was given, what is needed and the way out. On a
+    command line it ends the program in one readable line; offline it is raised as it is.
+    """

@@ -1,0 +1,226 @@
+"""Choose how many dense blocks become how many thin ones, and how many channels they keep.
+
+A span of ``span_blocks`` dense blocks becomes ``thin_blocks`` thin ones. Block counts are
+whole numbers, so not every ratio is worth its exact share: the planner looks through all
+short spans and takes the one that saves most at a context of 4k tokens, dense tail included.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from think_vllm.config import ThinkConfig
+from think_vllm.errors import ThinkError
+from think_vllm.layout import MAX_HEAD_SIZE, ThinLayout, max_key_channels
+from think_vllm.spans import SpanRule
+
+#: Block sizes that the planner may choose from when the user names none.
+BLOCK_SIZES = (16, 32, 48, 64, 80, 96, 112, 128)
+#: Spans longer than this would leave too much of a context dense.
+MAX_SPAN_BLOCKS = 16
+MAX_SPAN_TOKENS = 2048
+#: Key rows of a thin block are whole multiples of this many tokens (vector loads).
+TOKEN_ALIGNMENT = 4
+#: Plans are compared by what they save at this context length.
+REFERENCE_TOKENS = 4096
+#: Share of the head size by which a plan may prune more than requested, to fit its blocks.
+CHANNEL_TOLERANCE = 0.025
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """How the KV blocks of one model are pruned.
+
+    Args:
+        config: What was asked for.
+        head_size: Channels of a key head.
+        key_channels: Kept key channels.
+        block_size: Tokens of a dense block.
+        span_blocks: Dense blocks that are compacted together.
+        thin_blocks: Blocks that they become.
+        thin_block_tokens: Tokens of a thin block (the last one of a span may hold fewer).
+        itemsize: Bytes of a cache element.
+    """
+
+    config: ThinkConfig
+    head_size: int
+    key_channels: int
+    block_size: int
+    span_blocks: int
+    thin_blocks: int
+    thin_block_tokens: int
+    itemsize: int
+
+    @cached_property
+    def layout(self) -> ThinLayout:
+        """Byte layout of a thin block."""
+        return ThinLayout(
+            head_size=self.head_size,
+            key_channels=self.key_channels,
+            block_tokens=self.thin_block_tokens,
+            block_size=self.block_size,
+            itemsize=self.itemsize,
+        )
+
+    @cached_property
+    def rule(self) -> SpanRule:
+        """When a span is thin."""
+        return SpanRule(
+            block_size=self.block_size,
+            span_blocks=self.span_blocks,
+            thin_blocks=self.thin_blocks,
+            recent_window=self.config.kv_recent_window,
+            prune_decode=self.config.kv_prune_decode,
+        )
+
+    @property
+    def requested_ratio(self) -> float:
+        """Fraction of key channels that was asked to go."""
+        return self.config.kv_channel_prune
+
+    @property
+    def actual_ratio(self) -> float:
+        """Fraction of key channels that goes."""
+        return 1.0 - self.key_channels / self.head_size
+
+    @property
+    def span_tokens(self) -> int:
+        """Tokens of a span."""
+        return self.rule.span_tokens
+
+    @property
+    def dense_bytes_per_token_head(self) -> float:
+        """Bytes of one token in one KV head, keys and values, before compaction."""
+        return float(2 * self.head_size * self.itemsize)
+
+    @property
+    def thin_bytes_per_token_head(self) -> float:
+        """Bytes of one token in one KV head after compaction: tables and padding included."""
+        return self.dense_bytes_per_token_head * self.thin_blocks / self.span_blocks
+
+    @property
+    def capacity_multiple(self) -> float:
+        """Compacted tokens that fit where one dense token fits."""
+        return self.span_blocks / self.thin_blocks
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks that a request of ``num_tokens`` tokens holds once its prompt has ended.
+
+        Counts a context that is all prompt, or all compacted as it grew.
+        """
+        spans = self.rule.prompt_spans(num_tokens)
+        dense = -(-num_tokens // self.block_size)
+        return dense - spans * (self.span_blocks - self.thin_blocks)
+
+    def effective_multiple(self, num_tokens: int) -> float:
+        """Requests of ``num_tokens`` tokens that fit where one dense request fits.
+
+        The recent window and, on average, half a span stay dense.
+        """
+        dense_tail = min(num_tokens, self.config.kv_recent_window + self.span_tokens / 2)
+        thin = (num_tokens - dense_tail) / self.capacity_multiple
+        return num_tokens / (thin + dense_tail)
+
+
+def pruned_channels(ratio: float, head_size: int) -> int:
+    """Channels that ``ratio`` prunes: ``floor(ratio * D)``, as in the authors' code."""
+    return math.floor(ratio * head_size + 1e-9)
+
+
+def plan_blocks(
+    config: ThinkConfig,
+    head_size: int,
+    itemsize: int,
+    block_size: int | None = None,
+    block_sizes: Sequence[int] = BLOCK_SIZES,
+) -> BlockPlan | None:
+    """Find the best plan.
+
+    Args:
+        config: What is asked for.
+        head_size: Channels of a key head (values have as many).
+        itemsize: Bytes of a cache element: 2 for bf16 and fp16, 4 for fp32.
+        block_size: Tokens of a block if the user chose them, else None.
+        block_sizes: Block sizes that the platform supports, used if ``block_size`` is None.
+
+    Returns:
+        The plan, or None if the ratio is too small to prune a single channel.
+
+    Raises:
+        ThinkError: If no plan fits, with the nearest settings that do.
+    """
+    if not 1 <= head_size <= MAX_HEAD_SIZE:
+        raise ThinkError(
+            f"--kv-channel-prune: the model's head size is {head_size}; "
+            f"channel tables hold one byte per channel, so at most {MAX_HEAD_SIZE} is possible. "
+            "Serve this model without --kv-channel-prune"
+        )
+    if pruned_channels(config.kv_channel_prune, head_size) == 0:
+        return None
+    sizes = block_sizes if block_size is None else (block_size,)
+    candidates = [plan for size in sizes for plan in _plans(config, head_size, itemsize, size)]
+    if not candidates:
+        raise ThinkError(_no_plan(config, head_size, itemsize, block_size, block_sizes))
+    return max(candidates, key=_merit)
+
+
+def _plans(
+    config: ThinkConfig, head_size: int, itemsize: int, block_size: int
+) -> Iterator[BlockPlan]:
+    wanted = head_size - pruned_channels(config.kv_channel_prune, head_size)
+    least = wanted - max(1, round(CHANNEL_TOLERANCE * head_size))
+    for span_blocks in range(2, min(MAX_SPAN_BLOCKS, MAX_SPAN_TOKENS // block_size) + 1):
+        span_tokens = span_blocks * block_size
+        for thin_blocks in range(1, span_blocks):
+            tokens = -(-span_tokens // thin_blocks)
+            tokens = -(-tokens // TOKEN_ALIGNMENT) * TOKEN_ALIGNMENT
+            if (thin_blocks - 1) * tokens >= span_tokens:
+                continue
+            channels = min(wanted, max_key_channels(head_size, tokens, block_size, itemsize))
+            if channels < max(1, least):
+                continue
+            yield BlockPlan(
+                config=config,
+                head_size=head_size,
+                key_channels=channels,
+                block_size=block_size,
+                span_blocks=span_blocks,
+                thin_blocks=thin_blocks,
+                thin_block_tokens=tokens,
+                itemsize=itemsize,
+            )
+
+
+def _merit(plan: BlockPlan) -> tuple[float, int, int, int]:
+    """Savings first; within one percent more channels, then wider vectors, then short spans."""
+    alignment = math.gcd(plan.thin_block_tokens, 16)
+    savings = round(plan.effective_multiple(REFERENCE_TOKENS), 2)
+    return (savings, plan.key_channels, alignment, -plan.span_tokens)
+
+
+def _no_plan(
+    config: ThinkConfig,
+    head_size: int,
+    itemsize: int,
+    block_size: int | None,
+    block_sizes: Sequence[int],
+) -> str:
+    who = f"--kv-channel-prune {config.kv_channel_prune} at head size {head_size}"
+    if block_size is not None:
+        fitting = [size for size in block_sizes if any(_plans(config, head_size, itemsize, size))]
+        if fitting:
+            return (
+                f"{who}: no span of up to {MAX_SPAN_BLOCKS} blocks of --block-size {block_size} "
+                f"tokens frees a block; use --block-size {' or '.join(map(str, fitting))}, "
+                "or leave it out"
+            )
+    for percent in range(math.ceil(config.kv_channel_prune * 100) + 1, 81):
+        more = config.model_copy(update={"kv_channel_prune": percent / 100})
+        if any(next(_plans(more, head_size, itemsize, size), None) for size in block_sizes):
+            return (
+                f"{who}: too little is pruned to free a block in any span of up to "
+                f"{MAX_SPAN_BLOCKS} blocks; the smallest ratio that does is {percent / 100}, "
+                "or leave the flag out"
+            )
+    return f"{who}: no plan fits; serve this model without --kv-channel-prune"

@@ -1,0 +1,44 @@
+"""Say what a plan means: the start-up log, and the fields of ``think-vllm plan``."""
+
+from typing import Any
+
+from think_vllm.planner import BlockPlan
+
+
+def plan_summary(plan: BlockPlan) -> list[str]:
+    """The plan in a few lines that a person reads."""
+    dense, thin = plan.dense_bytes_per_token_head, plan.thin_bytes_per_token_head
+    return [
+        f"key channels {plan.key_channels} of {plan.head_size} (pruned: {plan.actual_ratio:.3f}, "
+        f"requested {plan.requested_ratio:g})",
+        f"{plan.span_blocks} blocks of {plan.block_size} tokens become {plan.thin_blocks} "
+        f"(span {plan.span_tokens} tokens; recent window {plan.config.kv_recent_window}, "
+        f"observation window {plan.config.kv_observation_window}, decoded spans "
+        f"{'compacted too' if plan.config.kv_prune_decode else 'stay dense'})",
+        f"bytes per token and KV head: {dense:.0f} dense, {thin:.1f} thin: "
+        f"x{plan.capacity_multiple:.3f}; whole requests "
+        + ", ".join(f"x{plan.effective_multiple(1024 * k):.2f} at {k}k tokens" for k in (2, 8, 32)),
+        "the KV cache size and concurrency that vLLM prints count dense tokens; multiply by these",
+    ]
+
+
+def plan_fields(plan: BlockPlan) -> dict[str, Any]:
+    """The plan as flat, JSON-ready fields."""
+    return {
+        "head_size": plan.head_size,
+        "key_channels": plan.key_channels,
+        "requested_ratio": plan.requested_ratio,
+        "actual_ratio": plan.actual_ratio,
+        "block_size": plan.block_size,
+        "span_blocks": plan.span_blocks,
+        "thin_blocks": plan.thin_blocks,
+        "span_tokens": plan.span_tokens,
+        "thin_block_tokens": plan.thin_block_tokens,
+        "unused_bytes_per_thin_block_head": plan.layout.run_bytes - plan.layout.used_bytes,
+        "recent_window": plan.config.kv_recent_window,
+        "observation_window": plan.config.kv_observation_window,
+        "prune_decode": plan.config.kv_prune_decode,
+        "dense_bytes_per_token_head": plan.dense_bytes_per_token_head,
+        "thin_bytes_per_token_head": plan.thin_bytes_per_token_head,
+        "capacity_multiple": plan.capacity_multiple,
+    }
