@@ -1,0 +1,30 @@
+"""Servers and references that end-to-end tests share: a start costs most of a minute."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.support.reference import Reference
+from tests.support.server import Server
+
+
+@pytest.fixture(scope="session")
+def recall_reference(recall_model: Path) -> Reference:
+    """The bundled model in plain transformers, float32."""
+    return Reference(recall_model)
+
+
+@pytest.fixture(scope="module")
+def serve(
+    recall_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., Server]]:
+    """Start a server of this module; the module's end stops it."""
+    with ExitStack() as stack:
+
+        def start(*arguments: str, model: Path = recall_model, **options: int) -> Server:
+            log = tmp_path_factory.mktemp("server") / "server.log"
+            return stack.enter_context(Server(model, arguments, log, **options))
+
+        yield start

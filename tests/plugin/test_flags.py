@@ -1,0 +1,87 @@
+"""The flags, through vLLM's own parser of `vllm serve`."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from think_vllm.config import ThinkConfig
+from think_vllm.plugin import register
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+
+@pytest.fixture
+def parser() -> argparse.ArgumentParser:
+    register()
+    register()  # vLLM may load a plugin more than once
+    made: argparse.ArgumentParser = make_arg_parser(FlexibleArgumentParser())
+    return made
+
+
+def settings(namespace: argparse.Namespace) -> Any:
+    return namespace.additional_config.get("think")
+
+
+def test_flags_become_additional_config(parser: argparse.ArgumentParser) -> None:
+    arguments = ["model", "--kv-channel-prune", "0.4", "--no-kv-prune-decode"]
+    namespace = parser.parse_args(arguments)
+    expected = ThinkConfig(kv_channel_prune=0.4, kv_prune_decode=False).model_dump()
+    assert settings(namespace) == expected
+    assert not hasattr(namespace, "kv_channel_prune")
+
+
+@pytest.mark.parametrize("flag_first", [True, False], ids=["flag-first", "json-first"])
+def test_flags_win_over_json_in_any_order(
+    parser: argparse.ArgumentParser, flag_first: bool
+) -> None:
+    flag = ["--kv-channel-prune", "0.4"]
+    given = {"think": {"kv_channel_prune": 0.5, "kv_recent_window": 64}, "other": 1}
+    extra = ["--additional-config", json.dumps(given)]
+    namespace = parser.parse_args(["m", *(flag + extra if flag_first else extra + flag)])
+    assert settings(namespace)["kv_channel_prune"] == 0.4
+    assert settings(namespace)["kv_recent_window"] == 64
+    assert namespace.additional_config["other"] == 1
+
+
+def test_flags_absent_leave_additional_config_alone(parser: argparse.ArgumentParser) -> None:
+    assert parser.parse_args(["m"]).additional_config == {}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--kv-channel-prune", "0.9"], "--kv-channel-prune is 0.9: Input should be less than"),
+        (["--kv-channel-prune", "much"], "--kv-channel-prune: invalid float value: 'much'"),
+        (["--kv-recent-window", "16"], "--kv-recent-window given without --kv-channel-prune"),
+        (
+            ["--kv-channel-prune", "0.5", "--kv-observation-window", "0"],
+            "--kv-observation-window is 0",
+        ),
+    ],
+)
+def test_flags_out_of_range_end_the_program_in_words(
+    parser: argparse.ArgumentParser,
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parser.parse_args(["m", *arguments])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configs_parse(parser: argparse.ArgumentParser, path: Path) -> None:
+    namespace = parser.parse_args(["--config", str(path)])
+    config = ThinkConfig.model_validate(settings(namespace))
+    assert config.enabled
+
+
+def test_configs_are_shipped() -> None:
+    assert len(list(CONFIGS.glob("*.yaml"))) >= 2

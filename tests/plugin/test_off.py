@@ -1,0 +1,68 @@
+"""Off means off: without the flag nothing of ours is imported, and vLLM chooses as ever."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+PROBE = """
+import json, sys
+from pathlib import Path
+from vllm.engine.arg_utils import EngineArgs
+from vllm.config import set_current_vllm_config
+from vllm.plugins import load_general_plugins
+from vllm.v1.attention.selector import get_attn_backend
+load_general_plugins()
+additional, = sys.argv[2:]
+config = EngineArgs(model=sys.argv[1], enforce_eager=True, dtype="float32",
+                    additional_config=json.loads(additional)).create_engine_config()
+with set_current_vllm_config(config):
+    backend = get_attn_backend(128, config.model_config.dtype, "auto")
+print("RESULT" + json.dumps({
+    "backend": backend.__module__ + "." + backend.__qualname__,
+    "block_size": config.cache_config.block_size,
+    "prefix_caching": config.cache_config.enable_prefix_caching,
+    "rswa": config.model_config.rswa_window,
+    "ours": sorted(m for m in sys.modules if m.startswith(
+        ("think_vllm.attention", "think_vllm.blocks", "think_vllm.kernels"))),
+}))
+"""
+
+
+def probe(model: object, additional: dict[str, object]) -> dict[str, object]:
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE, str(model), json.dumps(additional)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    line = next(x for x in done.stdout.splitlines() if x.startswith("RESULT"))
+    result: dict[str, object] = json.loads(line.removeprefix("RESULT"))
+    return result
+
+
+@pytest.mark.parametrize(
+    "additional",
+    [{}, {"think": {"kv_channel_prune": 0}}, {"think": {"kv_channel_prune": 0.005}}],
+    ids=["no-flag", "ratio-zero", "no-channel"],
+)
+def test_register_leaves_vllm_alone_without_pruning(
+    recall_model: object, additional: dict[str, object]
+) -> None:
+    result = probe(recall_model, additional)
+    assert result == {
+        "backend": "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackend",
+        "block_size": 128,
+        "prefix_caching": True,
+        "rswa": None,
+        "ours": [],
+    }
+
+
+def test_register_selects_our_backend_with_pruning(recall_model: object) -> None:
+    result = probe(recall_model, {"think": {"kv_channel_prune": 0.5}})
+    assert result["backend"] == "think_vllm.attention.cpu_backend.ThinkCPUBackend"
+    assert result["block_size"] == 48
+    assert result["prefix_caching"] is False

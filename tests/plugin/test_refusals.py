@@ -1,0 +1,183 @@
+"""What cannot be served is refused before anything starts, in one line that names the way out."""
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+from vllm import AsyncEngineArgs
+from vllm.engine.arg_utils import EngineArgs
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from tests.support.models import make_config
+from tests.support.server import run_serve
+from think_vllm.errors import ThinkError
+from think_vllm.plugin import register
+
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 384,
+    "max_position_embeddings": 2048,
+}
+
+
+def refuse(model: Path, *arguments: str) -> None:
+    """Go as far as a server does before it starts its engine."""
+    register()
+    parser: argparse.ArgumentParser = make_arg_parser(FlexibleArgumentParser())
+    namespace = parser.parse_args([*arguments, "--enforce-eager"])
+    namespace.model = str(model)
+    AsyncEngineArgs.from_cli_args(namespace).create_engine_config()
+
+
+def refused(capsys: pytest.CaptureFixture[str], model: Path, *arguments: str) -> str:
+    """Return the one line that says why."""
+    with pytest.raises(SystemExit) as ended:
+        refuse(model, *arguments)
+    assert ended.value.code == 2
+    lines = [x for x in capsys.readouterr().err.splitlines() if "think-vllm: error:" in x]
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--kv-channel-prune", "0.05"], "the smallest ratio that does is 0.12"),
+        (["--kv-channel-prune", "0.3", "--block-size", "16"], "--block-size 16 tokens frees a"),
+        (["--kv-channel-prune", "0.5", "--kv-cache-dtype", "fp8"], "--kv-cache-dtype fp8"),
+        (
+            [
+                "--kv-channel-prune",
+                "0.5",
+                "--speculative-config",
+                '{"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}',
+            ],
+            "--speculative-config",
+        ),
+        (
+            [
+                "--kv-channel-prune",
+                "0.5",
+                "--kv-transfer-config",
+                '{"kv_connector": "ExampleConnector", "kv_role": "kv_both"}',
+            ],
+            "--kv-transfer-config (a KV connector)",
+        ),
+        (
+            ["--kv-channel-prune", "0.5", "-tp", "4", "--decode-context-parallel-size", "2"],
+            "--decode-context-parallel-size 2",
+        ),
+        (
+            ["--kv-channel-prune", "0.5", "--attention-backend", "FLASH_ATTN"],
+            "--attention-backend is FLASH_ATTN",
+        ),
+    ],
+    ids=lambda value: " ".join(value[2:4]) if isinstance(value, list) else None,
+)
+def test_engine_options_are_refused(
+    recall_model: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in refused(capsys, recall_model, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "message"),
+    [
+        (
+            "deepseek_v2",
+            {
+                **SMALL,
+                "kv_lora_rank": 32,
+                "qk_rope_head_dim": 16,
+                "qk_nope_head_dim": 16,
+                "v_head_dim": 16,
+                "q_lora_rank": None,
+                "num_key_value_heads": 4,
+                "architectures": ["DeepseekV2ForCausalLM"],
+            },
+            "multi-head latent attention (MLA)",
+        ),
+        (
+            "llama",
+            {
+                **SMALL,
+                "head_dim": 320,
+                "num_key_value_heads": 2,
+                "architectures": ["LlamaForCausalLM"],
+            },
+            "head size is 320",
+        ),
+        (
+            "mistral",
+            {
+                **SMALL,
+                "num_key_value_heads": 2,
+                "sliding_window": 256,
+                "architectures": ["MistralForCausalLM"],
+            },
+            "sliding-window",
+        ),
+        (
+            "bloom",
+            {
+                "hidden_size": 64,
+                "n_layer": 2,
+                "n_head": 4,
+                "vocab_size": 384,
+                "architectures": ["BloomForCausalLM"],
+            },
+            "ALiBi",
+        ),
+    ],
+    ids=["mla", "head-size", "sliding-window", "alibi"],
+)
+def test_models_are_refused(
+    tmp_path: Path,
+    model_type: str,
+    settings: dict[str, object],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = make_config(tmp_path, model_type, **settings)
+    assert message in refused(capsys, model, "--kv-channel-prune", "0.5")
+
+
+def test_offline_engines_get_an_exception_with_the_same_words(
+    recall_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register()
+    monkeypatch.setattr("think_vllm.compat._on_command_line", False)
+    engine = EngineArgs(
+        model=str(recall_model), additional_config={"think": {"kv_channel_prune": 3}}
+    )
+    with pytest.raises(ValueError, match="--kv-channel-prune is 3") as error:
+        engine.create_engine_config()
+    # pydantic wraps it; nothing else does.
+    assert isinstance(error.value, ThinkError) or "ThinkError" not in str(error.value)
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--kv-channel-prune", "1.5"], "--kv-channel-prune is 1.5: Input should be less than"),
+        (
+            ["--additional-config", json.dumps({"think": {"kv_channel_prune": 0.5, "x": 1}})],
+            "unknown setting x=1",
+        ),
+        (["--kv-channel-prune", "0.05"], "the smallest ratio that does is 0.12"),
+    ],
+    ids=["flag", "json", "plan"],
+)
+def test_serve_ends_in_one_line_without_a_traceback(
+    recall_model: Path, arguments: list[str], message: str
+) -> None:
+    done = run_serve(recall_model, arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout

@@ -1,0 +1,34 @@
+"""Another vLLM: inert, one line, and a refusal only if the flag is used."""
+
+import subprocess
+import sys
+
+import pytest
+
+PROBE = """
+import json, sys, vllm
+vllm.__version__ = "0.99.1"
+from vllm.engine.arg_utils import EngineArgs
+from vllm.plugins import load_general_plugins
+load_general_plugins()
+EngineArgs(model=sys.argv[1], enforce_eager=True,
+           additional_config=json.loads(sys.argv[2])).create_engine_config()
+print("CREATED")
+"""
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_register_on_another_version_refuses_only_the_flag(
+    recall_model: object, used: bool
+) -> None:
+    additional = '{"think": {"kv_channel_prune": 0.5}}' if used else "{}"
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE, str(recall_model), additional],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    output = done.stdout + done.stderr
+    assert output.count("this is vLLM 0.99.1: --kv-channel-prune is off") == 1
+    assert ("CREATED" in done.stdout) is not used
+    assert ("works with vLLM 0.32.*, this is 0.99.1" in output) is used

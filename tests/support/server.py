@@ -1,0 +1,199 @@
+"""Start the real server, talk to it, stop it."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+
+START_TIMEOUT_S = 300
+REQUEST_TIMEOUT_S = 600
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One completion: token ids, and the log-probability of each."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    text: str
+
+
+class Server:
+    """vLLM's OpenAI-compatible server in a process of its own.
+
+    Args:
+        model: Directory of the model.
+        arguments: Further arguments of ``serve``.
+        log: File that gets the server's output.
+        kv_cache_bytes: Size of the KV cache.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        arguments: Sequence[str],
+        log: Path,
+        kv_cache_bytes: int = 256 * 2**20,
+    ) -> None:
+        self.model = str(model)
+        self.arguments = [
+            *arguments,
+            "--kv-cache-memory-bytes",
+            str(kv_cache_bytes),
+            "--host",
+            "127.0.0.1",
+        ]
+        self.log = log
+        self._process: subprocess.Popen[bytes] | None = None
+        self._client = httpx.Client(timeout=REQUEST_TIMEOUT_S)
+        self.url = ""
+
+    def __enter__(self) -> Self:
+        port = free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        command = [sys.executable, "-m", "think_vllm.cli.main", "serve", self.model]
+        command += [*self.arguments, "--port", str(port)]
+        with self.log.open("wb") as output:
+            self._process = subprocess.Popen(
+                command,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=offline_environment(),
+                start_new_session=True,
+            )
+        try:
+            self._wait_until_healthy()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def _wait_until_healthy(self) -> None:
+        assert self._process is not None
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < deadline:
+            if self._process.poll() is not None:
+                raise RuntimeError(f"the server ended while starting:\n{self.log_tail()}")
+            try:
+                if self._client.get(f"{self.url}/health").status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass
+            time.sleep(0.2)
+        raise RuntimeError(
+            f"the server is not healthy after {START_TIMEOUT_S} s:\n{self.log_tail()}"
+        )
+
+    def stop(self) -> None:
+        """End the server and all its children."""
+        self._client.close()
+        process = self._process
+        if process is None:
+            return
+        self._process = None
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(timeout=60)
+            except subprocess.TimeoutExpired:
+                pass
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        process.wait()
+
+    def log_tail(self, lines: int = 60) -> str:
+        """The end of the server's output."""
+        text = self.log.read_text(encoding="utf-8", errors="replace")
+        return "\n".join(text.splitlines()[-lines:])
+
+    def post(self, path: str, body: dict[str, Any]) -> httpx.Response:
+        """POST a JSON body."""
+        return self._client.post(f"{self.url}{path}", json={"model": self.model, **body})
+
+    def complete(self, prompt: list[int] | str, max_tokens: int, **options: Any) -> Completion:
+        """Greedy completion of exactly ``max_tokens`` tokens."""
+        body = {
+            "prompt": prompt,
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "logprobs": 0,
+            "ignore_eos": True,
+            "return_token_ids": True,
+            **options,
+        }
+        response = self.post("/v1/completions", body)
+        if response.status_code != 200:
+            raise RuntimeError(f"HTTP {response.status_code}: {response.text}\n{self.log_tail()}")
+        choice = response.json()["choices"][0]
+        return Completion(choice["token_ids"], choice["logprobs"]["token_logprobs"], choice["text"])
+
+    def complete_all(
+        self, prompts: Sequence[list[int]], max_tokens: Sequence[int]
+    ) -> list[Completion]:
+        """Complete all prompts at the same time."""
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            return list(pool.map(self.complete, prompts, max_tokens))
+
+    def metric(self, name: str) -> float:
+        """Sum of a Prometheus metric over its labels."""
+        text = self._client.get(f"{self.url}/metrics").text
+        values = [
+            float(line.rsplit(" ", 1)[1])
+            for line in text.splitlines()
+            if line.startswith((name + "{", name + " "))
+        ]
+        if not values:
+            raise KeyError(f"{name} is not among the server's metrics")
+        return sum(values)
+
+
+def run_serve(model: Path, arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """Start a server that is expected to refuse to start."""
+    command = [sys.executable, "-m", "think_vllm.cli.main", "serve", str(model), *arguments]
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=START_TIMEOUT_S,
+        env=offline_environment(),
+        check=False,
+    )
+
+
+def offline_environment() -> dict[str, str]:
+    """Environment of a server that may not reach a model hub."""
+    return {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+    }
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

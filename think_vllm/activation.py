@@ -1,0 +1,192 @@
+"""Turn channel pruning on for one engine: check its config, plan its blocks, complete it."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from think_vllm import VLLM_SERIES, __version__, compat
+from think_vllm.config import ThinkConfig, config_from_additional
+from think_vllm.errors import ThinkError
+from think_vllm.planner import BlockPlan, plan_blocks
+from think_vllm.report import plan_summary
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, VllmConfig
+
+logger = logging.getLogger("vllm.think_vllm")
+
+_selected: BlockPlan | None = None
+
+
+def activate(vllm_config: VllmConfig) -> None:
+    """Check and complete a config that asks for pruning; leave any other one alone.
+
+    Runs again whenever vLLM validates a config, so every step is idempotent.
+
+    Raises:
+        ThinkError: If this engine cannot be served with pruning.
+    """
+    config = config_from_additional(vllm_config.additional_config)
+    if config is None:
+        return
+    check_engine(vllm_config)
+    plan = plan_engine(config, vllm_config)
+    if plan is None:
+        logger.info(
+            "think-vllm: --kv-channel-prune %s prunes no channel of this model; pruning is off",
+            config.kv_channel_prune,
+        )
+        return
+    cache_config = vllm_config.cache_config
+    compat.fix_block_size(cache_config, plan.block_size)
+    if cache_config.enable_prefix_caching:
+        logger.info("think-vllm: prefix caching is off: pruned blocks cannot be cached yet")
+        cache_config.enable_prefix_caching = False
+    compat.claim_custom_backend(vllm_config)
+    compat.request_prompt_lens(vllm_config.model_config)
+    for line in plan_summary(plan):
+        logger.info("think-vllm: %s", line)
+
+
+def refuse_version(vllm_config: VllmConfig) -> None:
+    """Stand-in for ``activate`` on a vLLM that this version does not extend.
+
+    Raises:
+        ThinkError: If the config asks for pruning.
+    """
+    if config_from_additional(vllm_config.additional_config) is None:
+        return
+    import vllm
+
+    raise ThinkError(
+        f"--kv-channel-prune: think-vllm {__version__} works with vLLM {VLLM_SERIES}.*, this is "
+        f"{vllm.__version__}; install vllm=={VLLM_SERIES}.* or leave the flag out"
+    )
+
+
+def select_backend(vllm_config: VllmConfig) -> str | None:
+    """Path of the attention backend for an engine, None if it does not prune.
+
+    Also remembers the plan for ``selected_plan``: vLLM selects the backend of a layer with
+    the config at hand, and asks that backend for the layer's cache spec without it.
+    """
+    global _selected
+    config = config_from_additional(vllm_config.additional_config)
+    plan = None if config is None else plan_engine(config, vllm_config)
+    if plan is None:
+        return None
+    _selected = plan
+    return compat.CPU_BACKEND_PATH
+
+
+def selected_plan() -> BlockPlan:
+    """The plan of the engine whose layers this process built last.
+
+    Raises:
+        RuntimeError: If none was built.
+    """
+    if _selected is None:
+        raise RuntimeError("think-vllm: selected_plan() before select_backend()")
+    return _selected
+
+
+def plan_engine(config: ThinkConfig, vllm_config: VllmConfig) -> BlockPlan | None:
+    """Plan the blocks of an engine; the same in every process of it.
+
+    Raises:
+        ThinkError: If no plan fits.
+    """
+    model_config, cache_config = vllm_config.model_config, vllm_config.cache_config
+    return plan_blocks(
+        config,
+        head_size=model_config.get_head_size(),
+        itemsize=model_config.dtype.itemsize,
+        block_size=cache_config.block_size if cache_config.user_specified_block_size else None,
+    )
+
+
+def check_engine(vllm_config: VllmConfig) -> None:
+    """Refuse what is not supported with pruned blocks.
+
+    Raises:
+        ThinkError: Naming the option or the property of the model, and the way out.
+    """
+    from vllm.platforms import current_platform
+
+    if current_platform.device_type != "cpu":
+        raise ThinkError(
+            f"--kv-channel-prune: this version has kernels for CPUs only, the device is "
+            f"{current_platform.device_type}; leave the flag out, or use the CPU build of vLLM"
+        )
+    check_model(vllm_config.model_config)
+    parallel = vllm_config.parallel_config
+    unsupported: list[tuple[Any, str, str]] = [
+        (vllm_config.speculative_config, "--speculative-config", "leave it out"),
+        (vllm_config.kv_transfer_config, "--kv-transfer-config (a KV connector)", "leave it out"),
+        (
+            parallel.decode_context_parallel_size > 1,
+            f"--decode-context-parallel-size {parallel.decode_context_parallel_size}",
+            "use 1",
+        ),
+        (
+            parallel.prefill_context_parallel_size > 1,
+            f"--prefill-context-parallel-size {parallel.prefill_context_parallel_size}",
+            "use 1",
+        ),
+        (
+            vllm_config.cache_config.kv_sharing_fast_prefill,
+            "--kv-sharing-fast-prefill",
+            "leave it out",
+        ),
+        (
+            vllm_config.cache_config.cache_dtype not in _plain_dtypes(vllm_config.model_config),
+            f"--kv-cache-dtype {vllm_config.cache_config.cache_dtype}",
+            "use auto",
+        ),
+    ]
+    for present, name, way_out in unsupported:
+        if present:
+            raise ThinkError(
+                f"--kv-channel-prune does not support {name} yet; {way_out}, or serve without "
+                "--kv-channel-prune"
+            )
+
+
+def check_model(model_config: ModelConfig) -> None:
+    """Refuse models whose attention has no prunable key cache, or one of another form.
+
+    Raises:
+        ThinkError: Naming the property, and the way out.
+    """
+    text = model_config.hf_text_config
+    layer_types = set(getattr(text, "layer_types", None) or ())
+    reasons: list[tuple[Any, str]] = [
+        (model_config.runner_type != "generate", "it does not generate text, so it never decodes"),
+        (model_config.use_mla, "multi-head latent attention (MLA) has no per-head key channels"),
+        (model_config.is_encoder_decoder, "it is an encoder-decoder model"),
+        (model_config.is_attention_free, "it has no attention layers"),
+        (model_config.is_hybrid, "it mixes attention with state-space or linear layers"),
+        (model_config.is_mm_prefix_lm, "its attention over images is bidirectional"),
+        (
+            layer_types - {"full_attention"} or model_config.get_sliding_window() is not None,
+            "it has sliding-window or chunked attention layers",
+        ),
+        (getattr(text, "num_kv_shared_layers", 0), "its layers share one another's KV cache"),
+        (
+            getattr(text, "alibi", False)
+            or getattr(text, "position_embedding_type", "") == "alibi"
+            or model_config.hf_text_config.model_type in ("bloom", "mpt"),
+            "it uses ALiBi position biases",
+        ),
+    ]
+    for present, reason in reasons:
+        if present:
+            raise ThinkError(
+                f"--kv-channel-prune does not support {model_config.model}: {reason}. "
+                "Serve it without --kv-channel-prune"
+            )
+
+
+def _plain_dtypes(model_config: ModelConfig) -> tuple[str, ...]:
+    return ("auto", str(model_config.dtype).removeprefix("torch."))

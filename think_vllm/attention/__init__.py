@@ -1,0 +1,1 @@
+"""The attention backend: what happens to queries, keys and values in a forward pass."""

@@ -1,0 +1,66 @@
+"""The attention backend on CPUs, registered as ``CUSTOM``.
+
+Extends vLLM's CPU backend: its C++ kernels store dense blocks and serve prompt queries;
+queries past the prompt run in ours.
+"""
+
+from typing import Any
+
+from vllm.v1.attention.backend import AttentionType, MultipleOf
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from think_vllm.activation import selected_plan
+from think_vllm.attention.cpu_builder import ThinkCPUMetadataBuilder
+from think_vllm.attention.cpu_impl import ThinkCPUImpl
+from think_vllm.blocks.spec import ThinKVCacheSpec
+from think_vllm.errors import ThinkError
+
+
+class ThinkCPUBackend(CPUAttentionBackend):
+    """CPU attention over thin and dense blocks."""
+
+    supported_kv_cache_dtypes = ("auto", "float16", "bfloat16")
+
+    @staticmethod
+    def get_name() -> str:
+        """Name in vLLM's backend registry."""
+        return "CUSTOM"
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
+        """Block sizes of vLLM's ``vec16`` kernels."""
+        return [MultipleOf(16)]
+
+    @classmethod
+    def supports_attn_type(cls, attn_type: str) -> bool:
+        """Decoders only."""
+        return bool(attn_type == AttentionType.DECODER)
+
+    @staticmethod
+    def get_impl_cls() -> type[ThinkCPUImpl]:
+        """Class that computes a layer's attention."""
+        return ThinkCPUImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[ThinkCPUMetadataBuilder]:
+        """Class that prepares a step."""
+        return ThinkCPUMetadataBuilder
+
+    @classmethod
+    def customize_spec(cls, spec: Any) -> Any:
+        """Give full-attention layers the spec whose manager frees compacted spans.
+
+        Raises:
+            ThinkError: If the layer does not have the shape that the plan was made for.
+        """
+        if type(spec) is not FullAttentionSpec:
+            return spec
+        plan = selected_plan()
+        if spec.head_size != plan.head_size or spec.head_size_v != plan.head_size:
+            raise ThinkError(
+                f"--kv-channel-prune: an attention layer has head sizes {spec.head_size} (keys) "
+                f"and {spec.head_size_v} (values), the plan was made for {plan.head_size}; "
+                "models whose heads differ are not supported"
+            )
+        return ThinKVCacheSpec.from_dense(spec, plan)

@@ -1,0 +1,171 @@
+"""Prepare one step on the CPU: what every layer of a group shares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionMetadata,
+    CPUAttentionMetadataBuilder,
+)
+
+from think_vllm import compat
+from think_vllm.activation import selected_plan
+from think_vllm.attention.step import Int32Array, Int64Array, Prefill, Step, Wave, sort_step
+from think_vllm.blocks.spec import ThinKVCacheSpec
+from think_vllm.errors import ThinkError
+from think_vllm.kernels.cpu.dense import dense_isa
+from think_vllm.kernels.cpu.decode import DecodeRows
+from think_vllm.kernels.cpu.warmup import warm_up
+
+#: Tokens of a step: a slice where they are neighbours, else their indices.
+Tokens = slice | torch.Tensor
+
+
+@dataclass(frozen=True)
+class WaveRows:
+    """A wave in the form that the kernels take.
+
+    Args:
+        due_request: int32 [n]. Rows of the batch with a span to compact.
+        due_span: int32 [n]. That span.
+        tokens: Where the queries are, None if the wave has none.
+        rows: One entry per query.
+    """
+
+    due_request: Int32Array
+    due_span: Int32Array
+    tokens: Tokens
+    rows: DecodeRows
+
+
+@dataclass(frozen=True)
+class ThinkCPUMetadata:
+    """One step, shared by the layers of a group.
+
+    Args:
+        step: The sorted batch.
+        block_table: int32 [num_reqs, width]. Blocks of each request.
+        prompt_lens: int64 [num_reqs]. Tokens of each request's prompt.
+        prefill: vLLM's own metadata for the prompt queries, None if there are none.
+        prefill_tokens: Where those queries are.
+        waves: The step's waves.
+    """
+
+    step: Step
+    block_table: torch.Tensor
+    prompt_lens: Int64Array
+    prefill: CPUAttentionMetadata | None
+    prefill_tokens: Tokens
+    waves: list[WaveRows]
+
+
+class ThinkCPUMetadataBuilder(CPUAttentionMetadataBuilder):
+    """Builds ``ThinkCPUMetadata`` for layers with thin blocks, vLLM's own for others."""
+
+    def __init__(
+        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        # Single-token queries first: prompt queries are then neighbours as a rule.
+        self._init_reorder_batch_threshold(1)
+        self.thin = isinstance(kv_cache_spec, ThinKVCacheSpec)
+        if not self.thin:
+            return
+        self.plan = selected_plan()
+        if kv_cache_spec.rule != self.plan.rule:
+            raise ThinkError(
+                f"ThinkCPUMetadataBuilder: the cache was laid out for {kv_cache_spec.rule}, "
+                f"the plan is {self.plan.rule}"
+            )
+        # Thin blocks are made from the plain dense form, so AMX and NEON packings are out.
+        self.isa = dense_isa(self.dtype, self.head_dim, self.block_size)
+        self._set_isa_to_layers(layer_names)
+        # Here, because vLLM builds this before it reports healthy: nothing compiles later.
+        warm_up(self.dtype, self.num_heads, self.num_kv_heads, self.plan)
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> Any:
+        """Sort the batch and prepare each part's arguments."""
+        common = common_attn_metadata
+        if not self.thin:
+            return super().build(common_prefix_len, common, fast_build)
+        prompt_lens = compat.prompt_lens(common).numpy().astype(np.int64)
+        step = sort_step(
+            self.plan.rule,
+            self.plan.config.kv_observation_window,
+            common.query_start_loc_cpu.numpy().astype(np.int64),
+            common.seq_lens.numpy().astype(np.int64),
+            prompt_lens,
+        )
+        prefill = None
+        prefill_tokens: Tokens = slice(0, 0)
+        if step.prefill is not None:
+            prefill_tokens = _tokens(_prefill_tokens(step.prefill))
+            prefill = super().build(0, _prefill_common(common, step.prefill), fast_build)
+        return ThinkCPUMetadata(
+            step=step,
+            block_table=common.block_table_tensor,
+            prompt_lens=prompt_lens,
+            prefill=prefill,
+            prefill_tokens=prefill_tokens,
+            waves=[_wave_rows(wave) for wave in step.waves],
+        )
+
+
+def _prefill_common(common: CommonAttentionMetadata, prefill: Prefill) -> CommonAttentionMetadata:
+    """The batch as if it held nothing but its prompt queries."""
+    num_tokens = int(prefill.num_tokens.sum())
+    query_start = np.concatenate(([0], np.cumsum(prefill.num_tokens))).astype(np.int32)
+    starts = torch.from_numpy(query_start)
+    return common.replace(
+        query_start_loc=starts,
+        query_start_loc_cpu=starts,
+        seq_lens=torch.from_numpy(prefill.seq_len.astype(np.int32)),
+        num_reqs=int(prefill.request.size),
+        num_actual_tokens=num_tokens,
+        max_query_len=int(prefill.num_tokens.max()),
+        max_seq_len=int(prefill.seq_len.max()),
+        block_table_tensor=common.block_table_tensor[torch.from_numpy(prefill.request)],
+    )
+
+
+def _prefill_tokens(prefill: Prefill) -> Int64Array:
+    return np.concatenate(
+        [
+            np.arange(first, first + count)
+            for first, count in zip(prefill.first_token, prefill.num_tokens, strict=True)
+        ]
+    )
+
+
+def _tokens(indices: Int64Array) -> Tokens:
+    first, last = int(indices[0]), int(indices[-1])
+    # Indices ascend strictly, so the range is full if its ends say so.
+    if last - first + 1 == indices.size:
+        return slice(first, last + 1)
+    return torch.from_numpy(indices)
+
+
+def _wave_rows(wave: Wave) -> WaveRows:
+    # Rows of one wave come request by request, which need not be token order.
+    order = np.argsort(wave.token, kind="stable")
+    token = wave.token[order]
+    return WaveRows(
+        due_request=np.asarray(wave.due_request, np.int32),
+        due_span=np.asarray(wave.due_span, np.int32),
+        tokens=_tokens(token),
+        rows=DecodeRows(
+            request=wave.request[order].astype(np.int32),
+            seq_len=wave.seq_len[order].astype(np.int32),
+            thin_spans=wave.thin_spans[order].astype(np.int32),
+        ),
+    )

@@ -1,0 +1,208 @@
+"""One layer's attention on the CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
+
+from think_vllm.activation import selected_plan
+from think_vllm.attention.cpu_builder import ThinkCPUMetadata, WaveRows
+from think_vllm.attention.state import LayerState
+from think_vllm.attention.step import PromptEnds
+from think_vllm.errors import ThinkError
+from think_vllm.kernels.cpu.compaction import compact_spans, read_channels
+from think_vllm.kernels.cpu.decode import decode_attention
+from think_vllm.kernels.cpu.scoring import add_query_energy, key_energy, select_channels
+
+
+class ThinkCPUImpl(CPUAttentionBackendImpl):
+    """Attention over thin and dense blocks; see ``attention/step.py`` for the order of work."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for value, name in (
+            (self.alibi_slopes, "ALiBi position biases"),
+            (self.sinks, "attention sinks"),
+            (self.kv_sharing_target_layer_name, "a KV cache shared between layers"),
+        ):
+            if value is not None:
+                raise ThinkError(
+                    f"--kv-channel-prune: an attention layer has {name}, which is not "
+                    "supported; serve this model without --kv-channel-prune"
+                )
+        self.plan = selected_plan()
+        self.state = LayerState()
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend, and compact what has become old.
+
+        Args:
+            layer: vLLM's attention layer.
+            query: [num_tokens, Hq, D].
+            key: [num_tokens, Hk, D]. Stored densely before this call.
+            value: [num_tokens, Hk, D]. As ``key``.
+            kv_cache: [num_blocks, Hk, N, 2 * D]. Compacted in place.
+            attn_metadata: Of this step; None while vLLM profiles.
+            output: [num_tokens, Hq, D]. Written for every query of the step.
+            output_scale: Not supported by CPU attention.
+            output_block_scale: Not supported by CPU attention.
+
+        Returns:
+            ``output``.
+        """
+        if not isinstance(attn_metadata, ThinkCPUMetadata):
+            result: torch.Tensor = super().forward(
+                layer,
+                query,
+                key,
+                value,
+                kv_cache,
+                attn_metadata,
+                output,
+                output_scale,
+                output_block_scale,
+            )
+            return result
+        metadata = attn_metadata
+        if metadata.prefill is not None:
+            self._prefill(layer, query, kv_cache, metadata, output)
+            energies = self._observe(query, metadata)
+            if metadata.step.prompt_ends is not None:
+                self._end_prompts(kv_cache, metadata, metadata.step.prompt_ends, energies)
+        for wave in metadata.waves:
+            self._compact_due(kv_cache, metadata, wave)
+            self._decode(query, kv_cache, metadata, wave, output)
+        return output
+
+    def _prefill(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: ThinkCPUMetadata,
+        output: torch.Tensor,
+    ) -> None:
+        """Let vLLM's kernel serve prompt queries: it needs no keys beyond the dense blocks."""
+        where = metadata.prefill_tokens
+        part = output[where]  # a view for a slice, a copy for indices
+        super().forward(layer, query[where], None, None, kv_cache, metadata.prefill, part)
+        if isinstance(where, torch.Tensor):
+            output[where] = part
+
+    def _observe(self, query: torch.Tensor, metadata: ThinkCPUMetadata) -> list[torch.Tensor]:
+        """Add up the observation windows; return those of the prompts that end here."""
+        finished = []
+        for seen in metadata.step.observations:
+            if seen.resume_position is None:
+                energy = torch.zeros(self.num_kv_heads, self.head_size, dtype=torch.float32)
+            else:
+                block = self._block(metadata, seen.request, seen.resume_position)
+                energy = self.state.take_energy(block)
+            add_query_energy(query, seen.begin, seen.end, energy)
+            if seen.keep_position is None:
+                finished.append(energy)
+            else:
+                block = self._block(metadata, seen.request, seen.keep_position)
+                self.state.keep_energy(block, energy)
+        return finished
+
+    def _end_prompts(
+        self,
+        kv_cache: torch.Tensor,
+        metadata: ThinkCPUMetadata,
+        ends: PromptEnds,
+        energies: list[torch.Tensor],
+    ) -> None:
+        """Choose the channels of finished prompts, and compact their spans."""
+        observed = torch.from_numpy(ends.num_observed).view(-1, 1, 1)
+        channels = select_channels(
+            torch.stack(energies) / observed,
+            key_energy(
+                kv_cache,
+                metadata.block_table,
+                ends.request.astype(np.int32),
+                ends.prompt_len.astype(np.int32),
+                self.plan,
+            ),
+            self.plan.key_channels,
+        )
+        prompt = np.repeat(np.arange(ends.request.size), ends.num_spans)
+        if prompt.size:
+            span = np.concatenate([np.arange(count) for count in ends.num_spans])
+            compact_spans(
+                kv_cache,
+                metadata.block_table,
+                ends.request[prompt].astype(np.int32),
+                span.astype(np.int32),
+                channels[torch.from_numpy(prompt)],
+                self.plan,
+            )
+        if self.plan.config.kv_prune_decode:
+            for i in np.flatnonzero(ends.num_spans == 0):
+                last = int(ends.prompt_len[i]) - 1
+                block = self._block(metadata, int(ends.request[i]), last)
+                self.state.keep_channels(block, channels[i])
+
+    def _compact_due(
+        self, kv_cache: torch.Tensor, metadata: ThinkCPUMetadata, wave: WaveRows
+    ) -> None:
+        """Compact spans that filled while decoding, with their request's channels."""
+        if not wave.due_request.size:
+            return
+        later = wave.due_span > 0
+        shape = (wave.due_span.size, self.num_kv_heads, self.plan.key_channels)
+        channels = torch.empty(shape, dtype=torch.uint8)
+        if later.any():
+            channels[torch.from_numpy(later)] = read_channels(
+                kv_cache,
+                metadata.block_table,
+                wave.due_request[later],
+                wave.due_span[later] - 1,
+                self.plan,
+            )
+        for i in np.flatnonzero(~later):
+            request = int(wave.due_request[i])
+            last = int(metadata.prompt_lens[request]) - 1
+            channels[i] = self.state.take_channels(self._block(metadata, request, last))
+        compact_spans(
+            kv_cache, metadata.block_table, wave.due_request, wave.due_span, channels, self.plan
+        )
+
+    def _decode(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: ThinkCPUMetadata,
+        wave: WaveRows,
+        output: torch.Tensor,
+    ) -> None:
+        part = output[wave.tokens]
+        decode_attention(
+            query[wave.tokens],
+            kv_cache,
+            metadata.block_table,
+            wave.rows,
+            self.plan,
+            self.scale,
+            part,
+            logits_soft_cap=self.logits_soft_cap,
+        )
+        if isinstance(wave.tokens, torch.Tensor):
+            output[wave.tokens] = part
+
+    def _block(self, metadata: ThinkCPUMetadata, request: int, position: int) -> int:
+        return int(metadata.block_table[request, position // self.plan.block_size])

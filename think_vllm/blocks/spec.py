@@ -1,0 +1,83 @@
+"""The KV cache spec that tells vLLM which block manager a layer needs.
+
+Importing this module registers the spec. It is imported wherever a spec is made (workers,
+through the attention backend) or unpickled (the engine core), and nowhere else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Any
+
+from vllm.v1.kv_cache_interface import FullAttentionSpec, replace_as
+
+from think_vllm import compat
+from think_vllm.blocks.manager import ThinKVCacheManager
+from think_vllm.planner import BlockPlan
+from think_vllm.spans import SpanRule
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThinKVCacheSpec(FullAttentionSpec):
+    """Full attention whose old spans shrink from ``span_blocks`` to ``thin_blocks`` blocks.
+
+    The page size is that of a dense block: thin blocks live in the same pool.
+    """
+
+    span_blocks: int
+    thin_blocks: int
+    recent_window: int
+    prune_decode: bool
+
+    @cached_property
+    def rule(self) -> SpanRule:
+        """When a span is thin."""
+        return SpanRule(
+            block_size=self.block_size,
+            span_blocks=self.span_blocks,
+            thin_blocks=self.thin_blocks,
+            recent_window=self.recent_window,
+            prune_decode=self.prune_decode,
+        )
+
+    @classmethod
+    def from_dense(cls, spec: FullAttentionSpec, plan: BlockPlan) -> ThinKVCacheSpec:
+        """Extend the spec that vLLM made for a full-attention layer."""
+        made: ThinKVCacheSpec = replace_as(
+            spec,
+            cls,
+            span_blocks=plan.span_blocks,
+            thin_blocks=plan.thin_blocks,
+            recent_window=plan.config.kv_recent_window,
+            prune_decode=plan.config.kv_prune_decode,
+        )
+        return made
+
+    @classmethod
+    def merge(cls, specs: list[Any]) -> ThinKVCacheSpec:
+        """Merge the specs of one group, as vLLM's specs with own fields do.
+
+        Raises:
+            ValueError: If the specs disagree on a field of ours.
+        """
+        own = [f.name for f in fields(cls) if f.name not in _DENSE_FIELDS]
+        first = specs[0]
+        for spec in specs[1:]:
+            for name in own:
+                if getattr(spec, name) != getattr(first, name):
+                    raise ValueError(
+                        f"ThinKVCacheSpec.merge: layers of one group differ in {name}: "
+                        f"{getattr(first, name)} and {getattr(spec, name)}"
+                    )
+        merged = FullAttentionSpec.merge(
+            [replace_as(spec, FullAttentionSpec, drop=own) for spec in specs]
+        )
+        dense = {name: getattr(merged, name) for name in _DENSE_FIELDS}
+        made: ThinKVCacheSpec = replace(first, **dense)
+        return made
+
+
+_DENSE_FIELDS = frozenset(f.name for f in fields(FullAttentionSpec) if f.init)
+
+compat.register_spec(ThinKVCacheSpec, ThinKVCacheManager, base=FullAttentionSpec)

