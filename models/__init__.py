@@ -1,0 +1,1 @@
+"""The bundled tiny model and the code that makes it."""

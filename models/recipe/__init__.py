@@ -1,0 +1,1 @@
+"""Make the tiny key/value recall model: tokenizer, initialization, data, training, evaluation."""

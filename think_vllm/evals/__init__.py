@@ -1,0 +1,1 @@
+"""Evaluation data that needs neither a network nor a framework."""
