@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +18,8 @@ import httpx
 
 START_TIMEOUT_S = 300
 REQUEST_TIMEOUT_S = 600
+METRIC_TIMEOUT_S = 30
+POLL_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -92,12 +95,10 @@ class Server:
         while time.monotonic() < deadline:
             if self._process.poll() is not None:
                 raise RuntimeError(f"the server ended while starting:\n{self.log_tail()}")
-            try:
+            with suppress(httpx.TransportError):
                 if self._client.get(f"{self.url}/health").status_code == 200:
                     return
-            except httpx.TransportError:
-                pass
-            time.sleep(0.2)
+            time.sleep(POLL_S)
         raise RuntimeError(
             f"the server is not healthy after {START_TIMEOUT_S} s:\n{self.log_tail()}"
         )
@@ -111,14 +112,10 @@ class Server:
         self._process = None
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=60)
-            except subprocess.TimeoutExpired:
-                pass
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         process.wait()
 
     def log_tail(self, lines: int = 60) -> str:
@@ -153,6 +150,14 @@ class Server:
         """Complete all prompts at the same time."""
         with ThreadPoolExecutor(len(prompts)) as pool:
             return list(pool.map(self.complete, prompts, max_tokens))
+
+    def wait_for_metric(self, name: str, value: float) -> None:
+        """Wait until a metric has a value; vLLM updates its metrics after the answer."""
+        deadline = time.monotonic() + METRIC_TIMEOUT_S
+        while (seen := self.metric(name)) != value:
+            if time.monotonic() > deadline:
+                raise AssertionError(f"{name} is {seen} after {METRIC_TIMEOUT_S} s, not {value}")
+            time.sleep(POLL_S)
 
     def metric(self, name: str) -> float:
         """Sum of a Prometheus metric over its labels."""

@@ -320,9 +320,13 @@ def test_manager_frees_too_early_is_noticed() -> None:
     )
     for _ in range(4):
         engine.arrive(prompt_len=30, max_tokens=40)
-    with pytest.raises(AssertionError):
+
+    def run() -> None:
         for _ in range(200):
             engine.step(33)
+
+    with pytest.raises(AssertionError):
+        run()
 
 
 def test_spec_merge_keeps_own_fields_and_refuses_disagreement() -> None:

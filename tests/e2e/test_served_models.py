@@ -1,0 +1,49 @@
+"""Other shapes of attention, as random-weight models."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.checks import EAGER, check_served
+from tests.support.models import make_llama
+from tests.support.reference import Pruning, Reference
+from tests.support.server import Server
+from think_vllm.config import ThinkConfig
+from think_vllm.planner import plan_blocks
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.mark.parametrize(
+    ("head_size", "num_heads", "num_kv_heads", "num_layers", "ratio", "block_size"),
+    [(64, 8, 1, 3, 0.5, None), (80, 4, 4, 2, 0.4, 32), (256, 4, 2, 2, 0.7, None)],
+    ids=["mqa-64", "mha-80", "gqa-256"],
+)
+def test_served_logprobs_equal_the_reference(
+    serve: Callable[..., Server],
+    tmp_path: Path,
+    head_size: int,
+    num_heads: int,
+    num_kv_heads: int,
+    num_layers: int,
+    ratio: float,
+    block_size: int | None,
+) -> None:
+    model = make_llama(
+        tmp_path,
+        head_size=head_size,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        num_layers=num_layers,
+    )
+    plan = plan_blocks(ThinkConfig(kv_channel_prune=ratio), head_size, 4, block_size)
+    assert plan is not None
+    arguments = ["--kv-channel-prune", str(ratio)]
+    if block_size is not None:
+        arguments += ["--block-size", str(block_size)]
+    span = plan.span_tokens
+    with_server = serve(*EAGER, *arguments, model=model)
+    pruning = Pruning(key_channels=plan.key_channels, span_tokens=span)
+    lengths = [30, span + 32, span + 31, 2 * span + 100, 900]
+    check_served(with_server, Reference(model), lengths, [span + 20] * len(lengths), pruning)

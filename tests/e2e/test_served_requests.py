@@ -1,0 +1,85 @@
+"""Requests as users send them: the example, chat, streams cut off, prompts too long."""
+
+import random
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.support.server import Server
+from think_vllm.cli.serve import example_hint
+from think_vllm.evals.recall import recall_samples
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.fixture(scope="module")
+def server(serve: Callable[..., Server]) -> Server:
+    # The flags of `make serve`, with vLLM's default data type and compilation.
+    return serve("--kv-channel-prune", "0.5", "--max-num-seqs", "32")
+
+
+def test_start_log_states_the_plan(server: Server) -> None:
+    log = server.log_tail(10_000)
+    assert "key channels 63 of 128 (pruned: 0.508, requested 0.5)" in log
+    assert "4 blocks of 48 tokens become 3" in log
+    assert "multiply by these" in log
+
+
+def test_example_hint_is_answered_right(server: Server, recall_model: Path) -> None:
+    hint = example_hint(str(recall_model), "127.0.0.1", 8000)
+    assert hint is not None
+    assert f'"model": "{recall_model}"' in hint
+    prompt = "the code of k17 is 4 9 2 1 . the code of k5 is 8 0 3 6 . what is the code of k17 ?"
+    assert prompt in hint
+    body = {"prompt": prompt, "max_tokens": 8, "temperature": 0}
+    choice = server.post("/v1/completions", body).json()["choices"][0]
+    assert choice["text"].strip() == "4 9 2 1"
+
+
+def test_chat_answers_from_a_pruned_prompt(server: Server) -> None:
+    samples = recall_samples(seed=3, count=20, num_tokens=1500, num_records=60)
+
+    def ask(prompt: str) -> str:
+        messages = [{"role": "user", "content": prompt}]
+        body = {"messages": messages, "max_tokens": 8, "temperature": 0}
+        response = server.post("/v1/chat/completions", body)
+        content: str = response.json()["choices"][0]["message"]["content"]
+        return content
+
+    with ThreadPoolExecutor(10) as pool:
+        answers = list(pool.map(ask, [sample.prompt for sample in samples]))
+    right = sum(s.is_answered_by(a) for s, a in zip(samples, answers, strict=True))
+    assert right >= 19
+
+
+def test_prompt_longer_than_the_model_is_refused_alone(server: Server) -> None:
+    rng = random.Random(1)
+    prompt = [rng.randrange(4, 384) for _ in range(700)]
+    alone = server.complete(prompt, 64)
+    with ThreadPoolExecutor(2) as pool:
+        running = pool.submit(server.complete, prompt, 64)
+        refused = server.post("/v1/completions", {"prompt": [9] * 3000, "max_tokens": 1})
+        assert refused.status_code == 400
+        assert "maximum context length" in refused.text
+        assert running.result().tokens == alone.tokens
+
+
+def test_streams_cut_off_give_their_blocks_back(server: Server) -> None:
+    rng = random.Random(2)
+    for length in (1, 100, 600, 1200):
+        body = {
+            "model": server.model,
+            "prompt": [rng.randrange(4, 384) for _ in range(length)],
+            "max_tokens": 800,
+            "ignore_eos": True,
+            "stream": True,
+        }
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body) as response:
+            next(response.iter_lines())
+    # A request that runs afterwards is scheduled behind the aborts; then nothing is left.
+    server.complete([5, 6, 7], 4)
+    server.wait_for_metric("vllm:num_requests_running", 0)
+    server.wait_for_metric("vllm:kv_cache_usage_perc", 0)
