@@ -24,6 +24,8 @@ MAX_SPAN_TOKENS = 2048
 TOKEN_ALIGNMENT = 4
 #: Plans are compared by what they save at this context length.
 REFERENCE_TOKENS = 4096
+#: Plans whose savings are at least this share of the best one's count as equally good.
+SAVINGS_TOLERANCE = 0.985
 #: Share of the head size by which a plan may prune more than requested, to fit its blocks.
 CHANNEL_TOLERANCE = 0.025
 
@@ -162,7 +164,7 @@ def plan_blocks(
     candidates = [plan for size in sizes for plan in _plans(config, head_size, itemsize, size)]
     if not candidates:
         raise ThinkError(_no_plan(config, head_size, itemsize, block_size, block_sizes))
-    return max(candidates, key=_merit)
+    return _best(candidates)
 
 
 def _plans(
@@ -192,11 +194,27 @@ def _plans(
             )
 
 
-def _merit(plan: BlockPlan) -> tuple[float, int, int, int]:
-    """Savings first; within one percent more channels, then wider vectors, then short spans."""
-    alignment = math.gcd(plan.thin_block_tokens, 16)
-    savings = round(plan.effective_multiple(REFERENCE_TOKENS), 2)
-    return (savings, plan.key_channels, alignment, -plan.span_tokens)
+def _best(candidates: Sequence[BlockPlan]) -> BlockPlan:
+    """Most savings; among nearly equal ones most channels, widest vectors, shortest span."""
+    enough = SAVINGS_TOLERANCE * max(_savings(plan) for plan in candidates)
+    return max(
+        (plan for plan in candidates if _savings(plan) >= enough),
+        key=lambda plan: (
+            plan.key_channels,
+            math.gcd(plan.thin_block_tokens, 16),
+            -plan.span_tokens,
+        ),
+    )
+
+
+def _savings(plan: BlockPlan) -> float:
+    """``effective_multiple`` at the reference length, without the recent window.
+
+    The window is the same for every candidate, and a plan should not change with it.
+    """
+    dense_tail = plan.span_tokens / 2
+    thin = (REFERENCE_TOKENS - dense_tail) / plan.capacity_multiple
+    return REFERENCE_TOKENS / (thin + dense_tail)
 
 
 def _no_plan(

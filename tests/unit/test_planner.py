@@ -93,5 +93,13 @@ def test_plan_blocks_refuses_a_head_size_beyond_one_byte() -> None:
         make(0.5, head_size=320)
 
 
+@pytest.mark.parametrize("window", [0, 7, 1000])
+def test_plan_blocks_does_not_depend_on_the_windows(window: int) -> None:
+    config = ThinkConfig(kv_channel_prune=0.4, kv_recent_window=window)
+    plan = plan_blocks(config, 128, 2)
+    assert plan is not None
+    assert (plan.key_channels, plan.block_size, plan.span_tokens) == (76, 64, 320)
+
+
 def test_block_sizes_are_what_the_cpu_kernels_take() -> None:
     assert all(size % 16 == 0 for size in BLOCK_SIZES)
