@@ -23,9 +23,12 @@ help: ## Show this list
 setup: ## Make .venv and install into it (DEVICE=cpu|cuda, PYTHON=, TORCH_INDEX=)
 	@scripts/setup.sh
 
+# The bundled model needs no hub, and no more memory than this; later ARGS win.
+IS_BUNDLED = $(filter $(BUNDLED) $(BUNDLED)/ ./$(BUNDLED),$(MODEL))
+
 serve: setup ## Serve MODEL with PRUNE of its key channels pruned (PORT=, ARGS=)
-	$(if $(filter $(BUNDLED) $(BUNDLED)/ ./$(BUNDLED),$(MODEL)),HF_HUB_OFFLINE=1) $(BIN)/think-vllm serve $(MODEL) \
-		--kv-channel-prune $(PRUNE) --port $(PORT) $(ARGS)
+	$(if $(IS_BUNDLED),HF_HUB_OFFLINE=1 )$(BIN)/think-vllm serve $(MODEL) --kv-channel-prune $(PRUNE) \
+		--port $(PORT) $(if $(IS_BUNDLED),--kv-cache-memory-bytes 268435456) $(ARGS)
 
 test: setup ## Run the tests (TESTS=path, ARGS="-k name")
 	$(OFFLINE) $(BIN)/python -m pytest $(TESTS) $(ARGS)

@@ -50,9 +50,9 @@ def plan(arguments: Sequence[str]) -> int:
         made, heads, layers, namespace.memory, namespace.context_length
     )
     if namespace.json:
-        print(json.dumps({"model": namespace.model, **fields}, indent=2))  # noqa: T201
+        print(json.dumps({"model": namespace.model, **fields}, indent=2))
     else:
-        print("\n".join(_text(namespace.model, made, fields)))  # noqa: T201
+        print("\n".join(_text(namespace.model, made, fields)))
     return 0
 
 
@@ -125,13 +125,12 @@ def _engine_shape(namespace: argparse.Namespace) -> tuple[Any, Any]:
     from vllm.config import ParallelConfig
     from vllm.engine.arg_utils import EngineArgs
 
-    engine = EngineArgs(
-        model=namespace.model,
-        dtype=namespace.dtype,
-        trust_remote_code=namespace.trust_remote_code,
-    )
     try:
-        model_config = engine.create_model_config()
+        model_config = EngineArgs(
+            model=namespace.model,
+            dtype=namespace.dtype,
+            trust_remote_code=namespace.trust_remote_code,
+        ).create_model_config()
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise ThinkError(f"plan: cannot read the model {namespace.model!r}: {first}") from None

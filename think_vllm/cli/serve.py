@@ -31,20 +31,25 @@ def serve(arguments: Sequence[str]) -> int:
     namespace = parser.parse_args(["serve", *arguments])
     configure_logging_from_args(namespace)
     command.validate(namespace)
-    hint = example_hint(namespace.model_tag, namespace.host, namespace.port)
+    hint = example_hint(
+        namespace.model_tag, namespace.host, namespace.port, namespace.served_model_name
+    )
     if hint:
-        print(hint, flush=True)  # noqa: T201 - this is the program's output
+        print(hint, flush=True)
     command.cmd(namespace)
     return 0
 
 
-def example_hint(model: str | None, host: str | None, port: int) -> str | None:
+def example_hint(
+    model: str | None, host: str | None, port: int, served_names: Sequence[str] | None = None
+) -> str | None:
     """A command line to try the server with, if the model comes with an example."""
     path = Path(model or "") / EXAMPLE_FILE
     if not model or not path.is_file():
         return None
     example = json.loads(path.read_text(encoding="utf-8"))
-    body = {"model": model, "prompt": example["prompt"], "max_tokens": 8, "temperature": 0}
+    name = served_names[0] if served_names else model
+    body = {"model": name, "prompt": example["prompt"], "max_tokens": 8, "temperature": 0}
     address = f"http://{host or 'localhost'}:{port}/v1/completions"
     return (
         "Once the server says 'Application startup complete.', in another terminal:\n\n"

@@ -1,0 +1,54 @@
+"""Offline: ``LLM(..., additional_config=...)``, as in a script of a user."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.checks import TOLERANCE, random_prompts
+from tests.support.reference import Pruning, Reference
+from tests.support.server import offline_environment
+
+pytestmark = pytest.mark.e2e
+
+SCRIPT = """
+import json, sys
+from vllm import LLM, SamplingParams
+
+if __name__ == "__main__":
+    llm = LLM(sys.argv[1], dtype="float32", enforce_eager=True, max_num_seqs=8,
+              kv_cache_memory_bytes=2**27,
+              additional_config={"think": {"kv_channel_prune": 0.5}})
+    params = SamplingParams(temperature=0, max_tokens=30, logprobs=0, ignore_eos=True)
+    prompts = [{"prompt_token_ids": ids} for ids in json.loads(sys.argv[2])]
+    answers = [output.outputs[0] for output in llm.generate(prompts, params)]
+    print("RESULT" + json.dumps([
+        [list(a.token_ids), [step[t].logprob for t, step in zip(a.token_ids, a.logprobs)]]
+        for a in answers
+    ]))
+"""
+
+
+def test_llm_takes_additional_config(
+    recall_model: Path, recall_reference: Reference, tmp_path: Path
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    prompts = random_prompts([300, 1000])
+    done = subprocess.run(
+        [sys.executable, str(script), str(recall_model), json.dumps(prompts)],
+        capture_output=True,
+        text=True,
+        env=offline_environment(),
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    line = next(x for x in done.stdout.splitlines() if x.startswith("RESULT"))
+    pruning = Pruning(key_channels=63, span_tokens=192)
+    for prompt, (tokens, logprobs) in zip(
+        prompts, json.loads(line.removeprefix("RESULT")), strict=True
+    ):
+        expected = recall_reference.logprobs(prompt, tokens, pruning)
+        assert max(abs(a - b) for a, b in zip(expected, logprobs, strict=True)) < TOLERANCE

@@ -1,0 +1,94 @@
+"""``think-vllm plan``, as a program."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from think_vllm.cli.plan import budget_fields, parse_bytes
+from think_vllm.config import ThinkConfig
+from think_vllm.planner import plan_blocks
+
+FIELDS = {
+    "head_size",
+    "key_channels",
+    "requested_ratio",
+    "actual_ratio",
+    "block_size",
+    "span_blocks",
+    "thin_blocks",
+    "span_tokens",
+    "recent_window",
+    "observation_window",
+    "dense_bytes_per_token_head",
+    "thin_bytes_per_token_head",
+    "capacity_multiple",
+}
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "think_vllm.cli.main", "plan", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_plan_json_has_the_documented_fields(recall_model: Path) -> None:
+    done = run(str(recall_model), "--kv-channel-prune", "0.5", "--memory", "1GiB", "--json")
+    assert done.returncode == 0, done.stderr
+    fields = json.loads(done.stdout)
+    assert set(fields) >= FIELDS
+    assert (fields["key_channels"], fields["head_size"], fields["block_size"]) == (63, 128, 48)
+    assert fields["thin_bytes_per_token_head"] == 384.0
+    # 2 layers x 2 heads x 48 tokens x 512 bytes a block, one block is vLLM's null block.
+    assert fields["num_blocks"] == 2**30 // (2 * 2 * 48 * 512) - 1
+    assert fields["thin_requests"] > 1.3 * fields["plain_requests"]
+
+
+def test_plan_text_says_what_it_is_worth(recall_model: Path) -> None:
+    done = run(str(recall_model), "--kv-channel-prune", "0.4", "--kv-recent-window", "16")
+    assert "key channels 76 of 128" in done.stdout
+    assert "recent window 16" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--kv-channel-prune", "0.05"], "the smallest ratio that does is"),
+        (["--kv-channel-prune", "0.001"], "prunes no channel"),
+        ([], "--kv-channel-prune RATIO is needed"),
+    ],
+)
+def test_plan_refuses_in_one_line(recall_model: Path, arguments: list[str], message: str) -> None:
+    done = run(str(recall_model), *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_plan_refuses_a_model_that_is_not_there() -> None:
+    done = run("models/no-such-model", "--kv-channel-prune", "0.5")
+    assert done.returncode == 2
+    assert "plan: cannot read the model 'models/no-such-model'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_budget_fields_count_whole_requests() -> None:
+    plan = plan_blocks(ThinkConfig(kv_channel_prune=0.5), 128, 2)
+    assert plan is not None
+    block = plan.layout.run_bytes * 8 * 32
+    fields = budget_fields(plan, 8, 32, memory_bytes=block * 101, context_len=416)
+    # 9 blocks dense; 7 once two spans are thin.
+    assert (fields["num_blocks"], fields["plain_requests"], fields["thin_requests"]) == (
+        100,
+        11,
+        14,
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("8GiB", 8 * 2**30), ("500MB", 500 * 10**6), ("1.5k", 1500), ("77", 77), ("2gi", 2**31)],
+)
+def test_parse_bytes(text: str, size: int) -> None:
+    assert parse_bytes(text) == size
