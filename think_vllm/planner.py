@@ -2,7 +2,7 @@
 
 A span of ``span_blocks`` dense blocks becomes ``thin_blocks`` thin ones. Block counts are
 whole numbers, so not every ratio is worth its exact share: the planner looks through all
-short spans and takes the one that saves most at a context of 4k tokens, dense tail included.
+short spans and takes the one that saves most at a context of 2k tokens, dense tail included.
 """
 
 import math
@@ -23,7 +23,7 @@ MAX_SPAN_TOKENS = 2048
 #: Key rows of a thin block are whole multiples of this many tokens (vector loads).
 TOKEN_ALIGNMENT = 4
 #: Plans are compared by what they save at this context length.
-REFERENCE_TOKENS = 4096
+REFERENCE_TOKENS = 2048
 #: Plans whose savings are at least this share of the best one's count as equally good.
 SAVINGS_TOLERANCE = 0.985
 #: Share of the head size by which a plan may prune more than requested, to fit its blocks.
@@ -208,13 +208,14 @@ def _best(candidates: Sequence[BlockPlan]) -> BlockPlan:
 
 
 def _savings(plan: BlockPlan) -> float:
-    """``effective_multiple`` at the reference length, without the recent window.
+    """Capacity multiple of a request of the reference length, unfilled blocks included.
 
-    The window is the same for every candidate, and a plan should not change with it.
+    On average half a span is not full yet, nor half a block. The recent window is left out:
+    it is the same for every candidate, and a plan should not change with it.
     """
     dense_tail = plan.span_tokens / 2
     thin = (REFERENCE_TOKENS - dense_tail) / plan.capacity_multiple
-    return REFERENCE_TOKENS / (thin + dense_tail)
+    return REFERENCE_TOKENS / (thin + dense_tail + plan.block_size / 2)
 
 
 def _no_plan(

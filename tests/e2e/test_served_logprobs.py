@@ -102,8 +102,9 @@ def test_windows_and_compilation(serve: Callable[..., Server], recall_reference:
     # vLLM's default compilation, another ratio, other windows.
     windows = ("--kv-recent-window", "7", "--kv-observation-window", "100")
     server = serve(*FLOAT32, "--kv-channel-prune", "0.4", *windows)
-    pruning = Pruning(key_channels=76, span_tokens=320, recent_window=7, observation_window=100)
-    check_served(server, recall_reference, [60, 326, 327, 328, 1500], [330] * 5, pruning)
+    # 0.4 at head size 128 in float32: 76 channels, 5 blocks of 32 tokens become 4.
+    pruning = Pruning(key_channels=76, span_tokens=160, recent_window=7, observation_window=100)
+    check_served(server, recall_reference, [60, 166, 167, 168, 1500], [330] * 5, pruning)
 
 
 def test_ratio_that_prunes_nothing(

@@ -18,10 +18,10 @@ def make(ratio: float, head_size: int = 128, block_size: int | None = None) -> B
     [
         # chosen block size: kept channels, block, span before and after, thin tokens
         (0.5, None, (63, 48, 4, 3, 64)),
-        (0.4, None, (76, 64, 5, 4, 80)),
+        (0.4, None, (75, 32, 5, 4, 40)),
         (0.5, 128, (62, 128, 4, 3, 172)),
         (0.4, 16, (74, 16, 5, 4, 20)),
-        (0.4, 32, (75, 32, 5, 4, 40)),
+        (0.4, 64, (76, 64, 5, 4, 80)),
         (0.7, 32, (39, 32, 3, 2, 48)),
     ],
 )
@@ -98,7 +98,7 @@ def test_plan_blocks_does_not_depend_on_the_windows(window: int) -> None:
     config = ThinkConfig(kv_channel_prune=0.4, kv_recent_window=window)
     plan = plan_blocks(config, 128, 2)
     assert plan is not None
-    assert (plan.key_channels, plan.block_size, plan.span_tokens) == (76, 64, 320)
+    assert (plan.key_channels, plan.block_size, plan.span_tokens) == (75, 32, 160)
 
 
 def test_block_sizes_are_what_the_cpu_kernels_take() -> None:
