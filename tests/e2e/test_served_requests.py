@@ -40,7 +40,7 @@ def test_example_hint_is_answered_right(server: Server, recall_model: Path) -> N
 
 
 def test_chat_answers_from_a_pruned_prompt(server: Server) -> None:
-    samples = recall_samples(seed=3, count=20, num_tokens=1500, num_records=60)
+    samples = list(recall_samples(seed=3, count=20, num_tokens=1500, num_records=60))
 
     def ask(prompt: str) -> str:
         messages = [{"role": "user", "content": prompt}]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,11 +15,12 @@ from vllm.v1.attention.backends.cpu_attn import (
 
 from think_vllm import compat
 from think_vllm.activation import selected_plan
+from think_vllm.attention.cpu_scratch import BLOCK_SIZE, PromptScratch
 from think_vllm.attention.step import Int32Array, Int64Array, Prefill, Step, Wave, sort_step
 from think_vllm.blocks.spec import ThinKVCacheSpec
 from think_vllm.errors import ThinkError
-from think_vllm.kernels.cpu.dense import dense_isa
 from think_vllm.kernels.cpu.decode import DecodeRows
+from think_vllm.kernels.cpu.dense import dense_isa
 from think_vllm.kernels.cpu.warmup import warm_up
 
 #: Tokens of a step: a slice where they are neighbours, else their indices.
@@ -44,6 +45,21 @@ class WaveRows:
 
 
 @dataclass(frozen=True)
+class PrefillPart:
+    """Prompt queries that one call of vLLM's kernel serves.
+
+    Args:
+        metadata: vLLM's own.
+        tokens: Where the queries are.
+        scratch: Blocks to attend to instead of the cache, None for the cache.
+    """
+
+    metadata: CPUAttentionMetadata
+    tokens: Tokens
+    scratch: PromptScratch | None
+
+
+@dataclass(frozen=True)
 class ThinkCPUMetadata:
     """One step, shared by the layers of a group.
 
@@ -51,16 +67,14 @@ class ThinkCPUMetadata:
         step: The sorted batch.
         block_table: int32 [num_reqs, width]. Blocks of each request.
         prompt_lens: int64 [num_reqs]. Tokens of each request's prompt.
-        prefill: vLLM's own metadata for the prompt queries, None if there are none.
-        prefill_tokens: Where those queries are.
+        prefill: The step's prompt queries, in at most two parts.
         waves: The step's waves.
     """
 
     step: Step
     block_table: torch.Tensor
     prompt_lens: Int64Array
-    prefill: CPUAttentionMetadata | None
-    prefill_tokens: Tokens
+    prefill: list[PrefillPart]
     waves: list[WaveRows]
 
 
@@ -82,9 +96,18 @@ class ThinkCPUMetadataBuilder(CPUAttentionMetadataBuilder):
                 f"ThinkCPUMetadataBuilder: the cache was laid out for {kv_cache_spec.rule}, "
                 f"the plan is {self.plan.rule}"
             )
+        # For fresh prompts: vLLM's own builder for blocks of its own default size.
+        self._fresh = CPUAttentionMetadataBuilder(
+            replace(kv_cache_spec, block_size=BLOCK_SIZE), layer_names, vllm_config, device
+        )
         # Thin blocks are made from the plain dense form, so AMX and NEON packings are out.
         self.isa = dense_isa(self.dtype, self.head_dim, self.block_size)
         self._set_isa_to_layers(layer_names)
+        self._scratch = None
+        if self._fresh.isa != self.isa:
+            self._scratch = PromptScratch(
+                self.num_kv_heads, self.head_dim, self.dtype, self._fresh.isa
+            )
         # Here, because vLLM builds this before it reports healthy: nothing compiles later.
         warm_up(self.dtype, self.num_heads, self.num_kv_heads, self.plan)
 
@@ -106,24 +129,41 @@ class ThinkCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             common.seq_lens.numpy().astype(np.int64),
             prompt_lens,
         )
-        prefill = None
-        prefill_tokens: Tokens = slice(0, 0)
-        if step.prefill is not None:
-            prefill_tokens = _tokens(_prefill_tokens(step.prefill))
-            prefill = super().build(0, _prefill_common(common, step.prefill), fast_build)
         return ThinkCPUMetadata(
             step=step,
             block_table=common.block_table_tensor,
             prompt_lens=prompt_lens,
-            prefill=prefill,
-            prefill_tokens=prefill_tokens,
+            prefill=self._build_prefill(common, step.prefill),
             waves=[_wave_rows(wave) for wave in step.waves],
         )
 
+    def _build_prefill(
+        self, common: CommonAttentionMetadata, prefill: Prefill | None
+    ) -> list[PrefillPart]:
+        """Prompts that start in this step apart from those that go on."""
+        if prefill is None:
+            return []
+        fresh = np.zeros(prefill.request.size, np.bool_)
+        parts = []
+        if self._scratch is not None:
+            fresh = prefill.seq_len == prefill.num_tokens
+        if self._scratch is not None and fresh.any():
+            chosen = prefill.choose(fresh)
+            table = self._scratch.place(chosen.num_tokens)
+            metadata = self._fresh.build(0, _prefill_common(common, chosen, table))
+            parts.append(PrefillPart(metadata, _tokens(chosen.tokens()), self._scratch))
+        if not fresh.all():
+            chosen = prefill.choose(~fresh)
+            table = common.block_table_tensor[torch.from_numpy(chosen.request)]
+            metadata = super().build(0, _prefill_common(common, chosen, table))
+            parts.append(PrefillPart(metadata, _tokens(chosen.tokens()), None))
+        return parts
 
-def _prefill_common(common: CommonAttentionMetadata, prefill: Prefill) -> CommonAttentionMetadata:
-    """The batch as if it held nothing but its prompt queries."""
-    num_tokens = int(prefill.num_tokens.sum())
+
+def _prefill_common(
+    common: CommonAttentionMetadata, prefill: Prefill, block_table: torch.Tensor
+) -> CommonAttentionMetadata:
+    """The batch as if it held nothing but these prompt queries."""
     query_start = np.concatenate(([0], np.cumsum(prefill.num_tokens))).astype(np.int32)
     starts = torch.from_numpy(query_start)
     return common.replace(
@@ -131,19 +171,10 @@ def _prefill_common(common: CommonAttentionMetadata, prefill: Prefill) -> Common
         query_start_loc_cpu=starts,
         seq_lens=torch.from_numpy(prefill.seq_len.astype(np.int32)),
         num_reqs=int(prefill.request.size),
-        num_actual_tokens=num_tokens,
+        num_actual_tokens=int(query_start[-1]),
         max_query_len=int(prefill.num_tokens.max()),
         max_seq_len=int(prefill.seq_len.max()),
-        block_table_tensor=common.block_table_tensor[torch.from_numpy(prefill.request)],
-    )
-
-
-def _prefill_tokens(prefill: Prefill) -> Int64Array:
-    return np.concatenate(
-        [
-            np.arange(first, first + count)
-            for first, count in zip(prefill.first_token, prefill.num_tokens, strict=True)
-        ]
+        block_table_tensor=block_table,
     )
 
 

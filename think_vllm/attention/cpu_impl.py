@@ -9,7 +9,7 @@ import torch
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
 from think_vllm.activation import selected_plan
-from think_vllm.attention.cpu_builder import ThinkCPUMetadata, WaveRows
+from think_vllm.attention.cpu_builder import PrefillPart, ThinkCPUMetadata, WaveRows
 from think_vllm.attention.state import LayerState
 from think_vllm.attention.step import PromptEnds
 from think_vllm.errors import ThinkError
@@ -78,11 +78,11 @@ class ThinkCPUImpl(CPUAttentionBackendImpl):
             )
             return result
         metadata = attn_metadata
-        if metadata.prefill is not None:
-            self._prefill(layer, query, kv_cache, metadata, output)
-            energies = self._observe(query, metadata)
-            if metadata.step.prompt_ends is not None:
-                self._end_prompts(kv_cache, metadata, metadata.step.prompt_ends, energies)
+        for part in metadata.prefill:
+            self._prefill(layer, query, key, value, kv_cache, part, output)
+        energies = self._observe(query, metadata)
+        if metadata.step.prompt_ends is not None:
+            self._end_prompts(kv_cache, metadata, metadata.step.prompt_ends, energies)
         for wave in metadata.waves:
             self._compact_due(kv_cache, metadata, wave)
             self._decode(query, kv_cache, metadata, wave, output)
@@ -92,16 +92,21 @@ class ThinkCPUImpl(CPUAttentionBackendImpl):
         self,
         layer: Any,
         query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
         kv_cache: torch.Tensor,
-        metadata: ThinkCPUMetadata,
+        part: PrefillPart,
         output: torch.Tensor,
     ) -> None:
-        """Let vLLM's kernel serve prompt queries: it needs no keys beyond the dense blocks."""
-        where = metadata.prefill_tokens
-        part = output[where]  # a view for a slice, a copy for indices
-        super().forward(layer, query[where], None, None, kv_cache, metadata.prefill, part)
+        """Let vLLM's kernel serve prompt queries: they see dense blocks only."""
+        where = part.tokens
+        if part.scratch is not None:
+            part.scratch.store(key[where], value[where])
+            kv_cache = part.scratch.blocks
+        answer = output[where]  # a view for a slice, a copy for indices
+        super().forward(layer, query[where], key, value, kv_cache, part.metadata, answer)
         if isinstance(where, torch.Tensor):
-            output[where] = part
+            output[where] = answer
 
     def _observe(self, query: torch.Tensor, metadata: ThinkCPUMetadata) -> list[torch.Tensor]:
         """Add up the observation windows; return those of the prompts that end here."""

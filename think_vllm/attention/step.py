@@ -41,6 +41,22 @@ class Prefill:
     num_tokens: Int64Array
     seq_len: Int64Array
 
+    def choose(self, which: npt.NDArray[np.bool_]) -> "Prefill":
+        """The chosen requests alone."""
+        return Prefill(
+            self.request[which],
+            self.first_token[which],
+            self.num_tokens[which],
+            self.seq_len[which],
+        )
+
+    def tokens(self) -> Int64Array:
+        """All queries, as indices into the step's tokens: int64 [num_tokens.sum()]."""
+        ends = np.cumsum(self.num_tokens)
+        offset = np.repeat(self.first_token - (ends - self.num_tokens), self.num_tokens)
+        indices: Int64Array = np.arange(int(ends[-1])) + offset
+        return indices
+
 
 @dataclass(frozen=True)
 class Observation:

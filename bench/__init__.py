@@ -1,0 +1,1 @@
+"""Benchmarks; ``make bench`` lists them. Each prints its machine and versions."""

@@ -1,0 +1,151 @@
+"""Decode attention: vLLM's own CPU kernel, and ours over dense and over thin blocks.
+
+8 sequences of 4,096 tokens, 32/8 heads of 128 unless told otherwise. The kernels take turns, so
+each round meets the same machine; medians of rounds, and of their ratios to vLLM's kernel.
+Run: ``python -m bench.decode``.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import vllm._C  # noqa: F401 - registers vLLM's CPU operators
+from vllm import _custom_ops as ops
+
+from bench.machine import describe_machine
+from think_vllm.config import ThinkConfig
+from think_vllm.kernels.cpu.compaction import compact_spans
+from think_vllm.kernels.cpu.decode import DecodeRows, decode_attention
+from think_vllm.planner import BlockPlan, plan_blocks
+
+VLLM_BLOCK_SIZE = 128  # its default on CPUs
+
+
+def vllm_kernel(query: torch.Tensor, num_kv_heads: int, context: int) -> Callable[[], None]:
+    """Set up vLLM's C++ decode over dense blocks of the query's dtype."""
+    num_seqs, num_heads, head_size = query.shape
+    width = -(-context // VLLM_BLOCK_SIZE)
+    cache = torch.randn(num_seqs * width, num_kv_heads, 2 * VLLM_BLOCK_SIZE, head_size)
+    key_cache, value_cache = cache.to(query.dtype).chunk(2, dim=2)
+    isa = "vec" if head_size % 32 == 0 else "vec16"
+    starts = torch.arange(num_seqs + 1, dtype=torch.int32)
+    seq_lens = torch.full((num_seqs,), context, dtype=torch.int32)
+    table = torch.arange(num_seqs * width, dtype=torch.int32).view(num_seqs, width)
+    metadata = ops.cpu_attn_get_scheduler_metadata(
+        num_reqs=num_seqs,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_size,
+        seq_lens=seq_lens,
+        dtype=query.dtype,
+        query_start_loc=starts,
+        causal=True,
+        sliding_window_size=-1,
+        isa=isa,
+        enable_kv_split=True,
+        dynamic_causal=None,
+        kv_cache_dtype="auto",
+    )
+    out = torch.empty_like(query)
+
+    def run() -> None:
+        ops.cpu_attention_with_kv_cache(
+            query=query,
+            key_cache=key_cache,
+            value_cache=value_cache,
+            output=out,
+            query_start_loc=starts,
+            seq_lens=seq_lens,
+            scale=head_size**-0.5,
+            causal=True,
+            alibi_slopes=None,
+            sliding_window=-1,
+            block_table=table,
+            softcap=0,
+            scheduler_metadata=metadata,
+            s_aux=None,
+            dynamic_causal=None,
+            k_scale=1.0,
+            v_scale=1.0,
+            kv_cache_dtype="auto",
+        )
+
+    return run
+
+
+def think_kernel(
+    query: torch.Tensor, num_kv_heads: int, context: int, plan: BlockPlan, thin: bool
+) -> Callable[[], None]:
+    """Set up our decode over contexts whose full spans are all thin, or all dense."""
+    num_seqs, _, head_size = query.shape
+    width = -(-context // plan.block_size)
+    shape = (num_seqs * width, num_kv_heads, plan.block_size, 2 * head_size)
+    cache = torch.randn(shape).to(query.dtype)
+    table = torch.arange(num_seqs * width, dtype=torch.int32).view(num_seqs, width)
+    spans = plan.rule.prompt_spans(context) if thin else 0
+    if spans:
+        request = np.repeat(np.arange(num_seqs), spans)
+        ranked = torch.rand(num_seqs * spans, num_kv_heads, head_size).argsort(dim=-1)
+        channels = ranked[..., : plan.key_channels].sort(dim=-1).values.to(torch.uint8)
+        span = np.tile(np.arange(spans), num_seqs)
+        compact_spans(cache, table, request, span, channels, plan)
+    rows = DecodeRows(
+        np.arange(num_seqs, dtype=np.int32),
+        np.full(num_seqs, context, np.int32),
+        np.full(num_seqs, spans, np.int32),
+    )
+    out = torch.empty_like(query)
+
+    def run() -> None:
+        decode_attention(query, cache, table, rows, plan, head_size**-0.5, out)
+
+    return run
+
+
+def main() -> None:
+    """Print a Markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sequences", type=int, default=8)
+    parser.add_argument("--context", type=int, default=4096)
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--head-size", type=int, default=128)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--ratios", type=float, nargs="*", default=[0.4, 0.5, 0.7])
+    parser.add_argument("--rounds", type=int, default=31)
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    dtype = getattr(torch, options.dtype)
+    query = torch.randn(options.sequences, options.heads, options.head_size).to(dtype)
+    kernels = {"vLLM": vllm_kernel(query, options.kv_heads, options.context)}
+    for ratio in options.ratios:
+        plan = plan_blocks(ThinkConfig(kv_channel_prune=ratio), options.head_size, dtype.itemsize)
+        if plan is None:
+            continue
+        for thin in (False, True):
+            name = f"{'thin' if thin else 'dense'}, plan of {ratio:g} (blocks of {plan.block_size})"
+            kernels[name] = think_kernel(query, options.kv_heads, options.context, plan, thin)
+    times: dict[str, list[float]] = {name: [] for name in kernels}
+    for round_ in range(options.rounds + 3):
+        for name, run in kernels.items():
+            start = time.perf_counter()
+            run()
+            if round_ >= 3:
+                times[name].append(1e3 * (time.perf_counter() - start))
+    print(describe_machine())
+    print(
+        f"{options.sequences} x {options.context} tokens, {options.heads}/{options.kv_heads} heads "
+        f"of {options.head_size}, {options.dtype}, {torch.get_num_threads()} threads, "
+        f"{options.rounds} rounds\n"
+    )
+    print("| kernel | ms | of vLLM's time |\n| --- | --- | --- |")
+    for name, measured in times.items():
+        ratio = statistics.median(a / b for a, b in zip(measured, times["vLLM"], strict=True))
+        print(f"| {name} | {statistics.median(measured):.2f} | {ratio:.2f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""Random caches in which every byte that must not be read is a NaN."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from think_vllm.config import ThinkConfig
+from think_vllm.kernels.cpu.decode import DecodeRows
+from think_vllm.planner import BlockPlan, plan_blocks
+from think_vllm.reference.compaction import thin_views
+
+#: Relative to the largest output. float32: a few hundred float32 roundings in another order.
+#: bf16, fp16: rounding the output, half a unit in the last of 8 or 11 bits.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+
+
+def make_plan(
+    head_size: int, dtype: torch.dtype, block_size: int | None = 16, ratio: float = 0.5
+) -> BlockPlan:
+    plan = plan_blocks(ThinkConfig(kv_channel_prune=ratio), head_size, dtype.itemsize, block_size)
+    assert plan is not None
+    return plan
+
+
+@dataclass
+class Case:
+    """A batch of decode rows over a poisoned cache."""
+
+    plan: BlockPlan
+    query: torch.Tensor
+    kv_cache: torch.Tensor
+    block_table: torch.Tensor
+    rows: DecodeRows
+    scale: float
+
+    @property
+    def reference_rows(self) -> tuple[list[int], list[int], list[int]]:
+        rows = self.rows
+        return rows.request.tolist(), rows.seq_len.tolist(), rows.thin_spans.tolist()
+
+
+def make_rows(rows: list[tuple[int, int, int]]) -> DecodeRows:
+    """(request, seq_len, thin_spans) per row."""
+    request, seq_len, thin_spans = np.array(rows, np.int32).reshape(-1, 3).T.copy()
+    return DecodeRows(request, seq_len, thin_spans)
+
+
+def make_case(
+    plan: BlockPlan,
+    dtype: torch.dtype,
+    num_heads: int,
+    num_kv_heads: int,
+    contexts: list[tuple[int, int]],
+    seed: int = 0,
+    gap_blocks: int = 0,
+) -> Case:
+    """Build one request per (seq_len, thin_spans) in ``contexts``, with one row each.
+
+    Args:
+        gap_blocks: Blocks of other layers between two blocks of this one, filled with NaN.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    needed = [thin * plan.span_blocks for _, thin in contexts]
+    width = max([-(-seq_len // plan.block_size) for seq_len, _ in contexts] + needed) + 2
+    num_blocks = len(contexts) * width + 1
+    shape = (num_blocks, 1 + gap_blocks, num_kv_heads, plan.block_size, 2 * plan.head_size)
+    kv_cache = torch.full(shape, torch.nan, dtype=dtype)[:, 0]
+    # Block 0 stays NaN and takes every row entry that must not be read.
+    block_table = torch.zeros(len(contexts), width, dtype=torch.int32)
+    blocks = 1 + torch.randperm(num_blocks - 1, generator=generator)
+    blocks = blocks.view(len(contexts), width).to(torch.int32)
+    for request, (seq_len, thin_spans) in enumerate(contexts):
+        for span in range(thin_spans):
+            table = random_channels(plan, num_kv_heads, generator)
+            for k in range(plan.thin_blocks):
+                entry = span * plan.span_blocks + k
+                block = int(blocks[request, entry])
+                block_table[request, entry] = block
+                fill_thin_block(kv_cache, block, k, table, plan, random)
+        first = thin_spans * plan.span_blocks
+        for entry in range(first, -(-seq_len // plan.block_size)):
+            block = int(blocks[request, entry])
+            block_table[request, entry] = block
+            count = min(plan.block_size, seq_len - entry * plan.block_size)
+            fill_dense_block(kv_cache, block, count, plan, random)
+    return Case(
+        plan=plan,
+        query=random(len(contexts), num_heads, plan.head_size),
+        kv_cache=kv_cache,
+        block_table=block_table,
+        rows=make_rows([(i, seq_len, thin) for i, (seq_len, thin) in enumerate(contexts)]),
+        scale=plan.head_size**-0.5,
+    )
+
+
+def random_channels(plan: BlockPlan, num_kv_heads: int, generator: torch.Generator) -> torch.Tensor:
+    """Kept channels of one span: ``[Hk, C]`` uint8, ascending."""
+    order = torch.rand(num_kv_heads, plan.head_size, generator=generator).argsort(dim=1)
+    return order[:, : plan.key_channels].sort(dim=1).values.to(torch.uint8)
+
+
+def fill_dense_block(kv_cache, block, count, plan, random):
+    """Write the first ``count`` tokens; the others stay NaN."""
+    num_kv_heads = kv_cache.shape[1]
+    keys = kv_cache[block].view(num_kv_heads, 2, -1)[:, 0]
+    values = kv_cache[block].view(num_kv_heads, 2, -1)[:, 1]
+    keys = keys.view(num_kv_heads, plan.head_size, plan.block_size)
+    values = values.view(num_kv_heads, plan.block_size, plan.head_size)
+    keys[:, :, :count] = random(num_kv_heads, plan.head_size, count)
+    values[:, :count] = random(num_kv_heads, count, plan.head_size)
+
+
+def fill_thin_block(kv_cache, block, index, table, plan, random):
+    """Write the ``index``-th thin block of a span; unused bytes become 0xFF."""
+    count = min(plan.thin_block_tokens, plan.span_tokens - index * plan.thin_block_tokens)
+    for head in range(kv_cache.shape[1]):
+        kv_cache[block, head].view(-1).view(torch.uint8).fill_(0xFF)
+        keys, values, stored_table = thin_views(kv_cache, block, head, plan)
+        keys[:, :count] = random(plan.key_channels, count)
+        values[:count] = random(count, plan.head_size)
+        stored_table.copy_(table[head])

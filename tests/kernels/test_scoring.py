@@ -1,0 +1,133 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from tests.kernels.helpers import fill_dense_block, make_case, make_plan
+from think_vllm.kernels.cpu.scoring import add_query_energy, key_energy, select_channels
+from think_vllm.reference.scoring import key_energy_ref, query_energy_ref, select_channels_ref
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+#: A few hundred float32 roundings in another order; elements are converted exactly.
+RTOL = 1e-5
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("head_size", "block_size"), [(64, 16), (80, 48), (128, 128), (256, 32)])
+def test_key_energy(dtype, head_size, block_size):
+    plan = make_plan(head_size, dtype, block_size)
+    case = make_case(plan, dtype, 2, 2, [(1, 0), (300, 0), (block_size, 0)], gap_blocks=1)
+    request, prompt_len = np.array([1, 0, 2, 1]), np.array([300, 1, block_size, 77])
+    actual = key_energy(case.kv_cache, case.block_table, request, prompt_len, plan)
+    expected = key_energy_ref(case.kv_cache, case.block_table, request, prompt_len, plan)
+    torch.testing.assert_close(actual.double(), expected, rtol=RTOL, atol=0)
+
+
+def test_key_energy_large_enough_for_threads():
+    plan = make_plan(128, torch.bfloat16, 48)
+    case = make_case(plan, torch.bfloat16, 4, 4, [(2500, 0), (801, 0)])
+    request, prompt_len = np.array([0, 1]), np.array([2500, 801])
+    actual = key_energy(case.kv_cache, case.block_table, request, prompt_len, plan)
+    expected = key_energy_ref(case.kv_cache, case.block_table, request, prompt_len, plan)
+    torch.testing.assert_close(actual.double(), expected, rtol=RTOL, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (4, 2), (5, 1), (8, 1)])
+def test_add_query_energy(dtype, num_heads, num_kv_heads):
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(50, num_heads + 3, 80, generator=generator).to(dtype)[:, :num_heads]
+    energy = torch.zeros(num_kv_heads, 80)
+    add_query_energy(query, 10, 42, energy)
+    expected = 32 * query_energy_ref(query[10:42], num_kv_heads)
+    torch.testing.assert_close(energy.double(), expected, rtol=RTOL, atol=0)
+
+
+@pytest.mark.parametrize("cuts", [[1], [31], [5, 6, 20], list(range(1, 32))], ids=str)
+def test_add_query_energy_in_chunks_is_bit_equal(cuts):
+    query = torch.randn(32, 6, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    whole, chunked = torch.zeros(2, 64), torch.zeros(2, 64)
+    add_query_energy(query, 0, 32, whole)
+    ends = [0, *cuts, 32]
+    for begin, end in itertools.pairwise(ends):
+        # Each chunk is a batch of its own, at another place.
+        batch = torch.cat([torch.full((3, 6, 64), torch.nan).bfloat16(), query[begin:end]])
+        add_query_energy(batch, 3, 3 + end - begin, chunked)
+    assert torch.equal(chunked, whole)
+
+
+def test_select_channels_by_hand():
+    # Two KV heads of four channels; products 4 6 6 1 and 0 0 2 0.
+    query_energy = torch.tensor([[[1.0, 2.0, 3.0, 1.0], [0.0, 1.0, 1.0, 0.0]]])
+    keys = torch.tensor([[[4.0, 3.0, 2.0, 1.0], [5.0, 0.0, 2.0, 7.0]]])
+    assert select_channels(query_energy, keys, 1).tolist() == [[[1], [2]]]
+    assert select_channels(query_energy, keys, 2).tolist() == [[[1, 2], [0, 2]]]
+    assert select_channels(query_energy, keys, 3).tolist() == [[[0, 1, 2], [0, 1, 2]]]
+
+
+def test_key_energy_by_hand():
+    plan = make_plan(64, torch.float32)
+    case = make_case(plan, torch.float32, 1, 1, [(3, 0)])
+    keys = torch.zeros(64, 3)
+    keys[0] = torch.tensor([1.0, 2.0, 4.0])
+    keys[63] = torch.tensor([-3.0, 0.0, 0.0])
+    fill_dense_block(case.kv_cache, int(case.block_table[0, 0]), 3, plan,
+                     lambda *shape: keys if shape[1] == 64 else torch.zeros(shape))  # fmt: skip
+    energy = key_energy(case.kv_cache, case.block_table, np.zeros(1), np.full(1, 3), plan)
+    assert energy.shape == (1, 1, 64)
+    assert energy[0, 0, 0] == 7.0
+    assert energy[0, 0, 63] == 3.0
+    assert (energy[0, 0, 1:63] == 0).all()
+
+
+@pytest.mark.parametrize("key_channels", [1, 31, 64])
+def test_select_channels(key_channels):
+    generator = torch.Generator().manual_seed(0)
+    # Whole numbers, so that there are many ties.
+    energies = torch.randint(0, 4, (2, 3, 2, 64), generator=generator).float()
+    actual = select_channels(energies[0], energies[1], key_channels)
+    assert actual.dtype == torch.uint8
+    assert torch.equal(actual, select_channels_ref(energies[0], energies[1], key_channels))
+
+
+@pytest.mark.parametrize("factor", [2.0**-6, 2.0**5])
+def test_selection_ignores_rescaling(factor):
+    """Queries / s and keys * s leave every logit, and so must leave the choice."""
+    plan = make_plan(64, torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(32, 4, 64, generator=generator)
+    scales = torch.ones(64)
+    scales[torch.tensor([3, 35, 10, 42])] = factor  # RoPE pairs (i, i + 32)
+
+    def choose(scale):
+        case = make_case(plan, torch.float32, 4, 2, [(100, 0)])
+        for entry in range(-(-100 // plan.block_size)):
+            run = case.kv_cache[int(case.block_table[0, entry])].view(2, 2, -1)
+            run[:, 0].view(2, 64, plan.block_size).mul_(scale[:, None])
+        energy = torch.zeros(2, 64)
+        add_query_energy(query / scale, 0, 32, energy)
+        keys = key_energy(case.kv_cache, case.block_table, np.zeros(1), np.full(1, 100), plan)
+        by_norm = keys.argsort(descending=True)[:, :, : plan.key_channels].sort().values
+        return select_channels(energy.unsqueeze(0), keys, plan.key_channels), by_norm
+
+    (plain, plain_norm), (scaled, scaled_norm) = choose(torch.ones(64)), choose(scales)
+    assert torch.equal(plain, scaled)
+    assert not torch.equal(plain_norm, scaled_norm)  # the test can tell
+
+
+def test_add_query_energy_refuses():
+    query = torch.zeros(4, 6, 64)
+    with pytest.raises(ValueError, match=r"add_query_energy: energy is torch\.float64"):
+        add_query_energy(query, 0, 4, torch.zeros(2, 64, dtype=torch.float64))
+    with pytest.raises(ValueError, match="6 heads, there are 4 KV heads"):
+        add_query_energy(query, 0, 4, torch.zeros(4, 64))
+    with pytest.raises(ValueError, match="tokens 0 to 5 of 4"):
+        add_query_energy(query, 0, 5, torch.zeros(2, 64))
+
+
+def test_select_channels_refuses():
+    with pytest.raises(ValueError, match=r"expected .n, Hk, D. twice"):
+        select_channels(torch.zeros(1, 2, 64), torch.zeros(2, 2, 64), 3)
+    with pytest.raises(ValueError, match="key_channels is 65"):
+        select_channels(torch.zeros(1, 2, 64), torch.zeros(1, 2, 64), 65)

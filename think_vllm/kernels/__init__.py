@@ -1,0 +1,1 @@
+"""Kernels over dense and thin blocks, one package per device."""

@@ -1,0 +1,1 @@
+"""The truth in plain torch: what every kernel is compared with. Obvious, not fast."""
