@@ -52,11 +52,13 @@ class PrefillPart:
         metadata: vLLM's own.
         tokens: Where the queries are.
         scratch: Blocks to attend to instead of the cache, None for the cache.
+        tails: In the cache, block and token count of each prompt's last block, unless full.
     """
 
     metadata: CPUAttentionMetadata
     tokens: Tokens
     scratch: PromptScratch | None
+    tails: list[tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -151,12 +153,14 @@ class ThinkCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             chosen = prefill.choose(fresh)
             table = self._scratch.place(chosen.num_tokens)
             metadata = self._fresh.build(0, _prefill_common(common, chosen, table))
-            parts.append(PrefillPart(metadata, _tokens(chosen.tokens()), self._scratch))
+            parts.append(PrefillPart(metadata, _tokens(chosen.tokens()), self._scratch, []))
         if not fresh.all():
             chosen = prefill.choose(~fresh)
             table = common.block_table_tensor[torch.from_numpy(chosen.request)]
             metadata = super().build(0, _prefill_common(common, chosen, table))
-            parts.append(PrefillPart(metadata, _tokens(chosen.tokens()), None))
+            last, held = np.divmod(chosen.seq_len, self.block_size)
+            tails = [(int(table[row, last[row]]), int(held[row])) for row in np.flatnonzero(held)]
+            parts.append(PrefillPart(metadata, _tokens(chosen.tokens()), None, tails))
         return parts
 
 

@@ -15,6 +15,7 @@ from think_vllm.attention.step import PromptEnds
 from think_vllm.errors import ThinkError
 from think_vllm.kernels.cpu.compaction import compact_spans, read_channels
 from think_vllm.kernels.cpu.decode import decode_attention
+from think_vllm.kernels.cpu.dense import clear_tail
 from think_vllm.kernels.cpu.scoring import add_query_energy, key_energy, select_channels
 
 
@@ -100,6 +101,8 @@ class ThinkCPUImpl(CPUAttentionBackendImpl):
     ) -> None:
         """Let vLLM's kernel serve prompt queries: they see dense blocks only."""
         where = part.tokens
+        for block, held in part.tails:
+            clear_tail(kv_cache, block, held)
         if part.scratch is not None:
             part.scratch.store(key[where], value[where])
             kv_cache = part.scratch.blocks

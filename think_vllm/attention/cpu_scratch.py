@@ -36,6 +36,7 @@ class PromptScratch:
         # Kept between steps: fresh pages cost as much as the copy itself.
         self._blocks = torch.empty(0, num_kv_heads, BLOCK_SIZE, 2 * head_size, dtype=dtype)
         self._slots = torch.empty(0, dtype=torch.int64)
+        self._last = torch.empty(0, dtype=torch.int64)
 
     @property
     def blocks(self) -> torch.Tensor:
@@ -54,6 +55,7 @@ class PromptScratch:
         counts = -(-num_tokens // BLOCK_SIZE)
         first = np.cumsum(counts) - counts
         total = int(counts.sum())
+        self._last = torch.from_numpy(first + counts - 1)
         if total > self._blocks.shape[0]:
             self._blocks = self._blocks.new_empty(total, *self._blocks.shape[1:])
         self._slots = torch.from_numpy(
@@ -69,6 +71,9 @@ class PromptScratch:
 
     def store(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """Store the placed prompts' keys and values, ``[num_tokens, Hk, D]``, in their order."""
+        # The kernel reads whole blocks and gives what lies beyond a prompt the weight zero,
+        # which leaves a NaN a NaN: memory of nobody, or of another prompt.
+        self._blocks[self._last] = 0
         num_blocks, num_kv_heads, block_size, width = self._blocks.shape
         halves = self._blocks.view(num_blocks, num_kv_heads, 2 * block_size, width // 2)
         key_cache, value_cache = halves.chunk(2, dim=2)

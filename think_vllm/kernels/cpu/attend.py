@@ -142,11 +142,10 @@ def _work(
         split, kv_head = item // shape.kv_heads, item % shape.kv_heads
         row = row_of_split[split]
         first, end = first_split[row], first_split[row + 1]
-        num_blocks, num_thin = _find_blocks(
-            inputs, row, split - first, kv_head, runs, tokens, shape
-        )
+        begin = (split - first) * shape.split_blocks
+        num_blocks, num_thin = _find_blocks(inputs, row, begin, kv_head, runs, tokens, shape)
         _load_queries(inputs.query, row, kv_head, scale, queries, shape)
-        _score(inputs, runs, tokens, num_blocks, num_thin, cap, queries, scores, shape)
+        _score(inputs, begin, runs, tokens, num_blocks, num_thin, cap, queries, scores, shape)
         head = (split * shape.kv_heads + kv_head) * shape.group
         _soften(scores, tokens, num_blocks, head, partials, shape)
         _sum_values(inputs.kv, runs, tokens, num_blocks, num_thin, scores, head, partials, shape)
@@ -157,15 +156,14 @@ def _work(
 
 @njit
 def _find_blocks(
-    inputs: Any, row: int, split: int, kv_head: int, runs: Any, tokens: Any, shape: Any
+    inputs: Any, row: int, begin: int, kv_head: int, runs: Any, tokens: Any, shape: Any
 ) -> Any:
-    """Write where the blocks of a row's ``split``-th split start and the tokens they hold.
+    """Write where the runs of the split that starts at block ``begin`` are, and their tokens.
 
     Returns:
         How many blocks there are, and how many of them are thin; those come first.
     """
     seq_len, thin_spans = np.int64(inputs.seq_len[row]), np.int64(inputs.thin_spans[row])
-    begin = split * shape.split_blocks
     end = min(begin + shape.split_blocks, _count_blocks(seq_len, thin_spans, shape))
     table_row = np.int64(inputs.request[row]) * shape.table_stride
     for i in range(end - begin):
@@ -199,6 +197,7 @@ def _gather_queries(kv_bytes: Any, run: int, queries: Any, shape: Any) -> None:
 @njit
 def _score(
     inputs: Any,
+    begin: int,
     runs: Any,
     tokens: Any,
     num_blocks: int,
@@ -213,8 +212,9 @@ def _score(
     x = 0
     for i in range(num_blocks):
         if i < num_thin:
-            # Blocks of a span share one table, but a split may start inside a span.
-            _gather_queries(inputs.kv_bytes, runs[i], queries, shape)
+            # The blocks of a span share one table, and a split may start inside a span.
+            if i == 0 or (begin + i) % shape.thin_blocks == 0:
+                _gather_queries(inputs.kv_bytes, runs[i], queries, shape)
             factors = shape.group * shape.head_size
             num_rows, row_stride = shape.key_channels, shape.thin_tokens
         else:

@@ -9,7 +9,7 @@ from numba import njit, prange
 
 from think_vllm.kernels.cpu.checks import check_cache, check_tasks
 from think_vllm.kernels.cpu.compiling import kernel
-from think_vllm.kernels.cpu.elements import flat_elements, flat_indices
+from think_vllm.kernels.cpu.elements import copy_elements, flat_elements, flat_indices
 from think_vllm.kernels.cpu.threads import choose_threads, fetch_add
 from think_vllm.planner import BlockPlan
 
@@ -189,8 +189,8 @@ def _take_span(
         run = table[entry + b] * shape.block_stride + kv_head * shape.run
         for i in range(C):
             channel = np.int64(channels[kept + i])
-            _copy(scratch, i * span_tokens + b * N, kv, run + channel * N, N)
-        _copy(scratch, C * span_tokens + b * N * D, kv, run + D * N, N * D)
+            copy_elements(scratch, i * span_tokens + b * N, kv, run + channel * N, N)
+        copy_elements(scratch, C * span_tokens + b * N * D, kv, run + D * N, N * D)
 
 
 @njit
@@ -213,14 +213,8 @@ def _put_span(
         first = k * shape.thin_tokens
         count = min(shape.thin_tokens, span_tokens - first)
         for i in range(C):
-            _copy(kv, run + i * shape.thin_tokens, scratch, i * span_tokens + first, count)
-        _copy(kv, run + shape.thin_values, scratch, C * span_tokens + first * D, count * D)
+            copy_elements(kv, run + i * shape.thin_tokens, scratch, i * span_tokens + first, count)
+        copy_elements(kv, run + shape.thin_values, scratch, C * span_tokens + first * D, count * D)
         start = run * shape.itemsize + shape.table_offset
         for i in range(C):
             kv_bytes[start + i] = channels[kept + i]
-
-
-@njit
-def _copy(target: Any, target_at: int, source: Any, source_at: int, count: int) -> None:
-    for x in range(count):
-        target[target_at + x] = source[source_at + x]

@@ -1,4 +1,4 @@
-"""vLLM's own CPU kernels, as far as thin blocks rely on how they lay out dense ones."""
+"""What thin blocks ask of vLLM's own CPU kernels, and what these ask of dense blocks."""
 
 import functools
 
@@ -52,3 +52,21 @@ def dense_isa(dtype: torch.dtype, head_size: int, block_size: int) -> str:
             "machine in a way that thin blocks cannot be made from; leave the flag out"
         )
     return isa
+
+
+def clear_tail(kv_cache: torch.Tensor, block: int, num_tokens: int) -> None:
+    """Set what lies behind the last token of a dense block to zero.
+
+    VLLM's kernels read whole blocks and give what lies beyond a context the weight zero, which
+    leaves a NaN a NaN. A block that was thin before has a channel table there, whose bytes can
+    spell one.
+
+    Args:
+        kv_cache: ``[num_blocks, Hk, N, 2 * D]``. Written.
+        block: The block.
+        num_tokens: Tokens that it holds.
+    """
+    num_kv_heads, block_size, width = kv_cache.shape[1:]
+    halves = kv_cache[block].view(num_kv_heads, 2, -1)
+    halves[:, 0].view(num_kv_heads, width // 2, block_size)[:, :, num_tokens:] = 0
+    halves[:, 1].view(num_kv_heads, block_size, width // 2)[:, num_tokens:] = 0

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 #: The integer (or float) that carries an element's bits into numba.
@@ -105,3 +106,28 @@ def float32_to_bits(typingctx: Any, value: Any) -> Any:
         return builder.bitcast(args[0], ir.IntType(32))
 
     return types.int32(types.float32), codegen
+
+
+@intrinsic
+def copy_elements(
+    typingctx: Any, target: Any, target_at: Any, source: Any, source_at: Any, count: Any
+) -> Any:
+    """``copy_elements(target, target_at, source, source_at, count)``: memcpy between arrays.
+
+    A loop would be slow: numba allows for negative indices, which keeps LLVM from seeing that
+    the elements are neighbours.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> None:
+        pointers = []
+        for array, at in ((0, 1), (2, 3)):
+            array_type = signature.args[array]
+            data = context.make_array(array_type)(context, builder, args[array]).data
+            pointers.append(builder.gep(data, [args[at]]))
+        itemsize = context.get_abi_sizeof(context.get_data_type(signature.args[0].dtype))
+        cgutils.raw_memcpy(builder, *pointers, args[4], itemsize)
+
+    if target.dtype != source.dtype:
+        return None
+    i64 = types.int64
+    return types.void(target, i64, source, i64, i64), codegen

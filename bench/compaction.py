@@ -1,0 +1,132 @@
+"""What the end of a prompt costs in one layer, beside vLLM's attention over that prompt.
+
+Attention is only part of a prefill, so the share printed is an upper bound.
+Run: ``python -m bench.compaction``.
+"""
+
+import argparse
+import statistics
+import time
+
+import numpy as np
+import torch
+import vllm._C  # noqa: F401 - registers vLLM's CPU operators
+from vllm import _custom_ops as ops
+
+from bench.machine import describe_machine
+from think_vllm.config import ThinkConfig
+from think_vllm.kernels.cpu.compaction import compact_spans
+from think_vllm.kernels.cpu.scoring import add_query_energy, key_energy, select_channels
+from think_vllm.planner import BlockPlan, plan_blocks
+
+
+class EndOfPrompt:
+    """Scores, choice and compaction of one prompt in one layer."""
+
+    def __init__(self, tokens: int, heads: int, kv_heads: int, plan: BlockPlan) -> None:
+        width = -(-tokens // plan.block_size)
+        shape = (width, kv_heads, plan.block_size, 2 * plan.head_size)
+        self.cache = torch.randn(shape).bfloat16()
+        self.table = torch.arange(width, dtype=torch.int32).view(1, -1)
+        self.query = torch.randn(tokens, heads, plan.head_size).bfloat16()
+        self.tokens, self.kv_heads, self.plan = tokens, kv_heads, plan
+
+    def run(self) -> None:
+        """The work of ``ThinkCPUImpl`` at a prompt's end."""
+        plan = self.plan
+        energy = torch.zeros(self.kv_heads, plan.head_size)
+        add_query_energy(self.query, self.tokens - 32, self.tokens, energy)
+        first = np.zeros(1, np.int32)
+        keys = key_energy(self.cache, self.table, first, first + self.tokens, plan)
+        channels = select_channels(energy[None], keys, plan.key_channels)
+        span = np.arange(plan.rule.prompt_spans(self.tokens), dtype=np.int32)
+        many = channels.expand(span.size, -1, -1)
+        compact_spans(self.cache, self.table, span * 0, span, many, plan)
+
+
+class Attention:
+    """VLLM's kernel over the same prompt."""
+
+    def __init__(self, query: torch.Tensor, kv_heads: int) -> None:
+        tokens, heads, head_size = query.shape
+        width = -(-tokens // 128)
+        cache = torch.randn(width, kv_heads, 256, head_size).bfloat16()
+        self.key_cache, self.value_cache = cache.chunk(2, dim=2)
+        self.query, self.out = query, torch.empty_like(query)
+        self.table = torch.arange(width, dtype=torch.int32).view(1, -1)
+        self.starts = torch.tensor([0, tokens], dtype=torch.int32)
+        self.seq_lens = torch.tensor([tokens], dtype=torch.int32)
+        self.metadata = ops.cpu_attn_get_scheduler_metadata(
+            num_reqs=1,
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            head_dim=head_size,
+            seq_lens=self.seq_lens,
+            dtype=query.dtype,
+            query_start_loc=self.starts,
+            causal=True,
+            sliding_window_size=-1,
+            isa="vec",
+            enable_kv_split=True,
+            dynamic_causal=None,
+            kv_cache_dtype="auto",
+        )
+
+    def run(self) -> None:
+        """Attend once."""
+        ops.cpu_attention_with_kv_cache(
+            query=self.query,
+            key_cache=self.key_cache,
+            value_cache=self.value_cache,
+            output=self.out,
+            query_start_loc=self.starts,
+            seq_lens=self.seq_lens,
+            scale=self.query.shape[2] ** -0.5,
+            causal=True,
+            alibi_slopes=None,
+            sliding_window=-1,
+            block_table=self.table,
+            softcap=0,
+            scheduler_metadata=self.metadata,
+            s_aux=None,
+            dynamic_causal=None,
+            k_scale=1.0,
+            v_scale=1.0,
+            kv_cache_dtype="auto",
+        )
+
+
+def main() -> None:
+    """Print medians and the median share."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--ratio", type=float, default=0.5)
+    parser.add_argument("--rounds", type=int, default=21)
+    options = parser.parse_args()
+    plan = plan_blocks(ThinkConfig(kv_channel_prune=options.ratio), 128, 2)
+    if plan is None:
+        parser.error("--ratio prunes nothing")
+    end = EndOfPrompt(options.tokens, options.heads, options.kv_heads, plan)
+    attention = Attention(end.query, options.kv_heads)
+    pairs = []
+    for round_ in range(options.rounds + 3):
+        times = []
+        for work in (end, attention):
+            start = time.perf_counter()
+            work.run()
+            times.append(1e3 * (time.perf_counter() - start))
+        if round_ >= 3:
+            pairs.append(times)
+    print(describe_machine())
+    print(
+        f"{options.tokens} tokens, {options.heads}/{options.kv_heads} heads of 128, bf16: end of "
+        f"prompt {statistics.median(a for a, _ in pairs):.2f} ms, vLLM's attention "
+        f"{statistics.median(b for _, b in pairs):.1f} ms, share "
+        f"{100 * statistics.median(a / b for a, b in pairs):.1f} %"
+    )
+
+
+if __name__ == "__main__":
+    main()
