@@ -28,7 +28,7 @@ def activate(vllm_config: VllmConfig) -> None:
         ThinkError: If this engine cannot be served with pruning.
     """
     config = config_from_additional(vllm_config.additional_config)
-    if config is None:
+    if config is None or vllm_config.model_config is None:
         return
     check_engine(vllm_config)
     plan = plan_engine(config, vllm_config)
@@ -66,18 +66,25 @@ def refuse_version(vllm_config: VllmConfig) -> None:
 
 
 def select_backend(vllm_config: VllmConfig) -> str | None:
-    """Path of the attention backend for an engine, None if it does not prune.
+    """Path of the attention backend for an engine, None if it does not prune."""
+    config = config_from_additional(vllm_config.additional_config)
+    plan = None if config is None else plan_engine(config, vllm_config)
+    return None if plan is None else compat.CPU_BACKEND_PATH
 
-    Also remembers the plan for ``selected_plan``: vLLM selects the backend of a layer with
-    the config at hand, and asks that backend for the layer's cache spec without it.
+
+def remember_plan(vllm_config: VllmConfig) -> BlockPlan:
+    """Plan the blocks of the engine whose layers are being built, for ``selected_plan``.
+
+    Raises:
+        RuntimeError: If that engine does not prune.
     """
     global _selected
     config = config_from_additional(vllm_config.additional_config)
     plan = None if config is None else plan_engine(config, vllm_config)
     if plan is None:
-        return None
+        raise RuntimeError("think-vllm: remember_plan() for an engine that does not prune")
     _selected = plan
-    return compat.CPU_BACKEND_PATH
+    return plan
 
 
 def selected_plan() -> BlockPlan:
@@ -87,7 +94,7 @@ def selected_plan() -> BlockPlan:
         RuntimeError: If none was built.
     """
     if _selected is None:
-        raise RuntimeError("think-vllm: selected_plan() before select_backend()")
+        raise RuntimeError("think-vllm: selected_plan() before remember_plan()")
     return _selected
 
 
@@ -124,6 +131,13 @@ def check_engine(vllm_config: VllmConfig) -> None:
     unsupported: list[tuple[Any, str, str]] = [
         (vllm_config.speculative_config, "--speculative-config", "leave it out"),
         (vllm_config.kv_transfer_config, "--kv-transfer-config (a KV connector)", "leave it out"),
+        # vLLM turns this into a KV connector only later.
+        (vllm_config.cache_config.kv_offloading_size, "--kv-offloading-size", "leave it out"),
+        (
+            vllm_config.use_v2_model_runner,
+            "vLLM's model runner V2 on CPUs",
+            "set VLLM_USE_V2_MODEL_RUNNER=0",
+        ),
         (
             parallel.decode_context_parallel_size > 1,
             f"--decode-context-parallel-size {parallel.decode_context_parallel_size}",

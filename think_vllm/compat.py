@@ -1,8 +1,8 @@
 """Every touch of vLLM that is not a documented extension point, and the ledger of why.
 
 Each entry says why it is needed, and when it can go. Nothing else in this package patches
-vLLM or reads a private name of it. ``tests/plugin/test_vllm_contract.py`` fails first when
-a vLLM upgrade changes any of these.
+vLLM; subclasses of its classes call a few private methods that they inherit.
+``tests/plugin/test_vllm_contract.py`` fails first when a vLLM upgrade changes any of these.
 
 ``Platform.pre_register_and_update`` is wrapped
     because vLLM has no hook for a plugin's own flags, but gives every parser of its engine
@@ -66,7 +66,7 @@ def supported_vllm() -> bool:
 def install(
     add_flags: Callable[[argparse.ArgumentParser], None],
     activate: Callable[[VllmConfig], None],
-    select_backend: Callable[[VllmConfig], str | None],
+    select_backend: Callable[[VllmConfig], str | None] | None,
 ) -> None:
     """Hook into the current platform, once per process.
 
@@ -74,7 +74,10 @@ def install(
         add_flags: Adds our flags to a parser of vLLM's engine arguments.
         activate: Validates and completes a config; raises ThinkError to refuse it.
         select_backend: Path of the attention backend that a config needs, or None for
-            vLLM's own choice.
+            vLLM's own choice. None leaves that choice alone altogether.
+
+    Raises:
+        AttributeError: If the platform has not the hooks of vLLM 0.32.
     """
     from vllm.platforms import current_platform
 
@@ -84,7 +87,8 @@ def install(
     setattr(platform, _MARK, True)
     _wrap_parser_hook(platform, add_flags)
     _wrap_config_hook(platform, activate)
-    _wrap_backend_hook(platform, select_backend)
+    if select_backend is not None:
+        _wrap_backend_hook(platform, select_backend)
 
 
 def _wrap_parser_hook(platform: Any, add_flags: Callable[[argparse.ArgumentParser], None]) -> None:
@@ -134,16 +138,22 @@ def _wrap_backend_hook(platform: Any, select_backend: Callable[[VllmConfig], str
 
 
 def fold_after_parsing(
-    parser: argparse.ArgumentParser, fold: Callable[[argparse.Namespace], None]
+    parser: argparse.ArgumentParser, fold: Callable[[argparse.Namespace], bool]
 ) -> None:
-    """Run ``fold`` on whatever ``parser`` parses, before anyone else sees it."""
+    """Run ``fold`` on whatever ``parser`` parses, before anyone else sees it.
+
+    Args:
+        parser: Of vLLM's engine arguments.
+        fold: Returns whether pruning was asked for: its refusals then end the program in one
+            line, since somebody typed them.
+    """
     original = parser.parse_known_args
 
     def parse_known_args(args: Any = None, namespace: Any = None) -> Any:
         global _on_command_line
-        _on_command_line = True
         parsed, rest = original(args, namespace)
-        fold(parsed)
+        if fold(parsed):
+            _on_command_line = True
         return parsed, rest
 
     parser.parse_known_args = parse_known_args  # type: ignore[method-assign]
@@ -157,6 +167,12 @@ def claim_custom_backend(vllm_config: VllmConfig) -> None:
     """
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+    if vllm_config.attention_config.backend_per_kind:
+        raise ThinkError(
+            "--kv-channel-prune: attention backends per kind of layer were asked for "
+            f"({vllm_config.attention_config.backend_per_kind}); channel pruning brings its own "
+            "attention backend. Leave them out"
+        )
     asked = vllm_config.attention_config.backend
     allowed = (None, AttentionBackendEnum.CPU_ATTN, AttentionBackendEnum.CUSTOM)
     if asked not in allowed:

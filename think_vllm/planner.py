@@ -20,6 +20,8 @@ BLOCK_SIZES = (16, 32, 48, 64, 80, 96, 112, 128)
 #: Spans longer than this would leave too much of a context dense.
 MAX_SPAN_BLOCKS = 16
 MAX_SPAN_TOKENS = 2048
+#: Head sizes and block sizes are multiples of this: one vector of the kernels.
+SIZE_MULTIPLE = 16
 #: Key rows of a thin block are whole multiples of this many tokens (vector loads).
 TOKEN_ALIGNMENT = 4
 #: Plans are compared by what they save at this context length.
@@ -160,11 +162,22 @@ def plan_blocks(
         )
     if pruned_channels(config.kv_channel_prune, head_size) == 0:
         return None
+    for name, value in (("the model's head size", head_size), ("--block-size", block_size)):
+        if value is not None and (value < 1 or value % SIZE_MULTIPLE):
+            raise ThinkError(
+                f"--kv-channel-prune: {name} is {value}; the kernels need a multiple of "
+                f"{SIZE_MULTIPLE}"
+            )
     sizes = block_sizes if block_size is None else (block_size,)
     candidates = [plan for size in sizes for plan in _plans(config, head_size, itemsize, size)]
     if not candidates:
         raise ThinkError(_no_plan(config, head_size, itemsize, block_size, block_sizes))
-    return _best(candidates)
+    best = _best(candidates)
+    if block_size is None:
+        # Among plans for its block size alone another one may win; whoever plans again for the
+        # chosen block size, as every worker does, must come to the same plan.
+        return plan_blocks(config, head_size, itemsize, best.block_size, block_sizes)
+    return best
 
 
 def _plans(

@@ -4,6 +4,7 @@ It only installs hooks. Nothing of ours runs in a forward pass, and neither atte
 nor kernels are imported, unless a config asks for channel pruning.
 """
 
+import contextlib
 import logging
 
 from think_vllm import VLLM_SERIES, __version__, compat
@@ -28,4 +29,6 @@ def register() -> None:
         VLLM_SERIES,
         vllm.__version__,
     )
-    compat.install(add_flags, activation.refuse_version, lambda _: None)
+    # Its platform class may have other hooks; whoever does not use the flag must not notice.
+    with contextlib.suppress(AttributeError, ImportError):
+        compat.install(add_flags, activation.refuse_version, None)

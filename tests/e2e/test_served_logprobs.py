@@ -91,6 +91,26 @@ class TestSmallPool:
         assert max(running) >= 5
 
 
+def test_preemption_with_small_chunks(
+    serve: Callable[..., Server], recall_reference: Reference
+) -> None:
+    # Resumed requests recompute prompt and answer over many chunks, in which the end of the
+    # prompt may lie anywhere; and in blocks of 64 tokens, which need no scratch blocks.
+    arguments = (
+        "--kv-channel-prune",
+        "0.4",
+        "--block-size",
+        "64",
+        "--max-num-batched-tokens",
+        "80",
+    )
+    server = serve(*EAGER, *arguments, "--max-model-len", "2048", kv_cache_bytes=34 * 262_144)
+    pruning = Pruning(key_channels=76, span_tokens=320)
+    lengths = [500, 433, 610, 380, 420, 555, 300, 470]
+    check_served(server, recall_reference, lengths, [400] * len(lengths), pruning)
+    assert server.metric("vllm:num_preemptions_total") > 0
+
+
 def test_dense_decode(serve: Callable[..., Server], recall_reference: Reference) -> None:
     config = REPOSITORY / "configs" / "think-0.5-dense-decode.yaml"
     server = serve(*EAGER, "--config", str(config))

@@ -5,7 +5,7 @@ import torch
 import vllm._C  # noqa: F401 - registers vLLM's CPU operators
 from vllm import _custom_ops as ops
 
-from think_vllm.kernels.cpu.dense import clear_tail, dense_isa
+from think_vllm.attention.cpu_dense import clear_tail, dense_isa
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

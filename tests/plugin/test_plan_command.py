@@ -56,6 +56,8 @@ def test_plan_text_says_what_it_is_worth(recall_model: Path) -> None:
     [
         (["--kv-channel-prune", "0.05"], "the smallest ratio that does is"),
         (["--kv-channel-prune", "0.001"], "prunes no channel"),
+        (["--kv-channel-prune", "0.5", "--context-length", "0"], "not a whole number above zero"),
+        (["--kv-channel-prune", "0.5", "--dtype", "foo"], "dtype"),
         ([], "--kv-channel-prune RATIO is needed"),
     ],
 )

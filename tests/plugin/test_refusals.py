@@ -69,6 +69,11 @@ def refused(capsys: pytest.CaptureFixture[str], model: Path, *arguments: str) ->
             "--kv-transfer-config (a KV connector)",
         ),
         (
+            ["--kv-channel-prune", "0.5", "--kv-offloading-size", "1"],
+            "--kv-offloading-size",
+        ),
+        (["--kv-channel-prune", "0.5", "--block-size", "40"], "--block-size is 40"),
+        (
             ["--kv-channel-prune", "0.5", "-tp", "4", "--decode-context-parallel-size", "2"],
             "--decode-context-parallel-size 2",
         ),

@@ -329,6 +329,16 @@ def test_manager_frees_too_early_is_noticed() -> None:
         run()
 
 
+def test_manager_refuses_a_prompt_that_grows() -> None:
+    engine = Engine(make_spec(), lag=0)
+    engine.arrive(prompt_len=41, max_tokens=8)
+    engine.step(41)
+    (request,) = engine.running
+    manager = engine.manager.coordinator.single_type_managers[0]
+    with pytest.raises(NotImplementedError, match="grew from 41 to 50 tokens"):
+        manager.remove_skipped_blocks(request.request_id, 42, 50)
+
+
 def test_spec_merge_keeps_own_fields_and_refuses_disagreement() -> None:
     merged = ThinKVCacheSpec.merge([make_spec(), make_spec()])
     assert merged == make_spec()

@@ -93,6 +93,27 @@ def test_plan_blocks_refuses_a_head_size_beyond_one_byte() -> None:
         make(0.5, head_size=320)
 
 
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("head_size", [64, 80, 128, 256])
+def test_plan_blocks_again_for_the_chosen_block_size_is_the_same_plan(
+    head_size: int, itemsize: int
+) -> None:
+    # Workers plan for the block size that the first process has chosen.
+    for percent in range(12, 81):
+        config = ThinkConfig(kv_channel_prune=percent / 100)
+        plan = plan_blocks(config, head_size, itemsize)
+        assert plan is not None
+        assert plan_blocks(config, head_size, itemsize, plan.block_size) == plan
+
+
+@pytest.mark.parametrize(("head_size", "block_size"), [(128, 40), (128, 0), (72, None)])
+def test_plan_blocks_refuses_sizes_that_kernels_cannot_take(
+    head_size: int, block_size: int | None
+) -> None:
+    with pytest.raises(ThinkError, match="the kernels need a multiple of 16"):
+        make(0.5, head_size, block_size)
+
+
 @pytest.mark.parametrize("window", [0, 7, 1000])
 def test_plan_blocks_does_not_depend_on_the_windows(window: int) -> None:
     config = ThinkConfig(kv_channel_prune=0.4, kv_recent_window=window)

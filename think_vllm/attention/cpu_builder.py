@@ -15,12 +15,12 @@ from vllm.v1.attention.backends.cpu_attn import (
 
 from think_vllm import compat
 from think_vllm.activation import selected_plan
+from think_vllm.attention.cpu_dense import dense_isa
 from think_vllm.attention.cpu_scratch import BLOCK_SIZE, PromptScratch
 from think_vllm.attention.step import Int32Array, Int64Array, Prefill, Step, Wave, sort_step
 from think_vllm.blocks.spec import ThinKVCacheSpec
 from think_vllm.errors import ThinkError
 from think_vllm.kernels.cpu.decode import DecodeRows
-from think_vllm.kernels.cpu.dense import dense_isa
 from think_vllm.kernels.cpu.warmup import warm_up
 
 #: Tokens of a step: a slice where they are neighbours, else their indices.
@@ -52,7 +52,8 @@ class PrefillPart:
         metadata: vLLM's own.
         tokens: Where the queries are.
         scratch: Blocks to attend to instead of the cache, None for the cache.
-        tails: In the cache, block and token count of each prompt's last block, unless full.
+        tails: In the cache, the block of each prompt's last query and the tokens stored in it,
+            unless it is full.
     """
 
     metadata: CPUAttentionMetadata
@@ -158,8 +159,14 @@ class ThinkCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             chosen = prefill.choose(~fresh)
             table = common.block_table_tensor[torch.from_numpy(chosen.request)]
             metadata = super().build(0, _prefill_common(common, chosen, table))
-            last, held = np.divmod(chosen.seq_len, self.block_size)
-            tails = [(int(table[row, last[row]]), int(held[row])) for row in np.flatnonzero(held)]
+            # The step may have stored generated tokens behind the prompt's last one already.
+            stored = common.seq_lens.numpy()[chosen.request]
+            last = (chosen.seq_len - 1) // self.block_size
+            held = stored - last * self.block_size
+            tails = [
+                (int(table[row, last[row]]), int(held[row]))
+                for row in np.flatnonzero(held < self.block_size)
+            ]
             parts.append(PrefillPart(metadata, _tokens(chosen.tokens()), None, tails))
         return parts
 

@@ -6,16 +6,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
-from think_vllm.activation import selected_plan
+from think_vllm.activation import remember_plan
 from think_vllm.attention.cpu_builder import PrefillPart, ThinkCPUMetadata, WaveRows
+from think_vllm.attention.cpu_dense import clear_tail
 from think_vllm.attention.state import LayerState
 from think_vllm.attention.step import PromptEnds
 from think_vllm.errors import ThinkError
 from think_vllm.kernels.cpu.compaction import compact_spans, read_channels
 from think_vllm.kernels.cpu.decode import decode_attention
-from think_vllm.kernels.cpu.dense import clear_tail
 from think_vllm.kernels.cpu.scoring import add_query_energy, key_energy, select_channels
 
 
@@ -34,7 +35,8 @@ class ThinkCPUImpl(CPUAttentionBackendImpl):
                     f"--kv-channel-prune: an attention layer has {name}, which is not "
                     "supported; serve this model without --kv-channel-prune"
                 )
-        self.plan = selected_plan()
+        # vLLM builds layers with their engine's config at hand, and asks for specs without it.
+        self.plan = remember_plan(get_current_vllm_config())
         self.state = LayerState()
 
     def forward(
@@ -163,7 +165,7 @@ class ThinkCPUImpl(CPUAttentionBackendImpl):
             for i in np.flatnonzero(ends.num_spans == 0):
                 last = int(ends.prompt_len[i]) - 1
                 block = self._block(metadata, int(ends.request[i]), last)
-                self.state.keep_channels(block, channels[i])
+                self.state.keep_channels(block, channels[i].clone())
 
     def _compact_due(
         self, kv_cache: torch.Tensor, metadata: ThinkCPUMetadata, wave: WaveRows

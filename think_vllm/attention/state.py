@@ -2,7 +2,7 @@
 
 vLLM tells attention backends nothing about who a request is, so its state is kept under a
 block that the request alone has written: the one that holds a given position. An entry whose
-request was aborted or preempted is overwritten when that block is next used so, before
+request ended before it was taken is overwritten when that block is next used so, before
 anyone reads it; there are never more entries than blocks.
 """
 

@@ -21,6 +21,7 @@ class ThinKVCacheManager(FullAttentionManager):
         self.rule: SpanRule = kv_cache_spec.rule
         #: Spans of each running request whose tails have been freed already.
         self._freed_spans: dict[str, int] = {}
+        self._prompt_lens: dict[str, int] = {}
 
     def remove_skipped_blocks(
         self,
@@ -35,9 +36,20 @@ class ThinKVCacheManager(FullAttentionManager):
             processed_computed_tokens: Tokens whose forward pass has finished; the worker
                 reads nothing of what they made free.
             num_prompt_tokens: Length of the prompt. None means unknown: nothing is freed.
+
+        Raises:
+            NotImplementedError: If a prompt grows, as those of streaming-input sessions do:
+                thin blocks cannot become dense again.
         """
         if num_prompt_tokens is None or request_id not in self.req_to_blocks:
             return
+        started_with = self._prompt_lens.setdefault(request_id, num_prompt_tokens)
+        if started_with != num_prompt_tokens:
+            raise NotImplementedError(
+                f"think-vllm: the prompt of request {request_id} grew from {started_with} to "
+                f"{num_prompt_tokens} tokens (streaming input); pruned blocks do not support "
+                "sessions. Serve this model without --kv-channel-prune"
+            )
         done = self._freed_spans.get(request_id, 0)
         freeable = self.rule.freeable_spans(num_prompt_tokens, processed_computed_tokens)
         for span in range(done, freeable):
@@ -51,5 +63,6 @@ class ThinKVCacheManager(FullAttentionManager):
     def pop_blocks_for_free(self, request_id: str) -> list[Any]:
         """Forget a finished or preempted request; vLLM then frees what it still holds."""
         self._freed_spans.pop(request_id, None)
+        self._prompt_lens.pop(request_id, None)
         blocks: list[Any] = super().pop_blocks_for_free(request_id)
         return blocks

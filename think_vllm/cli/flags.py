@@ -25,11 +25,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         return
     declare_flags(parser)
 
-    def fold(namespace: argparse.Namespace) -> None:
+    def fold(namespace: argparse.Namespace) -> bool:
         try:
             fold_flags(namespace)
         except ThinkError as error:
             parser.error(str(error))
+        return ADDITIONAL_CONFIG_KEY in (getattr(namespace, "additional_config", None) or {})
 
     compat.fold_after_parsing(parser, fold)
 

@@ -3,14 +3,13 @@
 import argparse
 import json
 import re
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 from think_vllm.cli.flags import declare_flags, take_flags
 from think_vllm.config import parse_config
 from think_vllm.errors import ThinkError
-from think_vllm.planner import BlockPlan, plan_blocks
+from think_vllm.planner import BlockPlan, plan_blocks, pruned_channels
 from think_vllm.report import plan_fields, plan_summary
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
@@ -98,21 +97,37 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2]])
 
 
+def positive_int(text: str) -> int:
+    """Read a whole number above zero.
+
+    Raises:
+        argparse.ArgumentTypeError: If it is none.
+    """
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above zero")
+    return int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="think-vllm plan", description="The block plan of a model."
     )
     parser.add_argument("model", help="Model name or directory.")
     parser.add_argument("--dtype", default="auto", help="As for `vllm serve`. Default: auto.")
-    parser.add_argument("--block-size", type=int, help="Tokens of a block. Default: the best.")
     parser.add_argument(
-        "--tensor-parallel-size", "-tp", type=int, default=1, help="Ranks. Default: 1."
+        "--block-size", type=positive_int, help="Tokens of a block. Default: the best."
+    )
+    parser.add_argument(
+        "--tensor-parallel-size", "-tp", type=positive_int, default=1, help="Ranks. Default: 1."
     )
     parser.add_argument(
         "--memory", type=parse_bytes, default=8 * 2**30, help="KV cache of a rank. Default: 8GiB."
     )
     parser.add_argument(
-        "--context-length", type=int, default=8192, help="Tokens of a request. Default: 8192."
+        "--context-length",
+        type=positive_int,
+        default=8192,
+        help="Tokens of a request. Default: 8192.",
     )
     parser.add_argument("--trust-remote-code", action="store_true", help="As for `vllm serve`.")
     parser.add_argument("--json", action="store_true", help="Print JSON.")
@@ -131,10 +146,11 @@ def _engine_shape(namespace: argparse.Namespace) -> tuple[Any, Any]:
             dtype=namespace.dtype,
             trust_remote_code=namespace.trust_remote_code,
         ).create_model_config()
+        parallel = ParallelConfig(tensor_parallel_size=namespace.tensor_parallel_size)
     except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise ThinkError(f"plan: cannot read the model {namespace.model!r}: {first}") from None
-    return model_config, ParallelConfig(tensor_parallel_size=namespace.tensor_parallel_size)
+        reason = " ".join(str(error).split()) or repr(error)
+        raise ThinkError(f"plan: cannot read the model {namespace.model!r}: {reason}") from None
+    return model_config, parallel
 
 
 def _text(model: str, made: BlockPlan, fields: dict[str, Any]) -> list[str]:
@@ -146,10 +162,10 @@ def _text(model: str, made: BlockPlan, fields: dict[str, Any]) -> list[str]:
         f"{fields['thin_requests']} pruned ({fields['plain_tokens']} and "
         f"{fields['thin_tokens']} tokens)"
     )
-    if made.key_channels != round((1 - made.requested_ratio) * made.head_size):
-        sys.stdout.flush()
+    wanted = made.head_size - pruned_channels(made.requested_ratio, made.head_size)
+    if made.key_channels != wanted:
         lines.append(
-            "  the kept channels differ from the request because blocks are whole: "
-            f"{made.key_channels} is the most that fits"
+            f"  {wanted} channels were asked for; blocks are whole, and {made.key_channels} is the "
+            "most that fits"
         )
     return lines

@@ -179,8 +179,10 @@ def _load_queries(query: Any, row: int, kv_head: int, scale: Any, queries: Any, 
     """Scale the group's queries, in float32, into the first half of ``queries``."""
     width = shape.group * shape.head_size
     start = row * shape.query_stride + kv_head * width
+    # Slices, because an index that might be negative would keep LLVM from vectorizing.
+    elements = query[start : start + width]
     for x in range(width):
-        queries[x] = element_to_float32(query[start + x]) * scale
+        queries[x] = element_to_float32(elements[x]) * scale
 
 
 @njit
@@ -300,8 +302,10 @@ def _combine(
             weight = exp(partials.tops[split * num_heads + head] - top)
             total += weight * partials.totals[split * num_heads + head]
             start = (split * num_heads + head) * head_size
+            sums = partials.sums[start : start + head_size]
             for d in range(head_size):
-                result[d] += weight * partials.sums[start + d]
+                result[d] += weight * sums[d]
         start = row * shape.out_stride + head * head_size
+        elements = out[start : start + head_size]
         for d in range(head_size):
-            out[start + d] = float32_to_element(result[d] / total, out[start + d])
+            elements[d] = float32_to_element(result[d] / total, elements[d])

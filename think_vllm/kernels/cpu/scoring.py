@@ -181,9 +181,10 @@ def _work(
 
 @njit(fastmath={"reassoc", "contract", "nsz"})
 def _sum_squares(kv: Any, start: int, count: int) -> Any:
-    total = np.float32(0.0)
-    for x in range(start, start + count):
-        value = element_to_float32(kv[x])
+    # A slice, because an index that might be negative would keep LLVM from vectorizing.
+    elements, total = kv[start : start + count], np.float32(0.0)
+    for x in range(count):
+        value = element_to_float32(elements[x])
         total += value * value
     return total
 
