@@ -333,6 +333,7 @@ def test_manager_refuses_a_prompt_that_grows() -> None:
     engine = Engine(make_spec(), lag=0)
     engine.arrive(prompt_len=41, max_tokens=8)
     engine.step(41)
+    engine.step(1)
     (request,) = engine.running
     manager = engine.manager.coordinator.single_type_managers[0]
     with pytest.raises(NotImplementedError, match="grew from 41 to 50 tokens"):

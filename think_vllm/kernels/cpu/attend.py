@@ -188,12 +188,13 @@ def _load_queries(query: Any, row: int, kv_head: int, scale: Any, queries: Any, 
 @njit
 def _gather_queries(kv_bytes: Any, run: int, queries: Any, shape: Any) -> None:
     """Gather the queries through a thin block's table into the second half of ``queries``."""
-    table = run * shape.itemsize + shape.table_offset_bytes
+    start = run * shape.itemsize + shape.table_offset_bytes
+    table = kv_bytes[start : start + shape.key_channels]
     for head in range(shape.group):
-        whole = head * shape.head_size
-        gathered = (shape.group + head) * shape.head_size
-        for i in range(shape.key_channels):
-            queries[gathered + i] = queries[whole + np.int64(kv_bytes[table + i])]
+        whole = queries[head * shape.head_size : (head + 1) * shape.head_size]
+        gathered = queries[(shape.group + head) * shape.head_size :]
+        for i in range(len(table)):
+            gathered[i] = whole[table[i]]
 
 
 @njit
@@ -231,7 +232,7 @@ def _score(
         for head in range(shape.group):
             start = head * shape.split_columns + x
             if cap > 0:
-                cap_row(scores, start, tokens[i], cap)
+                cap_row(scores[start : start + tokens[i]], cap)
             scores[start + tokens[i] : start + columns] = LOWEST
         x += columns
 
@@ -252,9 +253,10 @@ def _soften(
         columns += _whole_lanes(tokens[i])
     for head in range(shape.group):
         start = head * shape.split_columns
-        top = row_max(scores, start, columns)
+        row = scores[start : start + columns]
+        top = row_max(row)
         partials.tops[first_head + head] = top
-        partials.totals[first_head + head] = exp_row(scores, start, columns, top)
+        partials.totals[first_head + head] = exp_row(row, top)
 
 
 @njit

@@ -1,5 +1,7 @@
 """Softmax pieces over rows of float32 scores, in loops that LLVM vectorizes.
 
+Rows are slices that start at 0: numba allows for negative indices, and an offset that might be
+one keeps LLVM from seeing that the elements are neighbours (ten times slower).
 No fast-math flag here lets LLVM assume that NaN or infinity cannot occur.
 """
 
@@ -39,14 +41,14 @@ def exp(x: Any) -> Any:
 
 
 @njit
-def row_max(scores: Any, start: int, columns: int) -> Any:
-    """Largest of ``scores[start : start + columns]``, NaN if one is NaN.
+def row_max(scores: Any) -> Any:
+    """Largest score of a row, NaN if one is NaN.
 
     Compares the bits as integers that sort like the floats (apart from -0 < +0): unlike
     float comparisons LLVM vectorizes those without being told that there is no NaN.
     """
     top = np.int32(-0x80000000)
-    for x in range(start, start + columns):
+    for x in range(len(scores)):
         bits = float32_to_bits(scores[x])
         ordered = bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF))
         top = max(top, ordered)
@@ -54,10 +56,10 @@ def row_max(scores: Any, start: int, columns: int) -> Any:
 
 
 @njit(fastmath=REASSOCIATE)
-def exp_row(scores: Any, start: int, columns: int, top: Any) -> Any:
+def exp_row(scores: Any, top: Any) -> Any:
     """Replace scores by ``exp(score - top)`` and return their sum."""
     total = np.float32(0.0)
-    for x in range(start, start + columns):
+    for x in range(len(scores)):
         weight = exp(scores[x] - top)
         scores[x] = weight
         total += weight
@@ -65,9 +67,9 @@ def exp_row(scores: Any, start: int, columns: int, top: Any) -> Any:
 
 
 @njit(fastmath=REASSOCIATE)
-def cap_row(scores: Any, start: int, columns: int, cap: Any) -> None:
+def cap_row(scores: Any, cap: Any) -> None:
     """Replace scores by ``cap * tanh(score / cap)``, with ``tanh`` in terms of ``exp``."""
-    for x in range(start, start + columns):
+    for x in range(len(scores)):
         ratio = abs(scores[x] / cap)
         decay = exp(np.float32(-2.0) * ratio)
         tanh = (np.float32(1.0) - decay) / (np.float32(1.0) + decay)
