@@ -233,7 +233,8 @@ def _score(
             start = head * shape.split_columns + x
             if cap > 0:
                 cap_row(scores[start : start + tokens[i]], cap)
-            scores[start + tokens[i] : start + columns] = LOWEST
+            for padding in range(start + tokens[i], start + columns):
+                scores[padding] = LOWEST
         x += columns
 
 
