@@ -7,13 +7,13 @@ Run: ``python -m bench.compaction``.
 import argparse
 import statistics
 import time
+from collections.abc import Callable
 
 import numpy as np
 import torch
-import vllm._C  # noqa: F401 - registers vLLM's CPU operators
-from vllm import _custom_ops as ops
 
 from bench.machine import describe_machine
+from tests.support.vllm_kernel import vllm_attention
 from think_vllm.config import ThinkConfig
 from think_vllm.kernels.cpu.compaction import compact_spans
 from think_vllm.kernels.cpu.scoring import add_query_energy, key_energy, select_channels
@@ -44,56 +44,14 @@ class EndOfPrompt:
         compact_spans(self.cache, self.table, span * 0, span, many, plan)
 
 
-class Attention:
-    """VLLM's kernel over the same prompt."""
-
-    def __init__(self, query: torch.Tensor, kv_heads: int) -> None:
-        tokens, heads, head_size = query.shape
-        width = -(-tokens // 128)
-        cache = torch.randn(width, kv_heads, 256, head_size).bfloat16()
-        self.key_cache, self.value_cache = cache.chunk(2, dim=2)
-        self.query, self.out = query, torch.empty_like(query)
-        self.table = torch.arange(width, dtype=torch.int32).view(1, -1)
-        self.starts = torch.tensor([0, tokens], dtype=torch.int32)
-        self.seq_lens = torch.tensor([tokens], dtype=torch.int32)
-        self.metadata = ops.cpu_attn_get_scheduler_metadata(
-            num_reqs=1,
-            num_heads=heads,
-            num_kv_heads=kv_heads,
-            head_dim=head_size,
-            seq_lens=self.seq_lens,
-            dtype=query.dtype,
-            query_start_loc=self.starts,
-            causal=True,
-            sliding_window_size=-1,
-            isa="vec",
-            enable_kv_split=True,
-            dynamic_causal=None,
-            kv_cache_dtype="auto",
-        )
-
-    def run(self) -> None:
-        """Attend once."""
-        ops.cpu_attention_with_kv_cache(
-            query=self.query,
-            key_cache=self.key_cache,
-            value_cache=self.value_cache,
-            output=self.out,
-            query_start_loc=self.starts,
-            seq_lens=self.seq_lens,
-            scale=self.query.shape[2] ** -0.5,
-            causal=True,
-            alibi_slopes=None,
-            sliding_window=-1,
-            block_table=self.table,
-            softcap=0,
-            scheduler_metadata=self.metadata,
-            s_aux=None,
-            dynamic_causal=None,
-            k_scale=1.0,
-            v_scale=1.0,
-            kv_cache_dtype="auto",
-        )
+def prompt_attention(query: torch.Tensor, kv_heads: int) -> Callable[[], None]:
+    """Set up vLLM's attention over the same prompt."""
+    tokens, _, head_size = query.shape
+    width = -(-tokens // 128)
+    cache = torch.randn(width, kv_heads, 128, 2 * head_size).bfloat16()
+    table = torch.arange(width, dtype=torch.int32).view(1, -1)
+    run, _ = vllm_attention(query, cache, table, [tokens], [tokens], head_size**-0.5, "vec")
+    return run
 
 
 def main() -> None:
@@ -109,13 +67,13 @@ def main() -> None:
     if plan is None:
         parser.error("--ratio prunes nothing")
     end = EndOfPrompt(options.tokens, options.heads, options.kv_heads, plan)
-    attention = Attention(end.query, options.kv_heads)
+    attention = prompt_attention(end.query, options.kv_heads)
     pairs = []
     for round_ in range(options.rounds + 3):
         times = []
-        for work in (end, attention):
+        for work in (end.run, attention):
             start = time.perf_counter()
-            work.run()
+            work()
             times.append(1e3 * (time.perf_counter() - start))
         if round_ >= 3:
             pairs.append(times)

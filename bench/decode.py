@@ -12,10 +12,9 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-import vllm._C  # noqa: F401 - registers vLLM's CPU operators
-from vllm import _custom_ops as ops
 
 from bench.machine import describe_machine
+from tests.support.vllm_kernel import vllm_attention
 from think_vllm.config import ThinkConfig
 from think_vllm.kernels.cpu.compaction import compact_spans
 from think_vllm.kernels.cpu.decode import DecodeRows, decode_attention
@@ -26,53 +25,14 @@ VLLM_BLOCK_SIZE = 128  # its default on CPUs
 
 def vllm_kernel(query: torch.Tensor, num_kv_heads: int, context: int) -> Callable[[], None]:
     """Set up vLLM's C++ decode over dense blocks of the query's dtype."""
-    num_seqs, num_heads, head_size = query.shape
+    num_seqs, _, head_size = query.shape
     width = -(-context // VLLM_BLOCK_SIZE)
-    cache = torch.randn(num_seqs * width, num_kv_heads, 2 * VLLM_BLOCK_SIZE, head_size)
-    key_cache, value_cache = cache.to(query.dtype).chunk(2, dim=2)
-    isa = "vec" if head_size % 32 == 0 else "vec16"
-    starts = torch.arange(num_seqs + 1, dtype=torch.int32)
-    seq_lens = torch.full((num_seqs,), context, dtype=torch.int32)
+    shape = (num_seqs * width, num_kv_heads, VLLM_BLOCK_SIZE, 2 * head_size)
+    cache = torch.randn(shape).to(query.dtype)
     table = torch.arange(num_seqs * width, dtype=torch.int32).view(num_seqs, width)
-    metadata = ops.cpu_attn_get_scheduler_metadata(
-        num_reqs=num_seqs,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_size,
-        seq_lens=seq_lens,
-        dtype=query.dtype,
-        query_start_loc=starts,
-        causal=True,
-        sliding_window_size=-1,
-        isa=isa,
-        enable_kv_split=True,
-        dynamic_causal=None,
-        kv_cache_dtype="auto",
-    )
-    out = torch.empty_like(query)
-
-    def run() -> None:
-        ops.cpu_attention_with_kv_cache(
-            query=query,
-            key_cache=key_cache,
-            value_cache=value_cache,
-            output=out,
-            query_start_loc=starts,
-            seq_lens=seq_lens,
-            scale=head_size**-0.5,
-            causal=True,
-            alibi_slopes=None,
-            sliding_window=-1,
-            block_table=table,
-            softcap=0,
-            scheduler_metadata=metadata,
-            s_aux=None,
-            dynamic_causal=None,
-            k_scale=1.0,
-            v_scale=1.0,
-            kv_cache_dtype="auto",
-        )
-
+    isa = "vec" if head_size % 32 == 0 else "vec16"
+    ones, contexts = [1] * num_seqs, [context] * num_seqs
+    run, _ = vllm_attention(query, cache, table, ones, contexts, head_size**-0.5, isa)
     return run
 
 

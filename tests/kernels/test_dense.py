@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-import vllm._C  # noqa: F401 - registers vLLM's CPU operators
-from vllm import _custom_ops as ops
 
+from tests.support.vllm_kernel import vllm_attention
 from think_vllm.attention.cpu_dense import clear_tail, dense_isa
 
 
@@ -21,46 +20,9 @@ def test_dense_isa_stores_the_layout_that_thin_blocks_are_made_from(
 
 def attend(cache: torch.Tensor, query: torch.Tensor, seq_len: int) -> torch.Tensor:
     """Let vLLM's kernel attend with the last queries of a context in block 1."""
-    _, num_kv_heads, block_size, width = cache.shape
-    key_cache, value_cache = cache.view(2, num_kv_heads, 2 * block_size, width // 2).chunk(2, 2)
-    starts = torch.tensor([0, query.shape[0]], dtype=torch.int32)
-    seq_lens = torch.tensor([seq_len], dtype=torch.int32)
-    metadata = ops.cpu_attn_get_scheduler_metadata(
-        num_reqs=1,
-        num_heads=query.shape[1],
-        num_kv_heads=num_kv_heads,
-        head_dim=width // 2,
-        seq_lens=seq_lens,
-        dtype=query.dtype,
-        query_start_loc=starts,
-        causal=True,
-        sliding_window_size=-1,
-        isa="vec16",
-        enable_kv_split=True,
-        dynamic_causal=None,
-        kv_cache_dtype="auto",
-    )
-    out = torch.empty_like(query)
-    ops.cpu_attention_with_kv_cache(
-        query=query,
-        key_cache=key_cache,
-        value_cache=value_cache,
-        output=out,
-        query_start_loc=starts,
-        seq_lens=seq_lens,
-        scale=0.125,
-        causal=True,
-        alibi_slopes=None,
-        sliding_window=-1,
-        block_table=torch.tensor([[1]], dtype=torch.int32),
-        softcap=0,
-        scheduler_metadata=metadata,
-        s_aux=None,
-        dynamic_causal=None,
-        k_scale=1.0,
-        v_scale=1.0,
-        kv_cache_dtype="auto",
-    )
+    table = torch.tensor([[1]], dtype=torch.int32)
+    run, out = vllm_attention(query, cache, table, [query.shape[0]], [seq_len], 0.125, "vec16")
+    run()
     return out
 
 

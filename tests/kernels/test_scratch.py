@@ -3,58 +3,9 @@
 import numpy as np
 import pytest
 import torch
-import vllm._C  # noqa: F401 - registers vLLM's CPU operators
-from vllm import _custom_ops as ops
 
+from tests.support.vllm_kernel import vllm_attention
 from think_vllm.attention.cpu_scratch import PromptScratch
-
-
-def attend(
-    scratch: PromptScratch, table: torch.Tensor, query: torch.Tensor, lengths: list[int]
-) -> torch.Tensor:
-    """VLLM's kernel over the scratch blocks."""
-    num_blocks, num_kv_heads, block_size, width = scratch.blocks.shape
-    halves = scratch.blocks.view(num_blocks, num_kv_heads, 2 * block_size, width // 2)
-    key_cache, value_cache = halves.chunk(2, dim=2)
-    starts = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
-    seq_lens = torch.tensor(lengths, dtype=torch.int32)
-    metadata = ops.cpu_attn_get_scheduler_metadata(
-        num_reqs=len(lengths),
-        num_heads=query.shape[1],
-        num_kv_heads=num_kv_heads,
-        head_dim=width // 2,
-        seq_lens=seq_lens,
-        dtype=query.dtype,
-        query_start_loc=starts,
-        causal=True,
-        sliding_window_size=-1,
-        isa=scratch.isa,
-        enable_kv_split=True,
-        dynamic_causal=None,
-        kv_cache_dtype="auto",
-    )
-    out = torch.full_like(query, float("nan"))
-    ops.cpu_attention_with_kv_cache(
-        query=query,
-        key_cache=key_cache,
-        value_cache=value_cache,
-        output=out,
-        query_start_loc=starts,
-        seq_lens=seq_lens,
-        scale=0.125,
-        causal=True,
-        alibi_slopes=None,
-        sliding_window=-1,
-        block_table=table,
-        softcap=0,
-        scheduler_metadata=metadata,
-        s_aux=None,
-        dynamic_causal=None,
-        k_scale=1.0,
-        v_scale=1.0,
-        kv_cache_dtype="auto",
-    )
-    return out
 
 
 @pytest.mark.parametrize("lengths", [[1], [128], [129, 5, 300], [64, 256, 1, 127]], ids=str)
@@ -67,7 +18,8 @@ def test_prompt_scratch_serves_prompts_over_poisoned_memory(lengths: list[int]) 
     query, key, value = (torch.randn(total, heads, 64) for heads in (4, 2, 2))
     table = scratch.place(np.array(lengths))
     scratch.store(key, value)
-    out = attend(scratch, table, query, lengths)
+    run, out = vllm_attention(query, scratch.blocks, table, lengths, lengths, 0.125, "vec")
+    run()
     for part, (q, k, v) in zip(
         out.split(lengths),
         zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True),
