@@ -1,7 +1,6 @@
 """Served log-probabilities against a masked transformers model: the anchor of this project."""
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -79,16 +78,14 @@ class TestSmallPool:
         check_served(server, recall_reference, lengths, [500] * len(lengths), HALF)
         assert server.metric("vllm:num_preemptions_total") > before
 
-    def test_freed_blocks_admit_more_requests(self, server: Server) -> None:
-        # A prompt of 416 tokens takes 9 blocks, of which compaction frees 2. So 4 run at once
-        # if nothing is freed, and 5 (with room for their next tokens) if it is.
-        prompts = random_prompts([416] * 8)
-        running = []
-        with ThreadPoolExecutor(len(prompts)) as pool:
-            answers = [pool.submit(server.complete, prompt, 300) for prompt in prompts]
-            while not all(answer.done() for answer in answers):
-                running.append(server.metric("vllm:num_requests_running"))
-        assert max(running) >= 5
+    def test_freed_blocks_admit_a_second_request(self, server: Server) -> None:
+        # A prompt of 1,100 tokens takes 23 of the 43 blocks, so a second one has to wait for
+        # the first to end, unless compaction frees 5 of them. With 150 more tokens two requests
+        # take 42 blocks. One after the other, 4 requests take 4 * 150 steps; two at a time, half.
+        steps = "vllm:iteration_tokens_total_count"
+        before = server.metric(steps)
+        server.complete_all(random_prompts([1100] * 4), [150] * 4)
+        assert 2 * 150 - 1 <= server.metric(steps) - before < 3 * 150
 
 
 def test_preemption_with_small_chunks(

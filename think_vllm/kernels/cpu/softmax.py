@@ -26,7 +26,7 @@ REASSOCIATE = {"reassoc", "contract", "nsz"}
 def exp(x: Any) -> Any:
     """``e ** x`` in float32 for x <= 88; below 2 ** -126 it is 0.
 
-    The relative error is below 2e-7, plus 5e-8 times ``|x|``: that of ``x * LOG2_E``.
+    The relative error is below 2e-7, plus 1e-7 times ``|x|``: that of ``x * LOG2_E``.
     """
     power = x * LOG2_E
     power = np.float32(-127.0) if power < np.float32(-127.0) else power
