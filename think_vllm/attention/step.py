@@ -165,7 +165,7 @@ def sort_step(
     prompt_ends = None
     if ends.size:
         lengths = prompt_len[ends]
-        spans = np.maximum(0, lengths - rule.recent_window) // rule.span_tokens
+        spans = rule.thin_spans_array(lengths, lengths)
         prompt_ends = PromptEnds(ends, lengths, spans, np.minimum(lengths, observation_window))
     waves = _waves(rule, query_start, computed, seq_len, prompt_len)
     return Step(prefill, observations, prompt_ends, waves)
