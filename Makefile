@@ -6,6 +6,7 @@ SHELL := /bin/bash
 MODEL ?= models/tiny-recall
 PORT ?= 8000
 PRUNE ?= 0.5
+QUANT ?= none
 TESTS ?= tests
 NAME ?=
 ARGS ?=
@@ -26,9 +27,10 @@ setup: ## Make .venv and install into it (DEVICE=cpu|cuda, PYTHON=, TORCH_INDEX=
 # The bundled model needs no hub, and no more memory than this; later ARGS win.
 IS_BUNDLED = $(filter $(BUNDLED) $(BUNDLED)/ ./$(BUNDLED),$(MODEL))
 
-serve: setup ## Serve MODEL with PRUNE of its key channels pruned (PORT=, ARGS=)
-	$(if $(IS_BUNDLED),HF_HUB_OFFLINE=1 )$(BIN)/think-vllm serve $(MODEL) --kv-channel-prune $(PRUNE) \
-		--port $(PORT) $(if $(IS_BUNDLED),--kv-cache-memory-bytes 268435456) $(ARGS)
+serve: setup ## Serve MODEL, PRUNE of its key channels pruned, QUANT its format (PORT=, ARGS=)
+	$(if $(IS_BUNDLED),HF_HUB_OFFLINE=1 )$(BIN)/think-vllm serve $(MODEL) \
+		--kv-channel-prune $(PRUNE) --kv-quant $(QUANT) --port $(PORT) \
+		$(if $(IS_BUNDLED),--kv-cache-memory-bytes 268435456) $(ARGS)
 
 test: setup ## Run the tests (TESTS=path, ARGS="-k name")
 	$(OFFLINE) $(BIN)/python -m pytest $(TESTS) $(ARGS)

@@ -1,4 +1,4 @@
-"""Turn channel pruning on for one engine: check its config, plan its blocks, complete it."""
+"""Turn thin blocks on for one engine: check its config, plan its blocks, complete it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from think_vllm import VLLM_SERIES, __version__, compat
 from think_vllm.config import ThinkConfig, config_from_additional
-from think_vllm.errors import ThinkError
+from think_vllm.errors import WAY_OUT, ThinkError
 from think_vllm.planner import BlockPlan, plan_blocks
 from think_vllm.report import plan_summary
 
@@ -20,12 +20,12 @@ _selected: BlockPlan | None = None
 
 
 def activate(vllm_config: VllmConfig) -> None:
-    """Check and complete a config that asks for pruning; leave any other one alone.
+    """Check and complete a config that asks for thin blocks; leave any other one alone.
 
     Runs again whenever vLLM validates a config, so every step is idempotent.
 
     Raises:
-        ThinkError: If this engine cannot be served with pruning.
+        ThinkError: If this engine cannot be served with thin blocks.
     """
     config = config_from_additional(vllm_config.additional_config)
     if config is None or vllm_config.model_config is None:
@@ -34,14 +34,15 @@ def activate(vllm_config: VllmConfig) -> None:
     plan = plan_engine(config, vllm_config)
     if plan is None:
         logger.info(
-            "think-vllm: --kv-channel-prune %s prunes no channel of this model; pruning is off",
+            "think-vllm: --kv-channel-prune %g prunes no channel of this model, and --kv-quant is "
+            "none; thin KV blocks are off",
             config.kv_channel_prune,
         )
         return
     cache_config = vllm_config.cache_config
     compat.fix_block_size(cache_config, plan.block_size)
     if cache_config.enable_prefix_caching:
-        logger.info("think-vllm: prefix caching is off: pruned blocks cannot be cached yet")
+        logger.info("think-vllm: prefix caching is off: thin KV blocks cannot be cached yet")
         cache_config.enable_prefix_caching = False
     compat.claim_custom_backend(vllm_config)
     compat.request_prompt_lens(vllm_config.model_config)
@@ -53,20 +54,20 @@ def refuse_version(vllm_config: VllmConfig) -> None:
     """Stand-in for ``activate`` on a vLLM that this version does not extend.
 
     Raises:
-        ThinkError: If the config asks for pruning.
+        ThinkError: If the config asks for thin blocks.
     """
     if config_from_additional(vllm_config.additional_config) is None:
         return
     import vllm
 
     raise ThinkError(
-        f"--kv-channel-prune: think-vllm {__version__} works with vLLM {VLLM_SERIES}.*, this is "
-        f"{vllm.__version__}; install vllm=={VLLM_SERIES}.* or leave the flag out"
+        f"thin KV blocks: think-vllm {__version__} works with vLLM {VLLM_SERIES}.*, this is "
+        f"{vllm.__version__}; install vllm=={VLLM_SERIES}.*. {WAY_OUT}"
     )
 
 
 def select_backend(vllm_config: VllmConfig) -> str | None:
-    """Path of the attention backend for an engine, None if it does not prune."""
+    """Path of the attention backend for an engine, None if it has no thin blocks."""
     config = config_from_additional(vllm_config.additional_config)
     plan = None if config is None else plan_engine(config, vllm_config)
     return None if plan is None else compat.CPU_BACKEND_PATH
@@ -76,13 +77,13 @@ def remember_plan(vllm_config: VllmConfig) -> BlockPlan:
     """Plan the blocks of the engine whose layers are being built, for ``selected_plan``.
 
     Raises:
-        RuntimeError: If that engine does not prune.
+        RuntimeError: If that engine has no thin blocks.
     """
     global _selected
     config = config_from_additional(vllm_config.additional_config)
     plan = None if config is None else plan_engine(config, vllm_config)
     if plan is None:
-        raise RuntimeError("think-vllm: remember_plan() for an engine that does not prune")
+        raise RuntimeError("think-vllm: remember_plan() for an engine without thin blocks")
     _selected = plan
     return plan
 
@@ -114,7 +115,7 @@ def plan_engine(config: ThinkConfig, vllm_config: VllmConfig) -> BlockPlan | Non
 
 
 def check_engine(vllm_config: VllmConfig) -> None:
-    """Refuse what is not supported with pruned blocks.
+    """Refuse what is not supported with thin blocks.
 
     Raises:
         ThinkError: Naming the option or the property of the model, and the way out.
@@ -123,11 +124,12 @@ def check_engine(vllm_config: VllmConfig) -> None:
 
     if current_platform.device_type != "cpu":
         raise ThinkError(
-            f"--kv-channel-prune: this version has kernels for CPUs only, the device is "
-            f"{current_platform.device_type}; leave the flag out, or use the CPU build of vLLM"
+            "thin KV blocks: this version has kernels for CPUs only, the device is "
+            f"{current_platform.device_type}; use the CPU build of vLLM. {WAY_OUT}"
         )
     check_model(vllm_config.model_config)
     parallel = vllm_config.parallel_config
+    cache_dtype = vllm_config.cache_config.cache_dtype
     unsupported: list[tuple[Any, str, str]] = [
         (vllm_config.speculative_config, "--speculative-config", "leave it out"),
         (vllm_config.kv_transfer_config, "--kv-transfer-config (a KV connector)", "leave it out"),
@@ -154,21 +156,21 @@ def check_engine(vllm_config: VllmConfig) -> None:
             "leave it out",
         ),
         (
-            vllm_config.cache_config.cache_dtype not in _plain_dtypes(vllm_config.model_config),
-            f"--kv-cache-dtype {vllm_config.cache_config.cache_dtype}",
-            "use auto",
+            cache_dtype not in _plain_dtypes(vllm_config.model_config),
+            f"--kv-cache-dtype {cache_dtype}",
+            "use --kv-quant fp8 instead" if cache_dtype.startswith("fp8") else "use auto",
         ),
     ]
     for present, name, way_out in unsupported:
         if present:
             raise ThinkError(
-                f"--kv-channel-prune does not support {name} yet; {way_out}, or serve without "
-                "--kv-channel-prune"
+                f"thin KV blocks do not support {name} yet; {way_out}, or serve without "
+                "--kv-channel-prune and --kv-quant"
             )
 
 
 def check_model(model_config: ModelConfig) -> None:
-    """Refuse models whose attention has no prunable key cache, or one of another form.
+    """Refuse models whose attention has no KV cache per head, or one of another form.
 
     Raises:
         ThinkError: Naming the property, and the way out.
@@ -197,8 +199,7 @@ def check_model(model_config: ModelConfig) -> None:
     for present, reason in reasons:
         if present:
             raise ThinkError(
-                f"--kv-channel-prune does not support {model_config.model}: {reason}. "
-                "Serve it without --kv-channel-prune"
+                f"thin KV blocks do not support {model_config.model}: {reason}. {WAY_OUT}"
             )
 
 

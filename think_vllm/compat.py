@@ -42,7 +42,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from think_vllm import VLLM_SERIES
-from think_vllm.errors import ThinkError
+from think_vllm.errors import WAY_OUT, ThinkError
 
 if TYPE_CHECKING:
     import torch
@@ -144,7 +144,7 @@ def fold_after_parsing(
 
     Args:
         parser: Of vLLM's engine arguments.
-        fold: Returns whether pruning was asked for: its refusals then end the program in one
+        fold: Returns whether thin blocks were asked for: refusals then end the program in one
             line, since somebody typed them.
     """
     original = parser.parse_known_args
@@ -169,16 +169,16 @@ def claim_custom_backend(vllm_config: VllmConfig) -> None:
 
     if vllm_config.attention_config.backend_per_kind:
         raise ThinkError(
-            "--kv-channel-prune: attention backends per kind of layer were asked for "
-            f"({vllm_config.attention_config.backend_per_kind}); channel pruning brings its own "
+            "thin KV blocks: attention backends per kind of layer were asked for "
+            f"({vllm_config.attention_config.backend_per_kind}); thin blocks need their own "
             "attention backend. Leave them out"
         )
     asked = vllm_config.attention_config.backend
     allowed = (None, AttentionBackendEnum.CPU_ATTN, AttentionBackendEnum.CUSTOM)
     if asked not in allowed:
         raise ThinkError(
-            f"--kv-channel-prune: --attention-backend is {asked.name}; channel pruning brings "
-            "its own attention backend. Leave --attention-backend out"
+            f"thin KV blocks: --attention-backend is {asked.name}; thin blocks need their own "
+            "attention backend. Leave --attention-backend out"
         )
     vllm_config.attention_config.backend = AttentionBackendEnum.CUSTOM
 
@@ -199,8 +199,8 @@ def request_prompt_lens(model_config: ModelConfig) -> None:
     window = arch.rswa_window
     if window is not None and window < model_config.max_model_len:
         raise ThinkError(
-            "--kv-channel-prune: the model uses reference sliding-window attention (R-SWA), "
-            "which is not supported. Serve it without --kv-channel-prune"
+            "thin KV blocks: the model uses reference sliding-window attention (R-SWA), "
+            f"which is not supported. {WAY_OUT}"
         )
     arch.rswa_window = model_config.max_model_len
 

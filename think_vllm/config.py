@@ -1,11 +1,12 @@
 """The validated settings, however they were given: flags, YAML, JSON or ``additional_config``."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from think_vllm.errors import ThinkError
+from think_vllm.formats import FORMATS, BlockFormat
 
 #: Key of our settings in vLLM's ``additional_config``, which reaches every process and is
 #: part of the compile-cache hash.
@@ -15,9 +16,10 @@ MAX_PRUNE_RATIO = 0.8
 
 
 class ThinkConfig(BaseModel):
-    """Settings of channel pruning. Field names are the flags' names.
+    """Settings of thin blocks. Field names are the flags' names.
 
-    Source: ThinK, arXiv 2407.21018 (section 3 and its authors' defaults: windows of 32).
+    Sources: ThinK, arXiv 2407.21018 (section 3 and its authors' defaults: windows of 32); KIVI,
+    arXiv 2402.02750 (groups of 32).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -28,11 +30,20 @@ class ThinkConfig(BaseModel):
         le=MAX_PRUNE_RATIO,
         description="Fraction of each KV head's key channels that is pruned. 0 prunes nothing.",
     )
+    kv_quant: Literal["none", "fp8", "kivi4", "k4v2", "kivi2"] = Field(
+        default="none",
+        description="Format of old keys and values: float8 e4m3, KIVI's 4 or 2 bits, or k4v2: "
+        "keys in 4 bits, values in 2.",
+    )
+    kv_quant_group: Literal[32, 64, 128] = Field(
+        default=32,
+        description="Elements that share a scale and a zero, in kivi4, k4v2 and kivi2.",
+    )
     kv_recent_window: int = Field(
         default=32,
         ge=0,
         le=65_536,
-        description="Most recent tokens that are never pruned.",
+        description="Most recent tokens that are neither pruned nor quantized.",
     )
     kv_observation_window: int = Field(
         default=32,
@@ -47,27 +58,34 @@ class ThinkConfig(BaseModel):
 
     @property
     def enabled(self) -> bool:
-        """Whether anything is to be pruned."""
-        return self.kv_channel_prune > 0.0
+        """Whether anything is to be pruned or quantized."""
+        return self.kv_channel_prune > 0.0 or self.kv_quant != "none"
+
+    @property
+    def format(self) -> BlockFormat:
+        """How thin blocks are coded."""
+        return FORMATS[self.kv_quant]
 
 
 def parse_config(settings: Mapping[str, Any]) -> ThinkConfig:
-    """Validate settings.
+    """Validate settings, each by itself and then together.
 
     Raises:
         ThinkError: Naming every wrong setting, what was given and what is allowed.
     """
     try:
-        return ThinkConfig.model_validate(dict(settings))
+        config = ThinkConfig.model_validate(dict(settings))
     except ValidationError as error:
         raise ThinkError("; ".join(_explain(e) for e in error.errors())) from None
+    _check_together(config)
+    return config
 
 
 def config_from_additional(additional_config: object) -> ThinkConfig | None:
     """Read our settings out of vLLM's ``additional_config``.
 
     Returns:
-        None if there are none, or if they prune nothing: vLLM then runs untouched.
+        None if there are none, or if they ask for nothing: vLLM then runs untouched.
 
     Raises:
         ThinkError: If they are there but wrong.
@@ -86,9 +104,32 @@ def config_from_additional(additional_config: object) -> ThinkConfig | None:
     return config if config.enabled else None
 
 
+def flag_name(field: str) -> str:
+    """The flag of a setting."""
+    return "--" + field.replace("_", "-")
+
+
+def _check_together(config: ThinkConfig) -> None:
+    """Refuse settings that were given and mean nothing beside the others."""
+    given = [name for name in ThinkConfig.model_fields if name in config.model_fields_set]
+    if given and not {"kv_channel_prune", "kv_quant"}.intersection(given):
+        flags = ", ".join(map(flag_name, given))
+        raise ThinkError(
+            f"{flags} given without --kv-channel-prune RATIO or --kv-quant FORMAT; give one of "
+            "them too"
+        )
+    if "kv_quant_group" in given and not config.format.has_groups:
+        grouped = [name for name, made in FORMATS.items() if made.has_groups]
+        raise ThinkError(
+            f"--kv-quant-group is {config.kv_quant_group}, but --kv-quant is {config.kv_quant}, "
+            f"which has no groups; leave --kv-quant-group out, or use --kv-quant "
+            f"{' or '.join(grouped)}"
+        )
+
+
 def _explain(error: Any) -> str:
     name = ".".join(str(part) for part in error["loc"])
-    flag = "--" + name.replace("_", "-")
+    flag = flag_name(name)
     if error["type"] == "extra_forbidden":
         known = ", ".join(ThinkConfig.model_fields)
         return f"unknown setting {name}={error['input']!r}; known are {known}"

@@ -1,5 +1,8 @@
 """The one exception of this package that a user is meant to read."""
 
+#: How to serve what thin blocks cannot.
+WAY_OUT = "Serve this model without --kv-channel-prune and --kv-quant"
+
 
 class ThinkError(ValueError):
     """A configuration that cannot be served.

@@ -10,24 +10,41 @@ kinds live in such a run::
                   values [N, D]   token-major      at D * N * itemsize
 
     thin block    keys   [C, t]   channel-major    at 0
-                  values [t, D]   token-major      at values_offset (16-byte aligned)
-                  table  [C]      uint8            at table_offset
+                  values [t, D]   token-major      behind the keys
+                  table  [C]      uint8            behind the values; absent if C = D
                   (unused up to the end of the run)
 
-``D`` is the head size, ``N`` the block size in tokens, ``C < D`` the kept key channels and
+``D`` is the head size, ``N`` the block size in tokens, ``C <= D`` the kept key channels and
 ``t > N`` the tokens of a thin block. ``table[i]`` is the channel that key row ``i`` holds,
-ascending: a thin block describes itself, per KV head.
+ascending: a thin block describes itself, per KV head. The dense form is the one that vLLM's
+CPU kernels (``vec``/``vec16``) store and read, so they serve dense blocks as they are.
 
-The dense form is the one that vLLM's CPU kernels (``vec``/``vec16``) store and read, so
-they serve dense blocks as they are. Worked example, bf16, D = 128, N = 48, C = 63, t = 64:
-run 24,576 B; keys 0..8,063; values 8,064..24,447; table 24,448..24,510; 65 B unused.
+Keys and values of a thin block are each a coded matrix ``[R, X]``, rows contiguous::
+
+    plain    elements [R, X]              of the cache's dtype
+    fp8      codes    [R, X]              float8 e4m3 (no infinities)
+             scale    float32             one: element = code * scale
+    int4,    codes    [R, X * bits / 8]   element x at bits bits * x.. of its row, little-endian
+    int2     scales   float16 [G, R]      element = zero[x // g, r] + code * scale[x // g, r]
+             zeros    float16 [G, R]      G = ceil(X / g) groups of g elements of a row
+
+Every part but the table starts on a multiple of 16 bytes. The last thin block of a span may
+hold fewer tokens than ``t``; rows keep their length, what lies behind its tokens is undefined.
+
+Worked examples, bf16, D = 128. Pruned by half, N = 48, C = 63, t = 64: run 24,576 B; keys
+0..8,063; values 8,064..24,447; table 24,448..24,510; 65 B unused. The same with 4-bit keys
+and 2-bit values in groups of 32, N = 16, C = 64, t = 92: run 8,192 B; key codes 0..2,943,
+scales to 3,327, zeros to 3,711; value codes to 6,655, scales to 7,391, zeros to 8,127; table
+8,128..8,191; nothing unused.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from think_vllm.errors import ThinkError
+from think_vllm.formats import FORMATS, BlockFormat, Coding
 
-#: Values start on a multiple of this, so that vector loads never straddle an element.
+#: Parts start on a multiple of this, so that vector loads never straddle an element.
 ALIGN_BYTES = 16
 #: A channel number is one byte in the table.
 MAX_HEAD_SIZE = 256
@@ -64,6 +81,62 @@ class DenseLayout:
 
 
 @dataclass(frozen=True)
+class MatrixLayout:
+    """Byte offsets of a coded matrix inside a run.
+
+    Args:
+        coding: How its elements are stored.
+        rows: ``R``.
+        columns: ``X``.
+        group: Elements of a row that share a scale, for integer codings.
+        itemsize: Bytes of an element of the cache.
+        offset: Byte at which its codes start, a multiple of 16.
+    """
+
+    coding: Coding
+    rows: int
+    columns: int
+    group: int
+    itemsize: int
+    offset: int
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row of codes."""
+        return -(-self.columns * self.coding.element_bits(self.itemsize) // 8)
+
+    @property
+    def groups(self) -> int:
+        """``G``: groups of a row; 0 if the coding has none."""
+        return -(-self.columns // self.group) if self.coding.is_integer else 0
+
+    @property
+    def content_bytes(self) -> int:
+        """Bytes of codes, scales and zeros, without the padding between them."""
+        factors = {Coding.PLAIN: 0, Coding.FP8: 4}.get(self.coding, 4 * self.groups * self.rows)
+        return self.rows * self.row_bytes + factors
+
+    @property
+    def scales_offset(self) -> int:
+        """Byte at which the scales start: behind the codes."""
+        return align_up(self.offset + self.rows * self.row_bytes)
+
+    @property
+    def zeros_offset(self) -> int:
+        """Byte at which the zeros start (integer codings)."""
+        return align_up(self.scales_offset + 2 * self.groups * self.rows)
+
+    @property
+    def end(self) -> int:
+        """First byte behind the matrix."""
+        if self.coding is Coding.PLAIN:
+            return self.offset + self.rows * self.row_bytes
+        if self.coding is Coding.FP8:
+            return self.scales_offset + 4
+        return self.zeros_offset + 2 * self.groups * self.rows
+
+
+@dataclass(frozen=True)
 class ThinLayout:
     """Byte offsets inside the run of a thin block.
 
@@ -72,7 +145,9 @@ class ThinLayout:
         key_channels: Kept key channels.
         block_tokens: Tokens that the thin block holds.
         block_size: Tokens that the same bytes hold densely.
-        itemsize: Bytes of an element.
+        itemsize: Bytes of an element of the cache.
+        format: How keys and values are coded.
+        group: Elements that share a scale, for integer codings.
 
     Raises:
         ThinkError: If the contents do not fit the run.
@@ -83,6 +158,8 @@ class ThinLayout:
     block_tokens: int
     block_size: int
     itemsize: int
+    format: BlockFormat = FORMATS["none"]
+    group: int = 32
 
     def __post_init__(self) -> None:
         if not 0 < self.key_channels <= self.head_size <= MAX_HEAD_SIZE:
@@ -93,8 +170,8 @@ class ThinLayout:
         if self.used_bytes > self.run_bytes:
             raise ThinkError(
                 f"ThinLayout: {self.block_tokens} tokens with {self.key_channels} of "
-                f"{self.head_size} key channels take {self.used_bytes} bytes, a block has "
-                f"{self.run_bytes}; keep fewer channels or fewer tokens"
+                f"{self.head_size} key channels ({self.format.name}) take {self.used_bytes} "
+                f"bytes, a block has {self.run_bytes}; keep fewer channels or fewer tokens"
             )
 
     @property
@@ -102,31 +179,66 @@ class ThinLayout:
         """Bytes of one (block, KV head)."""
         return self.block_size * 2 * self.head_size * self.itemsize
 
+    @cached_property
+    def keys(self) -> MatrixLayout:
+        """Keys ``[C, t]``."""
+        return MatrixLayout(
+            self.format.keys, self.key_channels, self.block_tokens, self.group, self.itemsize, 0
+        )
+
+    @cached_property
+    def values(self) -> MatrixLayout:
+        """Values ``[t, D]``."""
+        return MatrixLayout(
+            self.format.values,
+            self.block_tokens,
+            self.head_size,
+            self.group,
+            self.itemsize,
+            align_up(self.keys.end),
+        )
+
     @property
-    def values_offset(self) -> int:
-        """Byte at which the values start."""
-        return align_up(self.key_channels * self.block_tokens * self.itemsize)
+    def has_table(self) -> bool:
+        """Whether channels were pruned, so that a table says which are kept."""
+        return self.key_channels < self.head_size
 
     @property
     def table_offset(self) -> int:
         """Byte at which the channel table starts."""
-        return self.values_offset + self.block_tokens * self.head_size * self.itemsize
+        return self.values.end
 
     @property
     def used_bytes(self) -> int:
-        """Bytes of the run that carry keys, values, padding between them, and the table."""
-        return self.table_offset + self.key_channels
+        """Bytes of the run up to the end of its contents, padding between parts included."""
+        return self.table_offset + (self.key_channels if self.has_table else 0)
 
 
-def max_key_channels(head_size: int, block_tokens: int, block_size: int, itemsize: int) -> int:
+def max_key_channels(
+    head_size: int,
+    block_tokens: int,
+    block_size: int,
+    itemsize: int,
+    format: BlockFormat = FORMATS["none"],
+    group: int = 32,
+) -> int:
     """Largest number of key channels with which ``block_tokens`` tokens fit a block.
 
     Returns:
         Channels, 0 if not even one fits.
     """
-    run_bytes = block_size * 2 * head_size * itemsize
-    free = run_bytes - block_tokens * head_size * itemsize
-    channels = min(head_size, max(0, free // (block_tokens * itemsize + 1)))
-    while channels and align_up(channels * block_tokens * itemsize) + channels > free:
-        channels -= 1
-    return channels
+
+    def fits(channels: int) -> bool:
+        try:
+            ThinLayout(head_size, channels, block_tokens, block_size, itemsize, format, group)
+        except ThinkError:
+            return False
+        return True
+
+    if fits(head_size):  # without a table, hence with less than one channel fewer might take
+        return head_size
+    low, high = 0, head_size
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

@@ -2,7 +2,8 @@
 
 A span of ``span_blocks`` dense blocks becomes ``thin_blocks`` thin ones. Block counts are
 whole numbers, so not every ratio is worth its exact share: the planner looks through all
-short spans and takes the one that saves most at a context of 2k tokens, dense tail included.
+spans up to a length and takes the one that saves most at a context of 8k tokens, dense tail
+included.
 """
 
 import math
@@ -11,30 +12,33 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from think_vllm.config import ThinkConfig
-from think_vllm.errors import ThinkError
+from think_vllm.errors import WAY_OUT, ThinkError
+from think_vllm.formats import GROUP_SIZES, BlockFormat
 from think_vllm.layout import MAX_HEAD_SIZE, ThinLayout, max_key_channels
 from think_vllm.spans import SpanRule
 
 #: Block sizes that the planner may choose from when the user names none.
 BLOCK_SIZES = (16, 32, 48, 64, 80, 96, 112, 128)
 #: Spans longer than this would leave too much of a context dense.
-MAX_SPAN_BLOCKS = 16
+MAX_SPAN_BLOCKS = 32
 MAX_SPAN_TOKENS = 2048
 #: Head sizes and block sizes are multiples of this: one vector of the kernels.
 SIZE_MULTIPLE = 16
-#: Key rows of a thin block are whole multiples of this many tokens (vector loads).
+#: Key rows of a thin block are whole multiples of this many tokens: whole bytes of 2-bit codes.
 TOKEN_ALIGNMENT = 4
+#: Rows of integer codes are read in vectors of this many.
+INTEGER_HEAD_MULTIPLE = 32
 #: Plans are compared by what they save at this context length.
-REFERENCE_TOKENS = 2048
+REFERENCE_TOKENS = 8192
 #: Plans whose savings are at least this share of the best one's count as equally good.
-SAVINGS_TOLERANCE = 0.985
+SAVINGS_TOLERANCE = 0.995
 #: Share of the head size by which a plan may prune more than requested, to fit its blocks.
 CHANNEL_TOLERANCE = 0.025
 
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """How the KV blocks of one model are pruned.
+    """How the KV blocks of one model are pruned and quantized.
 
     Args:
         config: What was asked for.
@@ -65,6 +69,8 @@ class BlockPlan:
             block_tokens=self.thin_block_tokens,
             block_size=self.block_size,
             itemsize=self.itemsize,
+            format=self.config.format,
+            group=self.config.kv_quant_group,
         )
 
     @cached_property
@@ -77,6 +83,16 @@ class BlockPlan:
             recent_window=self.config.kv_recent_window,
             prune_decode=self.config.kv_prune_decode,
         )
+
+    @property
+    def format(self) -> BlockFormat:
+        """How thin blocks are coded."""
+        return self.config.format
+
+    @property
+    def prunes(self) -> bool:
+        """Whether key channels are left out."""
+        return self.key_channels < self.head_size
 
     @property
     def requested_ratio(self) -> float:
@@ -107,6 +123,23 @@ class BlockPlan:
     def capacity_multiple(self) -> float:
         """Compacted tokens that fit where one dense token fits."""
         return self.span_blocks / self.thin_blocks
+
+    @property
+    def key_bytes_per_token_head(self) -> float:
+        """Bytes of one token's keys in one KV head after compaction, factors and table included."""
+        table = self.key_channels if self.layout.has_table else 0
+        return (self.layout.keys.content_bytes + table) / self.thin_block_tokens
+
+    @property
+    def value_bytes_per_token_head(self) -> float:
+        """Bytes of one token's values in one KV head after compaction, factors included."""
+        return self.layout.values.content_bytes / self.thin_block_tokens
+
+    @property
+    def waste(self) -> float:
+        """Share of a compacted span's bytes that carries nothing: padding, unfilled tokens."""
+        used = self.key_bytes_per_token_head + self.value_bytes_per_token_head
+        return 1.0 - used / self.thin_bytes_per_token_head
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that a request of ``num_tokens`` tokens holds once its prompt has ended.
@@ -149,25 +182,30 @@ def plan_blocks(
         block_sizes: Block sizes that the platform supports, used if ``block_size`` is None.
 
     Returns:
-        The plan, or None if the ratio is too small to prune a single channel.
+        The plan, or None if the ratio is too small to prune a single channel and nothing is
+        quantized.
 
     Raises:
         ThinkError: If no plan fits, with the nearest settings that do.
     """
     if not 1 <= head_size <= MAX_HEAD_SIZE:
         raise ThinkError(
-            f"--kv-channel-prune: the model's head size is {head_size}; "
+            f"thin KV blocks: the model's head size is {head_size}; "
             f"channel tables hold one byte per channel, so at most {MAX_HEAD_SIZE} is possible. "
-            "Serve this model without --kv-channel-prune"
+            f"{WAY_OUT}"
         )
-    if pruned_channels(config.kv_channel_prune, head_size) == 0:
+    if pruned_channels(config.kv_channel_prune, head_size) == 0 and config.kv_quant == "none":
         return None
-    for name, value in (("the model's head size", head_size), ("--block-size", block_size)):
+    for name, value, way_out in (
+        ("the model's head size", head_size, WAY_OUT),
+        ("--block-size", block_size, "Leave it out for the best one"),
+    ):
         if value is not None and (value < 1 or value % SIZE_MULTIPLE):
             raise ThinkError(
-                f"--kv-channel-prune: {name} is {value}; the kernels need a multiple of "
-                f"{SIZE_MULTIPLE}"
+                f"thin KV blocks: {name} is {value}; the kernels need a multiple of "
+                f"{SIZE_MULTIPLE}. {way_out}"
             )
+    _check_groups(config, head_size)
     sizes = block_sizes if block_size is None else (block_size,)
     candidates = [plan for size in sizes for plan in _plans(config, head_size, itemsize, size)]
     if not candidates:
@@ -180,11 +218,30 @@ def plan_blocks(
     return best
 
 
+def _check_groups(config: ThinkConfig, head_size: int) -> None:
+    if not config.format.has_groups:
+        return
+    who = f"--kv-quant {config.kv_quant}: the model's head size is {head_size}"
+    if head_size % INTEGER_HEAD_MULTIPLE:
+        raise ThinkError(
+            f"{who}; integer codes need a multiple of {INTEGER_HEAD_MULTIPLE}. "
+            "Use --kv-quant fp8, or leave it out"
+        )
+    if head_size % config.kv_quant_group:
+        fitting = [size for size in GROUP_SIZES if head_size % size == 0]
+        raise ThinkError(
+            f"{who}, no multiple of --kv-quant-group {config.kv_quant_group}; "
+            f"use --kv-quant-group {' or '.join(map(str, fitting))}"
+        )
+
+
 def _plans(
     config: ThinkConfig, head_size: int, itemsize: int, block_size: int
 ) -> Iterator[BlockPlan]:
-    wanted = head_size - pruned_channels(config.kv_channel_prune, head_size)
-    least = wanted - max(1, round(CHANNEL_TOLERANCE * head_size))
+    pruned = pruned_channels(config.kv_channel_prune, head_size)
+    wanted = head_size - pruned
+    # Whoever asks for no pruning gets none.
+    least = wanted - (max(1, round(CHANNEL_TOLERANCE * head_size)) if pruned else 0)
     for span_blocks in range(2, min(MAX_SPAN_BLOCKS, MAX_SPAN_TOKENS // block_size) + 1):
         span_tokens = span_blocks * block_size
         for thin_blocks in range(1, span_blocks):
@@ -192,7 +249,10 @@ def _plans(
             tokens = -(-tokens // TOKEN_ALIGNMENT) * TOKEN_ALIGNMENT
             if (thin_blocks - 1) * tokens >= span_tokens:
                 continue
-            channels = min(wanted, max_key_channels(head_size, tokens, block_size, itemsize))
+            fitting = max_key_channels(
+                head_size, tokens, block_size, itemsize, config.format, config.kv_quant_group
+            )
+            channels = min(wanted, fitting)
             if channels < max(1, least):
                 continue
             yield BlockPlan(
@@ -208,15 +268,11 @@ def _plans(
 
 
 def _best(candidates: Sequence[BlockPlan]) -> BlockPlan:
-    """Most savings; among nearly equal ones most channels, widest vectors, shortest span."""
+    """Most savings, but among nearly equal ones most channels."""
     enough = SAVINGS_TOLERANCE * max(_savings(plan) for plan in candidates)
     return max(
         (plan for plan in candidates if _savings(plan) >= enough),
-        key=lambda plan: (
-            plan.key_channels,
-            math.gcd(plan.thin_block_tokens, 16),
-            -plan.span_tokens,
-        ),
+        key=lambda plan: (plan.key_channels, _savings(plan), -plan.span_tokens),
     )
 
 
@@ -238,7 +294,9 @@ def _no_plan(
     block_size: int | None,
     block_sizes: Sequence[int],
 ) -> str:
-    who = f"--kv-channel-prune {config.kv_channel_prune} at head size {head_size}"
+    asked = [f"--kv-channel-prune {config.kv_channel_prune}"] if config.kv_channel_prune else []
+    asked += [f"--kv-quant {config.kv_quant}"] if config.kv_quant != "none" else []
+    who = f"{' '.join(asked)} at head size {head_size}"
     if block_size is not None:
         fitting = [size for size in block_sizes if any(_plans(config, head_size, itemsize, size))]
         if fitting:
@@ -247,7 +305,7 @@ def _no_plan(
                 f"tokens frees a block; use --block-size {' or '.join(map(str, fitting))}, "
                 "or leave it out"
             )
-    for percent in range(math.ceil(config.kv_channel_prune * 100) + 1, 81):
+    for percent in range(math.floor(config.kv_channel_prune * 100 + 1e-9) + 1, 81):
         more = config.model_copy(update={"kv_channel_prune": percent / 100})
         if any(next(_plans(more, head_size, itemsize, size), None) for size in block_sizes):
             return (
@@ -255,4 +313,4 @@ def _no_plan(
                 f"{MAX_SPAN_BLOCKS} blocks; the smallest ratio that does is {percent / 100}, "
                 "or leave the flag out"
             )
-    return f"{who}: no plan fits; serve this model without --kv-channel-prune"
+    return f"{who}: no plan fits. {WAY_OUT}"

@@ -1,7 +1,7 @@
 """Entry point of the ``vllm.general_plugins`` group: runs in every process of vLLM.
 
 It only installs hooks. Nothing of ours runs in a forward pass, and neither attention, blocks
-nor kernels are imported, unless a config asks for channel pruning.
+nor kernels are imported, unless a config asks for thin blocks.
 """
 
 import contextlib
@@ -24,11 +24,12 @@ def register() -> None:
     import vllm
 
     logger.warning(
-        "think-vllm %s extends vLLM %s.*, this is vLLM %s: --kv-channel-prune is off",
+        "think-vllm %s extends vLLM %s.*, this is vLLM %s: --kv-channel-prune and --kv-quant "
+        "are off",
         __version__,
         VLLM_SERIES,
         vllm.__version__,
     )
-    # Its platform class may have other hooks; whoever does not use the flag must not notice.
+    # Its platform class may have other hooks; whoever does not use the flags must not notice.
     with contextlib.suppress(AttributeError, ImportError):
         compat.install(add_flags, activation.refuse_version, None)

@@ -2,22 +2,34 @@
 
 from typing import Any
 
+from think_vllm.formats import Coding
 from think_vllm.planner import BlockPlan
+
+#: Context lengths, in units of 1,024 tokens, at which whole requests are counted.
+CONTEXTS = (2, 8, 32)
+
+_CODINGS = {
+    Coding.PLAIN: "as computed",
+    Coding.FP8: "fp8",
+    Coding.INT4: "4-bit",
+    Coding.INT2: "2-bit",
+}
 
 
 def plan_summary(plan: BlockPlan) -> list[str]:
     """The plan in a few lines that a person reads."""
     dense, thin = plan.dense_bytes_per_token_head, plan.thin_bytes_per_token_head
     return [
-        f"key channels {plan.key_channels} of {plan.head_size} (pruned: {plan.actual_ratio:.3f}, "
-        f"requested {plan.requested_ratio:g})",
+        f"{_channels(plan)}; {_codings(plan)}",
         f"{plan.span_blocks} blocks of {plan.block_size} tokens become {plan.thin_blocks} "
         f"(span {plan.span_tokens} tokens; recent window {plan.config.kv_recent_window}, "
         f"observation window {plan.config.kv_observation_window}, decoded spans "
         f"{'compacted too' if plan.config.kv_prune_decode else 'stay dense'})",
-        f"bytes per token and KV head: {dense:.0f} dense, {thin:.1f} thin: "
-        f"x{plan.capacity_multiple:.3f}; whole requests "
-        + ", ".join(f"x{plan.effective_multiple(1024 * k):.2f} at {k}k tokens" for k in (2, 8, 32)),
+        f"bytes per token and KV head: {dense:.0f} dense, {thin:.1f} thin (keys "
+        f"{plan.key_bytes_per_token_head:.1f}, values {plan.value_bytes_per_token_head:.1f}, "
+        f"waste {100 * plan.waste:.1f} %): x{plan.capacity_multiple:.3f}; whole requests "
+        + ", ".join(f"x{plan.effective_multiple(1024 * k):.2f} at {k}k" for k in CONTEXTS)
+        + " tokens",
         "the KV cache size and concurrency that vLLM prints count dense tokens; multiply by these",
     ]
 
@@ -29,6 +41,8 @@ def plan_fields(plan: BlockPlan) -> dict[str, Any]:
         "key_channels": plan.key_channels,
         "requested_ratio": plan.requested_ratio,
         "actual_ratio": plan.actual_ratio,
+        "kv_quant": plan.format.name,
+        "kv_quant_group": plan.config.kv_quant_group if plan.format.has_groups else None,
         "block_size": plan.block_size,
         "span_blocks": plan.span_blocks,
         "thin_blocks": plan.thin_blocks,
@@ -40,5 +54,26 @@ def plan_fields(plan: BlockPlan) -> dict[str, Any]:
         "prune_decode": plan.config.kv_prune_decode,
         "dense_bytes_per_token_head": plan.dense_bytes_per_token_head,
         "thin_bytes_per_token_head": plan.thin_bytes_per_token_head,
+        "key_bytes_per_token_head": plan.key_bytes_per_token_head,
+        "value_bytes_per_token_head": plan.value_bytes_per_token_head,
+        "waste": plan.waste,
         "capacity_multiple": plan.capacity_multiple,
+        **{f"effective_multiple_{k}k": plan.effective_multiple(1024 * k) for k in CONTEXTS},
     }
+
+
+def _channels(plan: BlockPlan) -> str:
+    if not plan.prunes:
+        return f"key channels all {plan.head_size}"
+    return (
+        f"key channels {plan.key_channels} of {plan.head_size} (pruned: {plan.actual_ratio:.3f}, "
+        f"requested {plan.requested_ratio:g})"
+    )
+
+
+def _codings(plan: BlockPlan) -> str:
+    keys, values = _CODINGS[plan.format.keys], _CODINGS[plan.format.values]
+    same = f"keys and values {keys}" if keys == values else f"keys {keys}, values {values}"
+    if not plan.format.has_groups:
+        return same
+    return f"{same} in groups of {plan.config.kv_quant_group} ({plan.format.name})"

@@ -8,17 +8,34 @@ import torch
 from think_vllm.config import ThinkConfig
 from think_vllm.kernels.cpu.decode import DecodeRows
 from think_vllm.planner import BlockPlan, plan_blocks
-from think_vllm.reference.compaction import thin_views
+from think_vllm.reference.compaction import thin_run, write_thin
 
-#: Relative to the largest output. float32: a few hundred float32 roundings in another order.
-#: bf16, fp16: rounding the output, half a unit in the last of 8 or 11 bits.
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+#: Rounding the output, relative to the largest one: half a unit in the last of 24, 8 or 11 bits.
+ROUNDING = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+#: A few float32 roundings of sums of values, which are standard normal: at most 4 or so.
+SUMMATION = 4e-6
+
+
+#: Every format, with and without pruning.
+FORMATS = [
+    (quant, ratio)
+    for quant in ("none", "fp8", "kivi4", "k4v2", "kivi2")
+    for ratio in (0.0, 0.5)
+    if (quant, ratio) != ("none", 0.0)
+]
 
 
 def make_plan(
-    head_size: int, dtype: torch.dtype, block_size: int | None = 16, ratio: float = 0.5
+    head_size: int,
+    dtype: torch.dtype,
+    block_size: int | None = 16,
+    ratio: float = 0.5,
+    quant: str = "none",
+    group: int = 32,
 ) -> BlockPlan:
-    plan = plan_blocks(ThinkConfig(kv_channel_prune=ratio), head_size, dtype.itemsize, block_size)
+    settings = {"kv_channel_prune": ratio, "kv_quant": quant, "kv_quant_group": group}
+    config = ThinkConfig.model_validate(settings)
+    plan = plan_blocks(config, head_size, dtype.itemsize, block_size)
     assert plan is not None
     return plan
 
@@ -119,8 +136,6 @@ def fill_thin_block(kv_cache, block, index, table, plan, random):
     """Write the ``index``-th thin block of a span; unused bytes become 0xFF."""
     count = min(plan.thin_block_tokens, plan.span_tokens - index * plan.thin_block_tokens)
     for head in range(kv_cache.shape[1]):
-        kv_cache[block, head].view(-1).view(torch.uint8).fill_(0xFF)
-        keys, values, stored_table = thin_views(kv_cache, block, head, plan)
-        keys[:, :count] = random(plan.key_channels, count)
-        values[:count] = random(count, plan.head_size)
-        stored_table.copy_(table[head])
+        thin_run(kv_cache, block, head).fill_(0xFF)
+        keys, values = random(plan.key_channels, count), random(count, plan.head_size)
+        write_thin(kv_cache, block, head, keys, values, table[head], plan)

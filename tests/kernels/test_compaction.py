@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.kernels.helpers import make_plan, random_channels
+from tests.kernels.helpers import FORMATS, make_plan, random_channels
 from think_vllm.kernels.cpu.compaction import compact_spans, read_channels
 from think_vllm.reference.compaction import compact_spans_ref, read_channels_ref
 
@@ -43,6 +43,41 @@ def test_compact_spans_is_bit_exact(dtype, head_size, block_size, ratio):
     tables = read_channels(kv_cache, block_table, request, span, plan)
     assert torch.equal(tables, channels)
     assert torch.equal(tables, read_channels_ref(kv_cache, block_table, request, span, plan))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("quant", "ratio"), FORMATS)
+@pytest.mark.parametrize("head_size", [64, 128])
+@pytest.mark.parametrize("kind", ["usual", "bits"])
+def test_compact_spans_codes_to_the_bit(dtype, quant, ratio, head_size, kind):
+    plan = make_plan(head_size, dtype, None, ratio, quant)
+    kv_cache, block_table = make_cache(plan, dtype, 2, 2, 2)
+    if kind == "usual":  # else random bits: all magnitudes, NaN and infinities
+        generator = torch.Generator().manual_seed(2)
+        size = torch.exp(2 * torch.randn(kv_cache.shape, generator=generator))
+        kv_cache.copy_(torch.randn(kv_cache.shape, generator=generator) * size)
+    expected = kv_cache.clone()
+    request, span = np.array([0, 1, 1], np.int32), np.array([1, 0, 1], np.int32)
+    generator = torch.Generator().manual_seed(1)
+    channels = torch.stack([random_channels(plan, 2, generator) for _ in request])
+    compact_spans_ref(expected, block_table, request, span, channels, plan)
+    compact_spans(kv_cache, block_table, request, span, channels, plan)
+    assert torch.equal(bits(kv_cache), bits(expected))
+    tables = read_channels(kv_cache, block_table, request, span, plan)
+    assert torch.equal(tables, channels)
+
+
+@pytest.mark.parametrize("quant", ["kivi4", "k4v2", "kivi2"])
+@pytest.mark.parametrize("group", [64, 128])
+def test_compact_spans_quant_group(quant, group):
+    plan = make_plan(128, torch.float32, None, 0.5, quant, group)
+    kv_cache, block_table = make_cache(plan, torch.float32, 2, 1, 1)
+    kv_cache.copy_(torch.randn(kv_cache.shape, generator=torch.Generator().manual_seed(1)))
+    expected, zero = kv_cache.clone(), np.zeros(1, np.int32)
+    channels = random_channels(plan, 2, torch.Generator().manual_seed(1))[None]
+    compact_spans_ref(expected, block_table, zero, zero, channels, plan)
+    compact_spans(kv_cache, block_table, zero, zero, channels, plan)
+    assert torch.equal(bits(kv_cache), bits(expected))
 
 
 def test_compact_spans_touches_only_its_layer():

@@ -21,14 +21,24 @@ KERNELS = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_nothing_compiles_after_warm_up(dtype):
-    plan = make_plan(64, dtype)
+@pytest.mark.parametrize(
+    ("dtype", "quant", "ratio"),
+    [
+        (torch.bfloat16, "none", 0.5),
+        (torch.float16, "none", 0.5),
+        (torch.float32, "none", 0.5),
+        (torch.bfloat16, "fp8", 0.0),
+        (torch.bfloat16, "k4v2", 0.5),
+    ],
+    ids=str,
+)
+def test_nothing_compiles_after_warm_up(dtype, quant, ratio):
+    plan = make_plan(64, dtype, None, ratio, quant)
     warm_up(dtype, 4, 2, plan)
     compiled = [list(kernel.signatures) for kernel in KERNELS]
 
     # Other shapes, strides, index types and sizes than those of the warm-up.
-    other = make_plan(128, dtype, block_size=48)
+    other = make_plan(128, dtype, 48, 0.4, quant)
     case = make_case(other, dtype, 10, 2, [(1500, 5), (300, 0)], gap_blocks=1)
     query = torch.zeros(2, 12, 128, dtype=dtype)[:, :10]
     out = torch.empty(2, 11, 128, dtype=dtype)[:, :10]

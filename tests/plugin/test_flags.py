@@ -9,7 +9,7 @@ import pytest
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from think_vllm.config import ThinkConfig
+from think_vllm.config import parse_config
 from think_vllm.plugin import register
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -30,9 +30,19 @@ def settings(namespace: argparse.Namespace) -> Any:
 def test_flags_become_additional_config(parser: argparse.ArgumentParser) -> None:
     arguments = ["model", "--kv-channel-prune", "0.4", "--no-kv-prune-decode"]
     namespace = parser.parse_args(arguments)
-    expected = ThinkConfig(kv_channel_prune=0.4, kv_prune_decode=False).model_dump()
-    assert settings(namespace) == expected
+    assert settings(namespace) == {"kv_channel_prune": 0.4, "kv_prune_decode": False}
     assert not hasattr(namespace, "kv_channel_prune")
+
+
+def test_format_flags_need_no_ratio(parser: argparse.ArgumentParser) -> None:
+    namespace = parser.parse_args(["model", "--kv-quant", "k4v2", "--kv-quant-group", "64"])
+    assert settings(namespace) == {"kv_quant": "k4v2", "kv_quant_group": 64}
+
+
+def test_flags_complete_what_json_began(parser: argparse.ArgumentParser) -> None:
+    given = json.dumps({"think": {"kv_quant_group": 128}})
+    namespace = parser.parse_args(["m", "--additional-config", given, "--kv-quant", "kivi2"])
+    assert settings(namespace) == {"kv_quant": "kivi2", "kv_quant_group": 128}
 
 
 @pytest.mark.parametrize("flag_first", [True, False], ids=["flag-first", "json-first"])
@@ -58,6 +68,17 @@ def test_flags_absent_leave_additional_config_alone(parser: argparse.ArgumentPar
         (["--kv-channel-prune", "0.9"], "--kv-channel-prune is 0.9: Input should be less than"),
         (["--kv-channel-prune", "much"], "--kv-channel-prune: invalid float value: 'much'"),
         (["--kv-recent-window", "16"], "--kv-recent-window given without --kv-channel-prune"),
+        (["--kv-quant-group", "64"], "--kv-quant-group given without --kv-channel-prune RATIO or"),
+        (["--kv-quant", "int8"], "--kv-quant: invalid choice: 'int8' (choose from"),
+        (["--kv-quant", "kivi4", "--kv-quant-group", "48"], "--kv-quant-group: invalid choice: 48"),
+        (
+            ["--kv-quant", "fp8", "--kv-quant-group", "32"],
+            "--kv-quant-group is 32, but --kv-quant is fp8, which has no groups; leave",
+        ),
+        (
+            ["--kv-channel-prune", "0.5", "--kv-quant-group", "64"],
+            "--kv-quant-group is 64, but --kv-quant is none, which has no groups; leave",
+        ),
         (
             ["--kv-channel-prune", "0.5", "--kv-observation-window", "0"],
             "--kv-observation-window is 0",
@@ -79,9 +100,18 @@ def test_flags_out_of_range_end_the_program_in_words(
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_configs_parse(parser: argparse.ArgumentParser, path: Path) -> None:
     namespace = parser.parse_args(["--config", str(path)])
-    config = ThinkConfig.model_validate(settings(namespace))
-    assert config.enabled
+    assert parse_config(settings(namespace)).enabled
 
 
 def test_configs_are_shipped() -> None:
-    assert len(list(CONFIGS.glob("*.yaml"))) >= 2
+    names = {path.stem for path in CONFIGS.glob("*.yaml")}
+    assert names >= {"think-0.5", "think-0.4-kivi4", "think-0.5-k4v2"}
+
+
+def test_yaml_without_a_ratio_takes_a_format(
+    parser: argparse.ArgumentParser, tmp_path: Path
+) -> None:
+    path = tmp_path / "quant.yaml"
+    path.write_text("model: m\nkv-quant: kivi2\nkv-quant-group: 64\n", encoding="utf-8")
+    namespace = parser.parse_args(["--config", str(path)])
+    assert settings(namespace) == {"kv_quant": "kivi2", "kv_quant_group": 64}

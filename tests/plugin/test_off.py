@@ -45,10 +45,14 @@ def probe(model: object, additional: dict[str, object]) -> dict[str, object]:
 
 @pytest.mark.parametrize(
     "additional",
-    [{}, {"think": {"kv_channel_prune": 0}}, {"think": {"kv_channel_prune": 0.005}}],
-    ids=["no-flag", "ratio-zero", "no-channel"],
+    [
+        {},
+        {"think": {"kv_channel_prune": 0, "kv_quant": "none"}},
+        {"think": {"kv_channel_prune": 0.005}},
+    ],
+    ids=["no-flag", "zero-and-none", "no-channel"],
 )
-def test_register_leaves_vllm_alone_without_pruning(
+def test_register_leaves_vllm_alone_without_thin_blocks(
     recall_model: object, additional: dict[str, object]
 ) -> None:
     result = probe(recall_model, additional)
@@ -61,8 +65,15 @@ def test_register_leaves_vllm_alone_without_pruning(
     }
 
 
-def test_register_selects_our_backend_with_pruning(recall_model: object) -> None:
-    result = probe(recall_model, {"think": {"kv_channel_prune": 0.5}})
+@pytest.mark.parametrize(
+    ("settings", "block_size"),
+    [({"kv_channel_prune": 0.5}, 48), ({"kv_quant": "kivi4"}, 16)],
+    ids=["prune", "quant"],
+)
+def test_register_selects_our_backend_with_thin_blocks(
+    recall_model: object, settings: dict[str, object], block_size: int
+) -> None:
+    result = probe(recall_model, {"think": settings})
     assert result["backend"] == "think_vllm.attention.cpu_backend.ThinkCPUBackend"
-    assert result["block_size"] == 48
+    assert result["block_size"] == block_size
     assert result["prefix_caching"] is False

@@ -24,7 +24,13 @@ FIELDS = {
     "observation_window",
     "dense_bytes_per_token_head",
     "thin_bytes_per_token_head",
+    "key_bytes_per_token_head",
+    "value_bytes_per_token_head",
+    "kv_quant",
+    "kv_quant_group",
+    "waste",
     "capacity_multiple",
+    "effective_multiple_8k",
 }
 
 
@@ -47,8 +53,17 @@ def test_plan_json_has_the_documented_fields(recall_model: Path) -> None:
 
 def test_plan_text_says_what_it_is_worth(recall_model: Path) -> None:
     done = run(str(recall_model), "--kv-channel-prune", "0.4", "--kv-recent-window", "16")
-    assert "key channels 75 of 128" in done.stdout
+    assert "key channels 76 of 128" in done.stdout
+    assert "77 channels were asked for; blocks are whole, and 76 is the most" in done.stdout
     assert "recent window 16" in done.stdout
+
+
+def test_plan_needs_no_ratio_beside_a_format(recall_model: Path) -> None:
+    done = run(str(recall_model), "--kv-quant", "kivi4")
+    assert done.returncode == 0, done.stderr
+    assert "key channels all 128; keys and values 4-bit in groups of 32 (kivi4)" in done.stdout
+    assert "3 blocks of 16 tokens become 1" in done.stdout
+    assert "channels were asked for" not in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -58,7 +73,11 @@ def test_plan_text_says_what_it_is_worth(recall_model: Path) -> None:
         (["--kv-channel-prune", "0.001"], "prunes no channel"),
         (["--kv-channel-prune", "0.5", "--context-length", "0"], "not a whole number above zero"),
         (["--kv-channel-prune", "0.5", "--dtype", "foo"], "dtype"),
-        ([], "--kv-channel-prune RATIO is needed"),
+        ([], "--kv-channel-prune RATIO or --kv-quant FORMAT is needed"),
+        (["--kv-quant", "none"], "--kv-quant is none; nothing to plan"),
+        (["--kv-quant-group", "64"], "--kv-quant-group given without --kv-channel-prune"),
+        (["--kv-quant", "fp8", "--kv-quant-group", "64"], "which has no groups"),
+        (["--kv-quant", "kivi4", "--block-size", "40"], "--block-size is 40"),
     ],
 )
 def test_plan_refuses_in_one_line(recall_model: Path, arguments: list[str], message: str) -> None:

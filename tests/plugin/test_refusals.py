@@ -47,9 +47,21 @@ def refused(capsys: pytest.CaptureFixture[str], model: Path, *arguments: str) ->
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--kv-channel-prune", "0.05"], "the smallest ratio that does is 0.12"),
+        (["--kv-channel-prune", "0.05"], "the smallest ratio that does is 0.15"),
         (["--kv-channel-prune", "0.3", "--block-size", "16"], "--block-size 16 tokens frees a"),
-        (["--kv-channel-prune", "0.5", "--kv-cache-dtype", "fp8"], "--kv-cache-dtype fp8"),
+        (
+            ["--kv-channel-prune", "0.5", "--kv-cache-dtype", "fp8"],
+            "--kv-cache-dtype fp8 yet; use --kv-quant fp8 instead",
+        ),
+        (
+            ["--kv-quant", "fp8", "--kv-offloading-size", "1"],
+            "or serve without --kv-channel-prune and --kv-quant",
+        ),
+        (["--kv-quant", "k4v2", "--block-size", "24"], "--block-size is 24"),
+        (
+            ["--kv-quant", "kivi4", "--block-size", "1024"],
+            "--kv-quant kivi4 at head size 128: no span of up to 32 blocks of --block-size 1024",
+        ),
         (
             [
                 "--kv-channel-prune",
@@ -152,6 +164,27 @@ def test_models_are_refused(
     assert message in refused(capsys, model, "--kv-channel-prune", "0.5")
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "arguments", "message"),
+    [
+        (80, ["kivi4"], "the model's head size is 80; integer codes need a multiple of 32"),
+        (64, ["k4v2", "--kv-quant-group", "128"], "use --kv-quant-group 32 or 64"),
+        (72, ["fp8"], "the model's head size is 72; the kernels need a multiple of 16. Serve"),
+    ],
+    ids=["80-kivi4", "64-groups-128", "72-fp8"],
+)
+def test_head_sizes_are_refused(
+    tmp_path: Path,
+    head_dim: int,
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shape = {"head_dim": head_dim, "num_key_value_heads": 2, "architectures": ["LlamaForCausalLM"]}
+    model = make_config(tmp_path, "llama", **SMALL, **shape)
+    assert message in refused(capsys, model, "--kv-quant", *arguments)
+
+
 def test_offline_engines_get_an_exception_with_the_same_words(
     recall_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,9 +208,10 @@ def test_offline_engines_get_an_exception_with_the_same_words(
             ["--additional-config", json.dumps({"think": {"kv_channel_prune": 0.5, "x": 1}})],
             "unknown setting x=1",
         ),
-        (["--kv-channel-prune", "0.05"], "the smallest ratio that does is 0.12"),
+        (["--kv-quant", "fp8", "--kv-quant-group", "64"], "--kv-quant is fp8, which has no groups"),
+        (["--kv-channel-prune", "0.05"], "the smallest ratio that does is 0.15"),
     ],
-    ids=["flag", "json", "plan"],
+    ids=["flag", "json", "together", "plan"],
 )
 def test_serve_ends_in_one_line_without_a_traceback(
     recall_model: Path, arguments: list[str], message: str

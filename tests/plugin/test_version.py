@@ -17,11 +17,18 @@ print("CREATED")
 """
 
 
-@pytest.mark.parametrize("used", [False, True])
-def test_register_on_another_version_refuses_only_the_flag(
-    recall_model: object, used: bool
+@pytest.mark.parametrize(
+    ("additional", "used"),
+    [
+        ("{}", False),
+        ('{"think": {"kv_channel_prune": 0.5}}', True),
+        ('{"think": {"kv_quant": "fp8"}}', True),
+    ],
+    ids=["no-flag", "prune", "quant"],
+)
+def test_register_on_another_version_refuses_only_the_flags(
+    recall_model: object, additional: str, used: bool
 ) -> None:
-    additional = '{"think": {"kv_channel_prune": 0.5}}' if used else "{}"
     done = subprocess.run(
         [sys.executable, "-c", PROBE, str(recall_model), additional],
         capture_output=True,
@@ -29,6 +36,6 @@ def test_register_on_another_version_refuses_only_the_flag(
         check=False,
     )
     output = done.stdout + done.stderr
-    assert output.count("this is vLLM 0.99.1: --kv-channel-prune is off") == 1
+    assert output.count("this is vLLM 0.99.1: --kv-channel-prune and --kv-quant are off") == 1
     assert ("CREATED" in done.stdout) is not used
     assert ("works with vLLM 0.32.*, this is 0.99.1" in output) is used

@@ -15,6 +15,7 @@ def vllm_attention(
     seq_lens: Sequence[int],
     scale: float,
     isa: str,
+    kv_cache_dtype: str = "auto",
 ) -> tuple[Callable[[], None], torch.Tensor]:
     """Prepare causal attention over dense blocks.
 
@@ -26,6 +27,7 @@ def vllm_attention(
         seq_lens: Tokens of each sequence.
         scale: Factor on ``q . k``.
         isa: VLLM's kernel family.
+        kv_cache_dtype: Of vLLM's flag of that name; blocks are uint8 for ``fp8``.
 
     Returns:
         A function that attends, and the output that it writes, ``[tokens, Hq, D]``.
@@ -48,7 +50,7 @@ def vllm_attention(
         isa=isa,
         enable_kv_split=True,
         dynamic_causal=None,
-        kv_cache_dtype="auto",
+        kv_cache_dtype=kv_cache_dtype,
     )
     out = torch.full_like(query, float("nan"))
 
@@ -71,7 +73,7 @@ def vllm_attention(
             dynamic_causal=None,
             k_scale=1.0,
             v_scale=1.0,
-            kv_cache_dtype="auto",
+            kv_cache_dtype=kv_cache_dtype,
         )
 
     return run, out

@@ -1,9 +1,12 @@
 """Settings: every wrong one is refused in words."""
 
+from typing import get_args
+
 import pytest
 
 from think_vllm.config import ThinkConfig, config_from_additional, parse_config
 from think_vllm.errors import ThinkError
+from think_vllm.formats import FORMATS, GROUP_SIZES
 
 
 @pytest.mark.parametrize(
@@ -14,6 +17,24 @@ from think_vllm.errors import ThinkError
         ({"kv_channel_prune": "half"}, "--kv-channel-prune is 'half'"),
         ({"kv_recent_window": -1}, "--kv-recent-window is -1"),
         ({"kv_observation_window": 0}, "--kv-observation-window is 0"),
+        ({"kv_quant": "int8"}, "--kv-quant is 'int8': Input should be 'none', 'fp8', 'kivi4'"),
+        ({"kv_quant": "kivi4", "kv_quant_group": 48}, "--kv-quant-group is 48: .* 32, 64 or 128"),
+        (
+            {"kv_recent_window": 64},
+            "--kv-recent-window given without --kv-channel-prune RATIO or --kv-quant FORMAT",
+        ),
+        (
+            {"kv_quant_group": 64, "kv_prune_decode": False},
+            "--kv-quant-group, --kv-prune-decode given without",
+        ),
+        (
+            {"kv_quant": "fp8", "kv_quant_group": 32},
+            "--kv-quant-group is 32, but --kv-quant is fp8, .* use --kv-quant kivi4 or k4v2",
+        ),
+        (
+            {"kv_channel_prune": 0.5, "kv_quant_group": 64},
+            "--kv-quant is none, which has no groups; leave --kv-quant-group out",
+        ),
         ({"kv_chanel_prune": 0.5}, "unknown setting kv_chanel_prune=0.5; known are kv_channel"),
     ],
 )
@@ -28,12 +49,44 @@ def test_parse_config_names_every_wrong_setting() -> None:
 
 
 @pytest.mark.parametrize("additional", [None, {}, {"other": 1}, {"think": {}}, object()])
-def test_config_from_additional_is_none_when_pruning_is_not_asked_for(additional: object) -> None:
+def test_config_from_additional_is_none_when_thin_blocks_are_not_asked_for(
+    additional: object,
+) -> None:
     assert config_from_additional(additional) is None
 
 
-def test_config_from_additional_is_none_at_ratio_zero() -> None:
-    assert config_from_additional({"think": {"kv_channel_prune": 0}}) is None
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"kv_channel_prune": 0},
+        {"kv_quant": "none"},
+        {"kv_channel_prune": 0, "kv_quant": "none", "kv_recent_window": 64},
+    ],
+)
+def test_config_from_additional_is_none_when_settings_ask_for_nothing(
+    settings: dict[str, object],
+) -> None:
+    assert config_from_additional({"think": settings}) is None
+
+
+def test_config_from_additional_reads_a_format_without_a_ratio() -> None:
+    config = config_from_additional({"think": {"kv_quant": "k4v2", "kv_quant_group": 64}})
+    assert config is not None
+    assert (config.format, config.kv_quant_group) == (FORMATS["k4v2"], 64)
+    assert config.kv_channel_prune == 0.0
+
+
+def test_parse_config_takes_what_it_gave() -> None:
+    # The flags travel to every process this way, and each of them checks them again.
+    for settings in ({"kv_quant": "fp8"}, {"kv_channel_prune": 0.5}, {"kv_quant": "kivi2"}):
+        config = parse_config(settings)
+        assert parse_config(config.model_dump(exclude_unset=True)) == config
+
+
+def test_settings_name_every_format_and_group() -> None:
+    fields = ThinkConfig.model_fields
+    assert get_args(fields["kv_quant"].annotation) == tuple(FORMATS)
+    assert get_args(fields["kv_quant_group"].annotation) == GROUP_SIZES
 
 
 def test_config_from_additional_reads_settings() -> None:

@@ -1,9 +1,20 @@
 """The byte layout, against bytes counted by hand."""
 
+import itertools
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from think_vllm.errors import ThinkError
-from think_vllm.layout import DenseLayout, ThinLayout, max_key_channels
+from think_vllm.formats import FORMATS, GROUP_SIZES
+from think_vllm.layout import (
+    ALIGN_BYTES,
+    DenseLayout,
+    MatrixLayout,
+    ThinLayout,
+    max_key_channels,
+)
 
 
 @pytest.mark.parametrize(
@@ -20,11 +31,117 @@ from think_vllm.layout import DenseLayout, ThinLayout, max_key_channels
     ],
     ids=["bf16-n48", "bf16-n64", "bf16-n32", "bf16-padded", "fp32-n48"],
 )
-def test_thin_layout_has_the_bytes_counted_by_hand(
+def test_plain_thin_layout_has_the_bytes_counted_by_hand(
     layout: ThinLayout, run: int, values: int, table: int, used: int
 ) -> None:
-    counted = (layout.run_bytes, layout.values_offset, layout.table_offset, layout.used_bytes)
+    counted = (layout.run_bytes, layout.values.offset, layout.table_offset, layout.used_bytes)
     assert counted == (run, values, table, used)
+
+
+@pytest.mark.parametrize(
+    ("layout", "keys", "values", "used"),
+    [
+        # keys and values: codes, scale, end. 63 * 128 = 8,064; 128 * 128 = 16,384; table 63
+        (
+            ThinLayout(128, 63, 128, 48, 2, FORMATS["fp8"]),
+            (0, 8_064, 8_068),
+            (8_080, 24_464, 24_468),
+            24_531,
+        ),
+        # 128 * 60 = 7,680 each, no table
+        (
+            ThinLayout(128, 128, 60, 32, 2, FORMATS["fp8"]),
+            (0, 7_680, 7_684),
+            (7_696, 15_376, 15_380),
+            15_380,
+        ),
+        # 31 * 20 = 620 is padded to 624; a code is one byte in a cache of fp32 too
+        (
+            ThinLayout(64, 31, 20, 16, 4, FORMATS["fp8"]),
+            (0, 624, 628),
+            (640, 1_920, 1_924),
+            1_955,
+        ),
+    ],
+    ids=["n48", "all-channels", "padded"],
+)
+def test_fp8_thin_layout_has_the_bytes_counted_by_hand(
+    layout: ThinLayout, keys: tuple[int, ...], values: tuple[int, ...], used: int
+) -> None:
+    def offsets(matrix: MatrixLayout) -> tuple[int, ...]:
+        return matrix.offset, matrix.scales_offset, matrix.end
+
+    assert (offsets(layout.keys), offsets(layout.values)) == (keys, values)
+    assert (layout.table_offset, layout.used_bytes) == (values[-1], used)
+
+
+@pytest.mark.parametrize(
+    ("layout", "keys", "values", "used"),
+    [
+        # keys and values: codes, scales, zeros, end.
+        # Keys 74 rows of 32 B, 2 groups: 296 B of scales, padded; values 64 rows of 64 B, 4 groups
+        (
+            ThinLayout(128, 74, 64, 16, 2, FORMATS["kivi4"], 32),
+            (0, 2_368, 2_672, 2_968),
+            (2_976, 7_072, 7_584, 8_096),
+            8_170,
+        ),
+        # The worked example of layout.py: 92 tokens are 2.9 groups of 32
+        (
+            ThinLayout(128, 64, 92, 16, 2, FORMATS["k4v2"], 32),
+            (0, 2_944, 3_328, 3_712),
+            (3_712, 6_656, 7_392, 8_128),
+            8_192,
+        ),
+        # 62 rows of 28 B = 1,736 are padded; 112 tokens are 3.5 groups of 32
+        (
+            ThinLayout(128, 62, 112, 16, 2, FORMATS["kivi2"], 32),
+            (0, 1_744, 2_240, 2_736),
+            (2_736, 6_320, 7_216, 8_112),
+            8_174,
+        ),
+        # One group of 112 tokens, none of 128; no table
+        (
+            ThinLayout(128, 128, 112, 16, 2, FORMATS["kivi2"], 128),
+            (0, 3_584, 3_840, 4_096),
+            (4_096, 7_680, 7_904, 8_128),
+            8_128,
+        ),
+        # The cache's own dtype plays no part: keys 64 rows of 50 B, values 100 rows of 32 B
+        (
+            ThinLayout(64, 64, 100, 16, 4, FORMATS["kivi4"], 64),
+            (0, 3_200, 3_456, 3_712),
+            (3_712, 6_912, 7_120, 7_320),
+            7_320,
+        ),
+    ],
+    ids=["kivi4", "k4v2", "kivi2", "kivi2-g128", "fp32-kivi4-g64"],
+)
+def test_integer_thin_layout_has_the_bytes_counted_by_hand(
+    layout: ThinLayout, keys: tuple[int, ...], values: tuple[int, ...], used: int
+) -> None:
+    def offsets(matrix: MatrixLayout) -> tuple[int, ...]:
+        return matrix.offset, matrix.scales_offset, matrix.zeros_offset, matrix.end
+
+    assert (offsets(layout.keys), offsets(layout.values)) == (keys, values)
+    assert (layout.table_offset, layout.used_bytes) == (values[-1], used)
+
+
+@pytest.mark.parametrize(
+    ("format", "keys", "values"),
+    [
+        # 64 channels of 92 tokens, and 92 tokens of 128 channels, in a cache of 2-byte elements
+        ("none", 64 * 92 * 2, 92 * 128 * 2),
+        ("fp8", 64 * 92 + 4, 92 * 128 + 4),
+        # A scale and a zero of 2 bytes for every group of 32
+        ("kivi4", 64 * (46 + 3 * 4), 92 * (64 + 4 * 4)),
+        ("k4v2", 64 * (46 + 3 * 4), 92 * (32 + 4 * 4)),
+        ("kivi2", 64 * (23 + 3 * 4), 92 * (32 + 4 * 4)),
+    ],
+)
+def test_content_bytes_leave_padding_out(format: str, keys: int, values: int) -> None:
+    layout = ThinLayout(128, 64, 92, 80, 2, FORMATS[format], 32)
+    assert (layout.keys.content_bytes, layout.values.content_bytes) == (keys, values)
 
 
 def test_dense_layout_splits_a_run_in_half() -> None:
@@ -35,18 +152,82 @@ def test_dense_layout_splits_a_run_in_half() -> None:
 def test_thin_layout_refuses_what_does_not_fit() -> None:
     with pytest.raises(ThinkError, match="take 24640 bytes, a block has 24576"):
         ThinLayout(128, 64, 64, 48, 2)
+    with pytest.raises(ThinkError, match=r"65 of 128 key channels \(k4v2\) take 82\d\d bytes"):
+        ThinLayout(128, 65, 92, 16, 2, FORMATS["k4v2"])
+
+
+FITTING = {
+    "head_size": st.sampled_from([32, 64, 96, 128, 192, 256]),
+    "block_size": st.sampled_from([16, 32, 48, 64, 96, 128]),
+    "itemsize": st.sampled_from([2, 4]),
+    "group": st.sampled_from(GROUP_SIZES),
+    # Thin tokens in quarters of a block, up to as many as 2 bits of 4 bytes make possible
+    "quarters": st.integers(5, 64),
+}
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@given(**FITTING)
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_max_key_channels_is_the_largest_that_fits(
+    format: str, head_size: int, block_size: int, itemsize: int, group: int, quarters: int
+) -> None:
+    tokens = block_size // 4 * quarters
+    rest = (tokens, block_size, itemsize, FORMATS[format], group)
+    channels = max_key_channels(head_size, *rest)
+    if channels:
+        assert ThinLayout(head_size, channels, *rest).key_channels == channels
+    # All channels need no table, so they may fit where one channel fewer does not.
+    for more in {channels + 1, head_size} if channels < head_size else ():
+        with pytest.raises(ThinkError):
+            ThinLayout(head_size, more, *rest)
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
-@pytest.mark.parametrize("block_size", [16, 32, 48, 64, 96, 128])
-@pytest.mark.parametrize("head_size", [64, 80, 128, 192, 256])
-def test_max_key_channels_is_the_largest_that_fits(
+@pytest.mark.parametrize("block_size", [16, 48, 128])
+@pytest.mark.parametrize("head_size", [64, 80, 128, 256])
+def test_max_key_channels_of_plain_blocks_at_every_length(
     head_size: int, block_size: int, itemsize: int
 ) -> None:
     for tokens in range(block_size + 4, 2 * block_size, 4):
         channels = max_key_channels(head_size, tokens, block_size, itemsize)
+        assert channels < head_size
         if channels:
             ThinLayout(head_size, channels, tokens, block_size, itemsize)
-        if channels < head_size:
-            with pytest.raises(ThinkError):
-                ThinLayout(head_size, channels + 1, tokens, block_size, itemsize)
+        with pytest.raises(ThinkError):
+            ThinLayout(head_size, channels + 1, tokens, block_size, itemsize)
+
+
+def test_max_key_channels_keeps_all_where_only_the_table_would_not_fit() -> None:
+    assert max_key_channels(128, 64, 16, 2, FORMATS["k4v2"]) == 128
+    with pytest.raises(ThinkError):
+        ThinLayout(128, 127, 64, 16, 2, FORMATS["k4v2"])
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@given(**FITTING)
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_parts_are_aligned_and_do_not_overlap(
+    format: str, head_size: int, block_size: int, itemsize: int, group: int, quarters: int
+) -> None:
+    tokens = block_size // 4 * quarters
+    rest = (tokens, block_size, itemsize, FORMATS[format], group)
+    channels = max_key_channels(head_size, *rest)
+    if not channels:
+        return
+    layout = ThinLayout(head_size, channels, *rest)
+    parts = []
+    for matrix in (layout.keys, layout.values):
+        starts = [matrix.offset]
+        if matrix.coding.is_integer:
+            starts += [matrix.scales_offset, matrix.zeros_offset]
+        elif matrix.coding.name == "FP8":
+            starts += [matrix.scales_offset]
+        assert all(start % ALIGN_BYTES == 0 for start in starts)
+        sizes = [matrix.rows * matrix.row_bytes]
+        factors = (matrix.content_bytes - sizes[0]) // max(1, len(starts) - 1)
+        parts += list(zip(starts, sizes + [factors] * (len(starts) - 1), strict=True))
+        assert matrix.end == sum(parts[-1])
+    assert all(a + size <= b for (a, size), (b, _) in itertools.pairwise(parts))
+    assert layout.table_offset == layout.values.end
+    assert layout.used_bytes <= layout.run_bytes

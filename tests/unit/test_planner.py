@@ -1,24 +1,56 @@
 """Plans: what they save, and what is refused."""
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from think_vllm.config import ThinkConfig
 from think_vllm.errors import ThinkError
-from think_vllm.planner import BLOCK_SIZES, BlockPlan, plan_blocks, pruned_channels
+from think_vllm.formats import FORMATS, GROUP_SIZES
+from think_vllm.planner import (
+    BLOCK_SIZES,
+    CHANNEL_TOLERANCE,
+    MAX_SPAN_TOKENS,
+    TOKEN_ALIGNMENT,
+    BlockPlan,
+    plan_blocks,
+    pruned_channels,
+)
+
+CODED = [name for name in FORMATS if name != "none"]
 
 
-def make(ratio: float, head_size: int = 128, block_size: int | None = None) -> BlockPlan:
-    plan = plan_blocks(ThinkConfig(kv_channel_prune=ratio), head_size, 2, block_size)
+def make(
+    ratio: float,
+    head_size: int = 128,
+    block_size: int | None = None,
+    quant: str = "none",
+    group: int = 32,
+    itemsize: int = 2,
+) -> BlockPlan:
+    settings = {"kv_channel_prune": ratio, "kv_quant": quant, "kv_quant_group": group}
+    config = ThinkConfig.model_validate(settings)
+    plan = plan_blocks(config, head_size, itemsize, block_size)
     assert plan is not None
     return plan
+
+
+def shape(plan: BlockPlan) -> tuple[int, ...]:
+    return (
+        plan.key_channels,
+        plan.block_size,
+        plan.span_blocks,
+        plan.thin_blocks,
+        plan.thin_block_tokens,
+    )
 
 
 @pytest.mark.parametrize(
     ("ratio", "block_size", "expected"),
     [
-        # chosen block size: kept channels, block, span before and after, thin tokens
+        # kept channels, block size, blocks of a span before and after, tokens of a thin block
         (0.5, None, (63, 48, 4, 3, 64)),
-        (0.4, None, (75, 32, 5, 4, 40)),
+        (0.4, None, (76, 48, 5, 4, 60)),
         (0.5, 128, (62, 128, 4, 3, 172)),
         (0.4, 16, (74, 16, 5, 4, 20)),
         (0.4, 64, (76, 64, 5, 4, 80)),
@@ -28,15 +60,38 @@ def make(ratio: float, head_size: int = 128, block_size: int | None = None) -> B
 def test_plan_blocks_bf16_head_128(
     ratio: float, block_size: int | None, expected: tuple[int, ...]
 ) -> None:
-    plan = make(ratio, block_size=block_size)
-    got = (
-        plan.key_channels,
-        plan.block_size,
-        plan.span_blocks,
-        plan.thin_blocks,
-        plan.thin_block_tokens,
-    )
-    assert got == expected
+    assert shape(make(ratio, block_size=block_size)) == expected
+
+
+@pytest.mark.parametrize(
+    ("ratio", "quant", "expected", "capacity", "effective_8k"),
+    [
+        (0.0, "fp8", (128, 32, 15, 8, 60), 1.8, 1.8),
+        (0.5, "fp8", (63, 48, 8, 3, 128), 2.6, 2.5),
+        (0.0, "kivi4", (128, 16, 3, 1, 48), 3.0, 2.9),
+        (0.4, "kivi4", (74, 16, 4, 1, 64), 4.0, 3.7),
+        (0.0, "k4v2", (128, 16, 4, 1, 64), 4.0, 3.7),
+        (0.5, "k4v2", (64, 16, 17, 3, 92), 5.6, 4.9),
+        (0.0, "kivi2", (128, 16, 5, 1, 80), 5.0, 4.8),
+        (0.5, "kivi2", (62, 16, 7, 1, 112), 7.0, 5.8),
+    ],
+)
+def test_plan_blocks_bf16_head_128_is_worth_what_is_promised(
+    ratio: float, quant: str, expected: tuple[int, ...], capacity: float, effective_8k: float
+) -> None:
+    plan = make(ratio, quant=quant)
+    assert shape(plan) == expected
+    assert plan.capacity_multiple >= capacity
+    assert plan.effective_multiple(8192) >= effective_8k
+    assert 0 <= plan.waste < 0.1
+
+
+def test_waste_is_what_a_hand_counts() -> None:
+    # 17 blocks of 16 tokens become 3 of 92, all 8,192 bytes of each in use: 4 of 276 tokens
+    # are missing.
+    assert make(0.5, quant="k4v2").waste == pytest.approx(4 / 276)
+    # 7 become 1 of 112: 18 bytes behind the table, and 8 behind the 1,736 of key codes.
+    assert make(0.5, quant="kivi2").waste == pytest.approx(26 / 8192)
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
@@ -44,20 +99,59 @@ def test_plan_blocks_bf16_head_128(
 @pytest.mark.parametrize("percent", range(20, 81, 5))
 def test_plan_blocks_keeps_its_promises(percent: int, head_size: int, itemsize: int) -> None:
     ratio = percent / 100
-    plan = plan_blocks(ThinkConfig(kv_channel_prune=ratio), head_size, itemsize)
-    assert plan is not None
+    plan = make(ratio, head_size, itemsize=itemsize)
     wanted = head_size - pruned_channels(ratio, head_size)
-    assert wanted - max(1, round(0.025 * head_size)) <= plan.key_channels <= wanted
-    assert plan.layout.used_bytes <= plan.layout.run_bytes
-    held = plan.thin_blocks * plan.thin_block_tokens
-    assert held >= plan.span_tokens > held - plan.thin_block_tokens
-    assert plan.thin_bytes_per_token_head == pytest.approx(
-        plan.dense_bytes_per_token_head / plan.capacity_multiple
-    )
     # Blocks are whole, so a plan reaches most of what the bytes alone would allow, not all.
     ideal = 2 * head_size / (wanted + head_size)
     assert 1 < plan.capacity_multiple <= ideal * 1.03
     assert plan.capacity_multiple - 1 >= 0.75 * (ideal - 1)
+
+
+PLANS = {
+    "quant": st.sampled_from(list(FORMATS)),
+    "percent": st.sampled_from([0, *range(12, 81)]),
+    "head_size": st.sampled_from([64, 96, 128, 192, 256]),
+    "itemsize": st.sampled_from([2, 4]),
+    "group": st.sampled_from(GROUP_SIZES),
+}
+
+
+@given(**PLANS)
+@settings(max_examples=80, deadline=None, derandomize=True)
+def test_plan_blocks_holds_for_all_formats(
+    quant: str, percent: int, head_size: int, itemsize: int, group: int
+) -> None:
+    ratio = percent / 100
+    config = ThinkConfig.model_validate(
+        {"kv_channel_prune": ratio, "kv_quant": quant, "kv_quant_group": group}
+    )
+    try:
+        plan = plan_blocks(config, head_size, itemsize)
+    except ThinkError:
+        assert (quant == "none" and percent < 20) or head_size % group
+        return
+    if plan is None:
+        assert (quant, percent) == ("none", 0)
+        return
+    # Workers plan for the block size that the first process has chosen.
+    assert plan_blocks(config, head_size, itemsize, plan.block_size) == plan
+
+    wanted = head_size - pruned_channels(ratio, head_size)
+    tolerated = max(1, round(CHANNEL_TOLERANCE * head_size)) if percent else 0
+    assert wanted - tolerated <= plan.key_channels <= wanted
+    assert plan.prunes == plan.layout.has_table == (percent > 0)
+    assert plan.layout.used_bytes <= plan.layout.run_bytes
+    assert plan.capacity_multiple > 1
+    assert plan.span_tokens <= MAX_SPAN_TOKENS
+    assert plan.thin_block_tokens % TOKEN_ALIGNMENT == 0
+    held = plan.thin_blocks * plan.thin_block_tokens
+    assert held >= plan.span_tokens > held - plan.thin_block_tokens
+
+    used = plan.key_bytes_per_token_head + plan.value_bytes_per_token_head
+    blocks = plan.thin_blocks * plan.layout.run_bytes
+    assert plan.thin_bytes_per_token_head == pytest.approx(blocks / plan.span_tokens)
+    assert plan.thin_bytes_per_token_head * (1 - plan.waste) == pytest.approx(used)
+    assert 0 <= plan.waste < 0.2
 
 
 def test_blocks_for_counts_what_a_request_holds() -> None:
@@ -65,27 +159,47 @@ def test_blocks_for_counts_what_a_request_holds() -> None:
     assert [plan.blocks_for(n) for n in (1, 48, 223, 224, 416, 2048)] == [1, 1, 5, 4, 7, 33]
 
 
-def test_effective_multiple_approaches_the_capacity_multiple() -> None:
-    plan = make(0.5)
+@pytest.mark.parametrize(("quant", "capacity"), [("none", 4 / 3), ("k4v2", 17 / 3)])
+def test_effective_multiple_approaches_the_capacity_multiple(quant: str, capacity: float) -> None:
+    plan = make(0.5, quant=quant)
     multiples = [plan.effective_multiple(n) for n in (64, 512, 2048, 8192, 131_072)]
     assert multiples == sorted(multiples)
     assert multiples[0] == 1.0
-    assert multiples[-1] == pytest.approx(4 / 3, rel=1e-3)
+    assert multiples[-1] == pytest.approx(capacity, rel=1e-2)
+
+
+def test_effective_multiple_counts_the_window_and_half_a_span_densely() -> None:
+    plan = make(0.5)
+    # 32 + 192 / 2 tokens stay dense
+    assert plan.effective_multiple(2048) == pytest.approx(2048 / (1920 * 3 / 4 + 128))
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.004, 0.007])
-def test_plan_blocks_prunes_nothing_below_one_channel(ratio: float) -> None:
+def test_plan_blocks_is_none_below_one_channel(ratio: float) -> None:
     assert plan_blocks(ThinkConfig(kv_channel_prune=ratio), 128, 2) is None
 
 
-def test_plan_blocks_refuses_too_small_a_ratio() -> None:
-    with pytest.raises(ThinkError, match=r"smallest ratio that does is 0\.\d+"):
-        make(0.05)
+@pytest.mark.parametrize("quant", CODED)
+@pytest.mark.parametrize("ratio", [0.0, 0.007])
+def test_plan_blocks_prunes_nothing_that_was_not_asked_for(ratio: float, quant: str) -> None:
+    plan = make(ratio, quant=quant)
+    assert (plan.key_channels, plan.prunes, plan.layout.has_table) == (128, False, False)
+
+
+@pytest.mark.parametrize("percent", [4, 5.5, 6.999, 7])
+def test_plan_blocks_names_the_smallest_ratio_that_frees_a_block(percent: float) -> None:
+    with pytest.raises(ThinkError, match=r"smallest ratio that does is 0\.08,"):
+        make(percent / 100)
+    assert make(0.08).capacity_multiple > 1
 
 
 def test_plan_blocks_refuses_a_block_size_that_no_plan_fits() -> None:
     with pytest.raises(ThinkError, match="--block-size 16 tokens frees a block; use --block-size"):
         make(0.3, block_size=16)
+    with pytest.raises(
+        ThinkError, match=r"--kv-quant fp8 at head size 128: .* use --block-size 16"
+    ):
+        make(0.0, block_size=1024, quant="fp8")
 
 
 def test_plan_blocks_refuses_a_head_size_beyond_one_byte() -> None:
@@ -93,17 +207,28 @@ def test_plan_blocks_refuses_a_head_size_beyond_one_byte() -> None:
         make(0.5, head_size=320)
 
 
-@pytest.mark.parametrize("itemsize", [2, 4])
-@pytest.mark.parametrize("head_size", [64, 80, 128, 256])
-def test_plan_blocks_again_for_the_chosen_block_size_is_the_same_plan(
-    head_size: int, itemsize: int
+@pytest.mark.parametrize(
+    ("head_size", "quant", "group", "message"),
+    [
+        (80, "kivi4", 32, "--kv-quant kivi4: .* 80; .* multiple of 32. Use --kv-quant fp8, or"),
+        (112, "kivi2", 32, "--kv-quant kivi2: .* 112; .* multiple of 32"),
+        (64, "k4v2", 128, "head size is 64, .*-group 128; use --kv-quant-group 32 or 64$"),
+        (96, "kivi4", 64, "head size is 96, .*-group 64; use --kv-quant-group 32$"),
+        (72, "fp8", 32, "head size is 72; .* multiple of 16. Serve this model without"),
+        (8, "fp8", 32, "head size is 8; .* multiple of 16"),
+    ],
+)
+def test_plan_blocks_refuses_head_sizes_that_a_format_cannot_take(
+    head_size: int, quant: str, group: int, message: str
 ) -> None:
-    # Workers plan for the block size that the first process has chosen.
-    for percent in range(12, 81):
-        config = ThinkConfig(kv_channel_prune=percent / 100)
-        plan = plan_blocks(config, head_size, itemsize)
-        assert plan is not None
-        assert plan_blocks(config, head_size, itemsize, plan.block_size) == plan
+    with pytest.raises(ThinkError, match=message):
+        make(0.0, head_size, quant=quant, group=group)
+
+
+@pytest.mark.parametrize("head_size", [16, 80, 112, 240])
+def test_plan_blocks_takes_any_head_size_in_fp8(head_size: int) -> None:
+    # Groups are the integer formats' business.
+    assert make(0.0, head_size, quant="fp8", group=128).capacity_multiple > 1.8
 
 
 @pytest.mark.parametrize(("head_size", "block_size"), [(128, 40), (128, 0), (72, None)])
@@ -115,11 +240,14 @@ def test_plan_blocks_refuses_sizes_that_kernels_cannot_take(
 
 
 @pytest.mark.parametrize("window", [0, 7, 1000])
-def test_plan_blocks_does_not_depend_on_the_windows(window: int) -> None:
-    config = ThinkConfig(kv_channel_prune=0.4, kv_recent_window=window)
+@pytest.mark.parametrize("quant", ["none", "k4v2"])
+def test_plan_blocks_does_not_depend_on_the_windows(quant: str, window: int) -> None:
+    config = ThinkConfig.model_validate(
+        {"kv_channel_prune": 0.4, "kv_quant": quant, "kv_recent_window": window}
+    )
     plan = plan_blocks(config, 128, 2)
     assert plan is not None
-    assert (plan.key_channels, plan.block_size, plan.span_tokens) == (75, 32, 160)
+    assert shape(plan) == shape(make(0.4, quant=quant))
 
 
 def test_block_sizes_are_what_the_cpu_kernels_take() -> None:

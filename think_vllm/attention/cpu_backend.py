@@ -59,7 +59,7 @@ class ThinkCPUBackend(CPUAttentionBackend):
         plan = selected_plan()
         if spec.head_size != plan.head_size or spec.head_size_v != plan.head_size:
             raise ThinkError(
-                f"--kv-channel-prune: an attention layer has head sizes {spec.head_size} (keys) "
+                f"thin KV blocks: an attention layer has head sizes {spec.head_size} (keys) "
                 f"and {spec.head_size_v} (values), the plan was made for {plan.head_size}; "
                 "models whose heads differ are not supported"
             )

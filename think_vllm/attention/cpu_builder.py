@@ -127,7 +127,7 @@ class ThinkCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         prompt_lens = compat.prompt_lens(common).numpy().astype(np.int64)
         step = sort_step(
             self.plan.rule,
-            self.plan.config.kv_observation_window,
+            self.plan.config.kv_observation_window if self.plan.prunes else 0,
             common.query_start_loc_cpu.numpy().astype(np.int64),
             common.seq_lens.numpy().astype(np.int64),
             prompt_lens,

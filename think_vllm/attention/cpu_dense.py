@@ -5,7 +5,7 @@ import functools
 import torch
 from vllm import _custom_ops as ops
 
-from think_vllm.errors import ThinkError
+from think_vllm.errors import WAY_OUT, ThinkError
 
 
 @functools.cache
@@ -48,8 +48,8 @@ def dense_isa(dtype: torch.dtype, head_size: int, block_size: int) -> str:
     token_major = torch.equal(stored[1].view(block_size, head_size), value[:, 0])
     if not (channel_major and token_major):
         raise ThinkError(
-            f"--kv-channel-prune: vLLM's CPU kernels ({isa}) lay out {dtype} blocks on this "
-            "machine in a way that thin blocks cannot be made from; leave the flag out"
+            f"thin KV blocks: vLLM's CPU kernels ({isa}) lay out {dtype} blocks on this "
+            f"machine in a way that thin blocks cannot be made from. {WAY_OUT}"
         )
     return isa
 

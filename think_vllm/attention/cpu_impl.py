@@ -14,7 +14,7 @@ from think_vllm.attention.cpu_builder import PrefillPart, ThinkCPUMetadata, Wave
 from think_vllm.attention.cpu_dense import clear_tail
 from think_vllm.attention.state import LayerState
 from think_vllm.attention.step import PromptEnds
-from think_vllm.errors import ThinkError
+from think_vllm.errors import WAY_OUT, ThinkError
 from think_vllm.kernels.cpu.compaction import compact_spans, read_channels
 from think_vllm.kernels.cpu.decode import decode_attention
 from think_vllm.kernels.cpu.scoring import add_query_energy, key_energy, select_channels
@@ -32,8 +32,8 @@ class ThinkCPUImpl(CPUAttentionBackendImpl):
         ):
             if value is not None:
                 raise ThinkError(
-                    f"--kv-channel-prune: an attention layer has {name}, which is not "
-                    "supported; serve this model without --kv-channel-prune"
+                    f"thin KV blocks: an attention layer has {name}, which is not supported. "
+                    f"{WAY_OUT}"
                 )
         # vLLM builds layers with their engine's config at hand, and asks for specs without it.
         self.plan = remember_plan(get_current_vllm_config())
@@ -138,18 +138,7 @@ class ThinkCPUImpl(CPUAttentionBackendImpl):
         energies: list[torch.Tensor],
     ) -> None:
         """Choose the channels of finished prompts, and compact their spans."""
-        observed = torch.from_numpy(ends.num_observed).view(-1, 1, 1)
-        channels = select_channels(
-            torch.stack(energies) / observed,
-            key_energy(
-                kv_cache,
-                metadata.block_table,
-                ends.request.astype(np.int32),
-                ends.prompt_len.astype(np.int32),
-                self.plan,
-            ),
-            self.plan.key_channels,
-        )
+        channels = self._choose_channels(kv_cache, metadata, ends, energies)
         prompt = np.repeat(np.arange(ends.request.size), ends.num_spans)
         if prompt.size:
             span = np.concatenate([np.arange(count) for count in ends.num_spans])
@@ -161,11 +150,38 @@ class ThinkCPUImpl(CPUAttentionBackendImpl):
                 channels[torch.from_numpy(prompt)],
                 self.plan,
             )
-        if self.plan.config.kv_prune_decode:
+        if self.plan.config.kv_prune_decode and self.plan.prunes:
             for i in np.flatnonzero(ends.num_spans == 0):
                 last = int(ends.prompt_len[i]) - 1
                 block = self._block(metadata, int(ends.request[i]), last)
                 self.state.keep_channels(block, channels[i].clone())
+
+    def _choose_channels(
+        self,
+        kv_cache: torch.Tensor,
+        metadata: ThinkCPUMetadata,
+        ends: PromptEnds,
+        energies: list[torch.Tensor],
+    ) -> torch.Tensor:
+        """Channels that finished prompts keep: uint8 [n, Hk, C]."""
+        if not self.plan.prunes:
+            return self._all_channels(ends.request.size)
+        observed = torch.from_numpy(ends.num_observed).view(-1, 1, 1)
+        return select_channels(
+            torch.stack(energies) / observed,
+            key_energy(
+                kv_cache,
+                metadata.block_table,
+                ends.request.astype(np.int32),
+                ends.prompt_len.astype(np.int32),
+                self.plan,
+            ),
+            self.plan.key_channels,
+        )
+
+    def _all_channels(self, count: int) -> torch.Tensor:
+        every = torch.arange(self.head_size, dtype=torch.uint8)
+        return every.repeat(count, self.num_kv_heads, 1)
 
     def _compact_due(
         self, kv_cache: torch.Tensor, metadata: ThinkCPUMetadata, wave: WaveRows
@@ -173,6 +189,17 @@ class ThinkCPUImpl(CPUAttentionBackendImpl):
         """Compact spans that filled while decoding, with their request's channels."""
         if not wave.due_request.size:
             return
+        channels = self._due_channels(kv_cache, metadata, wave)
+        compact_spans(
+            kv_cache, metadata.block_table, wave.due_request, wave.due_span, channels, self.plan
+        )
+
+    def _due_channels(
+        self, kv_cache: torch.Tensor, metadata: ThinkCPUMetadata, wave: WaveRows
+    ) -> torch.Tensor:
+        """Channels of due spans, those of their request: uint8 [n, Hk, C]."""
+        if not self.plan.prunes:
+            return self._all_channels(wave.due_span.size)
         later = wave.due_span > 0
         shape = (wave.due_span.size, self.num_kv_heads, self.plan.key_channels)
         channels = torch.empty(shape, dtype=torch.uint8)
@@ -188,9 +215,7 @@ class ThinkCPUImpl(CPUAttentionBackendImpl):
             request = int(wave.due_request[i])
             last = int(metadata.prompt_lens[request]) - 1
             channels[i] = self.state.take_channels(self._block(metadata, request, last))
-        compact_spans(
-            kv_cache, metadata.block_table, wave.due_request, wave.due_span, channels, self.plan
-        )
+        return channels
 
     def _decode(
         self,

@@ -10,6 +10,7 @@ from typing import Any
 
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
+from think_vllm.errors import WAY_OUT
 from think_vllm.spans import SpanRule
 
 
@@ -47,8 +48,8 @@ class ThinKVCacheManager(FullAttentionManager):
         if started_with != num_prompt_tokens:
             raise NotImplementedError(
                 f"think-vllm: the prompt of request {request_id} grew from {started_with} to "
-                f"{num_prompt_tokens} tokens (streaming input); pruned blocks do not support "
-                "sessions. Serve this model without --kv-channel-prune"
+                f"{num_prompt_tokens} tokens (streaming input); thin KV blocks do not support "
+                f"sessions. {WAY_OUT}"
             )
         done = self._freed_spans.get(request_id, 0)
         freeable = self.rule.freeable_spans(num_prompt_tokens, processed_computed_tokens)

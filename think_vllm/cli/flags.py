@@ -1,18 +1,21 @@
 """The flags: sugar for ``--additional-config '{"think": {...}}'``."""
 
 import argparse
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic.fields import FieldInfo
 
 from think_vllm import compat
-from think_vllm.config import ADDITIONAL_CONFIG_KEY, MAX_PRUNE_RATIO, ThinkConfig, parse_config
+from think_vllm.config import (
+    ADDITIONAL_CONFIG_KEY,
+    MAX_PRUNE_RATIO,
+    ThinkConfig,
+    flag_name,
+    parse_config,
+)
 from think_vllm.errors import ThinkError
 
-_TYPES: dict[str, type] = {
-    "kv_channel_prune": float,
-    "kv_recent_window": int,
-    "kv_observation_window": int,
-}
-_METAVARS = {"kv_channel_prune": "RATIO"}
+_METAVARS = {"kv_channel_prune": "RATIO", "kv_quant": "FORMAT", "kv_quant_group": "N"}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -38,20 +41,27 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def declare_flags(parser: argparse.ArgumentParser) -> None:
     """Add the bare options, without moving them anywhere."""
     group = parser.add_argument_group(
-        "think-vllm", "KV cache channel pruning (ThinK, arXiv 2407.21018)."
+        "think-vllm",
+        "Thin KV blocks: pruned key channels (ThinK, arXiv 2407.21018), quantized keys and values "
+        "(KIVI, arXiv 2402.02750), or both.",
     )
     for name, field in ThinkConfig.model_fields.items():
-        options: dict[str, Any] = {
-            "default": None,
-            "help": f"{field.description} Default: {field.default}."
-            + (f" At most {MAX_PRUNE_RATIO}." if name == "kv_channel_prune" else ""),
-        }
-        if field.annotation is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        else:
-            options["type"] = _TYPES[name]
-            options["metavar"] = _METAVARS.get(name, "TOKENS")
-        group.add_argument("--" + name.replace("_", "-"), **options)
+        group.add_argument(flag_name(name), default=None, **_options(name, field))
+
+
+def _options(name: str, field: FieldInfo) -> dict[str, Any]:
+    """What argparse needs to know about a setting."""
+    text = f"{field.description} Default: {field.default}."
+    if field.annotation is bool:
+        return {"action": argparse.BooleanOptionalAction, "help": text}
+    options: dict[str, Any] = {"metavar": _METAVARS.get(name, "TOKENS")}
+    if get_origin(field.annotation) is Literal:
+        choices = get_args(field.annotation)
+        text += f" One of {', '.join(map(str, choices))}."
+        return {**options, "type": type(choices[0]), "choices": choices, "help": text}
+    if name == "kv_channel_prune":
+        text += f" At most {MAX_PRUNE_RATIO}."
+    return {**options, "type": field.annotation, "help": text}
 
 
 def take_flags(namespace: argparse.Namespace) -> dict[str, Any]:
@@ -68,7 +78,7 @@ def fold_flags(namespace: argparse.Namespace) -> None:
     """Move our options into ``namespace.additional_config``, over what JSON gave there.
 
     Raises:
-        ThinkError: If a value is out of range, or windows are set without a ratio.
+        ThinkError: If a value is out of range, or means nothing beside the others.
     """
     given = take_flags(namespace)
     additional = dict(getattr(namespace, "additional_config", None) or {})
@@ -77,10 +87,8 @@ def fold_flags(namespace: argparse.Namespace) -> None:
         return
     merged = {**settings, **given} if isinstance(settings, dict) else given
     config = parse_config(merged)
-    if "kv_channel_prune" not in merged:
-        flags = ", ".join("--" + name.replace("_", "-") for name in given)
-        raise ThinkError(f"{flags} given without --kv-channel-prune RATIO; give it too")
-    additional[ADDITIONAL_CONFIG_KEY] = config.model_dump()
+    # Every process checks them again, so defaults must not look as if somebody had given them.
+    additional[ADDITIONAL_CONFIG_KEY] = config.model_dump(exclude_unset=True)
     namespace.additional_config = additional
 
 

@@ -19,14 +19,14 @@ def plan(arguments: Sequence[str]) -> int:
     """Print a plan.
 
     Raises:
-        ThinkError: If the model or the settings cannot be served with pruning.
+        ThinkError: If the model or the settings cannot be served with thin blocks.
     """
     parser = _parser()
     namespace = parser.parse_args(list(arguments))
     settings = take_flags(namespace)
-    if "kv_channel_prune" not in settings:
-        parser.error("--kv-channel-prune RATIO is needed")
     config = parse_config(settings)
+    if not settings:
+        parser.error("--kv-channel-prune RATIO or --kv-quant FORMAT is needed")
     model_config, parallel = _engine_shape(namespace)
 
     from think_vllm.activation import check_model
@@ -40,8 +40,9 @@ def plan(arguments: Sequence[str]) -> int:
     )
     if made is None:
         raise ThinkError(
-            f"--kv-channel-prune {config.kv_channel_prune} prunes no channel at head size "
-            f"{model_config.get_head_size()}; nothing to plan"
+            f"--kv-channel-prune {config.kv_channel_prune:g} prunes no channel at head size "
+            f"{model_config.get_head_size()}, and --kv-quant is none; nothing to plan. Give a "
+            "larger ratio, or --kv-quant FORMAT"
         )
     heads = model_config.get_num_kv_heads(parallel)
     layers = model_config.get_num_layers(parallel)
@@ -159,7 +160,7 @@ def _text(model: str, made: BlockPlan, fields: dict[str, Any]) -> list[str]:
     lines.append(
         f"  {fields['memory_bytes'] / 2**30:.2f} GiB of KV cache, requests of "
         f"{fields['context_length']} tokens: {fields['plain_requests']} plain, "
-        f"{fields['thin_requests']} pruned ({fields['plain_tokens']} and "
+        f"{fields['thin_requests']} thin ({fields['plain_tokens']} and "
         f"{fields['thin_tokens']} tokens)"
     )
     wanted = made.head_size - pruned_channels(made.requested_ratio, made.head_size)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from think_vllm.planner import BlockPlan
-from think_vllm.reference.compaction import dense_tokens, thin_views
+from think_vllm.reference.compaction import dense_tokens, read_thin
 
 
 def gather_context(
@@ -19,10 +19,10 @@ def gather_context(
     """Read a request's context at full width, pruned key channels being zero.
 
     Returns:
-        Keys and values, both ``[Hk, seq_len, D]`` of the cache's dtype.
+        Keys and values, both ``[Hk, seq_len, D]`` float64.
     """
     num_heads = kv_cache.shape[1]
-    keys = torch.zeros(num_heads, seq_len, plan.head_size, dtype=kv_cache.dtype)
+    keys = torch.zeros(num_heads, seq_len, plan.head_size, dtype=torch.float64)
     values = torch.zeros_like(keys)
     for span in range(thin_spans):
         start = span * plan.span_tokens
@@ -31,15 +31,14 @@ def gather_context(
             first = start + k * plan.thin_block_tokens
             count = min(plan.thin_block_tokens, start + plan.span_tokens - first)
             for head in range(num_heads):
-                thin_keys, thin_values, table = thin_views(kv_cache, block, head, plan)
-                keys[head, first : first + count, table.long()] = thin_keys[:, :count].T
-                values[head, first : first + count] = thin_values[:count]
+                thin_keys, thin_values, table = read_thin(kv_cache, block, head, count, plan)
+                keys[head, first : first + count, table.long()] = thin_keys.T
+                values[head, first : first + count] = thin_values
     start = thin_spans * plan.span_tokens
     if seq_len > start:
         blocks = block_table[request, start // plan.block_size : -(-seq_len // plan.block_size)]
-        keys[:, start:], values[:, start:] = dense_tokens(
-            kv_cache, blocks.tolist(), seq_len - start
-        )
+        dense = dense_tokens(kv_cache, blocks.tolist(), seq_len - start)
+        keys[:, start:], values[:, start:] = dense[0].double(), dense[1].double()
     return keys, values
 
 
@@ -82,8 +81,8 @@ def decode_attention_ref(
             kv_cache, block_table, int(source), int(length), int(thin), plan
         )
         for head in range(query.shape[1]):
-            scores = keys[head // group].double() @ query[row, head].double() * scale
+            scores = keys[head // group] @ query[row, head].double() * scale
             if logits_soft_cap > 0:
                 scores = logits_soft_cap * torch.tanh(scores / logits_soft_cap)
-            out[row, head] = torch.softmax(scores, dim=0) @ values[head // group].double()
+            out[row, head] = torch.softmax(scores, dim=0) @ values[head // group]
     return out

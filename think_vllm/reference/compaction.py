@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from think_vllm.planner import BlockPlan
+from think_vllm.reference.quantization import read_matrix, write_matrix
 
 
 def dense_tokens(
@@ -31,26 +32,54 @@ def dense_tokens(
     )
 
 
-def thin_views(
-    kv_cache: torch.Tensor, block: int, head: int, plan: BlockPlan
+def thin_run(kv_cache: torch.Tensor, block: int, head: int) -> torch.Tensor:
+    """View one (block, head) as ``[run_bytes]`` uint8 that shares the cache's memory."""
+    return kv_cache[block, head].view(-1).view(torch.uint8)
+
+
+def read_thin(
+    kv_cache: torch.Tensor, block: int, head: int, count: int, plan: BlockPlan
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """View one head's part of a thin block.
+    """Read one head's part of a thin block that holds ``count`` tokens.
 
     Returns:
-        Keys ``[C, t]`` and values ``[t, D]`` of the cache's dtype, table ``[C]`` uint8; they
-        share the cache's memory.
+        Keys ``[C, count]`` and values ``[count, D]``, float64, and the channel table ``[C]``
+        uint8.
     """
-    layout = plan.layout
-    run = kv_cache[block, head].view(-1)
-    keys_end = plan.key_channels * plan.thin_block_tokens
-    values_start = layout.values_offset // plan.itemsize
-    values_end = values_start + plan.thin_block_tokens * plan.head_size
-    table = run.view(torch.uint8)[layout.table_offset : layout.table_offset + plan.key_channels]
-    return (
-        run[:keys_end].view(plan.key_channels, plan.thin_block_tokens),
-        run[values_start:values_end].view(plan.thin_block_tokens, plan.head_size),
-        table,
-    )
+    run, layout = thin_run(kv_cache, block, head), plan.layout
+    keys = read_matrix(run, layout.keys, plan.key_channels, count, kv_cache.dtype)
+    values = read_matrix(run, layout.values, count, plan.head_size, kv_cache.dtype)
+    if not layout.has_table:
+        return keys, values, torch.arange(plan.head_size, dtype=torch.uint8)
+    table = run[layout.table_offset : layout.table_offset + plan.key_channels].clone()
+    return keys, values, table
+
+
+def write_thin(
+    kv_cache: torch.Tensor,
+    block: int,
+    head: int,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    table: torch.Tensor,
+    plan: BlockPlan,
+) -> None:
+    """Write one head's part of a thin block.
+
+    Args:
+        kv_cache: ``[num_blocks, Hk, N, 2 * D]``. Written.
+        block: Block number.
+        head: KV head.
+        keys: ``[C, count]`` of the cache's dtype.
+        values: ``[count, D]`` of the cache's dtype.
+        table: ``[C]`` uint8, ascending.
+        plan: How blocks are laid out.
+    """
+    run, layout = thin_run(kv_cache, block, head), plan.layout
+    write_matrix(run, keys, layout.keys)
+    write_matrix(run, values, layout.values)
+    if layout.has_table:
+        run[layout.table_offset : layout.table_offset + plan.key_channels] = table
 
 
 def compact_spans_ref(
@@ -63,7 +92,8 @@ def compact_spans_ref(
 ) -> None:
     """Compact spans in place.
 
-    Source: ThinK, arXiv 2407.21018, section 3.3; the paged form is this project's.
+    Sources: ThinK, arXiv 2407.21018, section 3.3, and KIVI, arXiv 2402.02750; the paged form is
+    this project's.
 
     Args:
         kv_cache: ``[num_blocks, Hk, N, 2 * D]``. Written.
@@ -80,12 +110,9 @@ def compact_spans_ref(
         for k, block in enumerate(blocks[: plan.thin_blocks]):
             tokens = slice(k * plan.thin_block_tokens, (k + 1) * plan.thin_block_tokens)
             for head in range(kv_cache.shape[1]):
-                kept = channels[index, head].long()
-                thin_keys, thin_values, table = thin_views(kv_cache, block, head, plan)
-                count = keys[head, tokens].shape[0]
-                thin_keys[:, :count] = keys[head, tokens][:, kept].T
-                thin_values[:count] = values[head, tokens]
-                table.copy_(channels[index, head])
+                table = channels[index, head]
+                kept = keys[head, tokens][:, table.long()].T
+                write_thin(kv_cache, block, head, kept, values[head, tokens], table, plan)
 
 
 def read_channels_ref(
@@ -100,5 +127,5 @@ def read_channels_ref(
     for row, number in zip(request, span, strict=True):
         block = int(block_table[int(row), int(number) * plan.span_blocks])
         heads = range(kv_cache.shape[1])
-        tables.append(torch.stack([thin_views(kv_cache, block, h, plan)[2] for h in heads]))
+        tables.append(torch.stack([read_thin(kv_cache, block, h, 1, plan)[2] for h in heads]))
     return torch.stack(tables)

@@ -5,7 +5,7 @@ import numpy.typing as npt
 import torch
 
 from think_vllm.kernels.cpu.elements import CARRIERS
-from think_vllm.kernels.cpu.tiles import LANES
+from think_vllm.kernels.cpu.vectors import LANES
 from think_vllm.planner import BlockPlan
 
 

@@ -1,35 +1,19 @@
 """Rewrite spans of dense blocks as thin blocks, and read the tables of those."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from numba import njit, prange
 
+from think_vllm.kernels.cpu.blocks import view_blocks
 from think_vllm.kernels.cpu.checks import check_cache, check_tasks
 from think_vllm.kernels.cpu.compiling import kernel
 from think_vllm.kernels.cpu.elements import copy_elements, flat_elements, flat_indices
+from think_vllm.kernels.cpu.quantize import put_matrix
 from think_vllm.kernels.cpu.threads import choose_threads, fetch_add
 from think_vllm.planner import BlockPlan
-
-
-class _Shape(NamedTuple):
-    """What the kernel needs to know, all int64. Offsets and strides count elements."""
-
-    kv_heads: int
-    head_size: int
-    table_stride: int
-    block_stride: int
-    run: int
-    block_size: int
-    span_blocks: int
-    thin_blocks: int
-    thin_tokens: int
-    key_channels: int
-    thin_values: int
-    itemsize: int
-    table_offset: int
 
 
 def compact_spans(
@@ -42,15 +26,15 @@ def compact_spans(
 ) -> None:
     """Rewrite spans in place: dense blocks become thin ones in the span's first blocks.
 
-    Elements are moved, never converted. Bytes that the thin layout leaves unused keep what
-    they held.
+    Plain elements are moved, never converted; other codings follow ``reference/quantization.py``
+    to the bit. Bytes that the thin layout leaves unused keep what they held.
 
     Args:
         kv_cache: ``[num_blocks, Hk, N, 2 * D]``; stride of dim 0 is free. Written.
         block_table: ``[num_requests, W]`` int32.
         request: ``[n]`` int32. Row of the block table.
         span: ``[n]`` int32. Span of that request; no two tasks may share a block.
-        channels: ``[n, Hk, C]`` uint8. Kept channels, ascending.
+        channels: ``[n, Hk, C]`` uint8. Kept channels, ascending; all if nothing is pruned.
         plan: How blocks are laid out.
 
     Raises:
@@ -68,32 +52,14 @@ def compact_spans(
         )
     if num_tasks == 0:
         return
-    shape = _Shape(
-        kv_heads=num_kv_heads,
-        head_size=plan.head_size,
-        table_stride=block_table.stride(0),
-        block_stride=kv_cache.stride(0),
-        run=kv_cache.stride(1),
-        block_size=plan.block_size,
-        span_blocks=plan.span_blocks,
-        thin_blocks=plan.thin_blocks,
-        thin_tokens=plan.thin_block_tokens,
-        key_channels=plan.key_channels,
-        thin_values=plan.layout.values_offset // plan.itemsize,
-        itemsize=plan.itemsize,
-        table_offset=plan.layout.table_offset,
-    )
     moved = num_tasks * num_kv_heads * plan.span_tokens * (plan.key_channels + plan.head_size)
-    kv_bytes = flat_elements(kv_cache).view(np.uint8)
     _compact(
         choose_threads(moved),
-        kv_bytes.view(np.uint16 if plan.itemsize == 2 else np.uint32),
-        kv_bytes,
         flat_elements(block_table),
         flat_indices(request),
         flat_indices(span),
         flat_elements(channels.contiguous()),
-        shape,
+        *view_blocks(kv_cache, block_table, plan),
     )
 
 
@@ -104,7 +70,7 @@ def read_channels(
     span: npt.NDArray[np.int32],
     plan: BlockPlan,
 ) -> torch.Tensor:
-    """Read the channel tables of thin spans, from each span's first block.
+    """Read the channel tables of thin spans, from each span's first block; all if none is pruned.
 
     Args:
         kv_cache: ``[num_blocks, Hk, N, 2 * D]``; stride of dim 0 is free.
@@ -124,6 +90,9 @@ def read_channels(
     check_tasks(who, request, span, "span")
     entry = np.asarray(span, np.int64) * plan.span_blocks
     blocks = block_table[torch.from_numpy(np.asarray(request, np.int64)), torch.from_numpy(entry)]
+    if not plan.layout.has_table:
+        every = torch.arange(plan.head_size, dtype=torch.uint8)
+        return every.repeat(len(blocks), kv_cache.shape[1], 1)
     start = plan.layout.table_offset
     runs = kv_cache.flatten(2).view(torch.uint8)
     return runs[:, :, start : start + plan.key_channels][blocks.long()]
@@ -132,48 +101,54 @@ def read_channels(
 @kernel(parallel=True)
 def _compact(
     threads: int,
-    kv: Any,
-    kv_bytes: Any,
     table: Any,
     request: Any,
     span: Any,
     channels: Any,
+    cache: Any,
     shape: Any,
+    keys: Any,
+    values: Any,
 ) -> None:
     counters = np.zeros(1, np.int64)
     for _ in prange(threads):
-        _work(kv, kv_bytes, table, request, span, channels, shape, counters)
+        _work(table, request, span, channels, cache, shape, keys, values, counters)
 
 
 @njit
 def _work(
-    kv: Any,
-    kv_bytes: Any,
     table: Any,
     request: Any,
     span: Any,
     channels: Any,
+    cache: Any,
     shape: Any,
+    keys: Any,
+    values: Any,
     counters: Any,
 ) -> None:
     """Draw (task, KV head) items until there are none left."""
     span_tokens = shape.span_blocks * shape.block_size
     # Sources are overwritten, so a span passes through scratch: keys [C, s * N], values after.
-    scratch = np.empty(span_tokens * (shape.key_channels + shape.head_size), kv.dtype)
+    size = span_tokens * (shape.key_channels + shape.head_size)
+    scratch = np.empty(size, cache.elements.dtype)
+    floats = np.empty(max(shape.thin_tokens, shape.head_size), np.float32)
     num_items = len(request) * shape.kv_heads
     item = fetch_add(counters, 0)
     while item < num_items:
         task, kv_head = item // shape.kv_heads, item % shape.kv_heads
         entry = request[task] * shape.table_stride + span[task] * shape.span_blocks
         kept = item * shape.key_channels
-        _take_span(kv, table, entry, kv_head, channels, kept, scratch, shape)
-        _put_span(kv, kv_bytes, table, entry, kv_head, channels, kept, scratch, shape)
+        _take_span(cache, table, entry, kv_head, channels, kept, scratch, shape)
+        for k in range(shape.thin_blocks):
+            run = table[entry + k] * shape.block_stride + kv_head * shape.run_stride
+            _put_block(cache, run, k, channels, kept, scratch, floats, shape, keys, values)
         item = fetch_add(counters, 0)
 
 
 @njit
 def _take_span(
-    kv: Any,
+    cache: Any,
     table: Any,
     entry: int,
     kv_head: int,
@@ -184,9 +159,9 @@ def _take_span(
 ) -> None:
     """Dense blocks -> scratch, kept channels only."""
     N, D, C = shape.block_size, shape.head_size, shape.key_channels
-    span_tokens = shape.span_blocks * N
+    kv, span_tokens = cache.elements, shape.span_blocks * N
     for b in range(shape.span_blocks):
-        run = table[entry + b] * shape.block_stride + kv_head * shape.run
+        run = table[entry + b] * shape.block_stride + kv_head * shape.run_stride
         for i in range(C):
             channel = np.int64(channels[kept + i])
             copy_elements(scratch, i * span_tokens + b * N, kv, run + channel * N, N)
@@ -194,27 +169,27 @@ def _take_span(
 
 
 @njit
-def _put_span(
-    kv: Any,
-    kv_bytes: Any,
-    table: Any,
-    entry: int,
-    kv_head: int,
+def _put_block(
+    cache: Any,
+    run: int,
+    k: int,
     channels: Any,
     kept: int,
     scratch: Any,
+    floats: Any,
     shape: Any,
+    keys: Any,
+    values: Any,
 ) -> None:
-    """Scratch -> thin blocks."""
+    """Scratch -> the span's ``k``-th thin block."""
     D, C = shape.head_size, shape.key_channels
     span_tokens = shape.span_blocks * shape.block_size
-    for k in range(shape.thin_blocks):
-        run = table[entry + k] * shape.block_stride + kv_head * shape.run
-        first = k * shape.thin_tokens
-        count = min(shape.thin_tokens, span_tokens - first)
+    first = k * shape.thin_tokens
+    count = min(shape.thin_tokens, span_tokens - first)
+    put_matrix(cache, run, keys, shape.itemsize, scratch, first, span_tokens, C, count, floats)
+    start = C * span_tokens + first * D
+    put_matrix(cache, run, values, shape.itemsize, scratch, start, D, count, D, floats)
+    if shape.channels_offset >= 0:
+        table_at = run * shape.itemsize + shape.channels_offset
         for i in range(C):
-            copy_elements(kv, run + i * shape.thin_tokens, scratch, i * span_tokens + first, count)
-        copy_elements(kv, run + shape.thin_values, scratch, C * span_tokens + first * D, count * D)
-        start = run * shape.itemsize + shape.table_offset
-        for i in range(C):
-            kv_bytes[start + i] = channels[kept + i]
+            cache.bytes[table_at + i] = channels[kept + i]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from numba import njit
+from numba.core.caching import IndexDataCacheFile
 
 
 @functools.cache
@@ -17,12 +18,37 @@ def _sources() -> str:
     return digest.hexdigest()
 
 
-def kernel(**options: Any) -> Callable[[Callable[..., None]], Any]:
-    """Compile a function on its first call, or load it from numba's cache on disk.
+class _CacheFile(IndexDataCacheFile):
+    """One file per kernel, sources and types, named after all three.
 
-    numba's own check is blind to helpers: it compares the file that holds the function, and
-    would go on using code compiled from older helpers in other files. Here a change anywhere
-    in this directory makes the cache stale.
+    numba numbers its files and keeps an index. Of two processes that add to the index at once,
+    one can be left with the other's machine code for its types: servers with different formats
+    that start side by side on a fresh machine. And numba's own check is blind to helpers: it
+    compares the file that holds the function alone; here a change anywhere in this directory
+    makes a new name.
+    """
+
+    def _name(self, key: Any) -> str:
+        # The key holds the types, the processor and the function's bytecode.
+        digest = hashlib.sha256(repr((self._version, self._source_stamp, key)).encode())
+        stem = self._index_name.removesuffix(".nbi")
+        return f"{stem}.{self._source_stamp[:12]}-{digest.hexdigest()[:20]}.nbc"
+
+    def save(self, key: Any, data: Any) -> None:
+        self._save_data(self._name(key), data)
+
+    def load(self, key: Any) -> Any:
+        try:
+            return self._load_data(self._name(key))
+        except FileNotFoundError:
+            return None
+
+    def flush(self) -> None:
+        """Nothing is ever stale under its name."""
+
+
+def kernel(**options: Any) -> Callable[[Callable[..., None]], Any]:
+    """Compile a function on its first call, or load it from the cache on disk.
 
     Args:
         options: Of ``numba.njit``.
@@ -31,7 +57,14 @@ def kernel(**options: Any) -> Callable[[Callable[..., None]], Any]:
     def compile_lazily(function: Callable[..., None]) -> Any:
         dispatcher = njit(**options)(function)
         dispatcher.enable_caching()
-        dispatcher._cache._cache_file._source_stamp = _sources()
+        cache = dispatcher._cache
+        file = cache._cache_file
+        cache._cache_file = _CacheFile(file._cache_path, _stem(file), _sources())
         return dispatcher
 
     return compile_lazily
+
+
+def _stem(file: Any) -> str:
+    name: str = file._index_name
+    return name.removesuffix(".nbi")

@@ -1,9 +1,9 @@
 """Decode attention over thin and dense blocks (flash-decoding form).
 
-The context of a row is cut into splits of whole blocks. One item is a split of one KV head:
-scores of all its blocks, one softmax, outputs. Whoever finishes the last split of a (row, KV
-head) combines its splits. Splits depend on the row alone, so neither the batch nor the number
-of threads changes a result by a single bit.
+The context of a row is cut into splits of whole blocks, all thin or all dense. One item is a
+split of one KV head: scores of all its blocks, one softmax, outputs. Whoever finishes the last
+split of a (row, KV head) combines its splits. Splits depend on the row alone, so neither the
+batch nor the number of threads changes a result by a single bit.
 """
 
 from dataclasses import dataclass
@@ -12,11 +12,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from think_vllm.kernels.cpu.attend import Inputs, Shape, attend
+from think_vllm.kernels.cpu.attend import Inputs, Sizes, attend
+from think_vllm.kernels.cpu.blocks import view_blocks
 from think_vllm.kernels.cpu.checks import check_cache, check_query
 from think_vllm.kernels.cpu.elements import flat_elements, flat_indices
 from think_vllm.kernels.cpu.threads import choose_threads
-from think_vllm.kernels.cpu.tiles import LANES
+from think_vllm.kernels.cpu.vectors import LANES
 from think_vllm.planner import BlockPlan
 
 #: Tokens of a split, in whole blocks: enough to hide its cost, few enough to balance.
@@ -74,13 +75,10 @@ def decode_attention(
     _check_rows(who, query, kv_cache, rows, out)
     seq_lens = flat_indices(rows.seq_len)
     threads = choose_threads(2 * int(seq_lens.sum()) * query.shape[1] * query.shape[2])
-    kv = flat_elements(kv_cache)
     attend(
         threads,
         Inputs(
             query=flat_elements(query),
-            kv=kv,
-            kv_bytes=kv.view(np.uint8),
             block_table=flat_elements(block_table),
             request=flat_indices(rows.request),
             seq_len=seq_lens,
@@ -89,7 +87,8 @@ def decode_attention(
         np.float32(scale),
         np.float32(logits_soft_cap),
         flat_elements(out),
-        _make_shape(query, kv_cache, block_table, plan, out),
+        *view_blocks(kv_cache, block_table, plan),
+        _sizes(query, kv_cache.shape[1], plan, out),
     )
 
 
@@ -114,33 +113,15 @@ def _check_rows(
             )
 
 
-def _make_shape(
-    query: torch.Tensor,
-    kv_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    plan: BlockPlan,
-    out: torch.Tensor,
-) -> Shape:
-    kv_heads = kv_cache.shape[1]
-    columns = -(-max(plan.block_size, plan.thin_block_tokens) // LANES) * LANES
-    split_blocks = max(1, SPLIT_TOKENS // columns)
-    return Shape(
-        kv_heads=kv_heads,
-        group=query.shape[1] // kv_heads,
-        head_size=plan.head_size,
+def _sizes(query: torch.Tensor, num_kv_heads: int, plan: BlockPlan, out: torch.Tensor) -> Sizes:
+    dense = -(-plan.block_size // LANES) * LANES
+    thin = -(-plan.thin_block_tokens // LANES) * LANES
+    dense_blocks, thin_blocks = max(1, SPLIT_TOKENS // dense), max(1, SPLIT_TOKENS // thin)
+    return Sizes(
+        group=query.shape[1] // num_kv_heads,
         query_stride=query.stride(0),
         out_stride=out.stride(0),
-        table_stride=block_table.stride(0),
-        block_stride=kv_cache.stride(0),
-        run_stride=kv_cache.stride(1),
-        block_size=plan.block_size,
-        span_blocks=plan.span_blocks,
-        thin_blocks=plan.thin_blocks,
-        thin_tokens=plan.thin_block_tokens,
-        key_channels=plan.key_channels,
-        thin_values=plan.layout.values_offset // plan.itemsize,
-        itemsize=plan.itemsize,
-        table_offset_bytes=plan.layout.table_offset,
-        split_blocks=split_blocks,
-        split_columns=split_blocks * columns,
+        thin_split_blocks=thin_blocks,
+        dense_split_blocks=dense_blocks,
+        split_columns=max(dense_blocks * dense, thin_blocks * thin),
     )

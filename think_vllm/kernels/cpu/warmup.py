@@ -30,10 +30,12 @@ def warm_up(dtype: torch.dtype, num_heads: int, num_kv_heads: int, plan: BlockPl
     lengths = np.full(1, plan.span_tokens + 1, np.int32)
     query = torch.zeros(1, num_heads, plan.head_size, dtype=dtype)
 
-    query_energy = torch.zeros(num_kv_heads, plan.head_size, dtype=torch.float32)
-    add_query_energy(query, 0, 1, query_energy)
-    energy = key_energy(kv_cache, block_table, request, lengths, plan)
-    channels = select_channels(query_energy.unsqueeze(0), energy, plan.key_channels)
+    channels = torch.arange(plan.head_size, dtype=torch.uint8).repeat(1, num_kv_heads, 1)
+    if plan.prunes:
+        query_energy = torch.zeros(num_kv_heads, plan.head_size, dtype=torch.float32)
+        add_query_energy(query, 0, 1, query_energy)
+        energy = key_energy(kv_cache, block_table, request, lengths, plan)
+        channels = select_channels(query_energy.unsqueeze(0), energy, plan.key_channels)
     compact_spans(kv_cache, block_table, request, request, channels, plan)
     rows = DecodeRows(request=request, seq_len=lengths, thin_spans=np.ones(1, np.int32))
     decode_attention(

@@ -1,0 +1,67 @@
+"""What a person and a program are told about a plan."""
+
+import json
+
+import pytest
+
+from think_vllm.config import parse_config
+from think_vllm.planner import BlockPlan, plan_blocks
+from think_vllm.report import plan_fields, plan_summary
+
+
+def make(**settings: object) -> BlockPlan:
+    plan = plan_blocks(parse_config(settings), 128, 2)
+    assert plan is not None
+    return plan
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (
+            {"kv_channel_prune": 0.5},
+            "key channels 63 of 128 (pruned: 0.508, requested 0.5); keys and values as computed",
+        ),
+        ({"kv_quant": "fp8"}, "key channels all 128; keys and values fp8"),
+        (
+            {"kv_quant": "kivi4", "kv_quant_group": 64},
+            "key channels all 128; keys and values 4-bit in groups of 64 (kivi4)",
+        ),
+        (
+            {"kv_channel_prune": 0.5, "kv_quant": "k4v2"},
+            "key channels 64 of 128 (pruned: 0.500, requested 0.5); keys 4-bit, values 2-bit in "
+            "groups of 32 (k4v2)",
+        ),
+    ],
+)
+def test_plan_summary_says_what_is_kept_and_how(settings: dict[str, object], expected: str) -> None:
+    assert plan_summary(make(**settings))[0] == expected
+
+
+def test_plan_summary_says_what_it_is_worth() -> None:
+    line = plan_summary(make(kv_channel_prune=0.5, kv_quant="k4v2"))[2]
+    # 3 x 8,192 bytes / 272 tokens; keys (3,712 + 64) / 92, values 4,416 / 92
+    assert line == (
+        "bytes per token and KV head: 512 dense, 90.4 thin (keys 41.0, values 48.0, waste 1.4 %): "
+        "x5.667; whole requests x4.10 at 2k, x5.17 at 8k, x5.53 at 32k tokens"
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "group"),
+    [
+        ({"kv_channel_prune": 0.5}, None),
+        ({"kv_quant": "fp8"}, None),
+        ({"kv_quant": "kivi2"}, 32),
+        ({"kv_quant": "kivi2", "kv_quant_group": 128}, 128),
+    ],
+)
+def test_plan_fields_are_json_and_name_a_group_where_there_is_one(
+    settings: dict[str, object], group: int | None
+) -> None:
+    fields = json.loads(json.dumps(plan_fields(make(**settings))))
+    assert fields["kv_quant"] == settings.get("kv_quant", "none")
+    assert fields["kv_quant_group"] == group
+    parts = fields["key_bytes_per_token_head"] + fields["value_bytes_per_token_head"]
+    assert parts == pytest.approx((1 - fields["waste"]) * fields["thin_bytes_per_token_head"])
+    assert fields["effective_multiple_2k"] < fields["effective_multiple_32k"]

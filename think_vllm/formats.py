@@ -1,0 +1,68 @@
+"""The formats of thin blocks: how keys and values are coded.
+
+A **coding** says how one matrix of numbers is stored, a **format** names a coding for keys and
+one for values. Both are independent of how many key channels are kept.
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+
+#: Values of ``--kv-quant-group``: elements that share a scale and a zero in integer codings.
+GROUP_SIZES = (32, 64, 128)
+#: Largest finite value of float8 e4m3 (the variant without infinities).
+FP8_MAX = 448.0
+
+
+class Coding(Enum):
+    """How a matrix is stored; the value is the number of bits, 0 for the cache's own dtype."""
+
+    PLAIN = 0
+    #: float8 e4m3 with one float32 scale per matrix. An e4m3 number has its own exponent and
+    #: keeps its precision down to 2 ** -15 of the largest one, so finer scales would cost bytes
+    #: and buy nothing; the scale maps the matrix's largest magnitude to ``FP8_MAX``, so nothing
+    #: overflows.
+    FP8 = 8
+    #: Asymmetric integers with a float16 scale and zero per group (KIVI, arXiv 2402.02750).
+    INT4 = 4
+    INT2 = 2
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether codes are integers with scales and zeros per group."""
+        return self in (Coding.INT4, Coding.INT2)
+
+    def element_bits(self, itemsize: int) -> int:
+        """Bits of one element in a cache whose own elements have ``itemsize`` bytes."""
+        return self.value or 8 * itemsize
+
+
+@dataclass(frozen=True)
+class BlockFormat:
+    """Codings of a thin block.
+
+    Args:
+        name: Value of ``--kv-quant``.
+        keys: Coding of keys. Integers: per channel, over groups of tokens.
+        values: Coding of values. Integers: per token, over groups of channels.
+    """
+
+    name: str
+    keys: Coding
+    values: Coding
+
+    @property
+    def has_groups(self) -> bool:
+        """Whether ``--kv-quant-group`` matters."""
+        return self.keys.is_integer or self.values.is_integer
+
+
+FORMATS = {
+    made.name: made
+    for made in (
+        BlockFormat("none", Coding.PLAIN, Coding.PLAIN),
+        BlockFormat("fp8", Coding.FP8, Coding.FP8),
+        BlockFormat("kivi4", Coding.INT4, Coding.INT4),
+        BlockFormat("k4v2", Coding.INT4, Coding.INT2),
+        BlockFormat("kivi2", Coding.INT2, Coding.INT2),
+    )
+}

@@ -1,0 +1,128 @@
+"""Blocks as kernels see them: flat views of a cache, sizes, strides, and coded matrices.
+
+The class of a matrix is a compile-time tag: kernels pick the code for a coding by it.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from think_vllm.formats import Coding
+from think_vllm.kernels.cpu.elements import flat_elements
+from think_vllm.layout import MatrixLayout
+from think_vllm.planner import BlockPlan
+
+
+class Cache(NamedTuple):
+    """One cache, four times the same memory."""
+
+    elements: Any  # of the cache's dtype, see elements.py
+    bytes: Any  # uint8
+    halves: Any  # int16: float16 scales and zeros
+    floats: Any  # float32
+
+
+class PlainMatrix(NamedTuple):
+    """Elements as they are. Offsets and strides count elements, from the start of the run."""
+
+    offset: int
+    row_stride: int
+
+
+class Fp8Matrix(NamedTuple):
+    """float8 e4m3 codes. Counts bytes; ``scale`` counts float32."""
+
+    offset: int
+    row_stride: int
+    scale: int
+
+
+class Int4Matrix(NamedTuple):
+    """4-bit codes. Counts bytes; ``scales`` and ``zeros`` count float16, ``[G, rows]``."""
+
+    offset: int
+    row_stride: int
+    scales: int
+    zeros: int
+    rows: int
+    group: int
+
+
+class Int2Matrix(NamedTuple):
+    """2-bit codes; otherwise as ``Int4Matrix``."""
+
+    offset: int
+    row_stride: int
+    scales: int
+    zeros: int
+    rows: int
+    group: int
+
+
+class BlockShape(NamedTuple):
+    """Sizes, offsets and strides, int64. In elements of the cache unless they say bytes."""
+
+    kv_heads: int
+    head_size: int
+    table_stride: int
+    block_stride: int
+    run_stride: int
+    itemsize: int
+    block_size: int
+    span_blocks: int
+    thin_blocks: int
+    thin_tokens: int
+    key_channels: int
+    channels_offset: int  # bytes; of the channel table, -1 if there is none
+
+
+Matrix = PlainMatrix | Fp8Matrix | Int4Matrix | Int2Matrix
+
+
+class Blocks(NamedTuple):
+    """What kernels get; apart, because numba's parallel loops take no nested tuples."""
+
+    cache: Cache
+    shape: BlockShape
+    keys: Matrix
+    values: Matrix
+
+
+def view_blocks(kv_cache: torch.Tensor, block_table: torch.Tensor, plan: BlockPlan) -> Blocks:
+    """View and describe a checked cache, ``[num_blocks, Hk, N, 2 * D]``."""
+    layout = plan.layout
+    elements = flat_elements(kv_cache)
+    as_bytes = elements.view(np.uint8)
+    cache = Cache(elements, as_bytes, as_bytes.view(np.int16), as_bytes.view(np.float32))
+    shape = BlockShape(
+        kv_heads=kv_cache.shape[1],
+        head_size=plan.head_size,
+        table_stride=block_table.stride(0),
+        block_stride=kv_cache.stride(0),
+        run_stride=kv_cache.stride(1),
+        itemsize=plan.itemsize,
+        block_size=plan.block_size,
+        span_blocks=plan.span_blocks,
+        thin_blocks=plan.thin_blocks,
+        thin_tokens=plan.thin_block_tokens,
+        key_channels=plan.key_channels,
+        channels_offset=layout.table_offset if layout.has_table else -1,
+    )
+    return Blocks(cache, shape, _matrix(layout.keys), _matrix(layout.values))
+
+
+def _matrix(layout: MatrixLayout) -> Matrix:
+    if layout.coding is Coding.PLAIN:
+        return PlainMatrix(layout.offset // layout.itemsize, layout.columns)
+    if layout.coding is Coding.FP8:
+        return Fp8Matrix(layout.offset, layout.row_bytes, layout.scales_offset // 4)
+    kind = Int4Matrix if layout.coding is Coding.INT4 else Int2Matrix
+    return kind(
+        offset=layout.offset,
+        row_stride=layout.row_bytes,
+        scales=layout.scales_offset // 2,
+        zeros=layout.zeros_offset // 2,
+        rows=layout.rows,
+        group=layout.group,
+    )

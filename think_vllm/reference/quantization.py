@@ -1,0 +1,181 @@
+"""Coding matrices of keys and values, in plain torch. The rules that every kernel keeps to.
+
+All arithmetic is float32, in the order written here, so that kernels can be bit-exact. A NaN or
+an infinity in a group (fp8: in a matrix) turns that whole group into NaN when it is read: the
+request that owns it shows that its model is broken, and nobody else notices.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from think_vllm.formats import FP8_MAX, Coding
+from think_vllm.layout import MatrixLayout
+
+FLOAT16_MAX = 65_504.0
+#: Of float32. The inverse of a smaller scale would overflow.
+SMALLEST_NORMAL = 2.0**-126
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A coded matrix.
+
+    Args:
+        codes: ``[R, X]`` uint8, one code per byte; for fp8 the bits of float8 e4m3.
+        scales: ``[G, R]`` float16; for fp8 ``[]`` float32.
+        zeros: ``[G, R]`` float16; None for fp8.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+
+
+def quantize_fp8(matrix: torch.Tensor) -> Quantized:
+    """Code ``[R, X]`` in float8 e4m3 with one scale: its largest magnitude becomes 448.
+
+    A code is the nearest one, ties to even; the error is at most 2 ** -4 of the element, or
+    2 ** -10 scales for elements below 2 ** -6 scales. Matrices below 5e-36 become zero.
+    """
+    elements = matrix.float()
+    scale = elements.abs().amax() / FP8_MAX
+    scale = torch.where(scale.isnan(), torch.nan, scale)  # one bit pattern for every NaN
+    scale = torch.where(scale < SMALLEST_NORMAL, 0.0, scale)
+    inverse = torch.where(scale == 0, 0.0, 1.0 / scale)
+    scaled = (elements * inverse).nan_to_num(0.0, posinf=FP8_MAX, neginf=-FP8_MAX)
+    codes = scaled.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
+    return Quantized(codes, scale, None)
+
+
+def quantize_integer(matrix: torch.Tensor, bits: int, group: int) -> Quantized:
+    """Code ``[R, X]`` in asymmetric integers; ``group`` elements of a row share scale and zero.
+
+    Source: KIVI, arXiv 2402.02750, section 3.1: ``zero = min``, ``scale = (max - min) / (2 **
+    bits - 1)``, both rounded to float16 before the codes are chosen. The error is at most half a
+    scale, plus what the rounding of zero and scale takes away at the ends of the range:
+    2 ** -11 of the largest magnitude, plus 2 ** -11 of the range, plus ``2 ** bits`` times
+    2 ** -25 where float16 is subnormal. A zero beyond float16's 65,504 saturates; a range of
+    more than 65,504 scales becomes NaN, as infinities do.
+    """
+    elements = matrix.float()
+    levels = 2**bits - 1
+    codes, scales, zeros = [], [], []
+    for part in torch.split(elements, group, dim=1):
+        low, high = part.amin(dim=1), part.amax(dim=1)
+        scale = ((high - low) / levels).half()
+        scale = torch.where(scale.isnan(), torch.nan, scale)  # one bit pattern for every NaN
+        zero = low.clamp(-FLOAT16_MAX, FLOAT16_MAX).half()
+        zero = torch.where(scale.isnan(), scale, zero)
+        inverse = torch.where(scale == 0, 0.0, 1.0 / scale.float())
+        position = (part - zero.float()[:, None]) * inverse[:, None]
+        code = position.round().nan_to_num(0.0).clamp(0, levels)
+        codes.append(code.to(torch.uint8))
+        scales.append(scale)
+        zeros.append(zero)
+    return Quantized(torch.cat(codes, dim=1), torch.stack(scales), torch.stack(zeros))
+
+
+def dequantize(quantized: Quantized, group: int) -> torch.Tensor:
+    """``[R, X]`` float64: what a coded matrix stands for, without further rounding."""
+    scales = quantized.scales.double()
+    if quantized.zeros is None:
+        return quantized.codes.view(torch.float8_e4m3fn).double() * scales
+    columns = quantized.codes.shape[1]
+    wide = scales.T.repeat_interleave(group, dim=1)[:, :columns]
+    zeros = quantized.zeros.double().T.repeat_interleave(group, dim=1)[:, :columns]
+    return zeros + quantized.codes.double() * wide
+
+
+def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """``[R, X]`` uint8 codes -> ``[R, X * bits / 8]`` uint8, the first code in the lowest bits."""
+    per_byte = 8 // bits
+    padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % per_byte))
+    shifts = torch.arange(per_byte) * bits
+    parts: torch.Tensor = padded.view(codes.shape[0], -1, per_byte).int() << shifts
+    return parts.sum(dim=2).to(torch.uint8)
+
+
+def unpack(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
+    """Undo ``pack``: ``[R, columns]`` uint8."""
+    per_byte = 8 // bits
+    shifts = torch.arange(per_byte) * bits
+    codes: torch.Tensor = (packed.int()[:, :, None] >> shifts) & (2**bits - 1)
+    return codes.view(packed.shape[0], -1)[:, :columns].to(torch.uint8)
+
+
+def code_and_back(matrix: torch.Tensor, coding: Coding, group: int) -> torch.Tensor:
+    """What becomes of ``[R, X]`` when it is coded and read again, float64."""
+    if coding is Coding.PLAIN:
+        return matrix.double()
+    if coding is Coding.FP8:
+        return dequantize(quantize_fp8(matrix), group)
+    return dequantize(quantize_integer(matrix, coding.value, group), group)
+
+
+def write_matrix(run: torch.Tensor, matrix: torch.Tensor, layout: MatrixLayout) -> None:
+    """Code a matrix into a run.
+
+    Args:
+        run: ``[run_bytes]`` uint8, a view of the cache. Written.
+        matrix: ``[R', X']`` of the cache's dtype with ``R' <= R`` and ``X' <= X``: the last
+            block of a span may hold fewer tokens.
+        layout: Where it goes.
+    """
+    rows, columns = matrix.shape
+    coding, offset = layout.coding, layout.offset
+    codes = run[offset : offset + layout.rows * layout.row_bytes].view(layout.rows, -1)
+    if coding is Coding.PLAIN:
+        codes.view(matrix.dtype)[:rows, :columns] = matrix
+        return
+    if coding is Coding.FP8:
+        quantized = quantize_fp8(matrix)
+        codes[:rows, :columns] = quantized.codes
+        scale = run[layout.scales_offset : layout.scales_offset + 4]
+        scale.copy_(quantized.scales.view(1).view(torch.uint8))
+        return
+    quantized = quantize_integer(matrix, coding.value, layout.group)
+    packed = pack(quantized.codes, coding.value)
+    codes[:rows, : packed.shape[1]] = packed
+    scales, zeros = _factors(run, layout)
+    assert quantized.zeros is not None
+    scales[: quantized.scales.shape[0], :rows] = quantized.scales
+    zeros[: quantized.zeros.shape[0], :rows] = quantized.zeros
+
+
+def read_matrix(
+    run: torch.Tensor, layout: MatrixLayout, rows: int, columns: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Read the first ``rows`` by ``columns`` elements of a matrix, float64.
+
+    Args:
+        run: ``[run_bytes]`` uint8.
+        layout: Where it is.
+        rows: Rows that hold something.
+        columns: Columns that hold something.
+        dtype: Of the cache.
+    """
+    coding, offset = layout.coding, layout.offset
+    codes = run[offset : offset + layout.rows * layout.row_bytes].view(layout.rows, -1)
+    if coding is Coding.PLAIN:
+        return codes.view(dtype)[:rows, :columns].double()
+    if coding is Coding.FP8:
+        scale = run[layout.scales_offset : layout.scales_offset + 4].clone().view(torch.float32)
+        return dequantize(Quantized(codes[:rows, :columns].clone(), scale[0], None), layout.group)
+    scales, zeros = _factors(run, layout)
+    groups = -(-columns // layout.group)
+    quantized = Quantized(
+        unpack(codes[:rows], coding.value, columns),
+        scales[:groups, :rows],
+        zeros[:groups, :rows],
+    )
+    return dequantize(quantized, layout.group)
+
+
+def _factors(run: torch.Tensor, layout: MatrixLayout) -> tuple[torch.Tensor, torch.Tensor]:
+    size = 2 * layout.groups * layout.rows
+    views = [
+        run[start : start + size].view(torch.float16).view(layout.groups, layout.rows)
+        for start in (layout.scales_offset, layout.zeros_offset)
+    ]
+    return views[0], views[1]
