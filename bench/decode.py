@@ -1,4 +1,4 @@
-"""Decode attention: vLLM's own CPU kernel, and ours over dense and over thin blocks.
+"""Decode attention: vLLM's own CPU kernel (bf16 and fp8 cache), and ours over thin blocks.
 
 8 sequences of 4,096 tokens, 32/8 heads of 128 unless told otherwise. The kernels take turns, so
 each round meets the same machine; medians of rounds, and of their ratios to vLLM's kernel.
@@ -16,6 +16,7 @@ import torch
 from bench.machine import describe_machine
 from tests.support.vllm_kernel import vllm_attention
 from think_vllm.config import ThinkConfig
+from think_vllm.formats import FORMATS
 from think_vllm.kernels.cpu.compaction import compact_spans
 from think_vllm.kernels.cpu.decode import DecodeRows, decode_attention
 from think_vllm.planner import BlockPlan, plan_blocks
@@ -23,16 +24,22 @@ from think_vllm.planner import BlockPlan, plan_blocks
 VLLM_BLOCK_SIZE = 128  # its default on CPUs
 
 
-def vllm_kernel(query: torch.Tensor, num_kv_heads: int, context: int) -> Callable[[], None]:
-    """Set up vLLM's C++ decode over dense blocks of the query's dtype."""
+def vllm_kernel(
+    query: torch.Tensor, num_kv_heads: int, context: int, kv_cache_dtype: str = "auto"
+) -> Callable[[], None]:
+    """Set up vLLM's C++ decode over dense blocks of the query's dtype, or of fp8."""
     num_seqs, _, head_size = query.shape
     width = -(-context // VLLM_BLOCK_SIZE)
     shape = (num_seqs * width, num_kv_heads, VLLM_BLOCK_SIZE, 2 * head_size)
     cache = torch.randn(shape).to(query.dtype)
+    if kv_cache_dtype == "fp8":
+        cache = cache.to(torch.float8_e4m3fn).view(torch.uint8)
     table = torch.arange(num_seqs * width, dtype=torch.int32).view(num_seqs, width)
     isa = "vec" if head_size % 32 == 0 else "vec16"
     ones, contexts = [1] * num_seqs, [context] * num_seqs
-    run, _ = vllm_attention(query, cache, table, ones, contexts, head_size**-0.5, isa)
+    run, _ = vllm_attention(
+        query, cache, table, ones, contexts, head_size**-0.5, isa, kv_cache_dtype
+    )
     return run
 
 
@@ -74,20 +81,27 @@ def main() -> None:
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--head-size", type=int, default=128)
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--ratios", type=float, nargs="*", default=[0.4, 0.5, 0.7])
+    parser.add_argument("--ratios", type=float, nargs="*", default=[0.0, 0.4, 0.5])
+    parser.add_argument("--formats", nargs="*", choices=FORMATS, default=list(FORMATS))
     parser.add_argument("--rounds", type=int, default=31)
     options = parser.parse_args()
     torch.manual_seed(0)
     dtype = getattr(torch, options.dtype)
     query = torch.randn(options.sequences, options.heads, options.head_size).to(dtype)
     kernels = {"vLLM": vllm_kernel(query, options.kv_heads, options.context)}
-    for ratio in options.ratios:
-        plan = plan_blocks(ThinkConfig(kv_channel_prune=ratio), options.head_size, dtype.itemsize)
-        if plan is None:
-            continue
-        for thin in (False, True):
-            name = f"{'thin' if thin else 'dense'}, plan of {ratio:g} (blocks of {plan.block_size})"
-            kernels[name] = think_kernel(query, options.kv_heads, options.context, plan, thin)
+    kernels["vLLM, fp8 cache"] = vllm_kernel(query, options.kv_heads, options.context, "fp8")
+    for name in options.formats:
+        for ratio in options.ratios:
+            config = ThinkConfig.model_validate({"kv_channel_prune": ratio, "kv_quant": name})
+            plan = plan_blocks(config, options.head_size, dtype.itemsize)
+            if plan is None:
+                continue
+            title = f"{name}, {ratio:g} ({plan.span_blocks} blocks of {plan.block_size} -> "
+            title += f"{plan.thin_blocks})"
+            kernels[title] = think_kernel(query, options.kv_heads, options.context, plan, True)
+            if name == "none":
+                dense = think_kernel(query, options.kv_heads, options.context, plan, False)
+                kernels[f"dense blocks of {plan.block_size}"] = dense
     times: dict[str, list[float]] = {name: [] for name in kernels}
     for round_ in range(options.rounds + 3):
         for name, run in kernels.items():
