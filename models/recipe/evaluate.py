@@ -127,35 +127,48 @@ def channel_scores(
 
 
 @torch.inference_mode()
-def answer_with_pruned_keys(
-    model: LlamaForCausalLM,
+def prune_keys(
+    cache: DynamicCache,
     state: Prefilled,
     policy: str,
     prune_ratio: float,
     generator: torch.Generator,
-) -> list[int]:
-    """Decode an answer greedily over keys with zeroed channels.
+) -> None:
+    """Zero key channels of `cache`.
 
     Args:
-        model: The model that made `state`.
-        state: Left unchanged.
+        cache: A copy of the cache of `state`, perhaps with its entries changed. Written.
+        state: Its queries and keys choose the channels. Left unchanged.
         policy: As for `channel_scores`.
         prune_ratio: Share of channels that is zeroed, per layer and KV head, 0 to 1 (rounded
             down to whole channels). The last `WINDOW_TOKENS` tokens keep all of theirs.
         generator: As for `channel_scores`.
+    """
+    for layer, whole, queries in zip(cache.layers, state.cache.layers, state.queries, strict=True):
+        keys = cast(torch.Tensor, cast(DynamicLayer, layer).keys)  # [1, Hk, N, D]
+        num_pruned = int(prune_ratio * keys.shape[-1])
+        scoring_keys = cast(torch.Tensor, cast(DynamicLayer, whole).keys)[0]
+        scores = channel_scores(policy, queries, scoring_keys, generator)
+        pruned = scores.topk(num_pruned, dim=-1, largest=False).indices  # [Hk, num_pruned]
+        kept = torch.ones_like(scores).scatter_(-1, pruned, 0.0)
+        keys[:, :, :-WINDOW_TOKENS] *= kept[None, :, None, :].to(keys.dtype)
+
+
+@torch.inference_mode()
+def greedy_answer(
+    model: LlamaForCausalLM, cache: DynamicCache, next_token: torch.Tensor
+) -> list[int]:
+    """Decode an answer greedily.
+
+    Args:
+        model: The model that filled `cache`.
+        cache: The prompt without its last token. Grows.
+        next_token: [1, 1] int64. The last token of the prompt.
 
     Returns:
         The ids of `CODE_DIGITS` tokens.
     """
-    cache = copy.deepcopy(state.cache)
-    for layer, queries in zip(cache.layers, state.queries, strict=True):
-        keys = cast(torch.Tensor, cast(DynamicLayer, layer).keys)  # [1, Hk, N, D]
-        num_pruned = int(prune_ratio * keys.shape[-1])
-        scores = channel_scores(policy, queries, keys[0], generator)
-        pruned = scores.topk(num_pruned, dim=-1, largest=False).indices  # [Hk, num_pruned]
-        kept = torch.ones_like(scores).scatter_(-1, pruned, 0.0)
-        keys[:, :, :-WINDOW_TOKENS] *= kept[None, :, None, :].to(keys.dtype)
-    token, answer = state.next_token, []
+    token, answer = next_token, []
     for _ in range(CODE_DIGITS):
         logits = model(token, past_key_values=cache, use_cache=True).logits
         token = logits[:, -1:].argmax(-1)
@@ -197,7 +210,9 @@ def pruned_exact_match(
         for policy, ratio in cells:
             # A ratio of 0 prunes nothing, whichever policy scores.
             scorer = "think" if policy == "dense" else policy
-            ids = answer_with_pruned_keys(model, state, scorer, ratio, generator)
+            cache = copy.deepcopy(state.cache)
+            prune_keys(cache, state, scorer, ratio, generator)
+            ids = greedy_answer(model, cache, state.next_token)
             hits[policy, ratio] += sample.is_answered_by(cast(str, tokenizer.decode(ids)))
     return {cell: count / len(samples) for cell, count in hits.items()}
 
