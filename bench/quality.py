@@ -5,7 +5,7 @@ greedily; the policies that the server does not offer follow, simulated (`qualit
 
 vLLM computes the first output token in the step that ends the prompt, from dense blocks. So
 prompts are sent without their final "?": the model says it first, and all four digits are
-generated from thin blocks. (Any other first token ends the benchmark.)
+generated from thin blocks. Where it says something else first, the answer counts as wrong.
 
 Columns: "thin" is the share of the prompt that was thin; "record thin" counts the prompts whose
 record, all of it, was: the recent window and an unfinished span stay dense, and so easy. The
@@ -30,7 +30,7 @@ from bench.quality_simulated import SIMULATED_FORMATS, simulated_rows
 from models.recipe.evaluate import POLICIES, SIZES
 from tests.support.models import BUNDLED
 from tests.support.server import Server
-from think_vllm.config import parse_config
+from think_vllm.config import ThinkConfig
 from think_vllm.evals.recall import CODE_DIGITS, RecallSample, recall_samples
 from think_vllm.formats import FORMATS
 from think_vllm.planner import BlockPlan, plan_blocks
@@ -70,7 +70,7 @@ def plan_of(setting: Setting, options: argparse.Namespace) -> BlockPlan | None:
     """The plan that the server makes; None without thin blocks."""
     if setting.format == VLLM_FP8:
         return None
-    config = parse_config(
+    config = ThinkConfig.model_validate(
         {
             "kv_channel_prune": setting.ratio,
             "kv_quant": setting.format,
@@ -104,17 +104,11 @@ def served_row(
 
 
 def is_right(server: Server, sample: RecallSample) -> bool:
-    """Send a prompt up to its question mark; return whether the digits after it are right.
-
-    Raises:
-        RuntimeError: If the model does not end the question: its digits would mean nothing.
-    """
+    """Send a prompt up to its question mark; return whether the digits after it are right."""
     prompt = sample.prompt.removesuffix(f" {QUESTION_MARK}")
     text = server.complete(prompt, 1 + CODE_DIGITS).text
     mark, _, digits = text.strip().partition(" ")
-    if mark != QUESTION_MARK:
-        raise RuntimeError(f"the model goes on with {text!r}, not with {QUESTION_MARK!r}")
-    return sample.is_answered_by(digits)
+    return mark == QUESTION_MARK and sample.is_answered_by(digits)
 
 
 def rows(samples: Sequence[RecallSample], options: argparse.Namespace) -> Iterator[str]:

@@ -2,9 +2,16 @@
 
 import random
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
 
-from tests.support.reference import Pruning, Reference
+import torch
+
+from tests.support.reference import Reference, Thinning
 from tests.support.server import Completion, Server
+from think_vllm.config import ThinkConfig
+from think_vllm.planner import BlockPlan, plan_blocks
 
 #: Float32: two implementations that sum in different orders differ by some 1e-6 here; one wrong
 #: channel of one span shows as 1e-3 and more.
@@ -19,20 +26,35 @@ def random_prompts(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
     return [[rng.randrange(4, 384) for _ in range(length)] for length in lengths]
 
 
+def plan_served(
+    head_size: int, block_size: int | None = None, **settings: float | str
+) -> tuple[BlockPlan, list[str]]:
+    """Plan what a float32 server with these settings does, and say which arguments they are."""
+    plan = plan_blocks(ThinkConfig.model_validate(settings), head_size, 4, block_size)
+    assert plan is not None
+    given = settings if block_size is None else {**settings, "block_size": block_size}
+    return plan, [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+
+
+def differences(
+    reference: Reference, prompt: list[int], completion: Completion, thinning: Thinning | None
+) -> torch.Tensor:
+    """How far each log-probability is from the reference: [num_tokens] float32."""
+    expected = torch.tensor(reference.logprobs(prompt, completion.tokens, thinning))
+    return (expected - torch.tensor(completion.logprobs)).abs()
+
+
 def worst_differences(
     reference: Reference,
     prompts: Sequence[list[int]],
     completions: Sequence[Completion],
-    pruning: Pruning | None,
+    thinning: Thinning | None,
 ) -> dict[int, float]:
     """Largest difference of a log-probability, by prompt length."""
-    differences = {}
-    for prompt, completion in zip(prompts, completions, strict=True):
-        expected = reference.logprobs(prompt, completion.tokens, pruning)
-        differences[len(prompt)] = max(
-            abs(a - b) for a, b in zip(expected, completion.logprobs, strict=True)
-        )
-    return differences
+    return {
+        len(prompt): float(differences(reference, prompt, completion, thinning).max())
+        for prompt, completion in zip(prompts, completions, strict=True)
+    }
 
 
 def check_served(
@@ -40,17 +62,15 @@ def check_served(
     reference: Reference,
     lengths: Sequence[int],
     max_tokens: Sequence[int],
-    pruning: Pruning | None,
+    thinning: Thinning | None,
     together: bool = True,
-) -> None:
+    **options: Any,
+) -> list[Completion]:
     """Complete prompts of these lengths and compare every log-probability."""
     prompts = random_prompts(lengths)
-    if together:
-        completions = server.complete_all(prompts, max_tokens)
-    else:
-        completions = [
-            server.complete(prompt, count)
-            for prompt, count in zip(prompts, max_tokens, strict=True)
-        ]
-    differences = worst_differences(reference, prompts, completions, pruning)
-    assert max(differences.values()) < TOLERANCE, differences
+    complete = partial(server.complete, **options)
+    with ThreadPoolExecutor(len(prompts) if together else 1) as pool:
+        completions = list(pool.map(complete, prompts, max_tokens))
+    worst = worst_differences(reference, prompts, completions, thinning)
+    assert all(x < TOLERANCE for x in worst.values()), worst
+    return completions

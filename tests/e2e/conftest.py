@@ -20,10 +20,12 @@ def recall_reference(recall_model: Path) -> Reference:
 def serve(
     recall_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[..., Server]]:
-    """Start a server of this module; the module's end stops it."""
+    """Start a server of this module. The next one replaces it; the module's end stops it."""
     with ExitStack() as stack:
 
         def start(*arguments: str, model: Path = recall_model, **options: int) -> Server:
+            # Processes of an idle server spin, which slows those under test.
+            stack.close()
             log = tmp_path_factory.mktemp("server") / "server.log"
             return stack.enter_context(Server(model, arguments, log, **options))
 

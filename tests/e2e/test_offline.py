@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.checks import TOLERANCE, random_prompts
-from tests.support.reference import Pruning, Reference
+from tests.support.reference import Reference, Thinning
 from tests.support.server import offline_environment
 
 pytestmark = pytest.mark.e2e
@@ -46,9 +46,9 @@ def test_llm_takes_additional_config(
     )
     assert done.returncode == 0, done.stderr[-3000:]
     line = next(x for x in done.stdout.splitlines() if x.startswith("RESULT"))
-    pruning = Pruning(key_channels=63, span_tokens=192)
+    thinning = Thinning(key_channels=63, span_tokens=192)
     for prompt, (tokens, logprobs) in zip(
         prompts, json.loads(line.removeprefix("RESULT")), strict=True
     ):
-        expected = recall_reference.logprobs(prompt, tokens, pruning)
+        expected = recall_reference.logprobs(prompt, tokens, thinning)
         assert max(abs(a - b) for a, b in zip(expected, logprobs, strict=True)) < TOLERANCE

@@ -13,13 +13,13 @@ from tests.e2e.checks import (
     random_prompts,
     worst_differences,
 )
-from tests.support.reference import Pruning, Reference
+from tests.support.reference import Reference, Thinning
 from tests.support.server import Server
 
 pytestmark = pytest.mark.e2e
 
 #: 0.5 at head size 128 in float32: 63 channels, 4 blocks of 48 tokens become 3.
-HALF = Pruning(key_channels=63, span_tokens=192)
+HALF = Thinning(key_channels=63, span_tokens=192)
 PRUNED = (*EAGER, "--kv-channel-prune", "0.5")
 
 
@@ -102,17 +102,17 @@ def test_preemption_with_small_chunks(
         "80",
     )
     server = serve(*EAGER, *arguments, "--max-model-len", "2048", kv_cache_bytes=34 * 262_144)
-    pruning = Pruning(key_channels=76, span_tokens=320)
+    thinning = Thinning(key_channels=76, span_tokens=320)
     lengths = [500, 433, 610, 380, 420, 555, 300, 470]
-    check_served(server, recall_reference, lengths, [400] * len(lengths), pruning)
+    check_served(server, recall_reference, lengths, [400] * len(lengths), thinning)
     assert server.metric("vllm:num_preemptions_total") > 0
 
 
 def test_dense_decode(serve: Callable[..., Server], recall_reference: Reference) -> None:
     config = REPOSITORY / "configs" / "think-0.5-dense-decode.yaml"
     server = serve(*EAGER, "--config", str(config))
-    pruning = Pruning(key_channels=63, span_tokens=192, prune_decode=False)
-    check_served(server, recall_reference, [40, 400, 900], [300] * 3, pruning)
+    thinning = Thinning(key_channels=63, span_tokens=192, prune_decode=False)
+    check_served(server, recall_reference, [40, 400, 900], [300] * 3, thinning)
 
 
 def test_windows_and_compilation(serve: Callable[..., Server], recall_reference: Reference) -> None:
@@ -120,8 +120,8 @@ def test_windows_and_compilation(serve: Callable[..., Server], recall_reference:
     windows = ("--kv-recent-window", "7", "--kv-observation-window", "100")
     server = serve(*FLOAT32, "--kv-channel-prune", "0.4", *windows)
     # 0.4 at head size 128 in float32: 76 channels, 5 blocks of 32 tokens become 4.
-    pruning = Pruning(key_channels=76, span_tokens=160, recent_window=7, observation_window=100)
-    check_served(server, recall_reference, [60, 166, 167, 168, 1500], [330] * 5, pruning)
+    thinning = Thinning(key_channels=76, span_tokens=160, recent_window=7, observation_window=100)
+    check_served(server, recall_reference, [60, 166, 167, 168, 1500], [330] * 5, thinning)
 
 
 def test_ratio_that_prunes_nothing(
@@ -129,4 +129,4 @@ def test_ratio_that_prunes_nothing(
 ) -> None:
     server = serve(*EAGER, "--kv-channel-prune", "0.005")
     check_served(server, recall_reference, [40, 900], [64] * 2, None)
-    assert "prunes no channel of this model; pruning is off" in server.log_tail(10_000)
+    assert "prunes no channel of this model, and --kv-quant is none" in server.log_tail(10_000)

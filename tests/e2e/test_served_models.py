@@ -5,12 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.checks import EAGER, check_served
+from tests.e2e.checks import EAGER, check_served, plan_served
 from tests.support.models import make_llama
-from tests.support.reference import Pruning, Reference
+from tests.support.reference import Reference, Thinning
 from tests.support.server import Server
-from think_vllm.config import ThinkConfig
-from think_vllm.planner import plan_blocks
 
 pytestmark = pytest.mark.e2e
 
@@ -37,13 +35,9 @@ def test_served_logprobs_equal_the_reference(
         num_kv_heads=num_kv_heads,
         num_layers=num_layers,
     )
-    plan = plan_blocks(ThinkConfig(kv_channel_prune=ratio), head_size, 4, block_size)
-    assert plan is not None
-    arguments = ["--kv-channel-prune", str(ratio)]
-    if block_size is not None:
-        arguments += ["--block-size", str(block_size)]
+    plan, arguments = plan_served(head_size, block_size, kv_channel_prune=ratio)
     span = plan.span_tokens
-    with_server = serve(*EAGER, *arguments, model=model)
-    pruning = Pruning(key_channels=plan.key_channels, span_tokens=span)
+    server = serve(*EAGER, *arguments, model=model)
     lengths = [30, span + 32, span + 31, 2 * span + 100, 900]
-    check_served(with_server, Reference(model), lengths, [span + 20] * len(lengths), pruning)
+    counts = [span + 20] * len(lengths)
+    check_served(server, Reference(model), lengths, counts, Thinning.of(plan))

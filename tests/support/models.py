@@ -14,7 +14,13 @@ BUNDLED = REPOSITORY / "models" / "tiny-recall"
 
 
 def make_llama(
-    path: Path, *, head_size: int, num_heads: int, num_kv_heads: int, num_layers: int = 2
+    path: Path,
+    *,
+    head_size: int,
+    num_heads: int,
+    num_kv_heads: int,
+    num_layers: int = 2,
+    **settings: Any,
 ) -> Path:
     """Save a Llama with random weights and the bundled model's tokenizer.
 
@@ -35,9 +41,46 @@ def make_llama(
         initializer_range=0.15,
         bos_token_id=1,
         eos_token_id=2,
+        **settings,
     )
     LlamaForCausalLM(config).save_pretrained(path)
     copy_tokenizer(path)
+    return path
+
+
+def make_exact_llama(path: Path, *, head_size: int, num_heads: int, num_kv_heads: int) -> Path:
+    """Save a Llama of one layer whose keys and values are the same bits wherever they are computed.
+
+    Codes are rounded, so a key that differs by 1e-7 between two implementations now and then
+    differs by a whole step when it is coded: some 1e-3 of a log-probability, ten times what a
+    comparison should let pass. Here nothing is rounded before it is coded:
+
+    * embeddings are 1 or -1, so normalization divides by exactly 1;
+    * weights of keys and values are multiples of 2 ** -10, so their sums are exact in any order;
+    * rotary positions turn the first pair of channels only, whose keys are 0: in float32 this
+      base is infinite, and all other frequencies are 0.
+
+    One layer, as a second one would see the rounded attention of the first.
+    """
+    make_llama(
+        path,
+        head_size=head_size,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        num_layers=1,
+        rms_norm_eps=1e-12,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e300},
+    )
+    model = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32)
+    attention = model.model.layers[0].self_attn
+    with torch.no_grad():
+        embedding = model.model.embed_tokens.weight
+        embedding.copy_(torch.where(embedding < 0, -1.0, 1.0))
+        for weight in (attention.k_proj.weight, attention.v_proj.weight):
+            weight.copy_((weight * 1024).round() / 1024)
+        keys = attention.k_proj.weight.view(num_kv_heads, head_size, -1)
+        keys[:, [0, head_size // 2]] = 0.0
+    model.save_pretrained(path)
     return path
 
 

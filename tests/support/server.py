@@ -196,9 +196,9 @@ def run_serve(model: Path, arguments: Sequence[str]) -> subprocess.CompletedProc
 
 
 def offline_environment() -> dict[str, str]:
-    """Environment of a server that may not reach a model hub."""
+    """Environment of a server that may not reach a model hub, nor interpret its kernels."""
     return {
-        **os.environ,
+        **{name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",

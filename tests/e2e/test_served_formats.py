@@ -1,0 +1,128 @@
+"""Coded thin blocks: served log-probabilities of every format against the reference.
+
+On models whose keys and values are exact (``make_exact_llama``), so that both sides code the
+same bits.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.checks import (
+    EAGER,
+    FLOAT32,
+    TOLERANCE,
+    check_served,
+    differences,
+    plan_served,
+    random_prompts,
+    worst_differences,
+)
+from tests.support.models import make_exact_llama
+from tests.support.reference import Reference, Thinning
+from tests.support.server import Server
+from think_vllm.formats import FORMATS
+
+pytestmark = pytest.mark.e2e
+
+MAX_MODEL_LEN = 2048
+
+
+@dataclass(frozen=True)
+class Case:
+    """One server.
+
+    Args:
+        quant: Its format.
+        ratio: Of pruned key channels.
+        group: Of integer codings.
+        block_size: None for the planner's choice.
+        heads: Head size, query heads and KV heads of the model.
+        small_pool: Whether the KV cache holds little more than one request.
+        arguments: Further ones.
+    """
+
+    quant: str
+    ratio: float = 0.0
+    group: int = 32
+    block_size: int | None = None
+    heads: tuple[int, int, int] = (128, 4, 2)
+    small_pool: bool = False
+    arguments: tuple[str, ...] = EAGER
+
+
+CASES = {
+    "fp8-pruned": Case("fp8", 0.5),
+    "kivi4-pruned-mqa-64": Case("kivi4", 0.4, heads=(64, 8, 1)),
+    "k4v2-pruned-preempted": Case("k4v2", 0.5, small_pool=True),
+    "kivi2-pruned-mha-96": Case("kivi2", 0.5, heads=(96, 4, 4)),
+    # 3 thin blocks of a span, the last one with fewer tokens.
+    "fp8-preempted-small-chunks": Case(
+        "fp8",
+        block_size=64,
+        small_pool=True,
+        arguments=(*EAGER, "--max-num-batched-tokens", "80"),
+    ),
+    "kivi4-small-chunks": Case("kivi4", arguments=(*EAGER, "--max-num-batched-tokens", "64")),
+    "k4v2-group-64": Case("k4v2", group=64),
+    "kivi2-compiled": Case("kivi2", arguments=FLOAT32),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_served_logprobs_equal_the_reference(
+    serve: Callable[..., Server], tmp_path: Path, case: Case
+) -> None:
+    head_size, num_heads, num_kv_heads = case.heads
+    model = make_exact_llama(
+        tmp_path, head_size=head_size, num_heads=num_heads, num_kv_heads=num_kv_heads
+    )
+    settings: dict[str, float | str] = {"kv_quant": case.quant}
+    if case.ratio:
+        settings["kv_channel_prune"] = case.ratio
+    if case.group != 32:
+        settings["kv_quant_group"] = case.group
+    plan, arguments = plan_served(head_size, case.block_size, **settings)
+    options = {}
+    if case.small_pool:
+        block_bytes = plan.layout.run_bytes * num_kv_heads
+        # The longest request, and the null block.
+        options["kv_cache_bytes"] = (MAX_MODEL_LEN // plan.block_size + 1) * block_bytes
+    limit = ("--max-model-len", str(MAX_MODEL_LEN))
+    server = serve(*case.arguments, *arguments, *limit, model=model, **options)
+
+    # Prompts shorter than the windows, at the first positions that see a span thin, and long;
+    # then two more spans fill while decoding.
+    span = plan.span_tokens
+    lengths = [1, 20, 32, 33, 50, 60, 70, 80, 90, 100, span + 31, span + 32, span + 33, 1900]
+    counts = [min(2 * span + 40, 800)] * (len(lengths) - 1) + [120]
+    reference, thinning = Reference(model), Thinning.of(plan)
+    # Greedy answers of a random model go round in circles: groups of equal tokens.
+    completions = check_served(server, reference, lengths, counts, thinning, frequency_penalty=2.0)
+    if case.small_pool:
+        assert server.metric("vllm:num_preemptions_total") > 0
+
+    # The comparison would notice if nothing were coded.
+    prompts = random_prompts(lengths)
+    plain = replace(thinning, format=FORMATS["none"])
+    longest = worst_differences(reference, prompts[-1:], completions[-1:], plain)
+    assert longest[1900] > 10 * TOLERANCE
+
+
+def test_bundled_model(
+    serve: Callable[..., Server], recall_model: Path, recall_reference: Reference
+) -> None:
+    # Several layers, and positions. Its keys differ from the reference's by 1e-7 and more, so
+    # one that lies between two codes may get the other one, and its layer's successors differ by
+    # more: a few log-probabilities of a request then do, by up to 1e-3.
+    plan, arguments = plan_served(128, kv_channel_prune=0.5, kv_quant="k4v2")
+    server = serve(*EAGER, *arguments)
+    lengths = [33, plan.span_tokens + 32, 300, 700, 1000, 1700]
+    prompts = random_prompts(lengths)
+    completions = server.complete_all(prompts, [300] * len(lengths))
+    for prompt, completion in zip(prompts, completions, strict=True):
+        served = differences(recall_reference, prompt, completion, Thinning.of(plan))
+        assert served.median() < TOLERANCE, len(prompt)
+        assert served.max() < 0.01, len(prompt)
