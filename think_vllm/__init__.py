@@ -1,4 +1,4 @@
-"""think-vllm: ThinK channel-pruned, paged KV blocks for stock vLLM.
+"""think-vllm: thin KV blocks, pruned and quantized, paged, for stock vLLM.
 
 Importing this package imports neither vLLM nor torch; vLLM finds it through the
 ``vllm.general_plugins`` entry point (see ``plugin.py``).

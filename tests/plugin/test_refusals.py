@@ -47,7 +47,7 @@ def refused(capsys: pytest.CaptureFixture[str], model: Path, *arguments: str) ->
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--kv-channel-prune", "0.05"], "the smallest ratio that does is 0.15"),
+        (["--kv-channel-prune", "0.05"], "the smallest ratio that does is 0.08"),
         (["--kv-channel-prune", "0.3", "--block-size", "16"], "--block-size 16 tokens frees a"),
         (
             ["--kv-channel-prune", "0.5", "--kv-cache-dtype", "fp8"],
@@ -209,7 +209,7 @@ def test_offline_engines_get_an_exception_with_the_same_words(
             "unknown setting x=1",
         ),
         (["--kv-quant", "fp8", "--kv-quant-group", "64"], "--kv-quant is fp8, which has no groups"),
-        (["--kv-channel-prune", "0.05"], "the smallest ratio that does is 0.15"),
+        (["--kv-channel-prune", "0.05"], "the smallest ratio that does is 0.08"),
     ],
     ids=["flag", "json", "together", "plan"],
 )

@@ -13,30 +13,13 @@ from think_vllm.kernels.cpu.coded import add_matrix
 from think_vllm.kernels.cpu.compiling import kernel
 from think_vllm.kernels.cpu.elements import element_to_float32, float32_to_element
 from think_vllm.kernels.cpu.softmax import LOWEST, cap_row, exp, exp_row, row_max
+from think_vllm.kernels.cpu.splits import (
+    find_blocks,
+    plan_splits,
+    whole_lanes,
+)
 from think_vllm.kernels.cpu.threads import fetch_add
 from think_vllm.kernels.cpu.tiles import add_products
-from think_vllm.kernels.cpu.vectors import LANES
-
-
-class Inputs(NamedTuple):
-    """The arrays that are read."""
-
-    query: Any
-    block_table: Any
-    request: Any
-    seq_len: Any
-    thin_spans: Any
-
-
-class Sizes(NamedTuple):
-    """Sizes and strides beside those of the blocks, int64, in elements."""
-
-    group: int
-    query_stride: int
-    out_stride: int
-    thin_split_blocks: int
-    dense_split_blocks: int
-    split_columns: int
 
 
 class Partials(NamedTuple):
@@ -72,7 +55,7 @@ def attend(
 ) -> None:
     """Attend with every row and write ``out``. The blocks are those of ``blocks.Blocks``."""
     seq_len = inputs.seq_len
-    first_split, row_of_split = _plan_splits(seq_len, inputs.thin_spans, shape, sizes)
+    first_split, row_of_split = plan_splits(seq_len, inputs.thin_spans, shape, sizes)
     num_splits, num_heads = len(row_of_split), shape.kv_heads * sizes.group
     partials = Partials(
         np.empty(num_splits * num_heads * shape.head_size, np.float32),
@@ -93,38 +76,6 @@ def attend(
 
 
 @njit
-def _plan_splits(seq_len: Any, thin_spans: Any, shape: Any, sizes: Any) -> Any:
-    """First split of every row, and behind the last one the end; the row of every split."""
-    num_rows = len(seq_len)
-    first_split = np.zeros(num_rows + 1, np.int64)
-    for row in range(num_rows):
-        thin, dense = _count_blocks(seq_len[row], thin_spans[row], shape)
-        splits = _ceil(thin, sizes.thin_split_blocks) + _ceil(dense, sizes.dense_split_blocks)
-        first_split[row + 1] = first_split[row] + splits
-    row_of_split = np.empty(first_split[num_rows], np.int64)
-    for row in range(num_rows):
-        row_of_split[first_split[row] : first_split[row + 1]] = row
-    return first_split, row_of_split
-
-
-@njit
-def _ceil(count: int, size: int) -> int:
-    return (count + size - 1) // size
-
-
-@njit
-def _count_blocks(seq_len: int, thin_spans: int, shape: Any) -> Any:
-    """Thin and dense blocks that hold a context."""
-    dense = seq_len - thin_spans * shape.span_blocks * shape.block_size
-    return thin_spans * shape.thin_blocks, _ceil(dense, shape.block_size)
-
-
-@njit
-def _whole_lanes(tokens: int) -> int:
-    return (tokens + LANES - 1) // LANES * LANES
-
-
-@njit
 def _work(
     inputs: Any,
     scale: Any,
@@ -142,7 +93,7 @@ def _work(
 ) -> None:
     """Draw items until there are none left. One thread runs this."""
     split_blocks = max(sizes.thin_split_blocks, sizes.dense_split_blocks)
-    longest = _whole_lanes(max(shape.head_size, shape.thin_tokens))
+    longest = whole_lanes(max(shape.head_size, shape.thin_tokens))
     scratch = Scratch(
         np.zeros(2 * sizes.group * shape.head_size, np.float32),
         np.empty(sizes.group * sizes.split_columns, np.float32),
@@ -161,8 +112,8 @@ def _work(
         partials.sums[start : start + sizes.group * shape.head_size] = np.float32(0.0)
         scratch.scores[:] = np.float32(0.0)
         _load_queries(inputs.query, row, kv_head, scale, scratch.queries, shape, sizes)
-        begin, count, thin = _find_blocks(
-            inputs, row, split - first, kv_head, scratch, shape, sizes
+        begin, count, thin = find_blocks(
+            inputs, row, split - first, kv_head, scratch.runs, scratch.tokens, shape, sizes
         )
         if thin:
             _score_thin(cache, keys, begin, count, scratch, shape, sizes)
@@ -191,41 +142,6 @@ def _load_queries(
 
 
 @njit
-def _find_blocks(
-    inputs: Any, row: int, split: int, kv_head: int, scratch: Any, shape: Any, sizes: Any
-) -> Any:
-    """Write where the runs of a row's ``split``-th split are, and their tokens.
-
-    Returns:
-        The split's first block among those of its kind, how many there are, whether it is thin.
-    """
-    seq_len, thin_spans = np.int64(inputs.seq_len[row]), np.int64(inputs.thin_spans[row])
-    num_thin, num_dense = _count_blocks(seq_len, thin_spans, shape)
-    thin_splits = _ceil(num_thin, sizes.thin_split_blocks)
-    table_row = np.int64(inputs.request[row]) * shape.table_stride
-    thin = split < thin_splits
-    if thin:
-        begin = split * sizes.thin_split_blocks
-        count = min(sizes.thin_split_blocks, num_thin - begin)
-    else:
-        begin = (split - thin_splits) * sizes.dense_split_blocks
-        count = min(sizes.dense_split_blocks, num_dense - begin)
-    for i in range(count):
-        block = begin + i
-        if thin:
-            span, k = block // shape.thin_blocks, block % shape.thin_blocks
-            left = shape.span_blocks * shape.block_size - k * shape.thin_tokens
-            entry = span * shape.span_blocks + k
-            scratch.tokens[i] = min(left, shape.thin_tokens)
-        else:
-            entry = thin_spans * shape.span_blocks + block
-            scratch.tokens[i] = min(seq_len - entry * shape.block_size, shape.block_size)
-        page = np.int64(inputs.block_table[table_row + entry])
-        scratch.runs[i] = page * shape.block_stride + kv_head * shape.run_stride
-    return begin, count, thin
-
-
-@njit
 def _gather_queries(bytes: Any, run: int, queries: Any, shape: Any, sizes: Any) -> None:
     """Gather the queries through a thin block's table into the second half of ``queries``."""
     start = run * shape.itemsize + shape.channels_offset
@@ -249,7 +165,7 @@ def _score_thin(
         # The blocks of a span share one table, and a split may start inside a span.
         if pruned and (i == 0 or (begin + i) % shape.thin_blocks == 0):
             _gather_queries(cache.bytes, scratch.runs[i], scratch.queries, shape, sizes)
-        columns = _whole_lanes(scratch.tokens[i])
+        columns = whole_lanes(scratch.tokens[i])
         add_matrix(
             scratch.scores, x, sizes.split_columns, scratch.queries, queries, shape.head_size,
             cache, scratch.runs[i], scratch.runs[min(i + 1, count - 1)], keys,
@@ -266,7 +182,7 @@ def _score_dense(cache: Any, count: int, scratch: Any, shape: Any, sizes: Any) -
         # The last block's successor are the first one's values.
         values = scratch.runs[0] + shape.head_size * shape.block_size
         following = scratch.runs[i + 1] if i + 1 < count else values
-        columns = _whole_lanes(scratch.tokens[i])
+        columns = whole_lanes(scratch.tokens[i])
         add_products(
             scratch.scores, x, sizes.split_columns, scratch.queries, 0, shape.head_size,
             cache.elements, scratch.runs[i], shape.block_size, shape.head_size, sizes.group,
@@ -285,9 +201,9 @@ def _soften(count: int, cap: Any, first_head: int, scratch: Any, partials: Any, 
             tokens = scratch.tokens[i]
             if cap > 0:
                 cap_row(scratch.scores[start + columns : start + columns + tokens], cap)
-            for padding in range(start + columns + tokens, start + columns + _whole_lanes(tokens)):
+            for padding in range(start + columns + tokens, start + columns + whole_lanes(tokens)):
                 scratch.scores[padding] = LOWEST
-            columns += _whole_lanes(tokens)
+            columns += whole_lanes(tokens)
         row = scratch.scores[start : start + columns]
         top = row_max(row)
         partials.tops[first_head + head] = top
@@ -313,7 +229,7 @@ def _sum_thin_values(
             cache, scratch.runs[i], scratch.runs[min(i + 1, count - 1)], values,
             shape.itemsize, scratch.tokens[i], sizes.group, shape.head_size, scratch.folded,
         )  # fmt: skip
-        x += _whole_lanes(scratch.tokens[i])
+        x += whole_lanes(scratch.tokens[i])
 
 
 @njit
@@ -329,7 +245,7 @@ def _sum_dense_values(
             cache.elements, values, shape.head_size, scratch.tokens[i], sizes.group,
             shape.head_size, scratch.runs[min(i + 1, count - 1)] - scratch.runs[i],
         )  # fmt: skip
-        x += _whole_lanes(scratch.tokens[i])
+        x += whole_lanes(scratch.tokens[i])
 
 
 @njit

@@ -12,10 +12,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from think_vllm.kernels.cpu.attend import Inputs, Sizes, attend
+from think_vllm.kernels.cpu.attend import attend
 from think_vllm.kernels.cpu.blocks import view_blocks
 from think_vllm.kernels.cpu.checks import check_cache, check_query
 from think_vllm.kernels.cpu.elements import flat_elements, flat_indices
+from think_vllm.kernels.cpu.splits import Inputs, Sizes
 from think_vllm.kernels.cpu.threads import choose_threads
 from think_vllm.kernels.cpu.vectors import LANES
 from think_vllm.planner import BlockPlan
