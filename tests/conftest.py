@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 # No test may reach a model hub, nor report usage. Before anything imports vLLM.
 for name, value in {
@@ -13,6 +14,11 @@ for name, value in {
     "DO_NOT_TRACK": "1",
 }.items():
     os.environ.setdefault(name, value)
+
+# Without a GPU, Triton kernels run in Triton's interpreter. Triton decides this while it is
+# imported, which whatever test comes first may do.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

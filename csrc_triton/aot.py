@@ -1,0 +1,193 @@
+"""Compile every kernel ahead of time, without a GPU, and say what it takes.
+
+``python -m csrc_triton.aot`` prints a table: one line per kernel, format, dtype and GPU, with the
+registers of a thread, the bytes that did not fit into them (spills) and the shared memory of a
+program. ``TRITON_INTERPRET`` must not be set.
+
+A module that has kernels lists the cases to compile in a function ``aot_cases(plan, dtype)`` and
+is named in ``MODULES``.
+"""
+
+import argparse
+import importlib
+import importlib.util
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from think_vllm.config import ThinkConfig
+from think_vllm.formats import FORMATS
+from think_vllm.planner import BlockPlan, plan_blocks
+
+#: Modules of this package that have kernels; those that do not exist are left out.
+MODULES = ("store", "scores", "compact", "rows", "decode", "context")
+#: Compute capabilities: A100 and H100.
+CAPABILITIES = (80, 90)
+#: Head size and dtype of what is compiled unless asked otherwise.
+HEAD_SIZE = 128
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+THREADS_PER_WARP = 32
+
+
+class AotCase(NamedTuple):
+    """One way to compile a kernel.
+
+    Args:
+        kernel: The ``triton.jit`` function.
+        signature: Type of each run-time argument, such as ``*u8`` or ``i32``; ``:16`` behind it
+            promises a multiple of 16, as Triton finds out by itself when it launches.
+        constants: Value of each ``tl.constexpr`` argument.
+        options: Keywords of the launch, such as ``num_warps``.
+    """
+
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a kernel takes on a GPU.
+
+    Args:
+        name: Of the kernel.
+        capability: Compute capability, such as 90.
+        registers: Of a thread.
+        spill_bytes: Stores and loads of a thread, in its code, of what did not fit.
+        stack_bytes: Of a thread.
+        shared_bytes: Of a program.
+        warps: Of a program.
+        ptx: The code before the assembler.
+    """
+
+    name: str
+    capability: int
+    registers: int
+    spill_bytes: int
+    stack_bytes: int
+    shared_bytes: int
+    warps: int
+    ptx: str
+
+
+def cases(plan: BlockPlan, dtype: torch.dtype, modules: Sequence[str] = MODULES) -> list[AotCase]:
+    """Everything that the given modules want compiled for a plan and a cache dtype."""
+    found: list[AotCase] = []
+    for name in modules:
+        full_name = f"csrc_triton.{name}"
+        if importlib.util.find_spec(full_name) is not None:
+            found += importlib.import_module(full_name).aot_cases(plan, dtype)
+    return found
+
+
+def compile_case(case: AotCase, capability: int) -> Compiled:
+    """Compile for a compute capability.
+
+    Raises:
+        RuntimeError: If ``TRITON_INTERPRET`` was set when Triton was imported.
+    """
+    if not isinstance(case.kernel, triton.JITFunction):
+        raise RuntimeError("csrc_triton.aot: TRITON_INTERPRET is set; unset it to compile kernels")
+    types = {name: kind.partition(":") for name, kind in case.signature.items()}
+    names = case.kernel.arg_names
+    source = ASTSource(
+        fn=case.kernel,
+        signature={name: types[name][0] if name in types else "constexpr" for name in names},
+        constexprs=case.constants,
+        attrs={
+            (names.index(name),): [["tt.divisibility", int(multiple)]]
+            for name, (_, _, multiple) in types.items()
+            if multiple
+        },
+    )
+    target = GPUTarget("cuda", capability, THREADS_PER_WARP)
+    made = triton.compile(source, target=target, options=dict(case.options))
+    ptx = made.asm["ptx"]
+    log = _assemble(ptx, capability, made.metadata.enable_fp_fusion)
+    return Compiled(
+        name=case.kernel.__name__,
+        capability=capability,
+        registers=_number(r"Used (\d+) registers", log),
+        spill_bytes=_number(r"(\d+) bytes spill stores", log)
+        + _number(r"(\d+) bytes spill loads", log),
+        stack_bytes=_number(r"(\d+) bytes stack frame", log),
+        shared_bytes=made.metadata.shared,
+        warps=made.metadata.num_warps,
+        ptx=ptx,
+    )
+
+
+def _assemble(ptx: str, capability: int, fp_fusion: bool) -> str:
+    """What the assembler says about PTX. Triton keeps it only where a GPU can load the result."""
+    # As in Triton's backend: only these architectures have their own instructions.
+    gpu = f"sm_{capability}{'a' if capability >= 90 else ''}"
+    command = [triton.knobs.nvidia.ptxas.path, "-v", "--regAllocOptLevel=2", f"--gpu-name={gpu}"]
+    command += [] if fp_fusion else ["--fmad=false"]
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        command += [str(source), "-o", str(source.with_suffix(".cubin"))]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stderr
+
+
+def _number(pattern: str, log: str) -> int:
+    found = re.search(pattern, log)
+    if found is None:
+        raise RuntimeError(f"csrc_triton.aot: no {pattern!r} in the assembler's output:\n{log}")
+    return int(found.group(1))
+
+
+def make_plans(
+    formats: Sequence[str], dtype: torch.dtype, head_size: int, ratio: float
+) -> Iterator[BlockPlan]:
+    """A plan for every format that has one."""
+    for name in formats:
+        config = ThinkConfig.model_validate({"kv_channel_prune": ratio, "kv_quant": name})
+        plan = plan_blocks(config, head_size, dtype.itemsize)
+        if plan is not None:
+            yield plan
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Compile and print a table."""
+    parser = argparse.ArgumentParser(description="Compile every kernel ahead of time.")
+    parser.add_argument("--capability", type=int, nargs="+", default=list(CAPABILITIES))
+    parser.add_argument("--format", nargs="+", choices=FORMATS, default=list(FORMATS))
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"])
+    parser.add_argument("--module", nargs="+", choices=MODULES, default=list(MODULES))
+    parser.add_argument("--head-size", type=int, default=HEAD_SIZE)
+    parser.add_argument("--ratio", type=float, default=0.5, help="share of channels to prune")
+    chosen = parser.parse_args(arguments)
+    line = "{:<24}{:<8}{:<10}{:>6}{:>7}{:>11}{:>8}{:>8}{:>9}\n"
+    write = sys.stdout.write
+    write(line.format(
+        "kernel", "format", "dtype", "gpu", "warps", "registers", "spills", "stack", "shared"
+    ))  # fmt: skip
+    for dtype_name in chosen.dtype:
+        dtype, seen = DTYPES[dtype_name], set()
+        for plan in make_plans(chosen.format, dtype, chosen.head_size, chosen.ratio):
+            for case in cases(plan, dtype, chosen.module):
+                key = (case.kernel.__name__, repr(case[1:]))
+                for capability in chosen.capability if key not in seen else ():
+                    made = compile_case(case, capability)
+                    write(line.format(
+                        made.name, plan.format.name, dtype_name, f"sm_{capability}", made.warps,
+                        made.registers, made.spill_bytes, made.stack_bytes, made.shared_bytes,
+                    ))  # fmt: skip
+                    sys.stdout.flush()
+                seen.add(key)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,265 @@
+"""Rewrite spans of dense blocks as thin blocks, and read the tables of those.
+
+A span's thin blocks take the place of its first dense blocks, so sources are overwritten. One
+program has all blocks of one (span, KV head) and writes thin block after thin block. Thin blocks
+hold more tokens than dense ones, so the ``k``-th takes its tokens from the ``k``-th dense block
+and later ones: only the block in whose place it goes has to be kept elsewhere meanwhile, in the
+program's own part of a workspace. Programs never touch each other's bytes.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from csrc_triton.aot import AotCase
+from csrc_triton.blocks import (
+    LAYOUT_NAMES,
+    cache_bytes,
+    cache_strides,
+    check_cache,
+    element_type,
+    find_run,
+    layout_constants,
+)
+from csrc_triton.checks import check_tasks, check_tensor
+from csrc_triton.coding import element_pointer
+from csrc_triton.gather import code_matrix
+from think_vllm.planner import BlockPlan
+
+#: Programs at most: a few for each multiprocessor. They share out (span, KV head) items.
+MAX_PROGRAMS = 512
+#: Fewer where runs are long, so that the workspace stays within this.
+MAX_WORKSPACE_BYTES = 32 * 2**20
+#: Tasks among which a program looks for due ones at a time.
+TASKS = 256
+#: Rows and columns of a tile; integer codings take one group as columns.
+TILE_ROWS, TILE_COLUMNS = 32, 64
+#: 4-byte words of a block that are set aside at a time.
+WORDS = 2048
+#: See ``csrc_triton/coding.py`` for the fusion.
+OPTIONS = {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": False, "maxnreg": 128}
+
+
+def compact_workspace(plan: BlockPlan, device: torch.device) -> torch.Tensor:
+    """Make a workspace for ``compact_spans``, whatever the number of its tasks.
+
+    Returns:
+        uint8, not initialized.
+    """
+    run_bytes = plan.layout.run_bytes
+    programs = max(1, min(MAX_PROGRAMS, MAX_WORKSPACE_BYTES // run_bytes))
+    return torch.empty(programs * run_bytes, dtype=torch.uint8, device=device)
+
+
+def compact_spans(
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    request: torch.Tensor,
+    span: torch.Tensor,
+    channels: torch.Tensor | None,
+    plan: BlockPlan,
+    *,
+    active: torch.Tensor | None = None,
+    inherit: bool = False,
+    layers: torch.Tensor | None = None,
+    workspace: torch.Tensor | None = None,
+) -> None:
+    """Rewrite spans in place: dense blocks become thin ones in the span's first blocks.
+
+    Plain elements are moved, never converted; other codings follow ``reference/quantization.py``
+    to the bit. Bytes that the thin layout leaves unused keep what they held. The launch depends
+    on shapes only, so it can be part of a CUDA graph.
+
+    Args:
+        kv_cache: ``[num_blocks, Hk, N, 2 * D]``; stride of dim 0 is free. Written.
+        block_table: ``[num_requests, W]`` int32.
+        request: ``[n]`` int32. Row of the block table.
+        span: ``[n]`` int32. Span of that request; tasks whose span is negative are skipped, and
+            no two others may share a block.
+        channels: ``[n, Hk, C]`` uint8, with ``layers`` ``[L, n, Hk, C]``. Kept channels,
+            ascending. Not read, and may be None, if the plan prunes nothing.
+        plan: How blocks are laid out.
+        active: ``[n]`` bool or int32. Tasks that are not 0 are skipped otherwise; None for all.
+        inherit: Take the table of the request's span before, and ``channels`` for first spans
+            only. The span before must not be compacted by the same call.
+        layers: ``[L]`` int64. Addresses of caches like ``kv_cache``, that of every layer to be
+            compacted in this one launch; None for ``kv_cache`` alone.
+        workspace: Made by ``compact_workspace``; None for a new one. Calls that can run at the
+            same time need one each.
+
+    Raises:
+        ValueError: If shapes, dtypes or devices do not fit each other.
+    """
+    who, device = "compact_spans", kv_cache.device
+    check_cache(who, kv_cache, block_table, plan)
+    check_tasks(who, request, "span", span, device)
+    num_tasks, num_heads, num_layers = request.numel(), kv_cache.shape[1], 1
+    if layers is not None:
+        num_layers = layers.numel()
+        check_tensor(who, "layers", layers, torch.int64, (num_layers,), device)
+    if plan.prunes:
+        if channels is None:
+            raise ValueError(f"{who}: channels is None; the plan keeps {plan.key_channels} of them")
+        expected = (num_tasks, num_heads, plan.key_channels)
+        expected = expected if layers is None else (num_layers, *expected)
+        check_tensor(who, "channels", channels, torch.uint8, expected, device)
+    if active is not None:
+        dtype = torch.bool if active.dtype == torch.bool else torch.int32
+        check_tensor(who, "active", active, dtype, (num_tasks,), device)
+        span = torch.where(active.bool(), span, -1)
+    if num_tasks * num_layers == 0:
+        return
+    workspace = compact_workspace(plan, device) if workspace is None else workspace
+    run_bytes = plan.layout.run_bytes
+    if workspace.dtype != torch.uint8 or workspace.numel() < run_bytes:
+        raise ValueError(
+            f"{who}: workspace is {workspace.dtype} [{workspace.numel()}]; expected uint8 of at "
+            f"least {run_bytes} bytes, see compact_workspace"
+        )
+    programs = min(num_tasks * num_heads * num_layers, workspace.numel() // run_bytes)
+    compact_kernel[(programs,)](
+        cache_bytes(kv_cache),
+        request if layers is None else layers,
+        block_table,
+        request,
+        span,
+        request if channels is None else channels,
+        workspace,
+        num_tasks,
+        num_heads,
+        num_layers,
+        block_table.stride(0),
+        **cache_strides(kv_cache),
+        **_constants(plan, kv_cache.dtype),
+        LAYERED=layers is not None,
+        INHERIT=inherit,
+        **OPTIONS,
+    )
+
+
+def read_channels(
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    request: torch.Tensor,
+    span: torch.Tensor,
+    plan: BlockPlan,
+) -> torch.Tensor:
+    """Read the channel tables of thin spans, from each span's first block; all if none is pruned.
+
+    Args:
+        kv_cache: ``[num_blocks, Hk, N, 2 * D]``; stride of dim 0 is free.
+        block_table: ``[num_requests, W]`` int32.
+        request: ``[n]`` int32. Row of the block table.
+        span: ``[n]`` int32. Thin span of that request. For negative ones the answer is undefined.
+        plan: How blocks are laid out.
+
+    Returns:
+        ``[n, Hk, C]`` uint8, a copy.
+
+    Raises:
+        ValueError: If shapes, dtypes or devices do not fit each other.
+    """
+    who = "read_channels"
+    check_cache(who, kv_cache, block_table, plan)
+    check_tasks(who, request, "span", span, kv_cache.device)
+    if not plan.layout.has_table:
+        every = torch.arange(plan.head_size, dtype=torch.uint8, device=kv_cache.device)
+        return every.repeat(request.numel(), kv_cache.shape[1], 1)
+    entry = span.clamp(min=0).long() * plan.span_blocks
+    blocks = block_table[request.long(), entry].long()
+    start = plan.layout.table_offset
+    runs = kv_cache.flatten(2).view(torch.uint8)
+    return runs[:, :, start : start + plan.key_channels][blocks]
+
+
+def _constants(plan: BlockPlan, dtype: torch.dtype) -> dict[str, object]:
+    constants: dict[str, object] = {"DTYPE": element_type(dtype), "TASKS": TASKS}
+    return layout_constants(plan) | constants | {
+        "ROWS": TILE_ROWS,
+        "COLUMNS": TILE_COLUMNS,
+        "WORDS": WORDS,
+    }  # fmt: skip
+
+
+@triton.jit
+def compact_kernel(
+    kv_ptr, layer_ptr, table_ptr, request_ptr, span_ptr, channel_ptr, workspace_ptr,
+    num_tasks, num_heads, num_layers, table_stride, block_stride, head_stride,
+    D: tl.constexpr, N: tl.constexpr, SPAN: tl.constexpr, THIN: tl.constexpr, T: tl.constexpr,
+    C: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, GROUP: tl.constexpr,
+    KEY_ROW: tl.constexpr, KEY_SCALES: tl.constexpr, KEY_ZEROS: tl.constexpr,
+    VALUES: tl.constexpr, VALUE_ROW: tl.constexpr, VALUE_SCALES: tl.constexpr,
+    VALUE_ZEROS: tl.constexpr, TABLE: tl.constexpr, DTYPE: tl.constexpr, TASKS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, WORDS: tl.constexpr, LAYERED: tl.constexpr,
+    INHERIT: tl.constexpr,
+):  # fmt: skip
+    """Programs share out (due task, layer, KV head) items."""
+    RUN: tl.constexpr = 2 * N * D * (DTYPE.primitive_bitwidth // 8)
+    KEY_COLUMNS: tl.constexpr = GROUP if (KEY_BITS == 2 or KEY_BITS == 4) else COLUMNS
+    VALUE_COLUMNS: tl.constexpr = GROUP if (VALUE_BITS == 2 or VALUE_BITS == 4) else COLUMNS
+    aside = workspace_ptr + tl.program_id(0).to(tl.int64) * RUN
+    per_task = num_heads * num_layers
+    for start in range(0, num_tasks, TASKS):
+        tasks = start + tl.arange(0, TASKS)
+        due = tl.load(span_ptr + tasks, mask=tasks < num_tasks, other=-1) >= 0
+        rank = tl.cumsum(due.to(tl.int32), axis=0)
+        num_items = tl.sum(due.to(tl.int32), axis=0) * per_task
+        for item in range(tl.program_id(0), num_items, tl.num_programs(0)):
+            # Due tasks are numbered from 0: as many tasks lie before one as have no higher rank.
+            task = start + tl.sum((rank <= item // per_task).to(tl.int32), axis=0)
+            layer, head = item % per_task // num_heads, item % num_heads
+            base = kv_ptr
+            if LAYERED:
+                base = tl.load(layer_ptr + layer).to(tl.pointer_type(tl.uint8), bitcast=True)
+                base = tl.multiple_of(base, 16)
+            span = tl.load(span_ptr + task)
+            request = tl.load(request_ptr + task).to(tl.int64)
+            entries = table_ptr + request * table_stride + span * SPAN
+            kept = channel_ptr + ((layer * num_tasks + task).to(tl.int64) * num_heads + head) * C
+            earlier = kept
+            if INHERIT and TABLE >= 0:
+                block = tl.load(entries - SPAN, mask=span > 0, other=0)
+                earlier = find_run(base, block, head, block_stride, head_stride) + TABLE
+                earlier = tl.where(span > 0, earlier, kept)
+            for k in range(THIN):
+                run = find_run(base, tl.load(entries + k), head, block_stride, head_stride)
+                # Are there tokens in this block that are still to be read?
+                if k * T < (k + 1) * N:
+                    source, target = element_pointer(run, 4), element_pointer(aside, 4)
+                    for word in range(0, RUN // 4, WORDS):
+                        words = word + tl.arange(0, WORDS)
+                        moved = tl.load(source + words, mask=words < RUN // 4)
+                        tl.store(target + words, moved, mask=words < RUN // 4)
+                tl.debug_barrier()
+                count = tl.minimum(T, SPAN * N - k * T)
+                code_matrix(
+                    run, base, aside, entries, earlier, k, head, block_stride, head_stride,
+                    C, count, True, D, N, T, C, 0, KEY_ROW, KEY_SCALES, KEY_ZEROS, KEY_BITS,
+                    GROUP, TABLE, DTYPE, ROWS, KEY_COLUMNS,
+                )  # fmt: skip
+                code_matrix(
+                    run, base, aside, entries, earlier, k, head, block_stride, head_stride,
+                    count, D, False, D, N, T, T, VALUES, VALUE_ROW, VALUE_SCALES, VALUE_ZEROS,
+                    VALUE_BITS, GROUP, TABLE, DTYPE, ROWS, VALUE_COLUMNS,
+                )  # fmt: skip
+                if TABLE >= 0:
+                    row = tl.arange(0, 256)
+                    table = tl.load(earlier + row, mask=row < C)
+                    tl.store(run + TABLE + row, table, mask=row < C)
+                # The next block must not be set aside before all threads have read this one.
+                tl.debug_barrier()
+
+
+def aot_cases(plan: BlockPlan, dtype: torch.dtype) -> list[AotCase]:
+    """What ``csrc_triton/aot.py`` compiles: one layer, and all layers at once."""
+    pointers = {"kv_ptr": "u8", "layer_ptr": "i64", "table_ptr": "i32", "request_ptr": "i32",
+                "span_ptr": "i32", "channel_ptr": "u8", "workspace_ptr": "u8"}  # fmt: skip
+    signature = {name: f"*{kind}:16" for name, kind in pointers.items()}
+    signature |= dict.fromkeys(("num_tasks", "num_heads", "num_layers"), "i32")
+    signature |= {"table_stride": "i32", "block_stride": "i32:16", "head_stride": "i32:16"}
+    constants = _constants(plan, dtype)
+    assert set(LAYOUT_NAMES) < set(constants)
+    return [
+        AotCase(compact_kernel, signature, constants | {"LAYERED": many, "INHERIT": many}, OPTIONS)
+        for many in (False, True)
+    ]

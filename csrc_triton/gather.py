@@ -1,0 +1,108 @@
+"""Gather tiles of dense blocks, and code them as the matrices of a thin block."""
+
+import triton
+import triton.language as tl
+
+from csrc_triton.blocks import find_run
+from csrc_triton.coding import (
+    MAGNITUDE,
+    as_float,
+    element_pointer,
+    fp8_inverse,
+    load_bits,
+    put_tile,
+)
+
+
+@triton.jit
+def code_matrix(
+    run, base, aside, entries, table, k, head, block_stride, head_stride, rows, columns,
+    KEYS: tl.constexpr, D: tl.constexpr, N: tl.constexpr, T: tl.constexpr,
+    MATRIX_ROWS: tl.constexpr, OFFSET: tl.constexpr, ROW: tl.constexpr, SCALES: tl.constexpr,
+    ZEROS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, TABLE: tl.constexpr,
+    DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Gather the keys ``[C, tokens]`` or values ``[tokens, D]`` of a thin block, and write them.
+
+    Args:
+        run: Byte pointer to the run of the thin block.
+        base: Byte pointer to the cache.
+        aside: Byte pointer to what ``run`` held.
+        entries: Pointer to the span's block numbers.
+        table: Pointer to the kept channels, if TABLE is not negative.
+        k: Which of the span's thin blocks it is.
+        head: KV head.
+        block_stride: Bytes between blocks.
+        head_stride: Bytes between the KV heads of a block.
+        rows: Rows that hold something.
+        columns: Columns that hold something.
+        KEYS: Keys or values.
+        D: Head size.
+        N: Tokens of a dense block.
+        T: Tokens of a thin block.
+        MATRIX_ROWS: The matrix as in ``put_tile``, as are OFFSET to GROUP.
+        OFFSET: See there.
+        ROW: See there.
+        SCALES: See there.
+        ZEROS: See there.
+        BITS: See there.
+        GROUP: See there.
+        TABLE: Negative if every channel is kept.
+        DTYPE: Of an element.
+        ROWS: Of a tile.
+        COLUMNS: Of a tile; GROUP for integer codings.
+    """
+    inverse = 0.0
+    if BITS == 8:
+        top = tl.zeros((ROWS, COLUMNS), tl.int32)
+        for row in range(0, rows, ROWS):
+            for column in range(0, columns, COLUMNS):
+                bits = load_tile(
+                    base, aside, entries, table, k, head, block_stride, head_stride, row, column,
+                    rows, columns, KEYS, D, N, T, TABLE, DTYPE, ROWS, COLUMNS,
+                )  # fmt: skip
+                bits = as_float(bits, DTYPE).to(tl.int32, bitcast=True)
+                top = tl.maximum(top, bits & MAGNITUDE)
+        scale, inverse = fp8_inverse(tl.max(tl.max(top, axis=1), axis=0))
+        tl.store(element_pointer(run + SCALES, 4), scale)
+    for row in range(0, rows, ROWS):
+        for column in range(0, columns, COLUMNS):
+            bits = load_tile(
+                base, aside, entries, table, k, head, block_stride, head_stride, row, column,
+                rows, columns, KEYS, D, N, T, TABLE, DTYPE, ROWS, COLUMNS,
+            )  # fmt: skip
+            tile_rows, tile_columns = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
+            put_tile(
+                run, bits, tile_rows, tile_columns, tile_rows < rows, tile_columns < columns,
+                inverse, OFFSET, ROW, SCALES, ZEROS, MATRIX_ROWS, BITS, GROUP, DTYPE,
+            )  # fmt: skip
+
+
+@triton.jit
+def load_tile(
+    base, aside, entries, table, k, head, block_stride, head_stride, row, column, rows, columns,
+    KEYS: tl.constexpr, D: tl.constexpr, N: tl.constexpr, T: tl.constexpr, TABLE: tl.constexpr,
+    DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Elements of a tile from dense blocks ``[ROWS, COLUMNS]``, 0 outside the matrix."""
+    SIZE: tl.constexpr = DTYPE.primitive_bitwidth // 8
+    tile_rows, tile_columns = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
+    row_mask, column_mask = tile_rows < rows, tile_columns < columns
+    if KEYS:
+        place, held = tile_columns, column_mask
+    else:
+        place, held = tile_rows, row_mask
+    token = k * T + place
+    entry, place = token // N, token % N
+    block = tl.load(entries + entry, mask=held, other=0)
+    runs = find_run(base, block, head, block_stride, head_stride)
+    runs = tl.where(entry == k, aside, runs)
+    if KEYS:
+        channel = tile_rows
+        if TABLE >= 0:
+            channel = tl.load(table + tile_rows, mask=row_mask, other=0).to(tl.int32)
+        pointer = (element_pointer(runs, SIZE) + place)[None, :] + (channel * N)[:, None]
+    else:
+        pointer = (element_pointer(runs, SIZE) + (D * N + place * D))[:, None]
+        pointer += tile_columns[None, :]
+    return load_bits(pointer, row_mask[:, None] & column_mask[None, :])

@@ -1,0 +1,284 @@
+"""Score key channels and choose those that are kept.
+
+Source: ThinK, arXiv 2407.21018, section 3.2: a channel scores the norm of its observed queries
+times the norm of its keys. Means of squares rank channels alike; with grouped queries the
+mean runs over the heads of the group as well. Sums run in an order that depends on nothing but
+the prompt itself, so the same prompt chooses the same channels in any batch.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from csrc_triton.aot import AotCase
+from csrc_triton.blocks import cache_bytes, cache_strides, check_cache, element_type, find_run
+from csrc_triton.checks import ELEMENTS, check_heads, check_tasks, check_tensor
+from csrc_triton.coding import as_float, element_pointer, load_bits
+from think_vllm.planner import BlockPlan
+
+#: Tokens whose keys one program sums up, in whole blocks.
+CHUNK_TOKENS = 1024
+#: Channels of such a program.
+CHANNELS = 32
+WARPS = 4
+#: Of a program that sums up the queries of one KV head.
+QUERY_WARPS = 4
+
+
+def key_energy(
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    request: torch.Tensor,
+    prompt_len: torch.Tensor,
+    plan: BlockPlan,
+    max_prompt_len: int,
+) -> torch.Tensor:
+    """Average each channel's squared keys over prompts in dense blocks.
+
+    Args:
+        kv_cache: ``[num_blocks, Hk, N, 2 * D]``; stride of dim 0 is free.
+        block_table: ``[num_requests, W]`` int32.
+        request: ``[n]`` int32. Row of the block table.
+        prompt_len: ``[n]`` int32. Tokens of the prompt.
+        plan: How blocks are laid out.
+        max_prompt_len: Tokens of the longest prompt, or more, known to the host.
+
+    Returns:
+        ``[n, Hk, D]`` float32.
+
+    Raises:
+        ValueError: If shapes, dtypes or devices do not fit each other.
+    """
+    who, device = "key_energy", kv_cache.device
+    check_cache(who, kv_cache, block_table, plan)
+    check_tasks(who, request, "prompt_len", prompt_len, device)
+    if max_prompt_len < 1:
+        raise ValueError(f"{who}: max_prompt_len is {max_prompt_len}; expected at least 1")
+    num_tasks, num_heads = request.numel(), kv_cache.shape[1]
+    energy = torch.empty(num_tasks, num_heads, plan.head_size, device=device)
+    if num_tasks == 0:
+        return energy
+    constants = _constants(plan, kv_cache.dtype)
+    num_chunks = triton.cdiv(max_prompt_len, plan.block_size * _chunk_blocks(plan))
+    shape = (num_tasks, num_heads, num_chunks, plan.head_size)
+    parts = torch.empty(shape, device=device)
+    grid = (num_tasks * num_chunks, num_heads, triton.cdiv(plan.head_size, CHANNELS))
+    chunk_kernel[grid](
+        cache_bytes(kv_cache),
+        block_table,
+        request,
+        prompt_len,
+        parts,
+        num_heads,
+        num_chunks,
+        block_table.stride(0),
+        **cache_strides(kv_cache),
+        **constants,
+        num_warps=WARPS,
+    )
+    mean_kernel[(num_tasks, num_heads)](
+        parts,
+        prompt_len,
+        energy,
+        num_heads,
+        num_chunks,
+        D=plan.head_size,
+        D_PAD=triton.next_power_of_2(plan.head_size),
+        CHUNK_TOKENS=plan.block_size * _chunk_blocks(plan),
+        num_warps=1,
+    )
+    return energy
+
+
+def add_query_energy(
+    query: torch.Tensor, begin: torch.Tensor, end: torch.Tensor, energy: torch.Tensor
+) -> None:
+    """Add tokens ``begin[i] .. end[i] - 1`` to the energy of the ``i``-th observation window.
+
+    Tokens are added in order, so a window that arrives in chunks adds up to the same bits.
+
+    Args:
+        query: ``[tokens, Hq, D]`` bf16, fp16 or fp32; strides of dims 0 and 1 are free.
+        begin: ``[n]`` int32. First token.
+        end: ``[n]`` int32. Token behind the last.
+        energy: ``[n, Hk, D]`` float32. Gains per token the mean over the heads of a group of the
+            squared queries.
+
+    Raises:
+        ValueError: If shapes, dtypes or devices do not fit each other.
+    """
+    who, device = "add_query_energy", query.device
+    check_tensor(who, "begin", begin, torch.int32, (begin.numel(),), device)
+    check_tensor(who, "end", end, torch.int32, (begin.numel(),), device)
+    if energy.dim() != 3 or energy.shape[0] != begin.numel():
+        raise ValueError(
+            f"{who}: energy is {tuple(energy.shape)}, there are {begin.numel()} windows; expected "
+            "[windows, Hk, D]"
+        )
+    check_tensor(who, "energy", energy, torch.float32, tuple(energy.shape), device)
+    num_windows, num_kv_heads, head_size = energy.shape
+    check_heads(who, "query", query, ELEMENTS, head_size, device)
+    if num_kv_heads == 0 or query.shape[1] % num_kv_heads:
+        raise ValueError(
+            f"{who}: query has {query.shape[1]} heads, energy has {num_kv_heads} KV heads; "
+            "expected a multiple"
+        )
+    if num_windows == 0:
+        return
+    group = query.shape[1] // num_kv_heads
+    query_kernel[(num_windows, num_kv_heads)](
+        query.view(torch.uint8),
+        begin,
+        end,
+        energy,
+        query.stride(0) * query.itemsize,
+        query.stride(1) * query.itemsize,
+        num_kv_heads,
+        GROUP=group,
+        GROUP_PAD=triton.next_power_of_2(group),
+        D=head_size,
+        D_PAD=triton.next_power_of_2(head_size),
+        DTYPE=element_type(query.dtype),
+        num_warps=QUERY_WARPS,
+    )
+
+
+def select_channels(
+    query_energy: torch.Tensor, key_energy: torch.Tensor, key_channels: int
+) -> torch.Tensor:
+    """Keep the channels with the highest product of energies.
+
+    Args:
+        query_energy: ``[n, Hk, D]`` float32.
+        key_energy: ``[n, Hk, D]`` float32.
+        key_channels: ``C``, how many are kept.
+
+    Returns:
+        ``[n, Hk, C]`` uint8, ascending; of equal scores the lower channel is kept.
+
+    Raises:
+        ValueError: If shapes do not fit each other.
+    """
+    if query_energy.shape != key_energy.shape or key_energy.dim() != 3:
+        raise ValueError(
+            f"select_channels: query_energy is {tuple(query_energy.shape)}, key_energy is "
+            f"{tuple(key_energy.shape)}; expected [n, Hk, D] twice"
+        )
+    if not 0 < key_channels <= key_energy.shape[2]:
+        raise ValueError(
+            f"select_channels: key_channels is {key_channels}; expected 1 to {key_energy.shape[2]}"
+        )
+    ranked = torch.argsort(query_energy * key_energy, dim=2, descending=True, stable=True)
+    return ranked[:, :, :key_channels].sort(dim=2).values.to(torch.uint8)
+
+
+def _chunk_blocks(plan: BlockPlan) -> int:
+    return max(1, CHUNK_TOKENS // plan.block_size)
+
+
+def _constants(plan: BlockPlan, dtype: torch.dtype) -> dict[str, object]:
+    return {
+        "D": plan.head_size,
+        "N": plan.block_size,
+        "N_PAD": triton.next_power_of_2(plan.block_size),
+        "DTYPE": element_type(dtype),
+        "CHUNK": _chunk_blocks(plan),
+        "CHANNELS": CHANNELS,
+    }
+
+
+@triton.jit
+def chunk_kernel(
+    kv_ptr, table_ptr, request_ptr, length_ptr, part_ptr, num_heads, num_chunks, table_stride,
+    block_stride, head_stride,
+    D: tl.constexpr, N: tl.constexpr, N_PAD: tl.constexpr, DTYPE: tl.constexpr,
+    CHUNK: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Sums of squares per (prompt, chunk, KV head, tile of channels)."""
+    SIZE: tl.constexpr = DTYPE.primitive_bitwidth // 8
+    prompt, chunk = tl.program_id(0) // num_chunks, tl.program_id(0) % num_chunks
+    head = tl.program_id(1)
+    length = tl.load(length_ptr + prompt)
+    if chunk * CHUNK * N < length:
+        channel = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
+        place = tl.arange(0, N_PAD)
+        entries = table_ptr + tl.load(request_ptr + prompt).to(tl.int64) * table_stride
+        squares = tl.zeros((CHANNELS, N_PAD), tl.float32)
+        last = tl.minimum((chunk + 1) * CHUNK, (length + N - 1) // N)
+        for entry in range(chunk * CHUNK, last):
+            block = tl.load(entries + entry)
+            run = find_run(kv_ptr, block, head, block_stride, head_stride)
+            held = (place < N) & (entry * N + place < length)
+            pointer = element_pointer(run, SIZE) + channel[:, None] * N + place[None, :]
+            bits = load_bits(pointer, (channel < D)[:, None] & held[None, :])
+            keys = as_float(bits, DTYPE)
+            squares += keys * keys
+        part = (prompt.to(tl.int64) * num_heads + head) * num_chunks + chunk
+        tl.store(part_ptr + part * D + channel, tl.sum(squares, axis=1), mask=channel < D)
+
+
+@triton.jit
+def mean_kernel(
+    part_ptr, length_ptr, energy_ptr, num_heads, num_chunks,
+    D: tl.constexpr, D_PAD: tl.constexpr, CHUNK_TOKENS: tl.constexpr,
+):  # fmt: skip
+    """Add up the chunks of a (prompt, KV head), in order."""
+    item = tl.program_id(0).to(tl.int64) * num_heads + tl.program_id(1)
+    length = tl.load(length_ptr + tl.program_id(0))
+    channel = tl.arange(0, D_PAD)
+    total = tl.zeros((D_PAD,), tl.float32)
+    for chunk in range(0, (length + CHUNK_TOKENS - 1) // CHUNK_TOKENS):
+        part = part_ptr + (item * num_chunks + chunk) * D
+        total += tl.load(part + channel, mask=channel < D, other=0.0)
+    mean = tl.div_rn(total, tl.maximum(length, 1).to(tl.float32))
+    tl.store(energy_ptr + item * D + channel, mean, mask=channel < D)
+
+
+@triton.jit
+def query_kernel(
+    query_ptr, begin_ptr, end_ptr, energy_ptr, query_stride, query_head_stride, num_kv_heads,
+    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    DTYPE: tl.constexpr,
+):  # fmt: skip
+    """One program per (window, KV head). Strides are in bytes."""
+    SIZE: tl.constexpr = DTYPE.primitive_bitwidth // 8
+    window, kv_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    channel, member = tl.arange(0, D_PAD), tl.arange(0, GROUP_PAD)
+    mask = (member < GROUP)[:, None] & (channel < D)[None, :]
+    heads = query_ptr + (kv_head * GROUP + member) * query_head_stride
+    target = energy_ptr + (window.to(tl.int64) * num_kv_heads + kv_head) * D + channel
+    energy = tl.load(target, mask=channel < D, other=0.0)
+    for token in range(tl.load(begin_ptr + window), tl.load(end_ptr + window)):
+        row = element_pointer(heads + token * query_stride.to(tl.int64), SIZE)
+        bits = load_bits(row[:, None] + channel[None, :], mask)
+        queries = as_float(bits, DTYPE)
+        energy += tl.div_rn(tl.sum(queries * queries, axis=0), GROUP * 1.0)
+    tl.store(target, energy, mask=channel < D)
+
+
+def aot_cases(plan: BlockPlan, dtype: torch.dtype) -> list[AotCase]:
+    """What ``csrc_triton/aot.py`` compiles; queries in groups of 4."""
+    constants = _constants(plan, dtype)
+    d_pad = triton.next_power_of_2(plan.head_size)
+    chunk = {
+        "kv_ptr": "*u8:16", "table_ptr": "*i32:16", "request_ptr": "*i32:16",
+        "length_ptr": "*i32:16", "part_ptr": "*fp32:16", "num_heads": "i32", "num_chunks": "i32",
+        "table_stride": "i32", "block_stride": "i32:16", "head_stride": "i32:16",
+    }  # fmt: skip
+    mean = {
+        "part_ptr": "*fp32:16", "length_ptr": "*i32:16", "energy_ptr": "*fp32:16",
+        "num_heads": "i32", "num_chunks": "i32",
+    }  # fmt: skip
+    query = {
+        "query_ptr": "*u8:16", "begin_ptr": "*i32:16", "end_ptr": "*i32:16",
+        "energy_ptr": "*fp32:16", "query_stride": "i32:16", "query_head_stride": "i32:16",
+        "num_kv_heads": "i32",
+    }  # fmt: skip
+    sizes = {"D": plan.head_size, "D_PAD": d_pad}
+    tokens = {"CHUNK_TOKENS": plan.block_size * _chunk_blocks(plan)}
+    group = {"GROUP": 4, "GROUP_PAD": 4, "DTYPE": constants["DTYPE"]}
+    return [
+        AotCase(chunk_kernel, chunk, constants, {"num_warps": WARPS}),
+        AotCase(mean_kernel, mean, sizes | tokens, {"num_warps": 1}),
+        AotCase(query_kernel, query, sizes | group, {"num_warps": QUERY_WARPS}),
+    ]

@@ -1,0 +1,133 @@
+"""Store new keys and values in dense blocks."""
+
+import torch
+import triton
+import triton.language as tl
+
+from csrc_triton.aot import AotCase
+from csrc_triton.blocks import cache_bytes, cache_strides, check_blocks, element_type
+from csrc_triton.checks import check_heads, check_tensor
+from think_vllm.planner import BlockPlan
+
+#: Tokens of a program: one 32-byte sector of a key channel.
+TOKENS = 16
+WARPS = 4
+
+
+def store_dense(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    plan: BlockPlan,
+) -> None:
+    """Write tokens into dense blocks: keys channel-major, values token-major.
+
+    The launch depends on shapes only, so it can be part of a CUDA graph.
+
+    Args:
+        key: ``[T, Hk, D]`` in the cache's dtype; strides of dims 0 and 1 are free.
+        value: ``[T, Hk, D]``. As ``key``.
+        kv_cache: ``[num_blocks, Hk, N, 2 * D]``; stride of dim 0 is free. Written.
+        slot_mapping: ``[n]`` int64 with ``n <= T``. Block number times N plus the place in the
+            block. Tokens whose slot is negative are skipped; so are those behind the last slot,
+            with which vLLM pads a batch.
+        plan: How blocks are laid out.
+
+    Raises:
+        ValueError: If shapes, dtypes or devices do not fit each other.
+    """
+    who, device = "store_dense", kv_cache.device
+    check_blocks(who, kv_cache, plan)
+    for name, tensor in (("key", key), ("value", value)):
+        check_heads(who, name, tensor, (kv_cache.dtype,), plan.head_size, device)
+    if key.shape != value.shape or key.shape[1] != kv_cache.shape[1]:
+        raise ValueError(
+            f"{who}: key is {tuple(key.shape)}, value is {tuple(value.shape)}; expected both "
+            f"[tokens, {kv_cache.shape[1]}, {plan.head_size}]"
+        )
+    num_tokens = slot_mapping.numel()
+    check_tensor(who, "slot_mapping", slot_mapping, torch.int64, (num_tokens,), device)
+    if num_tokens > key.shape[0]:
+        raise ValueError(
+            f"{who}: slot_mapping has {num_tokens} slots; expected at most {key.shape[0]}, one for "
+            "each token"
+        )
+    if num_tokens == 0:
+        return
+    grid = (triton.cdiv(num_tokens, TOKENS), key.shape[1])
+    store_kernel[grid](
+        key,
+        value,
+        cache_bytes(kv_cache),
+        slot_mapping,
+        num_tokens,
+        key.stride(0),
+        key.stride(1),
+        value.stride(0),
+        value.stride(1),
+        **cache_strides(kv_cache),
+        **_constants(plan, kv_cache.dtype),
+        num_warps=WARPS,
+    )
+
+
+def _constants(plan: BlockPlan, dtype: torch.dtype) -> dict[str, object]:
+    return {
+        "D": plan.head_size,
+        "D_PAD": triton.next_power_of_2(plan.head_size),
+        "N": plan.block_size,
+        "DTYPE": element_type(dtype),
+        "TOKENS": TOKENS,
+    }
+
+
+@triton.jit
+def store_kernel(
+    key_ptr, value_ptr, kv_ptr, slot_ptr, num_tokens, key_stride, key_head_stride,
+    value_stride, value_head_stride, block_stride, head_stride,
+    D: tl.constexpr, D_PAD: tl.constexpr, N: tl.constexpr, DTYPE: tl.constexpr,
+    TOKENS: tl.constexpr,
+):  # fmt: skip
+    """One program per (tile of tokens, KV head)."""
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    head = tl.program_id(1).to(tl.int64)
+    slot = tl.load(slot_ptr + token, mask=token < num_tokens, other=-1)
+    stored = slot >= 0
+    block, place = slot // N, slot % N
+    run = kv_ptr + block * block_stride + head * head_stride
+    # Elements before offsets, see csrc_triton/coding.py.
+    run = run.to(tl.pointer_type(DTYPE), bitcast=True)
+    channel = tl.arange(0, D_PAD)
+    wide = token.to(tl.int64)
+
+    # Channels first, so that threads write neighbouring tokens of a channel.
+    mask = (channel < D)[:, None] & stored[None, :]
+    source = key_ptr + head * key_head_stride + wide * key_stride
+    keys = tl.load(source[None, :] + channel[:, None], mask=mask)
+    tl.store((run + place)[None, :] + (channel * N)[:, None], keys, mask=mask)
+
+    mask = stored[:, None] & (channel < D)[None, :]
+    source = value_ptr + head * value_head_stride + wide * value_stride
+    values = tl.load(source[:, None] + channel[None, :], mask=mask)
+    tl.store((run + (D * N + place * D))[:, None] + channel[None, :], values, mask=mask)
+
+
+def aot_cases(plan: BlockPlan, dtype: torch.dtype) -> list[AotCase]:
+    """What ``csrc_triton/aot.py`` compiles."""
+    constants = _constants(plan, dtype)
+    element = f"*{constants['DTYPE']}"
+    signature = {
+        "key_ptr": f"{element}:16",
+        "value_ptr": f"{element}:16",
+        "kv_ptr": "*u8:16",
+        "slot_ptr": "*i64:16",
+        "num_tokens": "i32",
+        "key_stride": "i32:16",
+        "key_head_stride": "i32:16",
+        "value_stride": "i32:16",
+        "value_head_stride": "i32:16",
+        "block_stride": "i32:16",
+        "head_stride": "i32:16",
+    }
+    return [AotCase(store_kernel, signature, constants, {"num_warps": WARPS})]

@@ -1,0 +1,92 @@
+"""Kernels are compiled for GPUs that need not be there, in a process that compiles."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import REPOSITORY
+from think_vllm.formats import FORMATS
+
+#: Everything that a process prints which compiles the kernels of one format.
+SCRIPT = """
+import sys, torch
+from csrc_triton import aot
+
+plan = next(aot.make_plans([sys.argv[1]], torch.bfloat16, 64, 0.5))
+for case in aot.cases(plan, torch.bfloat16, ["store", "scores", "compact", "rows"]):
+    # As Triton specializes a launch with one task of one head.
+    ones = {name: 1 for name, kind in case.signature.items() if kind == "i32"}
+    rest = {name: kind for name, kind in case.signature.items() if name not in ones}
+    for made in (
+        aot.compile_case(case, int(sys.argv[2])),
+        aot.compile_case(case._replace(signature=rest, constants=case.constants | ones), 80),
+    ):
+        print(made.name, made.registers, made.spill_bytes)
+        if made.name == "compact_kernel":
+            print(made.ptx)
+"""
+
+
+def run(
+    *arguments: str, interpret: bool = False, timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_INTERPRET": "1"} if interpret else {}
+    command = [sys.executable, *arguments]
+    return subprocess.run(
+        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=timeout
+    )
+
+
+@pytest.mark.parametrize(("quant", "capability"), [("fp8", 90), ("k4v2", 80)])
+def test_kernels_compile(quant: str, capability: int) -> None:
+    made = run("-c", SCRIPT, quant, str(capability))
+    assert made.returncode == 0, made.stderr
+    taken = re.findall(r"^(\w+_kernel) (\d+) (\d+)$", made.stdout, re.MULTILINE)
+    names = {name for name, _, _ in taken}
+    assert names == {
+        "store_kernel", "chunk_kernel", "mean_kernel", "query_kernel", "compact_kernel",
+        "rows_kernel",
+    }  # fmt: skip
+    for name, registers, spill_bytes in taken:
+        assert 0 < int(registers) < 255, name
+        assert int(spill_bytes) == 0, name
+    # Codes are the reference's to the bit only if nothing is flushed, fused or approximated.
+    assert "div.rn.f32" in made.stdout
+    assert "bar.sync" in made.stdout
+    for inexact in (".ftz", "fma.rn.f32", ".approx", "div.full"):
+        assert inexact not in made.stdout, inexact
+
+
+@pytest.mark.slow
+def test_every_kernel_fits_the_registers_of_both_gpus() -> None:
+    printed = run("-m", "csrc_triton.aot", timeout=1200)
+    assert printed.returncode == 0, printed.stderr
+    sys.stdout.write(printed.stdout)
+    heading, *lines = (line.split() for line in printed.stdout.splitlines())
+    rows = [dict(zip(heading, line, strict=True)) for line in lines]
+    assert {row["gpu"] for row in rows} == {"sm_80", "sm_90"}
+    assert {row["format"] for row in rows} == set(FORMATS)
+    attention = [row for row in rows if row["kernel"] == "_attend"]
+    # Decode, context over dense blocks, context behind thin ones; five formats; two GPUs.
+    assert len(attention) == 3 * 5 * 2
+    assert [row for row in rows if int(row["spills"])] == []
+
+
+def test_table() -> None:
+    printed = run(
+        "-m", "csrc_triton.aot", "--module", "rows", "--format", "none", "--capability", "80"
+    )
+    assert printed.returncode == 0, printed.stderr
+    heading, line = printed.stdout.splitlines()
+    assert heading.split()[:3] == ["kernel", "format", "dtype"]
+    assert line.split()[:4] == ["rows_kernel", "none", "bfloat16", "sm_80"]
+
+
+def test_compiling_refuses_to_interpret() -> None:
+    refused = run("-m", "csrc_triton.aot", "--module", "rows", "--format", "none", interpret=True)
+    assert refused.returncode != 0
+    assert "TRITON_INTERPRET is set; unset it" in refused.stderr

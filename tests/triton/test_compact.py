@@ -1,0 +1,252 @@
+import numpy as np
+import pytest
+import torch
+
+from csrc_triton import compact
+from csrc_triton.compact import compact_spans, compact_workspace, read_channels
+from tests.kernels.helpers import FORMATS, make_plan, random_channels
+from think_vllm.reference.compaction import compact_spans_ref
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+#: An odd number of heads, and another layer between two blocks of this one.
+HEADS, LAYERS = 3, 2
+
+
+def make_cache(plan, dtype, num_requests, spans, seed=0):
+    """Layers of random bits, NaN patterns included, ``[L, num_blocks, Hk, N, 2 * D]``."""
+    generator = torch.Generator().manual_seed(seed)
+    width = spans * plan.span_blocks + 1
+    num_blocks = num_requests * width + 3
+    shape = (num_blocks, LAYERS, HEADS, plan.block_size, 2 * plan.head_size * dtype.itemsize)
+    data = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+    blocks = torch.randperm(num_blocks, generator=generator)[: num_requests * width]
+    block_table = blocks.view(num_requests, width).to(torch.int32)
+    return data.view(dtype).transpose(0, 1), block_table
+
+
+def make_usual(layers):
+    """Finite numbers of various magnitudes in place of random bits."""
+    size = torch.exp(2 * torch.randn(layers.shape, generator=torch.Generator().manual_seed(2)))
+    layers.copy_(torch.randn(layers.shape, generator=torch.Generator().manual_seed(3)) * size)
+
+
+def make_channels(plan, *shape, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    tables = [random_channels(plan, HEADS, generator) for _ in range(int(np.prod(shape)))]
+    return torch.stack(tables).view(*shape, HEADS, -1)
+
+
+def bits(tensor):
+    return tensor.cpu().contiguous().view(torch.uint8)
+
+
+def int32(values, device="cpu"):
+    return torch.tensor(values, dtype=torch.int32, device=device)
+
+
+def on_device(layers, device):
+    """A copy with the same strides."""
+    copy = layers.transpose(0, 1).contiguous().to(device, copy=True)
+    return copy.transpose(0, 1)
+
+
+def check(layers, block_table, request, span, channels, plan, device):
+    """Compact the second layer and compare the whole cache: nothing else may change."""
+    expected = layers.clone()
+    compact_spans_ref(expected[1], block_table, request, span, channels, plan)
+    actual, table = on_device(layers, device), block_table.to(device)
+    tasks = int32(request, device), int32(span, device)
+    compact_spans(actual[1], table, *tasks, channels.to(device), plan)
+    assert torch.equal(bits(actual), bits(expected))
+    assert not torch.equal(bits(actual), bits(layers))
+    assert torch.equal(read_channels(actual[1], table, *tasks, plan).cpu(), channels)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # infinities and NaN, in numpy
+@pytest.mark.parametrize(("quant", "ratio"), FORMATS)
+@pytest.mark.parametrize(("dtype", "kind"), [(BF16, "usual"), (FP32, "bits"), (FP16, "bits")])
+def test_compact_spans_is_bit_exact(device, dtype, kind, quant, ratio):
+    plan = make_plan(32, dtype, 16, ratio, quant)
+    layers, block_table = make_cache(plan, dtype, 2, 2)
+    if kind == "usual":  # else all magnitudes, NaN and infinities
+        make_usual(layers)
+    channels = make_channels(plan, 2)
+    check(layers, block_table, [0, 1], [1, 0], channels, plan, device)
+
+
+@pytest.mark.parametrize(
+    ("head_size", "block_size", "ratio", "quant", "dtype"),
+    [
+        (80, 48, 0.5, "none", BF16),  # neither a power of two
+        (80, 48, 0.5, "fp8", FP16),
+        (96, 32, 0.4, "k4v2", BF16),
+        (256, 16, 0.6, "none", BF16),  # the widest head
+        # The last thin block holds fewer tokens than the others.
+        (32, 48, 0.6, "none", BF16),
+        (32, 32, 0.4, "fp8", BF16),
+        (32, 16, 0.7, "kivi4", BF16),
+    ],
+)
+def test_compact_spans_of_odd_sizes(device, head_size, block_size, ratio, quant, dtype):
+    plan = make_plan(head_size, dtype, block_size, ratio, quant)
+    if head_size == 32:
+        last = plan.span_tokens - (plan.thin_blocks - 1) * plan.thin_block_tokens
+        assert 0 < last < plan.thin_block_tokens
+    layers, block_table = make_cache(plan, dtype, 1, 1)
+    make_usual(layers)
+    check(layers, block_table, [0], [0], make_channels(plan, 1), plan, device)
+
+
+@pytest.mark.parametrize(("quant", "group"), [("kivi4", 64), ("kivi2", 128), ("k4v2", 128)])
+def test_compact_spans_quant_group(device, quant, group):
+    plan = make_plan(128, FP32, 16, 0.5, quant, group)
+    layers, block_table = make_cache(plan, FP32, 1, 1)
+    make_usual(layers)
+    check(layers, block_table, [0], [0], make_channels(plan, 1), plan, device)
+
+
+def fixed_values(device, dtype, quant, numbers):
+    """A span whose first values are the given numbers, in every row; the others are 0."""
+    plan = make_plan(32, dtype, 16, 0.0, quant)
+    layers, block_table = make_cache(plan, dtype, 1, 1)
+    layers.zero_()
+    runs = layers.flatten(3).unflatten(3, (2, plan.block_size * plan.head_size))
+    runs[:, :, :, 1].unflatten(3, (-1, plan.head_size))[..., : len(numbers)] = torch.tensor(numbers)
+    check(layers, block_table, [0], [0], make_channels(plan, 1), plan, device)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        [448.0, 2.0**-10, 3 * 2.0**-10, 5 * 2.0**-10, -(2.0**-10), 2.0**-6, 7.5 * 2.0**-9],  # ties
+        [448.0, 17.0, 19.0, -17.0, 0.0, -0.0, 447.0, 433.0],
+        [1e-40, -3e-39, 0.0],  # subnormal: the matrix becomes zero
+        [3.4e38, -3.4e38, 1.0],
+    ],
+)
+@pytest.mark.parametrize("quant", ["fp8", "kivi4"])
+def test_compact_spans_rounds_as_the_reference(device, quant, numbers):
+    fixed_values(device, FP32, quant, numbers)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("number", [np.nan, -np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("quant", ["fp8", "k4v2"])
+def test_compact_spans_shows_a_broken_model(device, quant, number):
+    fixed_values(device, BF16, quant, [1.0, number, 2.0])
+
+
+def test_compact_spans_skips_what_is_not_due(device):
+    plan = make_plan(32, BF16, 16, 0.5, "kivi4")
+    layers, block_table = make_cache(plan, BF16, 3, 2)
+    channels = make_channels(plan, 5)
+    request, span = [0, 2, 1, 0, 2], [1, -1, 0, 0, 1]
+    make_usual(layers)
+    table, expected = block_table.clone(), layers.clone()
+    table[2] = 2**30  # whoever reads these blocks fails
+    for task in (0, 2):
+        compact_spans_ref(
+            expected[1], block_table, request[task : task + 1], span[task : task + 1],
+            channels[task : task + 1], plan,
+        )  # fmt: skip
+    for active in (
+        torch.tensor([True, True, True, False, False]),
+        int32([1, 1, 7, 0, 0]),
+    ):
+        actual = on_device(layers, device)
+        tasks = int32(request, device), int32(span, device)
+        compact_spans(
+            actual[1], table.to(device), *tasks, channels.to(device), plan, active=active.to(device)
+        )
+        assert torch.equal(bits(actual), bits(expected))
+
+
+def test_compact_spans_shares_out_more_tasks_than_programs(device, monkeypatch):
+    monkeypatch.setattr(compact, "TASKS", 4)  # several tiles of tasks
+    plan = make_plan(32, BF16, 16, 0.5)
+    layers, block_table = make_cache(plan, BF16, 3, 3)
+    request, span = [0, 0, 0, 1, 1, 1, 2, 2, 2], [0, 1, 2, 1, -1, 0, 2, -1, 0]
+    channels, expected = make_channels(plan, 9), layers.clone()
+    for task in range(9):
+        if span[task] >= 0:
+            compact_spans_ref(
+                expected[1], block_table, request[task : task + 1], span[task : task + 1],
+                channels[task : task + 1], plan,
+            )  # fmt: skip
+    actual = on_device(layers, device)
+    workspace = compact_workspace(plan, device)[: 5 * plan.layout.run_bytes]  # 5 programs
+    compact_spans(
+        actual[1], block_table.to(device), int32(request, device), int32(span, device),
+        channels.to(device), plan, workspace=workspace,
+    )  # fmt: skip
+    assert torch.equal(bits(actual), bits(expected))
+
+
+@pytest.mark.parametrize(("quant", "ratio"), [("none", 0.5), ("fp8", 0.0)])
+def test_compact_spans_of_all_layers_inherits_tables(device, quant, ratio):
+    plan = make_plan(32, BF16, 16, ratio, quant)
+    layers, block_table = make_cache(plan, BF16, 2, 2)
+    make_usual(layers)
+    channels = make_channels(plan, LAYERS, 2)
+    expected, actual = layers.clone(), on_device(layers, device)
+    table, request = block_table.to(device), int32([0, 1], device)
+    addresses = torch.tensor([layer.data_ptr() for layer in actual], device=device)
+    given = channels.to(device) if plan.prunes else None
+    first, due = [-1, 0], [0, 1]
+    for spans in (first, due):  # due: a first span, and one after a span that is thin
+        compact_spans(
+            actual[0], table, request, int32(spans, device), given, plan,
+            inherit=True, layers=addresses,
+        )  # fmt: skip
+        given = None if given is None else given.clone()
+        if given is not None:
+            given[:, 1] = 0  # not to be read again
+    for layer in range(LAYERS):
+        tables = channels[layer]
+        compact_spans_ref(expected[layer], block_table, [1], [0], tables[1:], plan)
+        compact_spans_ref(expected[layer], block_table, [0, 1], due, tables, plan)
+    assert torch.equal(bits(actual), bits(expected))
+
+
+def test_compact_spans_without_tasks(device):
+    plan = make_plan(64, BF16)
+    layers, block_table = make_cache(plan, BF16, 1, 1)
+    actual, none = on_device(layers, device), int32([], device)
+    channels = torch.zeros(0, HEADS, plan.key_channels, dtype=torch.uint8, device=device)
+    compact_spans(actual[1], block_table.to(device), none, none, channels, plan)
+    assert torch.equal(bits(actual), bits(layers))
+    tables = read_channels(actual[1], block_table.to(device), none, none, plan)
+    assert tables.shape == channels.shape
+
+
+def test_read_channels_of_rows_that_are_not_due(device):
+    plan = make_plan(32, BF16)
+    layers, block_table = make_cache(plan, BF16, 1, 1)
+    tasks = int32([0, 0], device), int32([-1, -2], device)
+    table = block_table.to(device)
+    assert read_channels(on_device(layers, device)[1], table, *tasks, plan).shape[0] == 2
+
+
+def test_compact_spans_refuses(device):
+    plan = make_plan(64, BF16)
+    layers, block_table = make_cache(plan, BF16, 1, 1)
+    kv_cache, block_table = on_device(layers, device)[1], block_table.to(device)
+    zero, channels = int32([0], device), make_channels(plan, 1).to(device)
+
+    def refuses(match, *arguments, **keywords):
+        with pytest.raises(ValueError, match=match):
+            compact_spans(kv_cache, block_table, *arguments, plan, **keywords)
+
+    refuses(r"compact_spans: channels is torch\.uint8 .1, 3, 33.", zero, zero,
+            torch.zeros(1, 3, 33, dtype=torch.uint8, device=device))  # fmt: skip
+    refuses("compact_spans: channels is None; the plan keeps 32", zero, zero, None)
+    refuses(r"compact_spans: span is torch\.int32 .2,.*expected .* .1,.", zero,
+            int32([0, 1], device), channels)  # fmt: skip
+    refuses(r"compact_spans: request is torch\.int64", zero.long(), zero, channels)
+    refuses(r"compact_spans: active is torch\.float32", zero, zero, channels, active=zero.float())
+    refuses(r"layers is torch\.int32", zero, zero, channels, layers=zero)
+    refuses("workspace is torch.uint8 .4.; expected uint8 of at least", zero, zero, channels,
+            workspace=torch.zeros(4, dtype=torch.uint8, device=device))  # fmt: skip
+    with pytest.raises(ValueError, match=r"read_channels: span is torch\.int64"):
+        read_channels(kv_cache, block_table, zero, zero.long(), plan)

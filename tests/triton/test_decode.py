@@ -1,0 +1,182 @@
+"""Triton's decode attention in the interpreter, against the reference."""
+
+import numpy as np
+import pytest
+import torch
+
+from csrc_triton.decode import choose_splits, decode_attention, make_workspace
+from tests.kernels.helpers import FORMATS, ROUNDING, SUMMATION, Case, make_case, make_plan
+from think_vllm.reference.attention import decode_attention_ref
+from think_vllm.reference.compaction import thin_run
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+formats = pytest.mark.parametrize(("quant", "ratio"), FORMATS)
+
+
+def run(case: Case, **options) -> torch.Tensor:
+    query = case.query.to(DEVICE)
+    out = torch.full_like(query, torch.nan)
+    rows = (case.rows.request, case.rows.seq_len, case.rows.thin_spans)
+    decode_attention(
+        query,
+        case.kv_cache.to(DEVICE),
+        case.block_table.to(DEVICE),
+        *(torch.from_numpy(np.ascontiguousarray(values)).to(DEVICE) for values in rows),
+        case.plan,
+        case.scale,
+        out,
+        **options,
+    )
+    return out.cpu()
+
+
+def check(case: Case, logits_soft_cap: float = 0.0, **options) -> None:
+    expected = decode_attention_ref(
+        case.query,
+        case.kv_cache,
+        case.block_table,
+        *case.reference_rows,
+        case.plan,
+        case.scale,
+        logits_soft_cap,
+    )
+    actual = run(case, logits_soft_cap=logits_soft_cap, **options).double()
+    # Tensor cores take weights, and queries times scales, rounded to the cache's dtype too.
+    operands = 0 if case.query.dtype == torch.float32 else 2 * ROUNDING[case.query.dtype]
+    largest = float(expected.abs().max())
+    tolerance = (ROUNDING[case.query.dtype] + operands) * largest + SUMMATION
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
+
+
+def contexts_of(plan) -> list[tuple[int, int]]:
+    N, span = plan.block_size, plan.span_tokens
+    return [(0, 0), (1, 0), (N + 1, 0), (span + 1, 1), (2 * span - 1, 1), (2 * span + 7, 2)]
+
+
+@formats
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_decode_formats(quant, ratio, dtype):
+    plan = make_plan(64, dtype, 16, ratio, quant)
+    check(make_case(plan, dtype, 4, 2, contexts_of(plan)))
+
+
+@pytest.mark.parametrize("head_size", [80, 96, 128, 256])
+@pytest.mark.parametrize("quant", ["none", "fp8", "k4v2"])
+def test_decode_head_size(quant, head_size):
+    if quant == "k4v2" and head_size % 32:
+        pytest.skip("integer codes need a multiple of 32")
+    plan = make_plan(head_size, torch.float32, 16, 0.5, quant)
+    span = plan.span_tokens
+    check(make_case(plan, torch.float32, 4, 2, [(span + 17, 1), (5, 0)]))
+
+
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(3, 3), (7, 1), (32, 1)])
+def test_decode_group_size(num_heads, num_kv_heads):
+    plan = make_plan(64, torch.float32, 16, 0.5, "k4v2")
+    contexts = [(plan.span_tokens + 17, 1), (5, 0)]
+    check(make_case(plan, torch.float32, num_heads, num_kv_heads, contexts))
+
+
+@pytest.mark.parametrize("group", [64, 128])
+@pytest.mark.parametrize("quant", ["kivi4", "k4v2", "kivi2"])
+def test_decode_quant_group(quant, group):
+    plan = make_plan(128, torch.float32, 16, 0.5, quant, group)
+    check(make_case(plan, torch.float32, 2, 1, [(plan.span_tokens + 17, 1)]))
+
+
+@pytest.mark.parametrize("block_size", [32, 48, 128])
+@pytest.mark.parametrize("quant", ["none", "fp8", "k4v2"])
+def test_decode_block_size(quant, block_size):
+    plan = make_plan(64, torch.float32, block_size, 0.5, quant)
+    check(make_case(plan, torch.float32, 2, 1, [(plan.span_tokens + block_size + 3, 1)]))
+
+
+@pytest.mark.parametrize("splits", [2, 3, 5, 16])
+@pytest.mark.parametrize("quant", ["none", "k4v2"])
+def test_decode_splits(quant, splits):
+    # More splits than blocks leave empty ones; a split may start within a span.
+    plan = make_plan(64, torch.float32, 16, 0.5, quant)
+    case = make_case(plan, torch.float32, 4, 2, contexts_of(plan))
+    workspace = make_workspace(8, 4, 64, splits, DEVICE).fill_(torch.nan)
+    check(case, workspace=workspace)
+
+
+def test_decode_soft_cap():
+    plan = make_plan(64, torch.float32, 16, 0.5, "k4v2")
+    case = make_case(plan, torch.float32, 4, 2, contexts_of(plan))
+    check(case, logits_soft_cap=0.5)
+    assert not torch.equal(run(case, logits_soft_cap=0.5), run(case))
+
+
+def test_decode_interleaved_layers_and_strides():
+    plan = make_plan(64, torch.float32, 16, 0.5)
+    case = make_case(plan, torch.float32, 4, 2, contexts_of(plan), gap_blocks=2)
+    check(case)
+    expected = run(case)
+    wide = torch.full((case.query.shape[0], 9, 64), torch.nan)
+    wide[:, :8:2] = case.query
+    case.query = wide[:, :8:2]
+    assert torch.equal(run(case), expected)
+
+
+@formats
+def test_decode_reads_the_keys(quant, ratio):
+    plan = make_plan(64, torch.float32, 16, ratio, quant)
+    case = make_case(plan, torch.float32, 4, 2, [(plan.span_tokens + 9, 1)])
+    before = run(case)
+    run_bytes = thin_run(case.kv_cache, int(case.block_table[0, 0]), 1)
+    run_bytes[plan.layout.keys.row_bytes + 3] ^= 0x08  # not the last bits of a float32
+    after = run(case)
+    assert torch.equal(after[:, :2], before[:, :2])
+    assert not torch.equal(after[:, 2:], before[:, 2:])
+
+
+def test_decode_nan_shows_in_its_head_alone():
+    plan = make_plan(64, torch.float32, 16, 0.5)
+    case = make_case(plan, torch.float32, 4, 2, [(plan.span_tokens + 9, 1)])
+    case.kv_cache[int(case.block_table[0, 0]), 0].view(-1)[5] = torch.nan
+    out = run(case)
+    assert out[:, :2].isnan().all()
+    assert out[:, 2:].isfinite().all()
+
+
+def test_choose_splits_depends_on_host_numbers_within_bounds():
+    assert choose_splits(1, 8, 131_072) == 64
+    assert choose_splits(64, 8, 131_072) == 2
+    assert choose_splits(512, 8, 131_072) == 2
+    assert choose_splits(1, 8, 300) == 2
+    assert choose_splits(1, 1, 1) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("query", lambda case: case.query.bfloat16(), "expected one dtype"),
+        ("query", lambda case: torch.zeros(1, 3, 64), "3 heads, there are 2 KV heads"),
+        ("query", lambda case: torch.zeros(1, 4, 80), "expected .R, Hq, 64"),
+        ("out", lambda case: torch.zeros(2, 4, 64), "out has shape"),
+        ("kv_cache", lambda case: case.kv_cache.bfloat16(), "the plan is for blocks"),
+        ("kv_cache", lambda case: case.kv_cache[0], "expected bfloat16"),
+        ("block_table", lambda case: case.block_table.long(), "expected int32"),
+        ("seq_len", lambda case: torch.ones(2, dtype=torch.int32), "seq_len is"),
+        ("thin_spans", lambda case: torch.zeros(1), "thin_spans is"),
+        ("workspace", lambda case: torch.zeros(1, 4, 1, 66), "at least 1 rows and 2 splits"),
+    ],
+)
+def test_decode_refuses(name, change, message):
+    case = make_case(make_plan(64, torch.float32, 16), torch.float32, 4, 2, [(20, 0)])
+    zero = torch.zeros(1, dtype=torch.int32)
+    arguments = {
+        "query": case.query,
+        "kv_cache": case.kv_cache,
+        "block_table": case.block_table,
+        "request": zero,
+        "seq_len": zero + 20,
+        "thin_spans": zero,
+        "plan": case.plan,
+        "scale": case.scale,
+        "out": torch.empty_like(case.query),
+    }
+    arguments[name] = change(case)
+    with pytest.raises(ValueError, match=f"decode_attention: .*{message}"):
+        decode_attention(**arguments)

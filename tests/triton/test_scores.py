@@ -1,0 +1,153 @@
+import itertools
+
+import pytest
+import torch
+
+from csrc_triton.scores import add_query_energy, key_energy, select_channels
+from tests.kernels.helpers import make_case, make_plan
+from think_vllm.reference.scoring import key_energy_ref, query_energy_ref, select_channels_ref
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+#: A few hundred float32 roundings in another order; elements are converted exactly.
+RTOL = 1e-5
+
+
+def int32(values, device):
+    return torch.tensor(values, dtype=torch.int32, device=device)
+
+
+def energy_of(case, requests, prompt_lens, device, max_prompt_len=None):
+    return key_energy(
+        case.kv_cache.to(device),
+        case.block_table.to(device),
+        int32(requests, device),
+        int32(prompt_lens, device),
+        case.plan,
+        max_prompt_len or max(prompt_lens),
+    ).cpu()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("head_size", "block_size"), [(64, 16), (80, 48), (128, 128), (256, 32)])
+def test_key_energy(device, dtype, head_size, block_size):
+    plan = make_plan(head_size, dtype, block_size)
+    # Everything but the prompts' tokens is NaN.
+    case = make_case(plan, dtype, 2, 2, [(1, 0), (150, 0), (block_size, 0)], gap_blocks=1)
+    requests, prompt_lens = [1, 0, 2, 1], [150, 1, block_size, 77]
+    actual = energy_of(case, requests, prompt_lens, device)
+    expected = key_energy_ref(case.kv_cache, case.block_table, requests, prompt_lens, plan)
+    torch.testing.assert_close(actual.double(), expected, rtol=RTOL, atol=0)
+
+
+@pytest.fixture(scope="module")
+def chunked():
+    """Prompts of several chunks, among them one that ends with its last chunk."""
+    plan = make_plan(64, torch.bfloat16, 128)
+    return make_case(plan, torch.bfloat16, 1, 1, [(2050, 0), (1024, 0), (1025, 0)])
+
+
+def test_key_energy_of_several_chunks(device, chunked):
+    requests, prompt_lens = [0, 1, 2], [2050, 1024, 1025]
+    actual = energy_of(chunked, requests, prompt_lens, device)
+    expected = key_energy_ref(
+        chunked.kv_cache, chunked.block_table, requests, prompt_lens, chunked.plan
+    )
+    torch.testing.assert_close(actual.double(), expected, rtol=RTOL, atol=0)
+
+
+def test_key_energy_depends_on_the_prompt_alone(device, chunked):
+    together = energy_of(chunked, [0, 2], [2050, 1025], device, max_prompt_len=5000)
+    alone = energy_of(chunked, [2], [1025], device)
+    assert torch.equal(together[1], alone[0])
+
+
+def test_key_energy_sees_every_key(device):
+    """The comparison above would notice a single wrong key."""
+    plan = make_plan(64, torch.float32)
+    case = make_case(plan, torch.float32, 1, 1, [(40, 0)])
+    before = energy_of(case, [0], [40], device)[0, 0]
+    block = case.kv_cache[int(case.block_table[0, 2]), 0].view(2, 64, 16)
+    block[0, 5, 7] += 1.0  # channel 5 of token 39
+    after = energy_of(case, [0], [40], device)[0, 0]
+    assert (after != before).nonzero().tolist() == [[5]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (4, 2), (5, 1)])
+def test_add_query_energy(device, dtype, num_heads, num_kv_heads):
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(50, num_heads + 3, 80, generator=generator).to(dtype)
+    query[:10], query[45:], query[:, num_heads:] = torch.nan, torch.nan, torch.nan
+    windows = [(10, 42), (42, 45), (3, 3)]
+    energy = torch.full((3, num_kv_heads, 80), 0.5, device=device)
+    begin, end = (int32(ends, device) for ends in zip(*windows, strict=True))
+    add_query_energy(query.to(device)[:, :num_heads], begin, end, energy)
+    for i, (first, last) in enumerate(windows):
+        expected = torch.full((num_kv_heads, 80), 0.5, dtype=torch.float64)
+        if last > first:
+            part = query[first:last, :num_heads]
+            expected += (last - first) * query_energy_ref(part, num_kv_heads)
+        torch.testing.assert_close(energy[i].cpu().double(), expected, rtol=RTOL, atol=0)
+
+
+@pytest.mark.parametrize("cuts", [[1], [31], [5, 6, 20]], ids=str)
+def test_add_query_energy_in_chunks_is_bit_equal(device, cuts):
+    query = torch.randn(32, 6, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    whole, chunked = torch.zeros(2, 1, 2, 64, device=device)
+    add_query_energy(query.to(device), int32([0], device), int32([32], device), whole)
+    for begin, end in itertools.pairwise([0, *cuts, 32]):
+        # Each chunk is a batch of its own, at another place.
+        batch = torch.cat([torch.full((3, 6, 64), torch.nan).bfloat16(), query[begin:end]])
+        ends = int32([3], device), int32([3 + end - begin], device)
+        add_query_energy(batch.to(device), *ends, chunked)
+    assert torch.equal(chunked, whole)
+
+
+@pytest.mark.parametrize("key_channels", [1, 31, 64])
+def test_select_channels(device, key_channels):
+    generator = torch.Generator().manual_seed(0)
+    # Whole numbers, so that there are many ties.
+    energies = torch.randint(0, 4, (2, 3, 2, 64), generator=generator).float()
+    actual = select_channels(energies[0].to(device), energies[1].to(device), key_channels).cpu()
+    assert actual.dtype == torch.uint8
+    assert torch.equal(actual, select_channels_ref(energies[0], energies[1], key_channels))
+
+
+def test_key_energy_without_prompts(device):
+    plan = make_plan(64, torch.float32)
+    case = make_case(plan, torch.float32, 1, 1, [(3, 0)])
+    assert energy_of(case, [], [], device, max_prompt_len=1).shape == (0, 1, 64)
+
+
+def test_key_energy_refuses(device):
+    plan = make_plan(64, torch.float32)
+    case = make_case(plan, torch.float32, 1, 1, [(3, 0)])
+    kv_cache, block_table = case.kv_cache.to(device), case.block_table.to(device)
+    zero = int32([0], device)
+    with pytest.raises(ValueError, match=r"key_energy: prompt_len is torch\.int32 .2,."):
+        key_energy(kv_cache, block_table, zero, int32([3, 3], device), plan, 3)
+    with pytest.raises(ValueError, match=r"key_energy: request is torch\.int64"):
+        key_energy(kv_cache, block_table, zero.long(), zero, plan, 3)
+    with pytest.raises(ValueError, match="max_prompt_len is 0; expected at least 1"):
+        key_energy(kv_cache, block_table, zero, zero, plan, 0)
+    with pytest.raises(ValueError, match="key_energy: block_table is"):
+        key_energy(kv_cache, block_table.long(), zero, zero, plan, 3)
+
+
+def test_add_query_energy_refuses(device):
+    query, zero = torch.zeros(4, 6, 64, device=device), int32([0], device)
+    with pytest.raises(ValueError, match=r"add_query_energy: energy is torch\.float64"):
+        add_query_energy(query, zero, zero, torch.zeros(1, 2, 64, device=device).double())
+    with pytest.raises(ValueError, match="query has 6 heads, energy has 4 KV heads"):
+        add_query_energy(query, zero, zero, torch.zeros(1, 4, 64, device=device))
+    with pytest.raises(ValueError, match="there are 1 windows"):
+        add_query_energy(query, zero, zero, torch.zeros(2, 2, 64, device=device))
+    with pytest.raises(ValueError, match=r"expected .* .tokens, heads, 80."):
+        add_query_energy(query, zero, zero, torch.zeros(1, 2, 80, device=device))
+
+
+def test_select_channels_refuses():
+    with pytest.raises(ValueError, match=r"expected .n, Hk, D. twice"):
+        select_channels(torch.zeros(1, 2, 64), torch.zeros(2, 2, 64), 3)
+    with pytest.raises(ValueError, match="key_channels is 65"):
+        select_channels(torch.zeros(1, 2, 64), torch.zeros(1, 2, 64), 65)

@@ -1,0 +1,89 @@
+import pytest
+import torch
+
+from csrc_triton.store import store_dense
+from tests.kernels.helpers import make_plan
+from think_vllm.reference.compaction import dense_tokens
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.cpu().contiguous().view(torch.uint8)
+
+
+def random_bits(*shape: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    """Elements are moved, so NaN patterns must survive as well."""
+    generator = torch.Generator().manual_seed(seed)
+    last = shape[-1] * dtype.itemsize
+    data = torch.randint(0, 256, (*shape[:-1], last), generator=generator, dtype=torch.uint8)
+    return data.view(dtype)
+
+
+def store_by_hand(key, value, kv_cache, slots, plan):
+    num_heads, N, D = kv_cache.shape[1], plan.block_size, plan.head_size
+    for token, slot in enumerate(slots.tolist()):
+        if slot < 0:
+            continue
+        block, place = divmod(slot, N)
+        halves = kv_cache[block].view(num_heads, 2, N * D)
+        halves[:, 0].view(num_heads, D, N)[:, :, place] = key[token]
+        halves[:, 1].view(num_heads, N, D)[:, place] = value[token]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("head_size", "block_size"), [(64, 16), (80, 48), (256, 32)])
+def test_store_dense(device, dtype, head_size, block_size):
+    plan = make_plan(head_size, dtype, block_size)
+    num_blocks, num_heads, num_tokens = 5, 3, 37
+    # One layer among others, heads among those of a fused projection.
+    layers = random_bits(num_blocks, 2, num_heads, block_size, 2 * head_size, dtype=dtype, seed=0)
+    fused = random_bits(2 * num_tokens, 3 * num_heads, head_size, dtype=dtype, seed=1)
+    key, value = fused[::2, :num_heads], fused[::2, num_heads : 2 * num_heads]
+    order = torch.randperm(num_blocks * block_size, generator=torch.Generator().manual_seed(2))
+    slots = order[: num_tokens - 2].clone()  # two tokens of padding
+    slots[[0, 7, 34]] = -1
+    expected = layers.clone()
+    store_by_hand(key, value, expected[:, 1], slots, plan)
+
+    layers, fused = layers.to(device), fused.to(device)
+    key, value = fused[::2, :num_heads], fused[::2, num_heads : 2 * num_heads]
+    store_dense(key, value, layers[:, 1], slots.to(device), plan)
+    assert torch.equal(bits(layers), bits(expected))
+
+
+def test_store_dense_agrees_with_the_layout_that_references_read(device):
+    plan = make_plan(64, torch.float32)
+    key, value = torch.randn(2, 20, 2, 64, generator=torch.Generator().manual_seed(0))
+    kv_cache = torch.full((3, 2, 16, 128), torch.nan, device=device)
+    slots = torch.cat([torch.arange(32, 48), torch.arange(16, 20)])  # blocks 2, then 1
+    store_dense(key.to(device), value.to(device), kv_cache, slots.to(device), plan)
+    keys, values = dense_tokens(kv_cache.cpu(), [2, 1], 20)
+    assert torch.equal(keys, key.transpose(0, 1))
+    assert torch.equal(values, value.transpose(0, 1))
+
+
+def test_store_dense_without_tokens(device):
+    plan = make_plan(64, torch.float32)
+    kv_cache = torch.zeros(1, 2, 16, 128, device=device)
+    none = torch.zeros(0, 2, 64, device=device)
+    store_dense(none, none, kv_cache, torch.zeros(0, dtype=torch.int64, device=device), plan)
+    assert (kv_cache == 0).all()
+
+
+def test_store_dense_refuses(device):
+    plan = make_plan(64, torch.float32)
+    kv_cache = torch.zeros(1, 2, 16, 128, device=device)
+    rows, slots = torch.zeros(3, 2, 64, device=device), torch.zeros(3, device=device).long()
+    with pytest.raises(ValueError, match=r"store_dense: kv_cache is .*; the plan is for blocks"):
+        store_dense(rows, rows, torch.zeros(1, 2, 32, 128, device=device), slots, plan)
+    with pytest.raises(ValueError, match=r"store_dense: value is torch\.float16"):
+        store_dense(rows, rows.half(), kv_cache, slots, plan)
+    with pytest.raises(ValueError, match=r"store_dense: key is .3, 1, 64., value is .3, 2, 64."):
+        store_dense(rows[:, :1], rows, kv_cache, slots, plan)
+    with pytest.raises(ValueError, match=r"slot_mapping is torch\.int32 .3,.*expected contiguous"):
+        store_dense(rows, rows, kv_cache, slots.int(), plan)
+    with pytest.raises(ValueError, match="slot_mapping has 3 slots; expected at most 2"):
+        store_dense(rows[:2], rows[:2], kv_cache, slots, plan)
+    with pytest.raises(ValueError, match="stride 2 being 1"):
+        store_dense(torch.zeros(3, 2, 128, device=device)[:, :, ::2], rows, kv_cache, slots, plan)
