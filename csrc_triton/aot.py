@@ -30,7 +30,7 @@ from think_vllm.formats import FORMATS
 from think_vllm.planner import BlockPlan, plan_blocks
 
 #: Modules of this package that have kernels; those that do not exist are left out.
-MODULES = ("store", "scores", "compact", "rows", "decode", "context")
+MODULES = ("store", "scores", "compact", "decode", "context")
 #: Compute capabilities: A100 and H100.
 CAPABILITIES = (80, 90)
 #: Head size and dtype of what is compiled unless asked otherwise.

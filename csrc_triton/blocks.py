@@ -102,12 +102,6 @@ def find_run(kv_ptr, block, head, block_stride, head_stride):
     return kv_ptr + block.to(tl.int64) * block_stride + head.to(tl.int64) * head_stride
 
 
-@triton.jit
-def load_as(byte_ptr, dtype: tl.constexpr, mask, other):
-    """Load elements of ``dtype`` from byte pointers."""
-    return tl.load(byte_ptr.to(tl.pointer_type(dtype), bitcast=True), mask=mask, other=other)
-
-
 def element_type(dtype: torch.dtype) -> Any:
     """Triton's name of a cache dtype, for a ``tl.constexpr`` argument."""
     return {

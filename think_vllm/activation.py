@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vllm.think_vllm")
 
+#: Least compute capability of a GPU, and least head size there: what the kernels are made for.
+CUDA_CAPABILITY = 80
+CUDA_MIN_HEAD_SIZE = 64
+
 _selected: BlockPlan | None = None
 
 
@@ -45,7 +49,14 @@ def activate(vllm_config: VllmConfig) -> None:
         logger.info("think-vllm: prefix caching is off: thin KV blocks cannot be cached yet")
         cache_config.enable_prefix_caching = False
     compat.claim_custom_backend(vllm_config)
-    compat.request_prompt_lens(vllm_config.model_config)
+    if _is_cpu():
+        compat.request_prompt_lens(vllm_config.model_config)
+    else:
+        logger.warning(
+            "think-vllm %s: the GPU kernels were tested in an interpreter; no GPU has run them "
+            "yet. Compare answers with a server without these flags (docs/gpu.md)",
+            __version__,
+        )
     for line in plan_summary(plan):
         logger.info("think-vllm: %s", line)
 
@@ -70,7 +81,9 @@ def select_backend(vllm_config: VllmConfig) -> str | None:
     """Path of the attention backend for an engine, None if it has no thin blocks."""
     config = config_from_additional(vllm_config.additional_config)
     plan = None if config is None else plan_engine(config, vllm_config)
-    return None if plan is None else compat.CPU_BACKEND_PATH
+    if plan is None:
+        return None
+    return compat.CPU_BACKEND_PATH if _is_cpu() else compat.CUDA_BACKEND_PATH
 
 
 def remember_plan(vllm_config: VllmConfig) -> BlockPlan:
@@ -120,13 +133,7 @@ def check_engine(vllm_config: VllmConfig) -> None:
     Raises:
         ThinkError: Naming the option or the property of the model, and the way out.
     """
-    from vllm.platforms import current_platform
-
-    if current_platform.device_type != "cpu":
-        raise ThinkError(
-            "thin KV blocks: this version has kernels for CPUs only, the device is "
-            f"{current_platform.device_type}; use the CPU build of vLLM. {WAY_OUT}"
-        )
+    check_device(vllm_config)
     check_model(vllm_config.model_config)
     parallel = vllm_config.parallel_config
     cache_dtype = vllm_config.cache_config.cache_dtype
@@ -135,11 +142,6 @@ def check_engine(vllm_config: VllmConfig) -> None:
         (vllm_config.kv_transfer_config, "--kv-transfer-config (a KV connector)", "leave it out"),
         # vLLM turns this into a KV connector only later.
         (vllm_config.cache_config.kv_offloading_size, "--kv-offloading-size", "leave it out"),
-        (
-            vllm_config.use_v2_model_runner,
-            "vLLM's model runner V2 on CPUs",
-            "set VLLM_USE_V2_MODEL_RUNNER=0",
-        ),
         (
             parallel.decode_context_parallel_size > 1,
             f"--decode-context-parallel-size {parallel.decode_context_parallel_size}",
@@ -169,6 +171,60 @@ def check_engine(vllm_config: VllmConfig) -> None:
             )
 
 
+def check_device(vllm_config: VllmConfig) -> None:
+    """Refuse devices that there are no kernels for, and what they cannot do.
+
+    Raises:
+        ThinkError: Naming the device or the option, and the way out.
+    """
+    from vllm import envs
+    from vllm.platforms import current_platform
+
+    if _is_cpu():
+        if vllm_config.use_v2_model_runner:
+            raise ThinkError(
+                "thin KV blocks do not support vLLM's model runner V2 on CPUs yet; set "
+                "VLLM_USE_V2_MODEL_RUNNER=0, or serve without --kv-channel-prune and --kv-quant"
+            )
+        return
+    if not current_platform.is_cuda():
+        raise ThinkError(
+            "thin KV blocks: there are kernels for CPUs and for NVIDIA GPUs, the device is "
+            f"{current_platform.device_name}. {WAY_OUT}"
+        )
+    if not current_platform.has_device_capability(CUDA_CAPABILITY):
+        found = current_platform.get_device_capability()
+        raise ThinkError(
+            f"thin KV blocks: the GPU has compute capability {found.as_version_str()}; the "
+            f"kernels need 8.0 (Ampere) or later. {WAY_OUT}"
+        )
+    dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
+    if dtype not in ("bfloat16", "float16"):
+        raise ThinkError(
+            f"thin KV blocks: the model's dtype is {dtype}; on GPUs use --dtype bfloat16 or "
+            f"--dtype float16. {WAY_OUT}"
+        )
+    head_size = vllm_config.model_config.get_head_size()
+    if head_size < CUDA_MIN_HEAD_SIZE:
+        raise ThinkError(
+            f"thin KV blocks: the model's head size is {head_size}; on GPUs it must be at least "
+            f"{CUDA_MIN_HEAD_SIZE}. {WAY_OUT}"
+        )
+    for present, name, way_out in (
+        (
+            vllm_config.parallel_config.use_ubatching,
+            "microbatching (--enable-dbo, --ubatch-size)",
+            "leave it out",
+        ),
+        (envs.VLLM_BATCH_INVARIANT, "VLLM_BATCH_INVARIANT on GPUs", "unset it"),
+    ):
+        if present:
+            raise ThinkError(
+                f"thin KV blocks do not support {name} yet; {way_out}, or serve without "
+                "--kv-channel-prune and --kv-quant"
+            )
+
+
 def check_model(model_config: ModelConfig) -> None:
     """Refuse models whose attention has no KV cache per head, or one of another form.
 
@@ -188,6 +244,7 @@ def check_model(model_config: ModelConfig) -> None:
             layer_types - {"full_attention"} or model_config.get_sliding_window() is not None,
             "it has sliding-window or chunked attention layers",
         ),
+        (compat.really_uses_rswa(model_config), "it uses reference sliding-window attention"),
         (getattr(text, "num_kv_shared_layers", 0), "its layers share one another's KV cache"),
         (
             getattr(text, "alibi", False)
@@ -201,6 +258,12 @@ def check_model(model_config: ModelConfig) -> None:
             raise ThinkError(
                 f"thin KV blocks do not support {model_config.model}: {reason}. {WAY_OUT}"
             )
+
+
+def _is_cpu() -> bool:
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
 
 
 def _plain_dtypes(model_config: ModelConfig) -> tuple[str, ...]:

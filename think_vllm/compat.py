@@ -15,17 +15,32 @@ vLLM; subclasses of its classes call a few private methods that they inherit.
     such place. Until vLLM calls plugins with the config.
 ``Platform.get_attn_backend_cls`` is wrapped
     because the CPU platform ignores ``attention_config.backend``. Until ``CpuPlatform``
-    honours ``AttentionBackendEnum.CUSTOM``.
+    honours ``AttentionBackendEnum.CUSTOM``. On CUDA the same hook names the backend's path, so
+    that no process has to register it before vLLM asks.
 ``KVCacheSpecRegistry._ensure_registered`` is called
     because registering a spec before vLLM's own suppresses vLLM's own registration. Until
     it no longer returns early on a registry that is not empty.
 ``CacheConfig.user_specified_block_size`` is set
     because platforms reset a block size that the user did not name whenever a config is
     validated again. Until vLLM asks attention backends for their block size everywhere.
-``model_arch_config.rswa_window`` is set
-    because it is the only switch that makes both model runners hand prompt lengths to metadata
+``model_arch_config.rswa_window`` is set, on CPUs
+    because it is the only switch that makes model runners hand prompt lengths to metadata
     builders; a window no shorter than the model length changes nothing else. Until
-    ``CommonAttentionMetadata`` always carries prompt lengths.
+    ``CommonAttentionMetadata`` always carries prompt lengths. Not on CUDA: model runner V2 has
+    them on the device by then, and reading them there would wait for the step before.
+``GPUModelRunner.gather_batch_req_state`` (V2) and, on CUDA,
+``GPUModelRunner._determine_batch_execution_and_padding`` (V1) are wrapped
+    because a builder must know, on the host, whose rows a step has and how long their prompts
+    are, and because vLLM replays full decode graphs for batches of single tokens of which some
+    are the last of a prompt. Channels are chosen after such a token, so these batches, rare as
+    they are, must run without a full graph. Until ``CommonAttentionMetadata`` carries both, and
+    backends can refuse a batch for full graphs.
+``CompilationConfig.static_forward_context`` is read on CUDA
+    because it is where a builder finds its layers' caches: spans that are due are compacted
+    ahead of a full decode graph. Until builders are given them.
+``vllm.v1.attention.backends.fa_utils`` is used on CUDA
+    (in ``attention/cuda_flash.py``) because FlashAttention is the fastest way through a prompt
+    that starts in the step, and comes with vLLM. That is the point, and stays.
 ``CPUAttentionBackendImpl`` and ``CPUAttentionMetadataBuilder`` are subclassed
     (in ``attention/``) so that vLLM's C++ kernels store dense blocks and attend within prompts.
     That is the point, and stays.
@@ -37,22 +52,43 @@ not unpickle in vLLM's child processes, which read the config before they load p
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from think_vllm import VLLM_SERIES
-from think_vllm.errors import WAY_OUT, ThinkError
+from think_vllm.errors import ThinkError
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     import torch
     from vllm.config import CacheConfig, ModelConfig, VllmConfig
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
 CPU_BACKEND_PATH = "think_vllm.attention.cpu_backend.ThinkCPUBackend"
+CUDA_BACKEND_PATH = "think_vllm.attention.cuda_backend.ThinkCUDABackend"
 
 _MARK = "_think_vllm_wrapped"
 _on_command_line = False
+_step_rows: StepRows | None = None
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """Whose rows the step has that a CUDA model runner prepares.
+
+    Args:
+        request_ids: Of each row; padding has none.
+        prompt_lens: int64 [n]. Tokens of each row's prompt.
+        known: Ids of all requests that the runner still knows.
+    """
+
+    request_ids: Sequence[str]
+    prompt_lens: npt.NDArray[np.int64]
+    known: Container[str]
 
 
 def supported_vllm() -> bool:
@@ -190,19 +226,14 @@ def fix_block_size(cache_config: CacheConfig, block_size: int) -> None:
 
 
 def request_prompt_lens(model_config: ModelConfig) -> None:
-    """Make vLLM's model runners pass prompt lengths to metadata builders.
+    """Make vLLM's model runners pass prompt lengths to metadata builders."""
+    model_config.model_arch_config.rswa_window = model_config.max_model_len
 
-    Raises:
-        ThinkError: If the model really uses reference sliding-window attention.
-    """
-    arch = model_config.model_arch_config
-    window = arch.rswa_window
-    if window is not None and window < model_config.max_model_len:
-        raise ThinkError(
-            "thin KV blocks: the model uses reference sliding-window attention (R-SWA), "
-            f"which is not supported. {WAY_OUT}"
-        )
-    arch.rswa_window = model_config.max_model_len
+
+def really_uses_rswa(model_config: ModelConfig) -> bool:
+    """Whether the model itself asks for reference sliding-window attention."""
+    window = model_config.rswa_window
+    return window is not None and window < model_config.max_model_len
 
 
 def prompt_lens(metadata: CommonAttentionMetadata) -> torch.Tensor:
@@ -218,6 +249,78 @@ def prompt_lens(metadata: CommonAttentionMetadata) -> torch.Tensor:
         )
     lens: torch.Tensor = metadata.rswa_prefix_lens
     return lens
+
+
+def step_rows() -> StepRows | None:
+    """Rows of the step that is being prepared; None if it is a dummy without requests.
+
+    Known after ``watch_runner``.
+    """
+    return _step_rows
+
+
+def watch_runner(vllm_config: VllmConfig) -> None:
+    """Fill ``step_rows`` from now on, and keep prompts out of full decode graphs.
+
+    Called by metadata builders: their runner's module has been imported by then.
+    """
+    if vllm_config.use_v2_model_runner:
+        from vllm.v1.worker.gpu import model_runner as v2
+
+        _wrap_method(v2.GPUModelRunner, "gather_batch_req_state", _watch_v2)
+    else:
+        from vllm.v1.worker import gpu_model_runner as v1
+
+        _wrap_method(v1.GPUModelRunner, "_determine_batch_execution_and_padding", _watch_v1)
+
+
+def _wrap_method(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
+    original = getattr(owner, name)
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # Several engines may live in one process, one after the other.
+        if not _has_custom_backend(self.vllm_config):
+            return original(self, *args, **kwargs)
+        return wrapper(original, self, *args, **kwargs)
+
+    setattr(wrapped, _MARK, True)
+    setattr(owner, name, wrapped)
+
+
+def _has_custom_backend(vllm_config: VllmConfig) -> bool:
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    return bool(vllm_config.attention_config.backend is AttentionBackendEnum.CUSTOM)
+
+
+def _watch_v2(original: Any, runner: Any, scheduler_output: Any, dummy_run: bool) -> Any:
+    global _step_rows
+    batch, uniform_tokens = original(runner, scheduler_output, dummy_run)
+    if batch is None:
+        _step_rows = None
+        return batch, uniform_tokens
+    _step_rows = StepRows(
+        request_ids=batch.req_ids,
+        prompt_lens=runner.req_states.prompt_len.np[batch.idx_mapping_np].astype("int64"),
+        known=runner.req_states.req_id_to_index,
+    )
+    return batch, None if batch.has_prefill else uniform_tokens
+
+
+def _watch_v1(original: Any, runner: Any, *args: Any, **kwargs: Any) -> Any:
+    global _step_rows
+    if kwargs.get("force_uniform_decode") is not None:  # dummy runs say what they are
+        _step_rows = None
+        return original(runner, *args, **kwargs)
+    rows = runner.input_batch
+    prompt_lens = rows.num_prompt_tokens[: rows.num_reqs].astype("int64")
+    _step_rows = StepRows(tuple(rows.req_ids), prompt_lens, runner.requests)
+    if (rows.num_computed_tokens_cpu[: rows.num_reqs] < prompt_lens).any():
+        kwargs["force_uniform_decode"] = False
+    return original(runner, *args, **kwargs)
 
 
 def register_spec(spec: type, manager: type, base: type) -> None:

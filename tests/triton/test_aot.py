@@ -16,7 +16,7 @@ import sys, torch
 from csrc_triton import aot
 
 plan = next(aot.make_plans([sys.argv[1]], torch.bfloat16, 64, 0.5))
-for case in aot.cases(plan, torch.bfloat16, ["store", "scores", "compact", "rows"]):
+for case in aot.cases(plan, torch.bfloat16, ["store", "scores", "compact"]):
     # As Triton specializes a launch with one task of one head.
     ones = {name: 1 for name, kind in case.signature.items() if kind == "i32"}
     rest = {name: kind for name, kind in case.signature.items() if name not in ones}
@@ -49,7 +49,6 @@ def test_kernels_compile(quant: str, capability: int) -> None:
     names = {name for name, _, _ in taken}
     assert names == {
         "store_kernel", "chunk_kernel", "mean_kernel", "query_kernel", "compact_kernel",
-        "rows_kernel",
     }  # fmt: skip
     for name, registers, spill_bytes in taken:
         assert 0 < int(registers) < 255, name
@@ -78,15 +77,15 @@ def test_every_kernel_fits_the_registers_of_both_gpus() -> None:
 
 def test_table() -> None:
     printed = run(
-        "-m", "csrc_triton.aot", "--module", "rows", "--format", "none", "--capability", "80"
+        "-m", "csrc_triton.aot", "--module", "store", "--format", "none", "--capability", "80"
     )
     assert printed.returncode == 0, printed.stderr
     heading, line = printed.stdout.splitlines()
     assert heading.split()[:3] == ["kernel", "format", "dtype"]
-    assert line.split()[:4] == ["rows_kernel", "none", "bfloat16", "sm_80"]
+    assert line.split()[:4] == ["store_kernel", "none", "bfloat16", "sm_80"]
 
 
 def test_compiling_refuses_to_interpret() -> None:
-    refused = run("-m", "csrc_triton.aot", "--module", "rows", "--format", "none", interpret=True)
+    refused = run("-m", "csrc_triton.aot", "--module", "store", "--format", "none", interpret=True)
     assert refused.returncode != 0
     assert "TRITON_INTERPRET is set; unset it" in refused.stderr

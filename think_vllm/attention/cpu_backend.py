@@ -8,13 +8,10 @@ from typing import Any
 
 from vllm.v1.attention.backend import AttentionType, MultipleOf
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
-from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from think_vllm.activation import selected_plan
 from think_vllm.attention.cpu_builder import ThinkCPUMetadataBuilder
 from think_vllm.attention.cpu_impl import ThinkCPUImpl
-from think_vllm.blocks.spec import ThinKVCacheSpec
-from think_vllm.errors import ThinkError
+from think_vllm.blocks.spec import customize_spec
 
 
 class ThinkCPUBackend(CPUAttentionBackend):
@@ -49,18 +46,5 @@ class ThinkCPUBackend(CPUAttentionBackend):
 
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:
-        """Give full-attention layers the spec whose manager frees compacted spans.
-
-        Raises:
-            ThinkError: If the layer does not have the shape that the plan was made for.
-        """
-        if type(spec) is not FullAttentionSpec:
-            return spec
-        plan = selected_plan()
-        if spec.head_size != plan.head_size or spec.head_size_v != plan.head_size:
-            raise ThinkError(
-                f"thin KV blocks: an attention layer has head sizes {spec.head_size} (keys) "
-                f"and {spec.head_size_v} (values), the plan was made for {plan.head_size}; "
-                "models whose heads differ are not supported"
-            )
-        return ThinKVCacheSpec.from_dense(spec, plan)
+        """Give full-attention layers the spec whose manager frees compacted spans."""
+        return customize_spec(spec)

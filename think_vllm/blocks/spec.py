@@ -13,7 +13,9 @@ from typing import Any
 from vllm.v1.kv_cache_interface import FullAttentionSpec, replace_as
 
 from think_vllm import compat
+from think_vllm.activation import selected_plan
 from think_vllm.blocks.manager import ThinKVCacheManager
+from think_vllm.errors import ThinkError
 from think_vllm.planner import BlockPlan
 from think_vllm.spans import SpanRule
 
@@ -76,6 +78,24 @@ class ThinKVCacheSpec(FullAttentionSpec):
         dense = {name: getattr(merged, name) for name in _DENSE_FIELDS}
         made: ThinKVCacheSpec = replace(first, **dense)
         return made
+
+
+def customize_spec(spec: Any) -> Any:
+    """Make the spec of a layer: a ``ThinKVCacheSpec`` for full attention, else as it is.
+
+    Raises:
+        ThinkError: If the layer does not have the shape that the plan was made for.
+    """
+    if type(spec) is not FullAttentionSpec:
+        return spec
+    plan = selected_plan()
+    if spec.head_size != plan.head_size or spec.head_size_v != plan.head_size:
+        raise ThinkError(
+            f"thin KV blocks: an attention layer has head sizes {spec.head_size} (keys) "
+            f"and {spec.head_size_v} (values), the plan was made for {plan.head_size}; "
+            "models whose heads differ are not supported"
+        )
+    return ThinKVCacheSpec.from_dense(spec, plan)
 
 
 _DENSE_FIELDS = frozenset(f.name for f in fields(FullAttentionSpec) if f.init)

@@ -1,0 +1,262 @@
+"""What the CUDA side overrides, wraps or calls in vLLM; see ``test_vllm_contract.py``.
+
+Its modules are imported here on the CPU too. Where they cannot be, or say only inside a function
+what they have, their source is read.
+"""
+
+import ast
+import dataclasses
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import vllm
+from vllm.config import (
+    AttentionConfig,
+    CompilationConfig,
+    ParallelConfig,
+    SchedulerConfig,
+    VllmConfig,
+)
+from vllm.model_executor.layers.attention import attention
+from vllm.platforms.interface import Platform
+from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionImpl,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
+from vllm.v1.attention.backends import fa_utils
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.kv_cache_interface import KVCacheLayout
+
+from think_vllm import compat
+
+
+def names(function: Callable[..., Any]) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def tight(function: Any) -> str:
+    """Source without white space."""
+    return "".join(inspect.getsource(function).split())
+
+
+@pytest.mark.parametrize(
+    ("function", "parameters"),
+    [
+        (
+            AttentionMetadataBuilder.__init__,
+            ["self", "kv_cache_spec", "layer_names", "vllm_config", "device"],
+        ),
+        (
+            AttentionMetadataBuilder.build,
+            ["self", "common_prefix_len", "common_attn_metadata", "fast_build"],
+        ),
+        (
+            AttentionMetadataBuilder.build_for_cudagraph_capture,
+            ["self", "common_attn_metadata"],
+        ),
+        (
+            AttentionMetadataBuilder._init_reorder_batch_threshold,
+            [
+                "self",
+                "reorder_batch_threshold",
+                "supports_spec_as_decode",
+                "supports_dcp_with_varlen",
+            ],
+        ),
+        (
+            AttentionImpl.__init__,
+            [
+                "self",
+                "num_heads",
+                "head_size",
+                "scale",
+                "num_kv_heads",
+                "alibi_slopes",
+                "sliding_window",
+                "kv_cache_dtype",
+                "logits_soft_cap",
+                "attn_type",
+                "kv_sharing_target_layer_name",
+            ],
+        ),
+        (
+            AttentionImpl.forward,
+            [
+                "self",
+                "layer",
+                "query",
+                "key",
+                "value",
+                "kv_cache",
+                "attn_metadata",
+                "output",
+                "output_scale",
+                "output_block_scale",
+            ],
+        ),
+        (AttentionBackend.supported_kv_cache_layouts, []),
+        (AttentionBackend.get_supported_kernel_block_sizes, ["kv_cache_spec"]),
+        (AttentionBackend.get_supported_head_sizes, []),
+        (AttentionBackend.supports_compute_capability, ["capability"]),
+        (AttentionBackend.supports_kv_connector, []),
+        (async_tensor_h2d, ["data", "device", "dtype", "out"]),
+        (Platform.has_device_capability, ["capability", "device_id"]),
+        (Platform.get_device_capability, ["device_id"]),
+    ],
+    ids=lambda value: getattr(value, "__qualname__", None),
+)
+def test_vllm_signature_is_what_we_rely_on(
+    function: Callable[..., Any], parameters: list[str]
+) -> None:
+    assert names(function) == parameters
+
+
+@pytest.mark.parametrize(
+    ("kind", "members"),
+    [
+        (CommonAttentionMetadata, {"seq_lens_cpu_upper_bound", "query_start_loc_cpu", "num_reqs"}),
+        (AttentionConfig, {"backend"}),
+        (CompilationConfig, {"static_forward_context"}),
+        (SchedulerConfig, {"max_num_seqs"}),
+        (ParallelConfig, {"use_ubatching"}),
+        (VllmConfig, {"use_v2_model_runner"}),
+        (Platform, {"is_cpu", "is_cuda", "device_name"}),
+        (AttentionMetadataBuilder, {"_cudagraph_support"}),
+        (AttentionBackend, {"forward_includes_kv_cache_update"}),
+        (AttentionCGSupport, {"UNIFORM_SINGLE_TOKEN_DECODE"}),
+        (KVCacheLayout, {"LBHNC"}),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_vllm_members_are_what_we_rely_on(kind: type, members: set[str]) -> None:
+    declared = {f.name for f in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else {}
+    assert members <= {*declared, *dir(kind), *kind.__annotations__}
+
+
+def test_vllm_stores_keys_by_an_operator_of_its_own() -> None:
+    called = "attn_layer.impl.do_kv_cache_update(#type:ignore[attr-defined]attn_layer,key,value,"
+    assert called + "kv_cache,layer_slot_mapping,)" in tight(attention.unified_kv_cache_update)
+
+
+def test_vllm_flash_attention_is_what_we_rely_on() -> None:
+    version = names(fa_utils.get_flash_attn_version)
+    assert {"head_size", "requires_softcap"} <= set(version)
+    path = Path(vllm.__file__).parent / "vllm_flash_attn" / "flash_attn_interface.py"
+    defined = {
+        x.name: x for x in ast.parse(path.read_text()).body if isinstance(x, ast.FunctionDef)
+    }
+    parameters = {argument.arg for argument in defined["flash_attn_varlen_func"].args.args}
+    assert {
+        "q",
+        "k",
+        "v",
+        "out",
+        "cu_seqlens_q",
+        "cu_seqlens_k",
+        "max_seqlen_q",
+        "max_seqlen_k",
+        "softmax_scale",
+        "softcap",
+        "causal",
+        "fa_version",
+    } <= parameters
+
+
+def test_vllm_runner_v2_is_what_we_watch() -> None:
+    from vllm.v1.worker.gpu import model_runner as v2
+    from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
+    from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+    from vllm.v1.worker.gpu.states import RequestState
+
+    assert names(v2.GPUModelRunner.gather_batch_req_state) == [
+        "self",
+        "scheduler_output",
+        "dummy_run",
+    ]
+    fields = v2.BatchReqState._fields
+    assert {"req_ids", "idx_mapping_np", "has_prefill"} <= set(fields)
+    assert "self.prompt_len=UvaBackedTensor(" in tight(RequestState.__init__)
+    assert "self.req_id_to_index:dict" in tight(RequestState.__init__)
+    assert "self.np=" in tight(UvaBackedTensor.__init__)
+    run = tight(v2.GPUModelRunner.execute_model)
+    # Rows are announced before their metadata is built, and decide about full graphs.
+    order = [
+        run.index("batch_req_state,uniform_tok_count=self.gather_batch_req_state("),
+        run.index("dispatch_cg_and_sync_dp("),
+        run.index("self.model_state.prepare_attn("),
+    ]
+    assert order == sorted(order)
+    assert "ifbatch_req_state.has_prefill:" in run
+    # Capture and dummy replays build their metadata apart.
+    assert "for_capture=dummy_runandbatch_desc.cg_mode==CUDAGraphMode.FULL" in run
+    assert "seq_lens_cpu_upper_bound=seq_lens_cpu_upper_bound" in tight(
+        DefaultModelState.prepare_attn
+    )
+
+
+def test_vllm_runner_v1_is_what_we_watch() -> None:
+    from vllm.v1.worker.gpu_input_batch import InputBatch
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    parameters = names(GPUModelRunner._determine_batch_execution_and_padding)
+    assert "force_uniform_decode" in parameters
+    run, dummy = tight(GPUModelRunner.execute_model), tight(GPUModelRunner._dummy_run)
+    assert "force_uniform_decode" not in run
+    assert "force_uniform_decode=uniform_decode" in dummy
+    order = [
+        run.index("self._update_states(scheduler_output)"),
+        run.index("self._determine_batch_execution_and_padding("),
+        run.index("self._build_attention_metadata("),
+    ]
+    assert order == sorted(order)
+    assert isinstance(InputBatch.req_ids, property)
+    assert isinstance(InputBatch.num_reqs, property)
+    batch = tight(InputBatch.__init__)
+    assert "self.num_prompt_tokens=self.num_prompt_tokens_cpu_tensor.numpy()" in batch
+    assert "self.num_computed_tokens_cpu=self.num_computed_tokens_cpu_tensor.numpy()" in batch
+    assert "self.requests:dict[str,CachedRequestState]" in tight(GPUModelRunner.__init__)
+    built = tight(GPUModelRunner._build_attention_metadata)
+    assert "seq_lens_cpu_upper_bound=self.optimistic_seq_lens_cpu[:num_reqs_padded]" in built
+
+
+@pytest.mark.parametrize("use_v2", [False, True])
+def test_watching_a_runner_wraps_it_once(use_v2: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if use_v2:
+        from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+        name = "gather_batch_req_state"
+    else:
+        from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+        name = "_determine_batch_execution_and_padding"
+    calls: list[Any] = []
+
+    def original(self: Any, *args: Any, **kwargs: Any) -> tuple[None, int]:
+        calls.append((args, kwargs))
+        return None, 1
+
+    monkeypatch.setattr(GPUModelRunner, name, original)
+    config = SimpleNamespace(use_v2_model_runner=use_v2)
+    compat.watch_runner(config)  # type: ignore[arg-type]
+    wrapped = getattr(GPUModelRunner, name)
+    compat.watch_runner(config)  # type: ignore[arg-type]
+    assert getattr(GPUModelRunner, name) is wrapped
+    # Runners without thin blocks, and dummy runs of those with, see the original.
+    arguments: dict[str, Any] = {"scheduler_output": None, "dummy_run": True}
+    if not use_v2:
+        arguments = {"num_tokens": 1, "force_uniform_decode": True}
+    for backend in (None, AttentionBackendEnum.CUSTOM):
+        runner = SimpleNamespace(
+            vllm_config=SimpleNamespace(attention_config=SimpleNamespace(backend=backend))
+        )
+        assert wrapped(runner, **arguments) == (None, 1)
+    assert len(calls) == 2
+    assert compat.step_rows() is None

@@ -1,0 +1,243 @@
+"""Whole lives of requests on the CUDA backend, against undisturbed requests in plain torch."""
+
+import random
+
+import pytest
+import torch
+
+from tests.triton.engine import Engine, Request, expected_output, make_request
+from think_vllm.attention.cuda_backend import ThinkCUDABackend
+from think_vllm.attention.cuda_state import GroupState
+from think_vllm.config import ThinkConfig
+from think_vllm.errors import ThinkError
+from think_vllm.planner import BlockPlan
+
+#: Format, ratio, blocks of a span before and after, tokens of a thin block, kept channels, heads.
+PLANS = {
+    "none-0.5": ("none", 0.5, 5, 4, 20, 32, (4, 2)),
+    "fp8": ("fp8", 0.0, 2, 1, 32, 64, (2, 1)),
+    "k4v2-0.5": ("k4v2", 0.5, 3, 1, 48, 32, (2, 1)),
+}
+#: Float32 sums in another order, of values of about 1.
+TOLERANCE = 2e-5
+
+
+def make_plan(name: str, prune_decode: bool = True) -> BlockPlan:
+    quant, ratio, span_blocks, thin_blocks, tokens, channels, _ = PLANS[name]
+    config = ThinkConfig.model_validate(
+        {
+            "kv_channel_prune": ratio,
+            "kv_quant": quant,
+            "kv_recent_window": 12,
+            "kv_observation_window": 10,
+            "kv_prune_decode": prune_decode,
+        }
+    )
+    return BlockPlan(config, 64, channels, 16, span_blocks, thin_blocks, tokens, 4)
+
+
+class Life:
+    """Follows requests step by step and checks every token's output."""
+
+    def __init__(self, name, version, device, prune_decode=True, **options):
+        plan = make_plan(name, prune_decode)
+        self.plan, self.rule = plan, plan.rule
+        self.engine = Engine(plan, PLANS[name][-1], version, device, **options)
+        self.expected: dict[str, torch.Tensor] = {}
+
+    def add(self, name: str, prompt_len: int, total: int) -> Request:
+        engine = self.engine
+        layers = len(engine.layers)
+        request = make_request(name, prompt_len, total, engine.heads, engine.plan, layers)
+        self.expected[name] = expected_output(request, engine.plan)
+        engine.add(request)
+        return request
+
+    def step(self, **work: int) -> None:
+        starts = {name: self.engine.requests[name].computed for name in work}
+        for name, out in self.engine.step(work).items():
+            wanted = self.expected[name][:, starts[name] : starts[name] + work[name]]
+            torch.testing.assert_close(out.double(), wanted, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("name", PLANS)
+def test_lives_of_several_requests(name, version, device):
+    life = Life(name, version, device, seed=version)
+    span, due = life.plan.span_tokens, life.rule.due_position
+    short = life.add("short", 7, due(0) + 4)
+    long = life.add("long", 2 * span + 20, due(2) + 3)
+    # A prompt in chunks, the last of which is shorter than the observation window.
+    life.step(long=span, short=7)
+    life.step(long=span + 16, short=1)
+    life.step(long=4, short=1)
+    assert long.computed == long.prompt_len
+    life.step(long=1, short=1)
+    # Both are preempted, then resumed: prompt and output in one chunk, or in several.
+    life.engine.preempt(short)
+    life.engine.preempt(long)
+    life.step(long=due(2) - 1)
+    life.step(short=5, long=1)
+    assert long.freed_spans == 2
+    life.step(short=due(0) - 6, long=1)  # the long one's third span is due
+    life.step(short=1, long=1)
+    life.step(short=1, long=1)  # and the short one's first, whose prompt had none
+    life.engine.finish(long)
+    other = life.add("other", span + 30, span + 33)
+    life.step(other=span + 30, short=1)
+    life.step(other=1, short=1)
+    assert (short.freed_spans, other.freed_spans) == (1, 1)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_decode_batches_run_as_graphs_and_prompts_do_not(version, device):
+    life = Life("k4v2-0.5", version, device, layers=2, graphs=True)
+    engine, due = life.engine, life.rule.due_position
+    life.add("first", 30, due(0) + 3)
+    second = life.add("second", 1, due(0) + 3)
+    life.step(first=29)
+    life.step(first=1)  # one token, of a prompt
+    life.step(first=1, second=1)
+    assert engine.graph_steps == 0
+    life.step(first=1, second=1)
+    life.step(second=1)
+    assert engine.graph_steps == 2
+    # Resumed to where its first span is about to be due, so that it is compacted ahead of a graph.
+    engine.preempt(second)
+    life.step(second=due(0) - 1)
+    for _ in range(3):
+        life.step(first=1, second=1)
+    assert engine.graph_steps == 5
+    life.step(second=1)
+    assert second.freed_spans == 1
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_spans_that_fill_while_decoding_can_stay_dense(version, device):
+    life = Life("k4v2-0.5", version, device, prune_decode=False)
+    span, due = life.plan.span_tokens, life.rule.due_position
+    request = life.add("one", span + 20, due(1) + 3)
+    life.step(one=due(1) - 1)
+    for _ in range(3):
+        life.step(one=1)
+    assert request.freed_spans == 1
+
+
+def test_windows_of_many_prompts_can_be_cut_at_once(device, monkeypatch):
+    monkeypatch.setattr(GroupState, "CUT_WINDOWS", 1)
+    life = Life("k4v2-0.5", 2, device)
+    for i in range(3):
+        life.add(f"r{i}", 60, 62)
+    life.step(r0=55, r1=51, r2=30)
+    life.step(r0=2, r2=25)
+    life.step(r2=1)
+    life.engine.preempt(life.engine.requests["r1"])
+    life.step(r0=3, r1=52)
+    life.step(r0=1, r1=8, r2=4)
+    life.step(r0=1, r1=1, r2=1)
+    assert life.engine.builder.state.windows.capacity == 4
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_lives_at_random(seed, device):
+    choose = random.Random(seed)
+    life = Life("k4v2-0.5", 1 + seed % 2, device, graphs=seed > 1, seed=seed)
+    engine = life.engine
+    for i in range(4):
+        prompt = choose.randrange(1, 130)
+        life.add(f"r{i}", prompt, prompt + choose.randrange(2, 8))
+    while engine.requests:
+        work = {}
+        for name, request in list(engine.requests.items()):
+            left = request.total - request.computed
+            if left == 0:
+                engine.finish(request)
+            elif request.computed > request.prompt_len and choose.random() < 0.05:
+                engine.preempt(request)
+            elif choose.random() < 0.8:
+                known = max(request.prefill_len - request.computed, 1)
+                work[name] = min(known, choose.choice([1, 9, 40, 200]))
+        if work:
+            life.step(**work)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_dummy_runs_have_no_consequences(version, device):
+    life = Life("none-0.5", version, device)
+    engine, plan = life.engine, life.plan
+    life.add("one", 40, 42)
+    life.step(one=36)
+    cache, state = engine.layers[0].kv_cache, engine.builder.state
+    cache[0] = 0
+    before = [x.clone() for x in (cache, state.energy, state.channels)]
+    metadata = engine.dummy(rows=3, tokens=5)
+    query = torch.randn(15, *(engine.heads[0], plan.head_size), device=device)
+    key = torch.randn(15, *(engine.heads[1], plan.head_size), device=device)
+    out = torch.full_like(query, torch.nan)
+    layer = engine.layers[0]
+    layer.impl.forward(layer, query, key, key, cache, metadata, out)
+    assert torch.isfinite(out).all()
+    after = (cache, state.energy, state.channels)
+    assert all(
+        torch.equal(x.nan_to_num(7), y.nan_to_num(7)) for x, y in zip(before, after, strict=True)
+    )
+    life.step(one=4)
+    life.step(one=1)
+
+
+def test_profiling_runs_have_no_metadata(device):
+    life = Life("fp8", 2, device)
+    layer = life.engine.layers[0]
+    query = torch.randn(3, 2, 64, device=device)
+    out = torch.full_like(query, torch.nan)
+    layer.impl.forward(layer, query, query, query, torch.empty(0), None, out)
+    assert not out.any()
+
+
+def test_fresh_prompts_run_in_flash_attention(device, monkeypatch):
+    lengths = []
+
+    def flash(q, k, v, out, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options):
+        assert torch.equal(cu_seqlens_q, cu_seqlens_k)
+        assert options == {"softmax_scale": 0.2, "softcap": 0.0}
+        lens = cu_seqlens_q.diff().tolist()
+        assert max_seqlen_q == max_seqlen_k == max(lens)
+        lengths.append(lens)
+        for parts in zip(*(x.split(lens) for x in (q, k, v, out)), strict=True):
+            query, key, value = (x.transpose(0, 1).double() for x in parts[:3])
+            parts[3][:] = torch.nn.functional.scaled_dot_product_attention(
+                query, key, value, is_causal=True, scale=0.2, enable_gqa=True
+            ).transpose(0, 1)
+
+    life = Life("k4v2-0.5", 2, device)
+    monkeypatch.setattr(life.engine.layers[0].impl, "_flash", flash)
+    one = life.add("one", 60, 75)
+    life.add("two", 20, 22)
+    life.add("three", 70, 72)
+    life.step(one=60, two=20)
+    life.step(one=1, two=1, three=31)
+    life.step(one=1, three=39)
+    assert [sorted(x) for x in lengths] == [[20, 60], [31]]
+    # A resumed request's prompt is fresh, its output is not.
+    life.engine.preempt(one)
+    life.step(one=74, two=1, three=1)
+    life.step(one=1)
+    assert lengths[2:] == [[60]]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"alibi_slopes": [0.5, 0.25]}, "ALiBi"),
+        ({"sliding_window": 128}, "a sliding window"),
+        ({"sinks": torch.zeros(2)}, "attention sinks"),
+        ({"kv_sharing_target_layer_name": "other"}, "shared between layers"),
+        ({"attn_type": "encoder"}, "of type encoder"),
+        ({"kv_cache_dtype": "fp8"}, "KV cache of dtype fp8"),
+        ({"chunk_lookback": 3}, "unknown here: chunk_lookback"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_layers_that_cannot_be_served_are_refused(options, message):
+    with pytest.raises(ThinkError, match=message):
+        ThinkCUDABackend.get_impl_cls()(2, 64, 0.1, **options)

@@ -1,0 +1,85 @@
+"""What the CUDA backend keeps between steps and sends for each, and its warm-up."""
+
+import pytest
+import torch
+
+from tests.kernels.helpers import make_plan
+from think_vllm.attention.cuda_parts import CutWindows, DueSpans, Observed, to_device
+from think_vllm.attention.cuda_state import GroupState, RequestSlots
+from think_vllm.attention.cuda_warmup import warm_up
+
+
+def test_request_slots_keep_their_numbers_while_requests_are_known():
+    slots = RequestSlots(3)
+    known = {"a", "b", "c"}
+    numbers = {name: slots.give(name, known) for name in sorted(known)}
+    assert sorted(numbers.values()) == [0, 1, 2]
+    assert {name: slots.give(name, known) for name in known} == numbers
+    # Nobody told that b has ended; its number is found when one is needed.
+    known = {"a", "c", "d"}
+    assert slots.give("d", known) == numbers["b"]
+    assert slots.get("c") == numbers["c"]
+    assert slots.capacity == 3
+
+
+def test_request_slots_grow_when_all_requests_are_known():
+    slots = RequestSlots(2)
+    known = {"a", "b", "c", "d", "e"}
+    numbers = {slots.give(name, known) for name in known}
+    assert len(numbers) == 5
+    assert max(numbers) < slots.capacity == 8
+
+
+def test_request_slots_are_released():
+    slots = RequestSlots(1)
+    slots.give("a", {"a"})
+    assert slots.release("a") == 0
+    assert slots.give("b", {"a", "b"}) == 0
+    with pytest.raises(KeyError):
+        slots.get("a")
+    with pytest.raises(KeyError):
+        slots.release("a")
+
+
+def test_group_state_keeps_what_it_holds_when_it_grows():
+    state = GroupState(["x", "y"], 2, 64, 32, 1, torch.device("cpu"))
+    assert state.index == {"x": 0, "y": 1}
+    state.channels[1, 0] = 7
+    state.requests.give("a", {"a", "b"})
+    state.requests.give("b", {"a", "b"})
+    state.grow()
+    assert state.channels.shape == (2, 2, 2, 32)
+    assert (state.channels[1, 0] == 7).all()
+    assert not state.channels[:, 1].any()
+    assert state.energy.shape == (2, GroupState.CUT_WINDOWS, 2, 64)
+
+
+def test_to_device_sends_every_tensor_at_an_aligned_place():
+    def ints(*values: int) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32)
+
+    parts = [
+        Observed(ints(1, 2, 3), ints(4), None, CutWindows(ints(), ints(5, 6)), ints(7)),
+        DueSpans(ints(8), ints(9), ints(10)),
+    ]
+    sent = to_device(parts, torch.device("cpu"))
+    assert sent[0].resumed is None
+    first, second = sent[0].begin, sent[1].slot
+    assert first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+    for tensor, values in (
+        (sent[0].begin, [1, 2, 3]),
+        (sent[0].end, [4]),
+        (sent[0].kept.index, []),
+        (sent[0].kept.slot, [5, 6]),
+        (sent[0].ended, [7]),
+        (sent[1].request, [8]),
+        (sent[1].span, [9]),
+        (sent[1].slot, [10]),
+    ):
+        assert tensor.tolist() == values
+        assert tensor.storage_offset() % 4 == 0
+
+
+@pytest.mark.parametrize(("quant", "ratio"), [("none", 0.5), ("fp8", 0.0)])
+def test_warm_up_gives_kernels_what_they_take(quant, ratio, device):
+    warm_up(make_plan(64, torch.float16, ratio=ratio, quant=quant), (4, 2), torch.float16, device)

@@ -1,0 +1,211 @@
+"""Prepare one step on a GPU: what every layer of a group shares.
+
+Everything is decided on the host, from lengths that vLLM has there: exact ones, since drafted
+tokens are refused. Nothing here waits for the GPU.
+
+A batch of single tokens past their prompts may run as a full CUDA graph, which keeps addresses.
+So its rows live in buffers of the builder, vLLM's own lengths and block table are used where
+they are, and spans that are due are compacted here, ahead of the graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.attention.backend import (
+    AttentionCGSupport,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
+
+from csrc_triton.compact import compact_spans, compact_workspace
+from think_vllm import compat
+from think_vllm.activation import selected_plan
+from think_vllm.attention.cuda_parts import DueSpans, Rows, StepParts, WaveParts, to_device
+from think_vllm.attention.cuda_state import GroupState
+from think_vllm.attention.cuda_step import StepSlots, due_spans, step_parts
+from think_vllm.attention.cuda_warmup import warm_up
+from think_vllm.attention.step import Int32Array, Int64Array, Prefill, Step, sort_step
+from think_vllm.blocks.spec import ThinKVCacheSpec
+from think_vllm.errors import ThinkError
+
+
+@dataclass(frozen=True)
+class ThinkCUDAMetadata:
+    """One step, shared by the layers of a group.
+
+    Args:
+        block_table: int32 [num_reqs, width]. Blocks of each request.
+        max_context: Tokens of the longest context, at most.
+        state: What layers remember of requests.
+        workspace: For compaction.
+        parts: The sorted step.
+    """
+
+    block_table: torch.Tensor
+    max_context: int
+    state: GroupState
+    workspace: torch.Tensor
+    parts: StepParts
+
+
+class ThinkCUDAMetadataBuilder(AttentionMetadataBuilder[ThinkCUDAMetadata]):
+    """Builds ``ThinkCUDAMetadata``."""
+
+    _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+
+    def __init__(
+        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        # Single-token queries first: prompt queries are then neighbours as a rule.
+        self._init_reorder_batch_threshold(1)
+        self.plan = selected_plan()
+        if not isinstance(kv_cache_spec, ThinKVCacheSpec) or kv_cache_spec.rule != self.plan.rule:
+            raise ThinkError(
+                f"ThinkCUDAMetadataBuilder: the cache was laid out as {kv_cache_spec}, "
+                f"the plan is {self.plan.rule}"
+            )
+        compat.watch_runner(vllm_config)
+        rows = vllm_config.scheduler_config.max_num_seqs
+        self.state = GroupState(
+            layer_names,
+            kv_cache_spec.num_kv_heads,
+            kv_cache_spec.head_size,
+            self.plan.key_channels,
+            rows,
+            device,
+        )
+        self._workspace = compact_workspace(self.plan, device)
+        self._addresses: tuple[int, ...] = ()
+        self._layers = torch.zeros(len(layer_names), dtype=torch.int64, device=device)
+        self._request = torch.arange(rows, dtype=torch.int32, device=device)
+        self._thin_spans = torch.zeros(rows, dtype=torch.int32, device=device)
+        self._thin_spans_sent = np.zeros(rows, np.int32)
+        if device.type == "cuda":
+            # Here, because vLLM builds this before it reports healthy.
+            impl = vllm_config.compilation_config.static_forward_context[layer_names[0]].impl
+            heads = (impl.num_heads, impl.num_kv_heads)
+            warm_up(self.plan, heads, kv_cache_spec.dtype, device)
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> ThinkCUDAMetadata:
+        """Sort the batch, send what the layers need, and compact ahead of decode batches."""
+        common = common_attn_metadata
+        query_start = common.query_start_loc_cpu.numpy().astype(np.int64)
+        seq_len = common.seq_lens_cpu_upper_bound.numpy().astype(np.int64)
+        rows = compat.step_rows()
+        if rows is None:
+            step = _dummy_step(query_start, seq_len[: query_start.size - 1])
+            return self._metadata(common, to_device(step_parts(step, StepSlots()), self.device))
+        count = rows.prompt_lens.size
+        step = sort_step(
+            self.plan.rule,
+            self.plan.config.kv_observation_window if self.plan.prunes else 0,
+            query_start[: count + 1],
+            seq_len[:count],
+            rows.prompt_lens,
+        )
+        slots = self._find_slots(step, rows)
+        if _is_decode(step, count, query_start):
+            (wave,) = step.waves
+            self._compact(common.block_table_tensor, due_spans(wave, slots))
+            return self._decode(common, wave.thin_spans.astype(np.int32))
+        return self._metadata(common, to_device(step_parts(step, slots), self.device))
+
+    def build_for_cudagraph_capture(
+        self, common_attn_metadata: CommonAttentionMetadata
+    ) -> ThinkCUDAMetadata:
+        """Rows of a graph of single-token queries; vLLM fills in which, when it replays it."""
+        return self._decode(common_attn_metadata, np.zeros(0, np.int32))
+
+    def _metadata(self, common: CommonAttentionMetadata, parts: StepParts) -> ThinkCUDAMetadata:
+        return ThinkCUDAMetadata(
+            block_table=common.block_table_tensor,
+            max_context=common.max_seq_len,
+            state=self.state,
+            workspace=self._workspace,
+            parts=parts,
+        )
+
+    def _decode(self, common: CommonAttentionMetadata, thin_spans: Int32Array) -> ThinkCUDAMetadata:
+        """One query per request, padding rows behind them."""
+        count = common.num_reqs
+        wanted = np.zeros(count, np.int32)
+        wanted[: thin_spans.size] = thin_spans
+        # Spans fall due once in a hundred steps or so.
+        if not np.array_equal(wanted, self._thin_spans_sent[:count]):
+            self._thin_spans_sent[:count] = wanted
+            async_tensor_h2d(wanted, out=self._thin_spans[:count])
+        rows = Rows(
+            tokens=slice(0, count),
+            request=self._request[:count],
+            seq_len=common.seq_lens[:count],
+            thin_spans=self._thin_spans[:count],
+        )
+        return self._metadata(common, StepParts([], None, None, [WaveParts(None, rows, None)]))
+
+    def _find_slots(self, step: Step, rows: compat.StepRows) -> StepSlots:
+        slots = StepSlots()
+        if not self.plan.prunes:
+            return slots
+        state, ids, known = self.state, rows.request_ids, rows.known
+        for seen in step.observations:
+            row, name = seen.request, ids[seen.request]
+            if seen.resume_position is not None:
+                # Whoever goes on gets it back below; layers read all of these before they write.
+                slots.resumed[row] = state.windows.release(name)
+            if seen.keep_position is not None:
+                slots.kept[row] = state.windows.give(name, known)
+            else:
+                slots.requests[row] = state.requests.give(name, known)
+        for wave in step.waves:
+            for row in wave.due_request:
+                slots.requests[row] = state.requests.get(ids[row])
+        state.grow()
+        return slots
+
+    def _compact(self, block_table: torch.Tensor, due: DueSpans | None) -> None:
+        """Compact due spans in all layers, in one launch."""
+        if due is None:
+            return
+        due = to_device(due, self.device)
+        context = self.vllm_config.compilation_config.static_forward_context
+        caches = [context[name].kv_cache for name in self.layer_names]
+        addresses = tuple(cache.data_ptr() for cache in caches)
+        if addresses != self._addresses:
+            if len({cache.stride() for cache in caches}) > 1:
+                raise RuntimeError("think-vllm: the caches of a group's layers differ in strides")
+            self._addresses = addresses
+            async_tensor_h2d(np.array(addresses, np.int64), out=self._layers)
+        compact_spans(
+            caches[0],
+            block_table,
+            due.request,
+            due.span,
+            self.state.channels.index_select(1, due.slot) if self.plan.prunes else None,
+            self.plan,
+            layers=self._layers,
+            workspace=self._workspace,
+        )
+
+
+def _is_decode(step: Step, count: int, query_start: Int64Array) -> bool:
+    """Whether each request has exactly one query, past its prompt."""
+    return step.prefill is None and bool(np.all(np.diff(query_start[: count + 1]) == 1))
+
+
+def _dummy_step(query_start: Int64Array, seq_len: Int64Array) -> Step:
+    """Prompt queries only: what vLLM runs to measure memory and to warm up has no requests."""
+    num_tokens = np.diff(query_start)
+    rows = np.flatnonzero(num_tokens)
+    prefill = Prefill(rows, query_start[rows], num_tokens[rows], seq_len[rows])
+    return Step(prefill, [], None, [])

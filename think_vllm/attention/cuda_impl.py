@@ -1,0 +1,270 @@
+"""One layer's attention on a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.v1.attention.backend import AttentionImpl
+
+from csrc_triton.compact import compact_spans
+from csrc_triton.context import context_attention
+from csrc_triton.decode import decode_attention
+from csrc_triton.scores import add_query_energy, key_energy, select_channels
+from csrc_triton.store import store_dense
+from think_vllm.activation import remember_plan
+from think_vllm.attention.cuda_builder import ThinkCUDAMetadata
+from think_vllm.attention.cuda_flash import flash_prompts, load_flash
+from think_vllm.attention.cuda_parts import Chunks, DueSpans, EndedPrompts, Observed, Rows
+from think_vllm.errors import WAY_OUT, ThinkError
+
+#: Values of ``--kv-cache-dtype`` that leave keys and values as computed.
+PLAIN_DTYPES = ("auto", "bfloat16", "float16")
+
+
+class ThinkCUDAImpl(AttentionImpl[ThinkCUDAMetadata]):
+    """Attention over thin and dense blocks; see ``attention/step.py`` for the order of work."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = "decoder",
+        kv_sharing_target_layer_name: str | None = None,
+        **others: Any,
+    ) -> None:
+        others = {name: value for name, value in others.items() if value is not None}
+        for value, name in (
+            (alibi_slopes, "ALiBi position biases"),
+            (sliding_window, "a sliding window"),
+            (others.pop("sinks", None), "attention sinks"),
+            (kv_sharing_target_layer_name, "a KV cache shared between layers"),
+            (None if attn_type == "decoder" else attn_type, f"attention of type {attn_type}"),
+            (others or None, f"options that are unknown here: {', '.join(others)}"),
+            (
+                None if kv_cache_dtype in PLAIN_DTYPES else kv_cache_dtype,
+                f"a KV cache of dtype {kv_cache_dtype}, perhaps its checkpoint's",
+            ),
+        ):
+            if value is not None:
+                raise ThinkError(
+                    f"thin KV blocks: an attention layer has {name}, which is not supported. "
+                    f"{WAY_OUT}"
+                )
+        self.num_heads = num_heads
+        self.head_size = head_size
+        self.scale = float(scale)
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        self.kv_cache_dtype = kv_cache_dtype
+        self.logits_soft_cap = logits_soft_cap or 0.0
+        # vLLM builds layers with their engine's config at hand, and asks for specs without it.
+        self.plan = remember_plan(get_current_vllm_config())
+        self._flash = load_flash(head_size, self.logits_soft_cap)
+
+    def do_kv_cache_update(
+        self,
+        layer: Any,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """Store new keys and values densely.
+
+        Args:
+            layer: vLLM's attention layer.
+            key: [num_tokens, Hk, D], perhaps with padding behind.
+            value: [num_tokens, Hk, D]. As ``key``.
+            kv_cache: [num_blocks, Hk, N, 2 * D]. Written.
+            slot_mapping: int64 [num_tokens]. Negative for padding.
+        """
+        count = slot_mapping.shape[0]
+        store_dense(key[:count], value[:count], kv_cache, slot_mapping, self.plan)
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend, and compact what has become old.
+
+        Args:
+            layer: vLLM's attention layer.
+            query: [num_tokens, Hq, D].
+            key: [num_tokens, Hk, D]. Stored densely before this call.
+            value: [num_tokens, Hk, D]. As ``key``.
+            kv_cache: [num_blocks, Hk, N, 2 * D]. Compacted in place.
+            attn_metadata: Of this step; None while vLLM profiles.
+            output: [num_tokens, Hq, D]. Written for every query of the step.
+            output_scale: Not supported.
+            output_block_scale: Not supported.
+
+        Returns:
+            ``output``.
+        """
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError("think-vllm: outputs of attention cannot be quantized")
+        if attn_metadata is None:
+            return output.fill_(0)
+        metadata: ThinkCUDAMetadata = attn_metadata
+        parts = metadata.parts
+        for chunks in parts.prompts:
+            self._attend_chunks(query, key, value, kv_cache, metadata, chunks, output)
+        # Only steps of prompts and of resumed requests have state to see to here.
+        index = metadata.state.index[layer.layer_name]
+        energy = None
+        if parts.observed is not None:
+            energy = self._observe(query, parts.observed, metadata.state.energy[index])
+        if parts.ended is not None:
+            self._end_prompts(kv_cache, metadata, parts.ended, energy, index)
+        for wave in parts.waves:
+            if wave.due is not None:
+                self._compact(kv_cache, metadata, index, wave.due)
+            if wave.rows is not None:
+                self._attend_rows(query, kv_cache, metadata, wave.rows, output)
+            if wave.chunks is not None:
+                self._attend_chunks(query, key, value, kv_cache, metadata, wave.chunks, output)
+        return output
+
+    def _attend_chunks(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: ThinkCUDAMetadata,
+        chunks: Chunks,
+        output: torch.Tensor,
+    ) -> None:
+        where = chunks.tokens
+        answer = output[where]  # a view for a slice, a copy for indices
+        if chunks.fresh and self._flash is not None:
+            flash_prompts(
+                self._flash,
+                query[where],
+                key[where],
+                value[where],
+                chunks.starts,
+                chunks.max_query_len,
+                self.scale,
+                self.logits_soft_cap,
+                answer,
+            )
+        else:
+            context_attention(
+                query[where],
+                kv_cache,
+                metadata.block_table,
+                chunks.starts,
+                chunks.seq_len,
+                chunks.request,
+                self.plan,
+                self.scale,
+                answer,
+                chunks.max_query_len,
+                logits_soft_cap=self.logits_soft_cap,
+                thin_spans=chunks.thin_spans,
+            )
+        if isinstance(where, torch.Tensor):
+            output[where] = answer
+
+    def _observe(self, query: torch.Tensor, observed: Observed, kept: torch.Tensor) -> torch.Tensor:
+        """Add up the observation windows; return the complete ones, float32 [n, Hk, D]."""
+        energy = kept.new_zeros(observed.begin.numel(), *kept.shape[1:])
+        if observed.resumed is not None:
+            energy[observed.resumed.index] = kept[observed.resumed.slot]
+        add_query_energy(query, observed.begin, observed.end, energy)
+        if observed.kept is not None:
+            kept[observed.kept.slot] = energy[observed.kept.index]
+        return energy[observed.ended]
+
+    def _end_prompts(
+        self,
+        kv_cache: torch.Tensor,
+        metadata: ThinkCUDAMetadata,
+        ended: EndedPrompts,
+        energy: torch.Tensor | None,
+        index: int,
+    ) -> None:
+        """Choose the channels of finished prompts, and compact their spans."""
+        channels = None
+        if energy is not None:
+            # A sum stands for the mean over the window: the order of channels is the same.
+            channels = select_channels(
+                energy,
+                key_energy(
+                    kv_cache,
+                    metadata.block_table,
+                    ended.request,
+                    ended.prompt_len,
+                    self.plan,
+                    max_prompt_len=ended.max_prompt_len,
+                ),
+                self.plan.key_channels,
+            )
+            metadata.state.channels[index, ended.slot] = channels
+            channels = channels[ended.span_prompt]
+        compact_spans(
+            kv_cache,
+            metadata.block_table,
+            ended.span_request,
+            ended.span,
+            channels,
+            self.plan,
+            workspace=metadata.workspace,
+        )
+
+    def _compact(
+        self, kv_cache: torch.Tensor, metadata: ThinkCUDAMetadata, index: int, due: DueSpans
+    ) -> None:
+        """Compact spans that filled while decoding, with their request's channels."""
+        channels = metadata.state.channels[index, due.slot] if self.plan.prunes else None
+        compact_spans(
+            kv_cache,
+            metadata.block_table,
+            due.request,
+            due.span,
+            channels,
+            self.plan,
+            workspace=metadata.workspace,
+        )
+
+    def _attend_rows(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: ThinkCUDAMetadata,
+        rows: Rows,
+        output: torch.Tensor,
+    ) -> None:
+        where = rows.tokens
+        answer = output[where]
+        decode_attention(
+            query[where],
+            kv_cache,
+            metadata.block_table,
+            rows.request,
+            rows.seq_len,
+            rows.thin_spans,
+            self.plan,
+            self.scale,
+            answer,
+            logits_soft_cap=self.logits_soft_cap,
+            max_context=metadata.max_context,
+        )
+        if isinstance(where, torch.Tensor):
+            output[where] = answer

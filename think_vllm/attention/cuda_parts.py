@@ -1,0 +1,191 @@
+"""A sorted step in the form that kernels on a GPU take: int32 tensors there, sent in one go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from vllm.utils.torch_utils import async_tensor_h2d
+
+#: Tokens of a step: a slice where they are neighbours, else their indices.
+Tokens = slice | torch.Tensor
+T = TypeVar("T")
+
+#: Triton compiles kernels for pointers to multiples of 16 bytes apart from those for others.
+_ALIGN = 4
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """Queries of requests that attend in one call, several per request.
+
+    Args:
+        fresh: Whether they see nothing but their own step's keys.
+        tokens: Where they are among the step's.
+        starts: int32 [n + 1]. Start of each request's among them.
+        seq_len: int32 [n]. Tokens that the last one of each request attends to.
+        request: int32 [n]. Row of the block table.
+        thin_spans: int32 [n]. Spans that each request's see thin; None for prompts.
+        max_query_len: Most queries of a request.
+    """
+
+    fresh: bool
+    tokens: Tokens
+    starts: torch.Tensor
+    seq_len: torch.Tensor
+    request: torch.Tensor
+    thin_spans: torch.Tensor | None
+    max_query_len: int
+
+
+@dataclass(frozen=True)
+class CutWindows:
+    """Observation windows that another step has begun or will go on with.
+
+    Args:
+        index: int32 [n]. Which of the observed ones.
+        slot: int32 [n]. Where their energy is kept between steps.
+    """
+
+    index: torch.Tensor
+    slot: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Queries in observation windows.
+
+    Args:
+        begin: int32 [n]. First of each request's, among the step's tokens.
+        end: int32 [n]. One past the last.
+        resumed: Windows that an earlier step has begun; None for none.
+        kept: Windows that a later step goes on with; None for none.
+        ended: int32 [m]. Which of them are complete, in the order of the ended prompts.
+    """
+
+    begin: torch.Tensor
+    end: torch.Tensor
+    resumed: CutWindows | None
+    kept: CutWindows | None
+    ended: torch.Tensor
+
+
+@dataclass(frozen=True)
+class EndedPrompts:
+    """Prompts that end in this step, and their spans.
+
+    Args:
+        request: int32 [n]. Row of the block table.
+        prompt_len: int32 [n]. Tokens of the prompt.
+        slot: int32 [n]. Where the request's channels are kept.
+        max_prompt_len: The longest one.
+        span_prompt: int32 [t]. Of which of these prompts each span is.
+        span_request: int32 [t]. Row of the block table.
+        span: int32 [t]. Spans to compact.
+    """
+
+    request: torch.Tensor
+    prompt_len: torch.Tensor
+    slot: torch.Tensor
+    max_prompt_len: int
+    span_prompt: torch.Tensor
+    span_request: torch.Tensor
+    span: torch.Tensor
+
+
+@dataclass(frozen=True)
+class DueSpans:
+    """Spans that have filled while decoding.
+
+    Args:
+        request: int32 [n]. Row of the block table.
+        span: int32 [n]. The span.
+        slot: int32 [n]. Where the request's channels are.
+    """
+
+    request: torch.Tensor
+    span: torch.Tensor
+    slot: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Single queries of requests, past their prompts.
+
+    Args:
+        tokens: Where they are among the step's.
+        request: int32 [R]. Row of the block table.
+        seq_len: int32 [R]. Tokens that each attends to, 0 for padding.
+        thin_spans: int32 [R]. Spans that each sees thin.
+    """
+
+    tokens: Tokens
+    request: torch.Tensor
+    seq_len: torch.Tensor
+    thin_spans: torch.Tensor
+
+
+@dataclass(frozen=True)
+class WaveParts:
+    """Queries past their prompts that attend after the same compactions.
+
+    Args:
+        due: What is compacted first; None for nothing.
+        rows: Those of requests that have one; None for none.
+        chunks: Those of resumed requests that have several; None for none.
+    """
+
+    due: DueSpans | None
+    rows: Rows | None
+    chunks: Chunks | None
+
+
+@dataclass(frozen=True)
+class StepParts:
+    """A step in the order of ``attention/step.py``."""
+
+    prompts: list[Chunks]
+    observed: Observed | None
+    ended: EndedPrompts | None
+    waves: list[WaveParts]
+
+
+def to_device(parts: T, device: torch.device) -> T:
+    """Send all tensors of nested dataclasses in one copy that nobody waits for."""
+    found = list(_tensors(parts))
+    if not found:
+        return parts
+    sizes = [tensor.numel() for tensor in found]
+    starts = np.cumsum([0] + [-(-size // _ALIGN) * _ALIGN for size in sizes])
+    packed = torch.zeros(int(starts[-1]), dtype=torch.int32)
+    for tensor, start, size in zip(found, starts, sizes, strict=False):
+        packed[start : start + size] = tensor
+    sent = async_tensor_h2d(packed, device=device)
+    views = (sent[start : start + size] for start, size in zip(starts, sizes, strict=False))
+    made: T = _replaced(parts, views)
+    return made
+
+
+def _tensors(part: Any) -> Iterator[torch.Tensor]:
+    if isinstance(part, torch.Tensor):
+        yield part
+    elif isinstance(part, list):
+        for item in part:
+            yield from _tensors(item)
+    elif is_dataclass(part):
+        for member in fields(part):
+            yield from _tensors(getattr(part, member.name))
+
+
+def _replaced(part: Any, views: Iterator[torch.Tensor]) -> Any:
+    if isinstance(part, torch.Tensor):
+        return next(views)
+    if isinstance(part, list):
+        return [_replaced(item, views) for item in part]
+    if is_dataclass(part) and not isinstance(part, type):
+        names = [member.name for member in fields(part)]
+        return type(part)(**{name: _replaced(getattr(part, name), views) for name in names})
+    return part

@@ -1,0 +1,66 @@
+"""Compile the kernels of an engine before it serves."""
+
+import torch
+
+from csrc_triton.compact import compact_spans
+from csrc_triton.context import context_attention
+from csrc_triton.decode import decode_attention
+from csrc_triton.scores import add_query_energy, key_energy, select_channels
+from csrc_triton.store import store_dense
+from think_vllm.planner import BlockPlan
+
+
+def warm_up(
+    plan: BlockPlan, heads: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Run every kernel once on a few blocks, and once more for a single request.
+
+    Triton compiles whole numbers that are 1 into a kernel, so that is another one. Others, such
+    as multiples of 16, may still compile when they first come.
+
+    Args:
+        plan: How blocks are laid out.
+        heads: ``Hq`` and ``Hk``.
+        dtype: Of the cache.
+        device: The GPU.
+    """
+    for requests in (3, 1):
+        _warm_up(plan, heads, dtype, device, requests)
+
+
+def _warm_up(
+    plan: BlockPlan,
+    heads: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    requests: int,
+) -> None:
+    blocks = requests * plan.span_blocks
+    shape = (blocks, heads[1], plan.block_size, 2 * plan.head_size)
+    kv_cache = torch.zeros(shape, dtype=dtype, device=device)
+    table = torch.arange(blocks, dtype=torch.int32, device=device).view(requests, -1)
+    request = torch.arange(requests, dtype=torch.int32, device=device)
+    none, one = torch.zeros_like(request), torch.ones_like(request)
+    query = torch.zeros(requests, heads[0], plan.head_size, dtype=dtype, device=device)
+    key = torch.zeros(requests, heads[1], plan.head_size, dtype=dtype, device=device)
+    out = torch.empty_like(query)
+
+    store_dense(key, key, kv_cache, request.long() * plan.span_tokens, plan)
+    starts = torch.arange(requests + 1, dtype=torch.int32, device=device)
+    scale = plan.head_size**-0.5
+    for thin in (None, none):
+        context_attention(
+            query, kv_cache, table, starts, one, request, plan, scale, out, 1, thin_spans=thin
+        )
+    channels = None
+    if plan.prunes:
+        size = (requests, heads[1], plan.head_size)
+        energy = torch.zeros(size, dtype=torch.float32, device=device)
+        add_query_energy(query, request, request + 1, energy)
+        keys = key_energy(kv_cache, table, request, one, plan, max_prompt_len=1)
+        channels = select_channels(energy, keys, plan.key_channels)
+    compact_spans(kv_cache, table, request, none, channels, plan)
+    layers = torch.tensor([kv_cache.data_ptr()], dtype=torch.int64, device=device)
+    layered = None if channels is None else channels[None]
+    compact_spans(kv_cache, table, request, none, layered, plan, layers=layers)
+    decode_attention(query, kv_cache, table, request, one, none, plan, scale, out)
