@@ -16,6 +16,7 @@ from pathlib import Path
 from bench.machine import describe_machine
 from tests.support.models import BUNDLED, make_llama
 from tests.support.server import Server
+from think_vllm.formats import FORMATS
 
 
 def seconds_to_answer(server: Server, prompt: list[int]) -> float:
@@ -32,6 +33,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2000)
     parser.add_argument("--pairs", type=int, default=25)
     parser.add_argument("--ratio", default="0.5")
+    parser.add_argument("--quant", default="none", choices=FORMATS)
     parser.add_argument("--dtype", default="bfloat16")
     options = parser.parse_args()
     rng = random.Random(0)
@@ -45,7 +47,7 @@ def main() -> None:
         common = ["--dtype", options.dtype, "--no-enable-prefix-caching"]
         common += ["--max-model-len", "2048", "--max-num-batched-tokens", "2048"]
         plain = stack.enter_context(Server(model, common, folder / "plain.log"))
-        flags = [*common, "--kv-channel-prune", options.ratio]
+        flags = [*common, "--kv-channel-prune", options.ratio, "--kv-quant", options.quant]
         pruned = stack.enter_context(Server(model, flags, folder / "pruned.log"))
         times: list[tuple[float, float]] = []
         for pair in range(options.pairs + 3):

@@ -98,9 +98,11 @@ def attend_thin(
                 run, tokens, live, D, D_PAD, T, VALUE_BITS, GROUP, VALUES, VALUE_ROW,
                 VALUE_SCALES, VALUE_ZEROS, DTYPE,
             )  # fmt: skip
+            added = dot(weights, values, DTYPE, DOT, PRECISION)
             if VALUE_BITS == 8:
-                weights = weights * load_scale(run + VALUE_SCALES)
-            sums = sums * older[:, None] + dot(weights, values, DTYPE, DOT, PRECISION)
+                # Not into the weights: small ones would lose their digits in float16.
+                added = added * load_scale(run + VALUE_SCALES)
+            sums = sums * older[:, None] + added
     return top, total, sums
 
 
