@@ -29,6 +29,8 @@ from think_vllm.planner import BlockPlan, plan_blocks
 L2_BYTES = 256 * 2**20  # larger than any L2 cache
 COPY_BYTES = 2 * 2**30
 WARM_UPS = 3
+#: For how long the GPU idles before a kernel, so that the host has enqueued all of it by then.
+IDLE_CYCLES = 1_000_000
 
 
 def time_in_turns(kernels: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
@@ -37,8 +39,9 @@ def time_in_turns(kernels: dict[str, Callable[[], Any]], rounds: int) -> dict[st
     times: dict[str, list[float]] = {name: [] for name in kernels}
     for round_ in range(rounds + WARM_UPS):
         for name, run in kernels.items():
-            flush.zero_()
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            flush.zero_()
+            torch.cuda._sleep(IDLE_CYCLES)
             start.record()
             run()
             end.record()
@@ -69,8 +72,9 @@ def think_kernel(
     freed = plan.span_blocks - plan.thin_blocks
     num_blocks = num_seqs * (width - spans * freed) + 1
     shape = (num_blocks, num_kv_heads, plan.block_size, 2 * head_size)
-    cache = torch.randint(0, 64, (*shape[:3], shape[3] * plan.itemsize), device="cuda")
-    cache = cache.to(torch.uint8).view(query.dtype)
+    # As bytes from the start: int64 would take eight times the memory.
+    size = (*shape[:3], shape[3] * plan.itemsize)
+    cache = torch.randint(0, 64, size, dtype=torch.uint8, device="cuda").view(query.dtype)
     # Row entries behind a span's thin blocks are null, as vLLM's manager leaves them.
     position = torch.arange(width)
     held = (position >= spans * plan.span_blocks) | (position % plan.span_blocks < plan.thin_blocks)
@@ -106,12 +110,23 @@ def torch_kernel(query: torch.Tensor, num_kv_heads: int, context: int) -> Callab
     return lambda: attention(query[:, :, None], keys, values, enable_gqa=True)
 
 
-def flash_kernel(query: torch.Tensor, num_kv_heads: int, context: int) -> Callable[[], Any] | None:
-    """FlashAttention of vLLM over its paged bf16 cache; None where it cannot be imported."""
+def flash_version(head_size: int) -> int | None:
+    """Version of FlashAttention that vLLM takes on this GPU; its function defaults to 2."""
     try:
-        from vllm.vllm_flash_attn import flash_attn_varlen_func
+        from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
     except ImportError:
         return None
+    version: int | None = get_flash_attn_version(head_size=head_size)
+    return version
+
+
+def flash_kernel(query: torch.Tensor, num_kv_heads: int, context: int) -> Callable[[], Any] | None:
+    """FlashAttention of vLLM over its paged bf16 cache; None where it cannot be imported."""
+    version = flash_version(query.shape[2])
+    if version is None:
+        return None
+    from vllm.vllm_flash_attn import flash_attn_varlen_func
+
     num_seqs, _, head_size = query.shape
     width = -(-context // 16)
     shape = (num_seqs * width, 16, num_kv_heads, head_size)
@@ -129,6 +144,7 @@ def flash_kernel(query: torch.Tensor, num_kv_heads: int, context: int) -> Callab
         seqused_k=lengths,
         block_table=table,
         causal=True,
+        fa_version=version,
     )
 
 
@@ -174,6 +190,7 @@ def main() -> None:
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
+        "flash_attention": flash_version(options.head_size),
         "think_vllm": __version__,
         "copy_bytes_per_second": bandwidth,
     }

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from csrc_triton.aot import AotCase
 from csrc_triton.blocks import cache_bytes, cache_strides, check_cache, element_type
-from csrc_triton.decode import attention_constants, check_rows
+from csrc_triton.decode import attention_constants, check_rows, launch_options
 from csrc_triton.matrices import in_order, parts_of
 from csrc_triton.tiles import attend_dense, attend_thin
 from think_vllm.planner import BlockPlan
@@ -98,7 +98,7 @@ def context_attention(
         HAS_THIN=has_thin,
         ROWS=rows,
         **attention_constants(plan, kv_cache.dtype, group, logits_soft_cap > 0),
-        **(THIN_OPTIONS if has_thin else OPTIONS),
+        **launch_options(THIN_OPTIONS if has_thin else OPTIONS, kv_cache.dtype),
     )
 
 
@@ -116,8 +116,8 @@ def aot_cases(plan: BlockPlan, dtype: torch.dtype) -> list[AotCase]:
     constants = attention_constants(plan, dtype, 4, False)
     dense, thin = {"HAS_THIN": False, "ROWS": ROWS}, {"HAS_THIN": True, "ROWS": THIN_ROWS}
     return [
-        AotCase(_attend, signature, constants | dense, OPTIONS),
-        AotCase(_attend, signature, constants | thin, THIN_OPTIONS),
+        AotCase(_attend, signature, constants | dense, launch_options(OPTIONS, dtype)),
+        AotCase(_attend, signature, constants | thin, launch_options(THIN_OPTIONS, dtype)),
     ]
 
 

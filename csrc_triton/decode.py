@@ -140,7 +140,7 @@ def decode_attention(
         splits=splits,
         ROWS=max(MIN_GROUP, triton.next_power_of_2(group)),
         **attention_constants(plan, kv_cache.dtype, group, logits_soft_cap > 0),
-        **OPTIONS,
+        **launch_options(OPTIONS, kv_cache.dtype),
     )
     _combine[(num_rows, num_heads)](
         workspace,
@@ -151,9 +151,18 @@ def decode_attention(
         splits,
         D=head_size,
         D_PAD=triton.next_power_of_2(head_size),
-        SPLITS_PAD=triton.next_power_of_2(splits),
+        SPLITS_PAD=max(MAX_SPLITS, triton.next_power_of_2(splits)),
         num_warps=1,
     )
+
+
+def launch_options(options: dict[str, int], dtype: torch.dtype) -> dict[str, int]:
+    """Options of an attention kernel for a cache dtype.
+
+    Tiles of float32 that are loaded ahead would not fit the shared memory of an A100 at head size
+    256. Such caches are there for comparisons, so they need not be fast.
+    """
+    return options | {"num_stages": 1} if dtype == torch.float32 else options
 
 
 def attention_constants(
@@ -189,7 +198,7 @@ def aot_cases(plan: BlockPlan, dtype: torch.dtype) -> list[AotCase]:
                "out_stride": "i32:16", "out_head_stride": "i32:16", "splits": "i32"}  # fmt: skip
     sizes = {"D": plan.head_size, "D_PAD": constants["D_PAD"], "SPLITS_PAD": MAX_SPLITS}
     return [
-        AotCase(_attend, signature, constants, OPTIONS),
+        AotCase(_attend, signature, constants, launch_options(OPTIONS, dtype)),
         AotCase(_combine, combine, sizes, {"num_warps": 1}),
     ]
 
@@ -223,7 +232,9 @@ def check_rows(who: str, query: torch.Tensor, kv_cache: torch.Tensor, out: torch
         )
 
 
-@triton.jit
+# One binary whatever the batch and the model length: model runner V1 warms up with prompts before
+# it captures a decode graph, and compiling and loading a kernel during a capture may fail.
+@triton.jit(do_not_specialize=["table_stride", "splits"])
 def _attend(
     query_ptr, kv_ptr, table_ptr, request_ptr, seq_len_ptr, thin_spans_ptr, partial_ptr,
     scale, cap, query_stride, query_head_stride, table_stride, block_stride, head_stride, splits,
@@ -289,7 +300,7 @@ def _attend(
     tl.store(partial + D + 1, total, mask=head_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _combine(
     partial_ptr, seq_len_ptr, out_ptr, out_stride, out_head_stride, splits,
     D: tl.constexpr, D_PAD: tl.constexpr, SPLITS_PAD: tl.constexpr,

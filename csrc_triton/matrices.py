@@ -4,8 +4,9 @@ Integer codes are ``8 // bits`` to a byte, first code lowest. A tile takes its c
 order**: first the lowest code of every byte, then the next one, so that threads read neighbouring
 bytes and no code has to change places. ``column_of`` says what is where.
 
-Pointers are cast to elements before offsets are added, and no mask varies along a row: otherwise
-Triton does not see that neighbours are neighbours, and loads them one by one.
+Pointers are cast to elements before offsets are added, and no mask varies along a row but at
+multiples of 16: otherwise Triton does not see that neighbours are neighbours, and loads them one
+by one.
 """
 
 import triton
@@ -52,11 +53,14 @@ def decode_fp8(codes):
 @triton.jit
 def load_codes(
     start, rows, row_mask, first,
-    COLUMNS: tl.constexpr, ROW: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr,
+    COLUMNS: tl.constexpr, HELD: tl.constexpr, ROW: tl.constexpr, BITS: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Load rows of a matrix as float32: elements, e4m3 values or integer codes, in byte order.
 
-    Reads whole tiles: columns behind the last one hold whatever follows in the run.
+    Reads whole tiles: columns behind the last one hold whatever follows in the run. Rows at the
+    run's end have too little behind them, so columns from ``HELD`` on are left out if that is less
+    than ``COLUMNS``; integer codes are followed by their scales, and need none of this.
 
     Args:
         start: Byte pointer to the matrix.
@@ -64,23 +68,27 @@ def load_codes(
         row_mask: ``[R]``: which rows to read; the others are 0.
         first: First column, a multiple of the codes of a byte.
         COLUMNS: Of the tile.
+        HELD: Columns of the tile that may be read.
         ROW: Bytes of a row.
         BITS: Of a code, 0 for elements.
         DTYPE: Of elements.
     """
     index = tl.arange(0, COLUMNS)
+    mask = row_mask[:, None]
+    if HELD < COLUMNS and (BITS == 0 or BITS == 8):
+        mask = mask & (index < HELD)[None, :]
     if BITS == 0:
         SIZE: tl.constexpr = DTYPE.primitive_bitwidth // 8
         at = as_elements(start, DTYPE) + rows[:, None] * (ROW // SIZE) + (first + index)[None, :]
-        return tl.load(at, mask=row_mask[:, None], other=0.0).to(tl.float32)
+        return tl.load(at, mask=mask, other=0.0).to(tl.float32)
     elif BITS == 8:
         at = start + rows[:, None] * ROW + (first + index)[None, :]
-        return decode_fp8(tl.load(at, mask=row_mask[:, None], other=0))
+        return decode_fp8(tl.load(at, mask=mask, other=0))
     else:
         PARTS: tl.constexpr = 8 // BITS
         WIDTH: tl.constexpr = COLUMNS // PARTS
         at = start + rows[:, None] * ROW + (first // PARTS + index % WIDTH)[None, :]
-        codes = tl.load(at, mask=row_mask[:, None], other=0).to(tl.int32)
+        codes = tl.load(at, mask=mask, other=0).to(tl.int32)
         return ((codes >> (index // WIDTH * BITS)[None, :]) & ((1 << BITS) - 1)).to(tl.float32)
 
 
@@ -115,10 +123,10 @@ def load_values(
 ):  # fmt: skip
     """Values of a thin block as float32 ``[tokens, D_PAD]``, channels in byte order.
 
-    e4m3 values come without their scale. Channels behind D are rubbish, finite for codes.
+    e4m3 values come without their scale. Channels behind D are rubbish for integer codes, else 0.
     """
     PARTS: tl.constexpr = parts_of(BITS)
-    values = load_codes(run + OFFSET, tokens, token_mask, 0, D_PAD, ROW, BITS, DTYPE)
+    values = load_codes(run + OFFSET, tokens, token_mask, 0, D_PAD, D, ROW, BITS, DTYPE)
     if PARTS > 1:
         groups = tl.arange(0, D_PAD // GROUP)
         index = groups[None, :] * T + tokens[:, None]

@@ -79,7 +79,7 @@ def attend_thin(
         for first in range(0, count, TILE):
             tokens = first + column_of(tl.arange(0, TILE), TILE, KEY_PARTS)
             live = tokens < count
-            codes = load_codes(run, kept, kept_mask, first, TILE, KEY_ROW, KEY_BITS, DTYPE)
+            codes = load_codes(run, kept, kept_mask, first, TILE, TILE, KEY_ROW, KEY_BITS, DTYPE)
             if KEY_PARTS > 1:
                 # A tile lies within a group: its scales go into the queries, its zeros into one
                 # number per query row.

@@ -59,8 +59,8 @@ def refused(capsys: pytest.CaptureFixture[str], model: Path, *arguments: str) ->
         ),
         (["--kv-quant", "k4v2", "--block-size", "24"], "--block-size is 24"),
         (
-            ["--kv-quant", "kivi4", "--block-size", "1024"],
-            "--kv-quant kivi4 at head size 128: no span of up to 32 blocks of --block-size 1024",
+            ["--kv-quant", "kivi4", "--block-size", "2048"],
+            "--kv-quant kivi4 at head size 128: no span of up to 32 blocks of --block-size 2048",
         ),
         (
             [

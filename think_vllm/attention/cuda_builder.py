@@ -90,7 +90,8 @@ class ThinkCUDAMetadataBuilder(AttentionMetadataBuilder[ThinkCUDAMetadata]):
             # Here, because vLLM builds this before it reports healthy.
             impl = vllm_config.compilation_config.static_forward_context[layer_names[0]].impl
             heads = (impl.num_heads, impl.num_kv_heads)
-            warm_up(self.plan, heads, kv_cache_spec.dtype, device)
+            cap = impl.logits_soft_cap
+            warm_up(self.plan, heads, kv_cache_spec.dtype, device, cap)
 
     def build(
         self,

@@ -11,7 +11,11 @@ from think_vllm.planner import BlockPlan
 
 
 def warm_up(
-    plan: BlockPlan, heads: tuple[int, int], dtype: torch.dtype, device: torch.device
+    plan: BlockPlan,
+    heads: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    logits_soft_cap: float = 0.0,
 ) -> None:
     """Run every kernel once on a few blocks, and once more for a single request.
 
@@ -23,9 +27,10 @@ def warm_up(
         heads: ``Hq`` and ``Hk``.
         dtype: Of the cache.
         device: The GPU.
+        logits_soft_cap: Of the layers; attention with one is another kernel.
     """
     for requests in (3, 1):
-        _warm_up(plan, heads, dtype, device, requests)
+        _warm_up(plan, heads, dtype, device, requests, logits_soft_cap)
 
 
 def _warm_up(
@@ -34,6 +39,7 @@ def _warm_up(
     dtype: torch.dtype,
     device: torch.device,
     requests: int,
+    cap: float,
 ) -> None:
     blocks = requests * plan.span_blocks
     shape = (blocks, heads[1], plan.block_size, 2 * plan.head_size)
@@ -50,7 +56,7 @@ def _warm_up(
     scale = plan.head_size**-0.5
     for thin in (None, none):
         context_attention(
-            query, kv_cache, table, starts, one, request, plan, scale, out, 1, thin_spans=thin
+            query, kv_cache, table, starts, one, request, plan, scale, out, 1, cap, thin
         )
     channels = None
     if plan.prunes:
@@ -63,4 +69,4 @@ def _warm_up(
     layers = torch.tensor([kv_cache.data_ptr()], dtype=torch.int64, device=device)
     layered = None if channels is None else channels[None]
     compact_spans(kv_cache, table, request, none, layered, plan, layers=layers)
-    decode_attention(query, kv_cache, table, request, one, none, plan, scale, out)
+    decode_attention(query, kv_cache, table, request, one, none, plan, scale, out, cap)
