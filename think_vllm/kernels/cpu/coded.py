@@ -17,6 +17,7 @@ import numpy as np
 from numba.extending import overload
 
 from think_vllm.kernels.cpu.blocks import Fp8Matrix, Int2Matrix, Int4Matrix, PlainMatrix
+from think_vllm.kernels.cpu.compiling import named
 from think_vllm.kernels.cpu.folding import add_constant, fold, load_steps
 from think_vllm.kernels.cpu.tiles import add_fp8, add_int2, add_int4, add_products
 from think_vllm.kernels.cpu.vectors import LANES
@@ -98,6 +99,7 @@ def _make_add_integers(bits: int, add_codes: Callable[..., None]) -> Any:
     unit = np.float32(1 << bits)
     middle = np.float32(((1 << bits) - 1) / 2)
 
+    @named(bits)
     def add_integers(
         sums, sums_at, sums_stride, factors, factors_at, factors_stride, cache, run, following,
         matrix, itemsize, num_rows, heads, columns, scratch,

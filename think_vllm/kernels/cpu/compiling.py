@@ -47,6 +47,21 @@ class _CacheFile(IndexDataCacheFile):
         """Nothing is ever stale under its name."""
 
 
+def named(suffix: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a function that a factory makes a name of its own, before numba sees it.
+
+    numba tells functions of one name apart by numbers that it counts per process. Code from the
+    cache on disk was counted in other processes, so two formats loaded side by side could call
+    each other's helpers.
+    """
+
+    def rename(function: Callable[..., Any]) -> Callable[..., Any]:
+        function.__name__ = function.__qualname__ = f"{function.__name__}_{suffix}"
+        return function
+
+    return rename
+
+
 def kernel(**options: Any) -> Callable[[Callable[..., None]], Any]:
     """Compile a function on its first call, or load it from the cache on disk.
 

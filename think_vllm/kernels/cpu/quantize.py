@@ -12,6 +12,7 @@ from numba.extending import overload
 
 from think_vllm.formats import FP8_MAX
 from think_vllm.kernels.cpu.blocks import Fp8Matrix, Int2Matrix, Int4Matrix, PlainMatrix
+from think_vllm.kernels.cpu.compiling import named
 from think_vllm.kernels.cpu.elements import (
     bits_to_float32,
     copy_elements,
@@ -153,6 +154,7 @@ def _make_put_integers(bits: int) -> Callable[..., None]:
     levels = np.float32(2**bits - 1)
 
     @njit
+    @named(bits)
     def pack(values: Any, codes: Any) -> None:
         for i in range(len(values) // per_byte):
             byte = np.uint8(0)
@@ -160,6 +162,7 @@ def _make_put_integers(bits: int) -> Callable[..., None]:
                 byte |= np.uint8(np.int32(values[i * per_byte + k]) << (k * bits))
             codes[i] = byte
 
+    @named(bits)
     def put_integers(
         cache, run, matrix, itemsize, source, source_at, source_stride, num_rows, columns, floats
     ):

@@ -15,6 +15,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from think_vllm.kernels.cpu.compiling import named
 from think_vllm.kernels.cpu.vectors import (
     FLOATS,
     I64,
@@ -144,6 +145,7 @@ def _make_stripe(vectors: int, bits: int) -> Any:
     """Build products for ``vectors * LANES`` columns and any number of heads."""
 
     @njit
+    @named(f"{vectors}_{bits}")
     def add_stripe(
         sums: Any,
         sums_at: int,
@@ -186,6 +188,7 @@ def _make_products(bits: int) -> Callable[..., None]:
     step = LANES * bits // 8 if bits else LANES
 
     @njit
+    @named(bits)
     def add_products(
         sums: Any,
         sums_at: int,
