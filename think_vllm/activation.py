@@ -20,8 +20,6 @@ logger = logging.getLogger("vllm.think_vllm")
 CUDA_CAPABILITY = 80
 CUDA_MIN_HEAD_SIZE = 64
 
-_selected: BlockPlan | None = None
-
 
 def activate(vllm_config: VllmConfig) -> None:
     """Check and complete a config that asks for thin blocks; leave any other one alone.
@@ -45,9 +43,6 @@ def activate(vllm_config: VllmConfig) -> None:
         return
     cache_config = vllm_config.cache_config
     compat.fix_block_size(cache_config, plan.block_size)
-    if cache_config.enable_prefix_caching:
-        logger.info("think-vllm: prefix caching is off: thin KV blocks cannot be cached yet")
-        cache_config.enable_prefix_caching = False
     compat.claim_custom_backend(vllm_config)
     if _is_cpu():
         compat.request_prompt_lens(vllm_config.model_config)
@@ -86,32 +81,6 @@ def select_backend(vllm_config: VllmConfig) -> str | None:
     return compat.CPU_BACKEND_PATH if _is_cpu() else compat.CUDA_BACKEND_PATH
 
 
-def remember_plan(vllm_config: VllmConfig) -> BlockPlan:
-    """Plan the blocks of the engine whose layers are being built, for ``selected_plan``.
-
-    Raises:
-        RuntimeError: If that engine has no thin blocks.
-    """
-    global _selected
-    config = config_from_additional(vllm_config.additional_config)
-    plan = None if config is None else plan_engine(config, vllm_config)
-    if plan is None:
-        raise RuntimeError("think-vllm: remember_plan() for an engine without thin blocks")
-    _selected = plan
-    return plan
-
-
-def selected_plan() -> BlockPlan:
-    """The plan of the engine whose layers this process built last.
-
-    Raises:
-        RuntimeError: If none was built.
-    """
-    if _selected is None:
-        raise RuntimeError("think-vllm: selected_plan() before remember_plan()")
-    return _selected
-
-
 def plan_engine(config: ThinkConfig, vllm_config: VllmConfig) -> BlockPlan | None:
     """Plan the blocks of an engine; the same in every process of it.
 
@@ -140,6 +109,12 @@ def check_engine(vllm_config: VllmConfig) -> None:
     unsupported: list[tuple[Any, str, str]] = [
         (vllm_config.speculative_config, "--speculative-config", "leave it out"),
         (vllm_config.kv_transfer_config, "--kv-transfer-config (a KV connector)", "leave it out"),
+        (
+            vllm_config.kv_events_config is not None
+            and vllm_config.kv_events_config.enable_kv_cache_events,
+            "--kv-events-config (blocks change their form without an event)",
+            "leave it out",
+        ),
         # vLLM turns this into a KV connector only later.
         (vllm_config.cache_config.kv_offloading_size, "--kv-offloading-size", "leave it out"),
         (
@@ -258,6 +233,13 @@ def check_model(model_config: ModelConfig) -> None:
             raise ThinkError(
                 f"thin KV blocks do not support {model_config.model}: {reason}. {WAY_OUT}"
             )
+
+
+def has_other_layers(model_config: ModelConfig) -> bool:
+    """Whether a model has attention layers with a KV cache that is not full attention's."""
+    layer_types = set(getattr(model_config.hf_text_config, "layer_types", None) or ())
+    sliding = model_config.get_sliding_window() is not None
+    return sliding or bool(layer_types - {"full_attention"})
 
 
 def _is_cpu() -> bool:

@@ -20,6 +20,10 @@ vLLM; subclasses of its classes call a few private methods that they inherit.
 ``KVCacheSpecRegistry._ensure_registered`` is called
     because registering a spec before vLLM's own suppresses vLLM's own registration. Until
     it no longer returns early on a registry that is not empty.
+``BlockPool._insert_block_hash`` is called, and ``Request.block_hashes`` is replaced
+    (in ``blocks/``) because thin blocks are cached under keys of their own, and a preempted
+    request must not hit its own thin spans. Until managers may name the keys of their blocks, and
+    are told who looks a prefix up.
 ``CacheConfig.user_specified_block_size`` is set
     because platforms reset a block size that the user did not name whenever a config is
     validated again. Until vLLM asks attention backends for their block size everywhere.
@@ -329,3 +333,15 @@ def register_spec(spec: type, manager: type, base: type) -> None:
 
     KVCacheSpecRegistry._ensure_registered()
     KVCacheSpecRegistry.register(spec, manager_class=manager, uniform_type_base_spec=base)
+
+
+def block_key(block_hash: Any, group: int) -> Any:
+    """Key of a cached block: the hash of the tokens up to its end, and a group or name space."""
+    from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
+
+    return make_block_hash_with_group_id(block_hash, group)
+
+
+def cache_block(pool: Any, key: Any, block: Any, num_tokens: int) -> None:
+    """Let a block of vLLM's pool be found under a key, which must be its only one."""
+    pool._insert_block_hash(key, block, num_tokens=num_tokens)

@@ -55,6 +55,16 @@ class ThinkConfig(BaseModel):
         default=True,
         description="Also compact spans that fill up with generated tokens.",
     )
+    kv_prune_prefill: bool = Field(
+        default=False,
+        description="Compact at the end of every chunk of a prompt, not only of the last one: for "
+        "prompts whose dense blocks do not fit the cache. Later chunks then see what is left.",
+    )
+    kv_prefix_cache: Literal["thin", "dense"] = Field(
+        default="thin",
+        description="What prefix caching keeps of old tokens: thin blocks, which take less memory "
+        "and make a hit approximate, or copies of dense ones, which leave it exact.",
+    )
 
     @property
     def enabled(self) -> bool:

@@ -82,7 +82,15 @@ class BlockPlan:
             thin_blocks=self.thin_blocks,
             recent_window=self.config.kv_recent_window,
             prune_decode=self.config.kv_prune_decode,
+            prune_prefill=self.config.kv_prune_prefill,
+            delay_prompt=self.config.kv_prefix_cache == "dense"
+            and not self.config.kv_prune_prefill,
         )
+
+    @property
+    def observation_window(self) -> int:
+        """Last prompt tokens that choose channels; 0 if there is nothing to choose."""
+        return self.config.kv_observation_window if self.prunes else 0
 
     @property
     def format(self) -> BlockFormat:

@@ -5,11 +5,16 @@ about spans; each derives the same answer from numbers that vLLM gives to both: 
 length and the computed tokens. Pure integers, also on numpy arrays.
 
 For a query at position ``p`` (so ``p`` tokens come before it) of a request whose prompt has
-``P`` tokens, spans ``0 .. thin_spans(P, p) - 1`` are thin:
+``P`` tokens, spans ``0 .. thin_spans(...) - 1`` are thin:
 
-* a prompt query (``p < P``) sees dense blocks only; ThinK prunes after the prompt;
+* the ``cached`` leading spans that came thin from the prefix cache, for every query;
+* a prompt query (``p < P``) sees no other span thin, because ThinK prunes after the prompt; with
+  ``prune_prefill`` it sees those that its step's first token is ``recent_window`` tokens past;
 * afterwards every span that ends at least ``recent_window`` tokens before ``p`` is thin
   (with ``prune_decode``), or every span that ended so before ``P`` (without).
+
+The prompt's spans are compacted in the forward pass that ends the prompt; with ``delay_prompt`` in
+the next one, so that the scheduler can have their dense blocks copied in between.
 """
 
 from dataclasses import dataclass
@@ -30,6 +35,8 @@ class SpanRule:
         thin_blocks: Blocks of a span after compaction.
         recent_window: Most recent tokens that always stay dense.
         prune_decode: Whether spans that fill while decoding are compacted too.
+        prune_prefill: Whether spans are compacted at the end of each chunk of a prompt.
+        delay_prompt: Whether a prompt's spans are compacted one step after its end.
     """
 
     block_size: int
@@ -37,6 +44,8 @@ class SpanRule:
     thin_blocks: int
     recent_window: int
     prune_decode: bool
+    prune_prefill: bool = False
+    delay_prompt: bool = False
 
     @property
     def span_tokens(self) -> int:
@@ -47,34 +56,56 @@ class SpanRule:
         """Spans that the end of a prompt of ``prompt_len`` tokens compacts."""
         return max(0, prompt_len - self.recent_window) // self.span_tokens
 
-    def thin_spans(self, prompt_len: int, position: int) -> int:
-        """Thin spans of a request as its query at ``position`` sees them."""
-        if position < prompt_len:
-            return 0
-        return self.prompt_spans(position if self.prune_decode else prompt_len)
+    def thin_spans(self, prompt_len: int, position: int, computed: int = 0, cached: int = 0) -> int:
+        """Thin spans of a request as its query at ``position`` sees them.
 
-    def thin_spans_array(self, prompt_lens: IntArray, positions: IntArray) -> IntArray:
+        Args:
+            prompt_len: Tokens of the prompt.
+            position: Of the query.
+            computed: Tokens that were computed before the query's step.
+            cached: Spans that came thin from the prefix cache.
+        """
+        if position < prompt_len:
+            own = self.prompt_spans(computed) if self.prune_prefill else 0
+        else:
+            own = self.prompt_spans(position if self.prune_decode else prompt_len)
+        return max(cached, own)
+
+    def thin_spans_array(
+        self, prompt_lens: IntArray, positions: IntArray, computed: IntArray, cached: IntArray
+    ) -> IntArray:
         """``thin_spans`` over arrays of equal shape."""
         ends = positions if self.prune_decode else prompt_lens
-        spans = np.maximum(0, ends - self.recent_window) // self.span_tokens
-        return np.where(positions < prompt_lens, 0, spans)
+        begins = computed if self.prune_prefill else np.zeros_like(computed)
+        ends = np.where(positions < prompt_lens, begins, ends)
+        own = np.maximum(0, ends - self.recent_window) // self.span_tokens
+        thin: IntArray = np.maximum(cached, own)
+        return thin
+
+    def spans_before_decode(self, prompt_len: int, position: int, cached: int = 0) -> int:
+        """Spans that are thin before the step of a query past its prompt compacts any."""
+        if position > prompt_len:
+            return self.thin_spans(prompt_len, position - 1, cached=cached)
+        return cached if self.delay_prompt else self.thin_spans(prompt_len, prompt_len, 0, cached)
 
     def due_position(self, span: int) -> int:
         """First position whose query sees ``span`` thin, if the prompt has ended by then."""
         return (span + 1) * self.span_tokens + self.recent_window
 
-    def freeable_spans(self, prompt_len: int, processed_tokens: int) -> int:
+    def freeable_spans(self, prompt_len: int, processed_tokens: int, cached: int = 0) -> int:
         """Spans whose tails the worker can no longer read.
 
-        Prompt spans are compacted inside the forward pass that ends the prompt, so they are
-        free once it has been processed. A span that fills while decoding is compacted at
-        the start of the step whose first query sees it thin, so the manager waits until that
-        step has been processed: one token later.
+        A prompt's spans are free once the step that compacts them has been processed. A span
+        that fills while decoding is compacted at the start of the step whose first query sees
+        it thin, so the manager waits until that step has been processed: one token later.
 
         Args:
             prompt_len: Tokens of the prompt.
             processed_tokens: Tokens whose forward pass has finished.
+            cached: Spans that came thin from the prefix cache.
         """
         if processed_tokens < prompt_len:
-            return 0
-        return self.thin_spans(prompt_len, max(prompt_len, processed_tokens - 1))
+            return max(cached, self.prompt_spans(processed_tokens) if self.prune_prefill else 0)
+        if processed_tokens == prompt_len:
+            return self.spans_before_decode(prompt_len, prompt_len, cached)
+        return self.thin_spans(prompt_len, processed_tokens - 1, cached=cached)

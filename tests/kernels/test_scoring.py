@@ -24,6 +24,18 @@ def test_key_energy(dtype, head_size, block_size):
     torch.testing.assert_close(actual.double(), expected, rtol=RTOL, atol=0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_key_energy_of_the_blocks_behind_thin_ones(dtype):
+    plan = make_plan(64, dtype, 16)
+    case = make_case(plan, dtype, 2, 2, [(300, 0), (100, 0)])
+    case.kv_cache[case.block_table[0, :5].long()] = torch.nan  # not keys of this form
+    request, first, prompt_len = np.array([0, 1, 0]), np.array([5, 0, 18]), np.array([300, 77, 290])
+    actual = key_energy(case.kv_cache, case.block_table, request, prompt_len, plan, first)
+    assert actual.isfinite().all()
+    expected = key_energy_ref(case.kv_cache, case.block_table, request, prompt_len, plan, first)
+    torch.testing.assert_close(actual.double(), expected, rtol=RTOL, atol=0)
+
+
 def test_key_energy_large_enough_for_threads():
     plan = make_plan(128, torch.bfloat16, 48)
     case = make_case(plan, torch.bfloat16, 4, 4, [(2500, 0), (801, 0)])

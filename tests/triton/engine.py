@@ -184,7 +184,10 @@ class Engine:
             dtype=torch.float32,
         )
         with (
-            patch("think_vllm.attention.cuda_builder.selected_plan", return_value=plan),
+            patch(
+                "think_vllm.attention.cuda_builder.selected_engine",
+                return_value=SimpleNamespace(plan=plan),
+            ),
             patch.object(compat, "watch_runner"),
         ):
             self.builder = ThinkCUDABackend.get_builder_cls()(

@@ -1,5 +1,7 @@
 """The rule that scheduler and workers share, against a simulation of single tokens."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -14,6 +16,8 @@ RULES = st.builds(
     thin_blocks=st.just(1),
     recent_window=st.integers(0, 9),
     prune_decode=st.booleans(),
+    prune_prefill=st.booleans(),
+    delay_prompt=st.booleans(),
 )
 
 
@@ -28,25 +32,41 @@ def simulate(rule: SpanRule, prompt_len: int, position: int) -> int:
     return thin
 
 
-@given(rule=RULES, prompt_len=st.integers(1, 60), position=st.integers(0, 120))
-def test_thin_spans_equals_token_by_token(rule: SpanRule, prompt_len: int, position: int) -> None:
-    expected = simulate(rule, prompt_len, position)
-    assert rule.thin_spans(prompt_len, position) == expected
-    several = rule.thin_spans_array(np.array([prompt_len] * 2), np.array([position] * 2))
-    assert several.tolist() == [expected] * 2
-
-
-@given(rule=RULES, prompt_len=st.integers(1, 60), processed=st.integers(0, 120))
-def test_freeable_spans_were_thin_for_a_processed_query_or_at_the_prompt_end(
-    rule: SpanRule, prompt_len: int, processed: int
+@given(
+    rule=RULES,
+    prompt_len=st.integers(1, 60),
+    position=st.integers(0, 120),
+    computed=st.integers(0, 60),
+    cached=st.integers(0, 4),
+)
+def test_thin_spans_equals_token_by_token(
+    rule: SpanRule, prompt_len: int, position: int, computed: int, cached: int
 ) -> None:
-    freeable = rule.freeable_spans(prompt_len, processed)
+    expected = simulate(rule, prompt_len, position)
+    if rule.prune_prefill and position < prompt_len:
+        expected = simulate(replace(rule, prune_decode=True), 0, computed)
+    expected = max(expected, cached)
+    assert rule.thin_spans(prompt_len, position, computed, cached) == expected
+    arrays = (np.array([x] * 2) for x in (prompt_len, position, computed, cached))
+    assert rule.thin_spans_array(*arrays).tolist() == [expected] * 2
+
+
+@given(
+    rule=RULES,
+    prompt_len=st.integers(1, 60),
+    processed=st.integers(0, 120),
+    cached=st.integers(0, 4),
+)
+def test_freeable_spans_were_thin_for_a_processed_query_or_at_an_end(
+    rule: SpanRule, prompt_len: int, processed: int, cached: int
+) -> None:
     if processed < prompt_len:
-        assert freeable == 0
+        expected = rule.prompt_spans(processed) if rule.prune_prefill else 0
     elif processed == prompt_len:
-        assert freeable == rule.prompt_spans(prompt_len)
+        expected = 0 if rule.delay_prompt else rule.prompt_spans(prompt_len)
     else:
-        assert freeable == simulate(rule, prompt_len, processed - 1)
+        expected = simulate(rule, prompt_len, processed - 1)
+    assert rule.freeable_spans(prompt_len, processed, cached) == max(cached, expected)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from think_vllm.attention.step import Step, sort_step
+from think_vllm.attention.sorting import leading_thin_spans, sort_step
+from think_vllm.attention.step import Ends, Step
 from think_vllm.spans import SpanRule
 
 WINDOW = 5
@@ -19,28 +20,37 @@ class Follower:
 
     rule: SpanRule
     prompt_len: int
+    cached: int = 0
     thin: int = 0
     ended: bool = False
+    kept: bool = False
     observed: list[int] = field(default_factory=list)
     kept_at: int | None = None
     answered: list[int] = field(default_factory=list)
+    seen_thin: list[int] = field(default_factory=list)
 
 
 def run(step: Step, rows: list[Follower], start: list[int], computed: list[int]) -> None:
     """Do what a forward pass does, and check that each query sees what it should."""
     if step.prefill is not None:
-        for request, first, count, seq_len in zip(
+        for request, first, count, seq_len, thin in zip(
             step.prefill.request,
             step.prefill.first_token,
             step.prefill.num_tokens,
             step.prefill.seq_len,
+            step.prefill.thin_spans,
             strict=True,
         ):
             row = rows[request]
             begin = computed[request] + int(first) - start[request]
             assert begin + count == seq_len <= row.prompt_len
-            assert row.thin == 0
+            assert (
+                row.thin
+                == thin
+                == row.rule.thin_spans(row.prompt_len, begin, computed[request], row.cached)
+            )
             row.answered += range(begin, int(seq_len))
+            row.seen_thin += [row.thin] * int(count)
     for seen in step.observations:
         row = rows[seen.request]
         assert seen.resume_position == row.kept_at
@@ -49,23 +59,16 @@ def run(step: Step, rows: list[Follower], start: list[int], computed: list[int])
         offset = computed[seen.request] - start[seen.request]
         row.observed += range(seen.begin + offset, seen.end + offset)
         row.kept_at = seen.keep_position
-    if step.prompt_ends is not None:
-        ends = step.prompt_ends
-        assert [s.request for s in step.observations if s.keep_position is None] == list(
-            ends.request
-        )
-        for request, length, spans, observed in zip(
-            ends.request, ends.prompt_len, ends.num_spans, ends.num_observed, strict=True
-        ):
-            row = rows[request]
-            assert length == row.prompt_len
-            assert row.observed == list(range(max(0, length - WINDOW), length))
-            assert len(row.observed) == observed
-            row.thin, row.ended = int(spans), True
+    for ends in (step.prompt_ends, step.chunk_ends):
+        if ends is not None:
+            compact_ends(ends, rows, start, computed)
     for wave in step.waves:
-        for request, span in zip(wave.due_request, wave.due_span, strict=True):
-            assert span == rows[request].thin
-            rows[request].thin += 1
+        for request, span, kept in zip(wave.due_request, wave.due_span, wave.due_kept, strict=True):
+            row = rows[request]
+            assert span == row.thin
+            # Channels are where the worker looks for them.
+            assert row.kept if kept else span > 0
+            row.thin += 1
         for token, request, seq_len, thin in zip(
             wave.token, wave.request, wave.seq_len, wave.thin_spans, strict=True
         ):
@@ -73,19 +76,56 @@ def run(step: Step, rows: list[Follower], start: list[int], computed: list[int])
             position = computed[request] + int(token) - start[request]
             assert seq_len == position + 1
             assert row.ended
-            assert thin == row.thin == row.rule.thin_spans(row.prompt_len, position)
+            assert (
+                thin == row.thin == row.rule.thin_spans(row.prompt_len, position, cached=row.cached)
+            )
             row.answered.append(position)
+            row.seen_thin.append(int(thin))
 
 
-@settings(max_examples=150, deadline=None)
-@given(data=st.data(), prune_decode=st.booleans(), recent=st.integers(0, 6))
-def test_sort_step_follows_every_request(
-    data: st.DataObject, prune_decode: bool, recent: int
-) -> None:
-    rule = SpanRule(2, 3, 2, recent, prune_decode)
+def compact_ends(ends: Ends, rows: list[Follower], start: list[int], computed: list[int]) -> None:
+    assert [seen.request for seen in ends.observations] == list(ends.request)
+    which, spans = ends.spans()
+    for i, (request, end, first, observed) in enumerate(
+        zip(ends.request, ends.num_tokens, ends.first_span, ends.num_observed, strict=True)
+    ):
+        row, seen = rows[request], ends.observations[i]
+        begin = seen.begin + computed[request] - start[request]
+        if end == row.prompt_len:
+            assert row.observed == list(range(max(0, end - WINDOW), end))
+            assert len(row.observed) == observed
+            row.ended, row.kept = True, bool(ends.keeps[i])
+        else:
+            assert begin + observed == end
+            assert observed == min(WINDOW, end - computed[request])
+        assert spans[which == i].tolist() == list(range(first, first + ends.num_spans[i]))
+        assert row.thin == first
+        row.thin += int(ends.num_spans[i])
+
+
+RULES = st.builds(
+    SpanRule,
+    block_size=st.just(2),
+    span_blocks=st.just(3),
+    thin_blocks=st.just(2),
+    recent_window=st.integers(0, 6),
+    prune_decode=st.booleans(),
+    prune_prefill=st.booleans(),
+    delay_prompt=st.booleans(),
+).filter(lambda rule: not (rule.prune_prefill and rule.delay_prompt))
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data(), rule=RULES)
+def test_sort_step_follows_every_request(data: st.DataObject, rule: SpanRule) -> None:
     prompts = data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=4))
-    rows = [Follower(rule, length) for length in prompts]
-    computed = [0] * len(rows)
+    # A hit leaves the observation window to be computed.
+    cached = [
+        data.draw(st.integers(0, max(0, length - WINDOW) // rule.span_tokens)) for length in prompts
+    ]
+    rows = [Follower(rule, length, hit, hit) for length, hit in zip(prompts, cached, strict=True)]
+    computed = [hit * rule.span_tokens for hit in cached]
+    begun = list(computed)
     for _ in range(data.draw(st.integers(1, 12))):
         # Chunks may cross the end of the prompt, as those of resumed requests do.
         counts = [data.draw(st.sampled_from([0, 1, 1, 2, 7, 30])) for _ in rows]
@@ -96,11 +136,49 @@ def test_sort_step_follows_every_request(
             np.array(start),
             np.array([c + n for c, n in zip(computed, counts, strict=True)]),
             np.array(prompts),
+            np.array(cached),
         )
         run(step, rows, start, computed)
         computed = [c + n for c, n in zip(computed, counts, strict=True)]
-        for row, count in zip(rows, computed, strict=True):
-            assert sorted(row.answered) == list(range(count))
+        for row, count, first in zip(rows, computed, begun, strict=True):
+            assert sorted(row.answered) == list(range(first, count))
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data(), rule=RULES.filter(lambda rule: not rule.prune_prefill))
+def test_sort_step_chunks_do_not_change_what_queries_see(
+    data: st.DataObject, rule: SpanRule
+) -> None:
+    length, total = data.draw(st.integers(1, 40)), 80
+    seen = []
+    for _ in range(2):
+        row, computed = Follower(rule, length), 0
+        while computed < total:
+            count = min(data.draw(st.sampled_from([1, 2, 7, 30])), total - computed)
+            step = sort_step(
+                rule, WINDOW, np.array([0, count]), np.array([computed + count]), np.array([length])
+            )
+            run(step, [row], [0], [computed])
+            computed += count
+        order = np.argsort(row.answered)
+        seen.append(np.array(row.seen_thin)[order].tolist())
+    assert seen[0] == seen[1]
+
+
+def test_leading_thin_spans_counts_null_tails_from_the_beginning() -> None:
+    rule = SpanRule(2, 3, 2, 5, True)  # 3 blocks of 2 tokens
+    rows = np.array(
+        [
+            [5, 6, 0, 7, 8, 0, 1, 2, 3],  # two thin spans, one dense
+            [5, 6, 7, 8, 9, 0, 0, 0, 0],  # dense; the rest has no blocks yet
+            [5, 6, 0, 7, 8, 9, 1, 2, 0],  # one thin span
+            [5, 6, 0, 7, 0, 0, 0, 0, 0],  # one thin span; the second is not computed yet
+        ],
+        np.int32,
+    )
+    computed = np.array([17, 10, 18, 8])
+    assert leading_thin_spans(rule, rows, computed).tolist() == [2, 0, 1, 1]
+    assert leading_thin_spans(rule, rows[:, :2], computed).tolist() == [0] * 4
 
 
 def test_sort_step_decode_batch_is_one_wave_in_batch_order() -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import (
@@ -14,17 +15,31 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from think_vllm import compat
-from think_vllm.activation import selected_plan
 from think_vllm.attention.cpu_dense import dense_isa
 from think_vllm.attention.cpu_scratch import BLOCK_SIZE, PromptScratch
-from think_vllm.attention.step import Int32Array, Int64Array, Prefill, Step, Wave, sort_step
+from think_vllm.attention.sorting import leading_thin_spans, sort_step
+from think_vllm.attention.step import Int32Array, Int64Array, Prefill, Step, Wave
 from think_vllm.blocks.spec import ThinKVCacheSpec
 from think_vllm.errors import ThinkError
 from think_vllm.kernels.cpu.decode import DecodeRows
 from think_vllm.kernels.cpu.warmup import warm_up
+from think_vllm.selection import selected_engine
 
 #: Tokens of a step: a slice where they are neighbours, else their indices.
 Tokens = slice | torch.Tensor
+
+
+@dataclass(frozen=True)
+class QueryRows:
+    """Queries that attend to thin and dense blocks.
+
+    Args:
+        tokens: Where they are.
+        rows: One entry per query.
+    """
+
+    tokens: Tokens
+    rows: DecodeRows
 
 
 @dataclass(frozen=True)
@@ -34,14 +49,14 @@ class WaveRows:
     Args:
         due_request: int32 [n]. Rows of the batch with a span to compact.
         due_span: int32 [n]. That span.
-        tokens: Where the queries are, None if the wave has none.
-        rows: One entry per query.
+        due_kept: bool [n]. Whether its channels were kept at the prompt's end.
+        queries: The wave's queries.
     """
 
     due_request: Int32Array
     due_span: Int32Array
-    tokens: Tokens
-    rows: DecodeRows
+    due_kept: npt.NDArray[np.bool_]
+    queries: QueryRows
 
 
 @dataclass(frozen=True)
@@ -70,7 +85,8 @@ class ThinkCPUMetadata:
         step: The sorted batch.
         block_table: int32 [num_reqs, width]. Blocks of each request.
         prompt_lens: int64 [num_reqs]. Tokens of each request's prompt.
-        prefill: The step's prompt queries, in at most two parts.
+        prefill: The step's prompt queries that see dense blocks only, in at most two parts.
+        context: Its other prompt queries, None for none.
         waves: The step's waves.
     """
 
@@ -78,6 +94,7 @@ class ThinkCPUMetadata:
     block_table: torch.Tensor
     prompt_lens: Int64Array
     prefill: list[PrefillPart]
+    context: QueryRows | None
     waves: list[WaveRows]
 
 
@@ -93,7 +110,7 @@ class ThinkCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         self.thin = isinstance(kv_cache_spec, ThinKVCacheSpec)
         if not self.thin:
             return
-        self.plan = selected_plan()
+        self.plan = selected_engine().plan
         if kv_cache_spec.rule != self.plan.rule:
             raise ThinkError(
                 f"ThinkCPUMetadataBuilder: the cache was laid out for {kv_cache_spec.rule}, "
@@ -125,18 +142,24 @@ class ThinkCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         if not self.thin:
             return super().build(common_prefix_len, common, fast_build)
         prompt_lens = compat.prompt_lens(common).numpy().astype(np.int64)
+        query_start = common.query_start_loc_cpu.numpy().astype(np.int64)
+        seq_lens = common.seq_lens.numpy().astype(np.int64)
+        computed = seq_lens - np.diff(query_start)
         step = sort_step(
             self.plan.rule,
-            self.plan.config.kv_observation_window if self.plan.prunes else 0,
-            common.query_start_loc_cpu.numpy().astype(np.int64),
-            common.seq_lens.numpy().astype(np.int64),
+            self.plan.observation_window,
+            query_start,
+            seq_lens,
             prompt_lens,
+            leading_thin_spans(self.plan.rule, common.block_table_tensor.numpy(), computed),
         )
+        dense, context = _split_prefill(step.prefill)
         return ThinkCPUMetadata(
             step=step,
             block_table=common.block_table_tensor,
             prompt_lens=prompt_lens,
-            prefill=self._build_prefill(common, step.prefill),
+            prefill=self._build_prefill(common, dense),
+            context=context,
             waves=[_wave_rows(wave) for wave in step.waves],
         )
 
@@ -189,25 +212,50 @@ def _prefill_common(
     )
 
 
+def _split_prefill(prefill: Prefill | None) -> tuple[Prefill | None, QueryRows | None]:
+    """Prompts that see dense blocks only, and queries of those that see thin ones too."""
+    if prefill is None or not prefill.thin_spans.any():
+        return prefill, None
+    thin = prefill.thin_spans > 0
+    chosen = prefill.choose(thin)
+    token = chosen.tokens()
+    first = np.repeat(chosen.seq_len - chosen.num_tokens - chosen.first_token, chosen.num_tokens)
+    context = _query_rows(
+        token,
+        np.repeat(chosen.request, chosen.num_tokens),
+        token + first + 1,
+        np.repeat(chosen.thin_spans, chosen.num_tokens),
+    )
+    return (None if thin.all() else prefill.choose(~thin)), context
+
+
+def _wave_rows(wave: Wave) -> WaveRows:
+    return WaveRows(
+        due_request=np.asarray(wave.due_request, np.int32),
+        due_span=np.asarray(wave.due_span, np.int32),
+        due_kept=np.asarray(wave.due_kept, np.bool_),
+        queries=_query_rows(wave.token, wave.request, wave.seq_len, wave.thin_spans),
+    )
+
+
+def _query_rows(
+    token: Int64Array, request: Int64Array, seq_len: Int64Array, thin_spans: Int64Array
+) -> QueryRows:
+    # Queries come request by request, which need not be token order.
+    order = np.argsort(token, kind="stable")
+    return QueryRows(
+        tokens=_tokens(token[order]),
+        rows=DecodeRows(
+            request=request[order].astype(np.int32),
+            seq_len=seq_len[order].astype(np.int32),
+            thin_spans=thin_spans[order].astype(np.int32),
+        ),
+    )
+
+
 def _tokens(indices: Int64Array) -> Tokens:
     first, last = int(indices[0]), int(indices[-1])
     # Indices ascend strictly, so the range is full if its ends say so.
     if last - first + 1 == indices.size:
         return slice(first, last + 1)
     return torch.from_numpy(indices)
-
-
-def _wave_rows(wave: Wave) -> WaveRows:
-    # Rows of one wave come request by request, which need not be token order.
-    order = np.argsort(wave.token, kind="stable")
-    token = wave.token[order]
-    return WaveRows(
-        due_request=np.asarray(wave.due_request, np.int32),
-        due_span=np.asarray(wave.due_span, np.int32),
-        tokens=_tokens(token),
-        rows=DecodeRows(
-            request=wave.request[order].astype(np.int32),
-            seq_len=wave.seq_len[order].astype(np.int32),
-            thin_spans=wave.thin_spans[order].astype(np.int32),
-        ),
-    )

@@ -9,15 +9,20 @@ import torch
 from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
-from think_vllm.activation import remember_plan
-from think_vllm.attention.cpu_builder import PrefillPart, ThinkCPUMetadata, WaveRows
+from think_vllm.attention.cpu_builder import (
+    PrefillPart,
+    QueryRows,
+    ThinkCPUMetadata,
+    WaveRows,
+)
 from think_vllm.attention.cpu_dense import clear_tail
 from think_vllm.attention.state import LayerState
-from think_vllm.attention.step import PromptEnds
+from think_vllm.attention.step import Ends, Observation
 from think_vllm.errors import WAY_OUT, ThinkError
 from think_vllm.kernels.cpu.compaction import compact_spans, read_channels
 from think_vllm.kernels.cpu.decode import decode_attention
 from think_vllm.kernels.cpu.scoring import add_query_energy, key_energy, select_channels
+from think_vllm.selection import remember_plan
 
 
 class ThinkCPUImpl(CPUAttentionBackendImpl):
@@ -83,12 +88,18 @@ class ThinkCPUImpl(CPUAttentionBackendImpl):
         metadata = attn_metadata
         for part in metadata.prefill:
             self._prefill(layer, query, key, value, kv_cache, part, output)
-        energies = self._observe(query, metadata)
-        if metadata.step.prompt_ends is not None:
-            self._end_prompts(kv_cache, metadata, metadata.step.prompt_ends, energies)
+        if metadata.context is not None:
+            self._attend(query, kv_cache, metadata, metadata.context, output)
+        step = metadata.step
+        energies = self._observe(query, metadata, step.observations)
+        if step.prompt_ends is not None:
+            self._end(kv_cache, metadata, step.prompt_ends, energies)
+        if step.chunk_ends is not None:
+            energies = self._observe(query, metadata, step.chunk_ends.observations)
+            self._end(kv_cache, metadata, step.chunk_ends, energies)
         for wave in metadata.waves:
             self._compact_due(kv_cache, metadata, wave)
-            self._decode(query, kv_cache, metadata, wave, output)
+            self._attend(query, kv_cache, metadata, wave.queries, output)
         return output
 
     def _prefill(
@@ -101,7 +112,7 @@ class ThinkCPUImpl(CPUAttentionBackendImpl):
         part: PrefillPart,
         output: torch.Tensor,
     ) -> None:
-        """Let vLLM's kernel serve prompt queries: they see dense blocks only."""
+        """Let vLLM's kernel serve prompt queries that see dense blocks only."""
         where = part.tokens
         for block, held in part.tails:
             clear_tail(kv_cache, block, held)
@@ -113,10 +124,12 @@ class ThinkCPUImpl(CPUAttentionBackendImpl):
         if isinstance(where, torch.Tensor):
             output[where] = answer
 
-    def _observe(self, query: torch.Tensor, metadata: ThinkCPUMetadata) -> list[torch.Tensor]:
-        """Add up the observation windows; return those of the prompts that end here."""
+    def _observe(
+        self, query: torch.Tensor, metadata: ThinkCPUMetadata, observations: list[Observation]
+    ) -> list[torch.Tensor]:
+        """Add up observation windows; return those that end here."""
         finished = []
-        for seen in metadata.step.observations:
+        for seen in observations:
             if seen.resume_position is None:
                 energy = torch.zeros(self.num_kv_heads, self.head_size, dtype=torch.float32)
             else:
@@ -130,40 +143,38 @@ class ThinkCPUImpl(CPUAttentionBackendImpl):
                 self.state.keep_energy(block, energy)
         return finished
 
-    def _end_prompts(
+    def _end(
         self,
         kv_cache: torch.Tensor,
         metadata: ThinkCPUMetadata,
-        ends: PromptEnds,
+        ends: Ends,
         energies: list[torch.Tensor],
     ) -> None:
-        """Choose the channels of finished prompts, and compact their spans."""
+        """Choose the channels of prompts or chunks that end here, and compact their spans."""
         channels = self._choose_channels(kv_cache, metadata, ends, energies)
-        prompt = np.repeat(np.arange(ends.request.size), ends.num_spans)
-        if prompt.size:
-            span = np.concatenate([np.arange(count) for count in ends.num_spans])
+        which, span = ends.spans()
+        if which.size:
             compact_spans(
                 kv_cache,
                 metadata.block_table,
-                ends.request[prompt].astype(np.int32),
+                ends.request[which].astype(np.int32),
                 span.astype(np.int32),
-                channels[torch.from_numpy(prompt)],
+                channels[torch.from_numpy(which)],
                 self.plan,
             )
-        if self.plan.config.kv_prune_decode and self.plan.prunes:
-            for i in np.flatnonzero(ends.num_spans == 0):
-                last = int(ends.prompt_len[i]) - 1
-                block = self._block(metadata, int(ends.request[i]), last)
+        if self.plan.prunes:
+            for i in np.flatnonzero(ends.keeps):
+                block = self._block(metadata, int(ends.request[i]), int(ends.num_tokens[i]) - 1)
                 self.state.keep_channels(block, channels[i].clone())
 
     def _choose_channels(
         self,
         kv_cache: torch.Tensor,
         metadata: ThinkCPUMetadata,
-        ends: PromptEnds,
+        ends: Ends,
         energies: list[torch.Tensor],
     ) -> torch.Tensor:
-        """Channels that finished prompts keep: uint8 [n, Hk, C]."""
+        """Channels that are kept from here on: uint8 [n, Hk, C]."""
         if not self.plan.prunes:
             return self._all_channels(ends.request.size)
         observed = torch.from_numpy(ends.num_observed).view(-1, 1, 1)
@@ -173,8 +184,9 @@ class ThinkCPUImpl(CPUAttentionBackendImpl):
                 kv_cache,
                 metadata.block_table,
                 ends.request.astype(np.int32),
-                ends.prompt_len.astype(np.int32),
+                ends.num_tokens.astype(np.int32),
                 self.plan,
+                (ends.first_span * self.plan.span_blocks).astype(np.int32),
             ),
             self.plan.key_channels,
         )
@@ -186,7 +198,7 @@ class ThinkCPUImpl(CPUAttentionBackendImpl):
     def _compact_due(
         self, kv_cache: torch.Tensor, metadata: ThinkCPUMetadata, wave: WaveRows
     ) -> None:
-        """Compact spans that filled while decoding, with their request's channels."""
+        """Compact spans that have fallen due, with their request's channels."""
         if not wave.due_request.size:
             return
         channels = self._due_channels(kv_cache, metadata, wave)
@@ -200,44 +212,45 @@ class ThinkCPUImpl(CPUAttentionBackendImpl):
         """Channels of due spans, those of their request: uint8 [n, Hk, C]."""
         if not self.plan.prunes:
             return self._all_channels(wave.due_span.size)
-        later = wave.due_span > 0
         shape = (wave.due_span.size, self.num_kv_heads, self.plan.key_channels)
         channels = torch.empty(shape, dtype=torch.uint8)
-        if later.any():
-            channels[torch.from_numpy(later)] = read_channels(
+        kept = wave.due_kept
+        if not kept.all():
+            channels[torch.from_numpy(~kept)] = read_channels(
                 kv_cache,
                 metadata.block_table,
-                wave.due_request[later],
-                wave.due_span[later] - 1,
+                wave.due_request[~kept],
+                wave.due_span[~kept] - 1,
                 self.plan,
             )
-        for i in np.flatnonzero(~later):
-            request = int(wave.due_request[i])
+        for request in np.unique(wave.due_request[kept]):
             last = int(metadata.prompt_lens[request]) - 1
-            channels[i] = self.state.take_channels(self._block(metadata, request, last))
+            taken = self.state.take_channels(self._block(metadata, int(request), last))
+            channels[torch.from_numpy(kept & (wave.due_request == request))] = taken
         return channels
 
-    def _decode(
+    def _attend(
         self,
         query: torch.Tensor,
         kv_cache: torch.Tensor,
         metadata: ThinkCPUMetadata,
-        wave: WaveRows,
+        queries: QueryRows,
         output: torch.Tensor,
     ) -> None:
-        part = output[wave.tokens]
+        """Attend to thin and dense blocks."""
+        part = output[queries.tokens]
         decode_attention(
-            query[wave.tokens],
+            query[queries.tokens],
             kv_cache,
             metadata.block_table,
-            wave.rows,
+            queries.rows,
             self.plan,
             self.scale,
             part,
             logits_soft_cap=self.logits_soft_cap,
         )
-        if isinstance(wave.tokens, torch.Tensor):
-            output[wave.tokens] = part
+        if isinstance(queries.tokens, torch.Tensor):
+            output[queries.tokens] = part
 
     def _block(self, metadata: ThinkCPUMetadata, request: int, position: int) -> int:
         return int(metadata.block_table[request, position // self.plan.block_size])

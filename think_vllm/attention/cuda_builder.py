@@ -24,7 +24,6 @@ from vllm.v1.attention.backend import (
 
 from csrc_triton.compact import compact_spans, compact_workspace
 from think_vllm import compat
-from think_vllm.activation import selected_plan
 from think_vllm.attention.cuda_parts import DueSpans, Rows, StepParts, WaveParts, to_device
 from think_vllm.attention.cuda_state import GroupState
 from think_vllm.attention.cuda_step import StepSlots, due_spans, step_parts
@@ -32,6 +31,7 @@ from think_vllm.attention.cuda_warmup import warm_up
 from think_vllm.attention.step import Int32Array, Int64Array, Prefill, Step, sort_step
 from think_vllm.blocks.spec import ThinKVCacheSpec
 from think_vllm.errors import ThinkError
+from think_vllm.selection import selected_engine
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class ThinkCUDAMetadataBuilder(AttentionMetadataBuilder[ThinkCUDAMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         # Single-token queries first: prompt queries are then neighbours as a rule.
         self._init_reorder_batch_threshold(1)
-        self.plan = selected_plan()
+        self.plan = selected_engine().plan
         if not isinstance(kv_cache_spec, ThinKVCacheSpec) or kv_cache_spec.rule != self.plan.rule:
             raise ThinkError(
                 f"ThinkCUDAMetadataBuilder: the cache was laid out as {kv_cache_spec}, "

@@ -13,11 +13,11 @@ from csrc_triton.context import context_attention
 from csrc_triton.decode import decode_attention
 from csrc_triton.scores import add_query_energy, key_energy, select_channels
 from csrc_triton.store import store_dense
-from think_vllm.activation import remember_plan
 from think_vllm.attention.cuda_builder import ThinkCUDAMetadata
 from think_vllm.attention.cuda_flash import flash_prompts, load_flash
 from think_vllm.attention.cuda_parts import Chunks, DueSpans, EndedPrompts, Observed, Rows
 from think_vllm.errors import WAY_OUT, ThinkError
+from think_vllm.selection import remember_plan
 
 #: Values of ``--kv-cache-dtype`` that leave keys and values as computed.
 PLAIN_DTYPES = ("auto", "bfloat16", "float16")

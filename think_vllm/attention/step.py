@@ -1,11 +1,12 @@
-"""Sort one step's batch into what has to happen to it, and in which order.
+"""One step's work, sorted: what has to happen to the batch, and in which order.
 
-Numpy only, knows neither vLLM nor the device. In every layer, after the new keys and values
-have been stored densely, a forward pass runs
+Numpy only, knows neither vLLM nor the device; ``sorting.py`` does the sorting. In every layer,
+after the new keys and values have been stored densely, a forward pass runs
 
-1. ``prefill``: prompt queries attend to dense blocks;
+1. ``prefill``: prompt queries attend, as a rule to dense blocks only;
 2. ``observations``: queries of the observation window are added to their request's energy;
-3. ``prompt_ends``: prompts that end here choose their channels and are compacted;
+3. ``ends``: prompts that end here choose their channels and are compacted; with
+   ``prune_prefill``, so are the chunks of prompts that go on, each by its own last queries;
 4. ``waves``: queries past the prompt attend to thin and dense blocks, each wave after the
    spans that became due for it have been compacted.
 
@@ -18,8 +19,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
-
-from think_vllm.spans import SpanRule
 
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
@@ -34,12 +33,14 @@ class Prefill:
         first_token: int64 [n]. The request's first query, as an index into the step's tokens.
         num_tokens: int64 [n]. How many of its queries are prompt queries.
         seq_len: int64 [n]. Tokens that the last of them attends to, itself included.
+        thin_spans: int64 [n]. Spans that they see thin.
     """
 
     request: Int64Array
     first_token: Int64Array
     num_tokens: Int64Array
     seq_len: Int64Array
+    thin_spans: Int64Array
 
     def choose(self, which: npt.NDArray[np.bool_]) -> "Prefill":
         """The chosen requests alone."""
@@ -48,6 +49,7 @@ class Prefill:
             self.first_token[which],
             self.num_tokens[which],
             self.seq_len[which],
+            self.thin_spans[which],
         )
 
     def tokens(self) -> Int64Array:
@@ -68,7 +70,7 @@ class Observation:
         end: One past the last.
         resume_position: Position whose block keeps the energy of the window's earlier
             queries, None if there are none.
-        keep_position: Position whose block shall keep the energy, None at the prompt's end.
+        keep_position: Position whose block shall keep the energy, None if the window ends here.
     """
 
     request: int
@@ -79,20 +81,31 @@ class Observation:
 
 
 @dataclass(frozen=True)
-class PromptEnds:
-    """Prompts whose last query is in this step, in the order of their observations.
+class Ends:
+    """Prompts that end in this step, or chunks of prompts, and what is compacted then.
 
     Args:
-        request: int64 [n]. Row of the batch.
-        prompt_len: int64 [n]. Tokens of the prompt.
+        observations: Their last queries; for prompts, in the step's ``observations``.
+        request: int64 [n]. Row of the batch, in the order of the observations that end.
+        num_tokens: int64 [n]. Tokens up to the end.
+        first_span: int64 [n]. First span that is dense; those before it are thin.
         num_spans: int64 [n]. Spans to compact.
-        num_observed: int64 [n]. Queries of the observation window.
+        num_observed: int64 [n]. Queries that choose the channels.
+        keeps: bool [n]. Whether the channels are kept for spans that fall due later.
     """
 
+    observations: list[Observation]
     request: Int64Array
-    prompt_len: Int64Array
+    num_tokens: Int64Array
+    first_span: Int64Array
     num_spans: Int64Array
     num_observed: Int64Array
+    keeps: npt.NDArray[np.bool_]
+
+    def spans(self) -> tuple[Int64Array, Int64Array]:
+        """Each span to compact: its index into ``request``, and the span."""
+        which = np.repeat(np.arange(self.request.size), self.num_spans)
+        return which, self.first_span[which] + count_up(self.num_spans)
 
 
 @dataclass
@@ -101,7 +114,9 @@ class Wave:
 
     Args:
         due_request: Rows of the batch whose span ``due_span`` is compacted first.
-        due_span: That span.
+        due_span: That span, ascending within a request.
+        due_kept: Whether its channels were kept at the prompt's end; else the span before it has
+            them in its table.
         token: Queries, as indices into the step's tokens.
         request: Their rows of the batch.
         seq_len: Tokens that each attends to, itself included.
@@ -110,6 +125,7 @@ class Wave:
 
     due_request: list[int] = field(default_factory=list)
     due_span: list[int] = field(default_factory=list)
+    due_kept: list[bool] = field(default_factory=list)
     token: Int64Array = field(default_factory=lambda: np.zeros(0, np.int64))
     request: Int64Array = field(default_factory=lambda: np.zeros(0, np.int64))
     seq_len: Int64Array = field(default_factory=lambda: np.zeros(0, np.int64))
@@ -122,136 +138,15 @@ class Step:
 
     prefill: Prefill | None
     observations: list[Observation]
-    prompt_ends: PromptEnds | None
+    prompt_ends: Ends | None
+    chunk_ends: Ends | None
     waves: list[Wave]
 
 
-def sort_step(
-    rule: SpanRule,
-    observation_window: int,
-    query_start: Int64Array,
-    seq_len: Int64Array,
-    prompt_len: Int64Array,
-) -> Step:
-    """Sort a batch.
-
-    Args:
-        rule: When spans are thin.
-        observation_window: Last prompt queries that choose channels.
-        query_start: int64 [n + 1]. Start of each request's queries in the step's tokens.
-        seq_len: int64 [n]. Tokens of each request after this step.
-        prompt_len: int64 [n]. Tokens of each request's prompt.
-
-    Returns:
-        The sorted step. Requests without queries in it appear nowhere.
-    """
-    num_queries = np.diff(query_start)
-    computed = seq_len - num_queries
-    if np.all(computed >= prompt_len) and np.all(num_queries == 1):
-        return Step(None, [], None, [_decode_wave(rule, query_start[:-1], computed, prompt_len)])
-
-    in_prompt = np.flatnonzero((computed < prompt_len) & (num_queries > 0))
-    prompt_end = np.minimum(seq_len, prompt_len)[in_prompt]
-    prefill = None
-    if in_prompt.size:
-        prefill = Prefill(
-            request=in_prompt,
-            first_token=query_start[in_prompt],
-            num_tokens=prompt_end - computed[in_prompt],
-            seq_len=prompt_end,
-        )
-    observations = _observe(observation_window, prefill, computed, prompt_len)
-    ends = in_prompt[prompt_end == prompt_len[in_prompt]]
-    prompt_ends = None
-    if ends.size:
-        lengths = prompt_len[ends]
-        spans = rule.thin_spans_array(lengths, lengths)
-        prompt_ends = PromptEnds(ends, lengths, spans, np.minimum(lengths, observation_window))
-    waves = _waves(rule, query_start, computed, seq_len, prompt_len)
-    return Step(prefill, observations, prompt_ends, waves)
-
-
-def _observe(
-    window: int, prefill: Prefill | None, computed: Int64Array, prompt_len: Int64Array
-) -> list[Observation]:
-    if prefill is None:
-        return []
-    found = []
-    rows = zip(
-        prefill.request, prefill.first_token, prefill.num_tokens, prefill.seq_len, strict=True
+def count_up(counts: Int64Array) -> Int64Array:
+    """``0 .. count - 1`` for each count, one after the other."""
+    ends = np.cumsum(counts)
+    ups: Int64Array = np.arange(int(ends[-1]) if ends.size else 0) - np.repeat(
+        ends - counts, counts
     )
-    for request, first_token, num_tokens, end in rows:
-        start = int(computed[request])
-        length = int(prompt_len[request])
-        window_start = max(0, length - window)
-        if end <= window_start:
-            continue
-        observed_from = max(start, window_start)
-        found.append(
-            Observation(
-                request=int(request),
-                begin=int(first_token) + observed_from - start,
-                end=int(first_token + num_tokens),
-                resume_position=start - 1 if start > window_start else None,
-                keep_position=int(end) - 1 if end < length else None,
-            )
-        )
-    return found
-
-
-def _decode_wave(
-    rule: SpanRule, token: Int64Array, position: Int64Array, prompt_len: Int64Array
-) -> Wave:
-    """One query per request, all of them past their prompts."""
-    thin = rule.thin_spans_array(prompt_len, position)
-    before = rule.thin_spans_array(prompt_len, np.maximum(prompt_len, position - 1))
-    due = np.flatnonzero(thin > before)
-    return Wave(
-        due_request=due.tolist(),
-        due_span=before[due].tolist(),
-        token=token,
-        request=np.arange(token.size),
-        seq_len=position + 1,
-        thin_spans=thin,
-    )
-
-
-def _waves(
-    rule: SpanRule,
-    query_start: Int64Array,
-    computed: Int64Array,
-    seq_len: Int64Array,
-    prompt_len: Int64Array,
-) -> list[Wave]:
-    parts: list[list[tuple[Int64Array, ...]]] = []
-    waves: list[Wave] = []
-    for request in np.flatnonzero(seq_len > np.maximum(computed, prompt_len)):
-        start, length = int(computed[request]), int(prompt_len[request])
-        position = np.arange(max(start, length), int(seq_len[request]))
-        lengths = np.full(position.size, length)
-        thin = rule.thin_spans_array(lengths, position)
-        # The last query before these saw one span fewer if one is due at the very first.
-        first = rule.thin_spans(length, max(length, int(position[0]) - 1))
-        # One position makes at most one span due, so thin - thin[0] numbers the waves.
-        number = thin - thin[0]
-        for wave in range(int(number[-1]) + 1):
-            if wave == len(waves):
-                waves.append(Wave())
-                parts.append([])
-            chosen = np.flatnonzero(number == wave)
-            if wave > 0 or thin[0] > first:
-                waves[wave].due_request.append(int(request))
-                waves[wave].due_span.append(int(thin[chosen[0]]) - 1)
-            parts[wave].append(
-                (
-                    query_start[request] + position[chosen] - start,
-                    np.full(chosen.size, request),
-                    position[chosen] + 1,
-                    thin[chosen],
-                )
-            )
-    for filled, rows in zip(waves, parts, strict=True):
-        filled.token, filled.request, filled.seq_len, filled.thin_spans = (
-            np.concatenate(column) for column in zip(*rows, strict=True)
-        )
-    return waves
+    return ups

@@ -13,10 +13,9 @@ from typing import Any
 from vllm.v1.kv_cache_interface import FullAttentionSpec, replace_as
 
 from think_vllm import compat
-from think_vllm.activation import selected_plan
 from think_vllm.blocks.manager import ThinKVCacheManager
 from think_vllm.errors import ThinkError
-from think_vllm.planner import BlockPlan
+from think_vllm.selection import EnginePlan, selected_engine
 from think_vllm.spans import SpanRule
 
 
@@ -31,6 +30,14 @@ class ThinKVCacheSpec(FullAttentionSpec):
     thin_blocks: int
     recent_window: int
     prune_decode: bool
+    #: Tokens of a prompt's end that no prefix hit may cover; 0 if nothing is pruned.
+    observation_window: int = 0
+    #: Whether thin spans are cached.
+    thin_prefixes: bool = True
+    prune_prefill: bool = False
+    delay_prompt: bool = False
+    #: Tokens that are scheduled before the first of them has been processed, at most.
+    in_flight_tokens: int = 0
 
     @cached_property
     def rule(self) -> SpanRule:
@@ -41,18 +48,43 @@ class ThinKVCacheSpec(FullAttentionSpec):
             thin_blocks=self.thin_blocks,
             recent_window=self.recent_window,
             prune_decode=self.prune_decode,
+            prune_prefill=self.prune_prefill,
+            delay_prompt=self.delay_prompt,
         )
 
+    def max_blocks(self, num_tokens: int) -> int:
+        """Blocks that a request of ``num_tokens`` tokens holds at once, at most."""
+        dense = -(-num_tokens // int(self.block_size))
+        if not self.prune_prefill:
+            return dense
+        # Tails come back when a span's chunk has been processed, a span at a time.
+        thin = self.rule.prompt_spans(max(0, num_tokens - self.in_flight_tokens)) - 1
+        return dense - max(0, thin) * (self.span_blocks - self.thin_blocks)
+
+    def max_memory_usage_bytes(self, vllm_config: Any) -> int:
+        """Memory that a request of the longest length needs, as vLLM checks at start-up."""
+        if not self.prune_prefill:
+            dense: int = super().max_memory_usage_bytes(vllm_config)
+            return dense
+        most = self.max_blocks(vllm_config.model_config.max_model_len)
+        return most * int(self.page_size_bytes)
+
     @classmethod
-    def from_dense(cls, spec: FullAttentionSpec, plan: BlockPlan) -> ThinKVCacheSpec:
+    def from_dense(cls, spec: FullAttentionSpec, engine: EnginePlan) -> ThinKVCacheSpec:
         """Extend the spec that vLLM made for a full-attention layer."""
+        plan, rule = engine.plan, engine.plan.rule
         made: ThinKVCacheSpec = replace_as(
             spec,
             cls,
-            span_blocks=plan.span_blocks,
-            thin_blocks=plan.thin_blocks,
-            recent_window=plan.config.kv_recent_window,
-            prune_decode=plan.config.kv_prune_decode,
+            span_blocks=rule.span_blocks,
+            thin_blocks=rule.thin_blocks,
+            recent_window=rule.recent_window,
+            prune_decode=rule.prune_decode,
+            prune_prefill=rule.prune_prefill,
+            delay_prompt=rule.delay_prompt,
+            observation_window=plan.observation_window,
+            thin_prefixes=engine.thin_prefixes,
+            in_flight_tokens=engine.in_flight_tokens,
         )
         return made
 
@@ -88,14 +120,15 @@ def customize_spec(spec: Any) -> Any:
     """
     if type(spec) is not FullAttentionSpec:
         return spec
-    plan = selected_plan()
+    engine = selected_engine()
+    plan = engine.plan
     if spec.head_size != plan.head_size or spec.head_size_v != plan.head_size:
         raise ThinkError(
             f"thin KV blocks: an attention layer has head sizes {spec.head_size} (keys) "
             f"and {spec.head_size_v} (values), the plan was made for {plan.head_size}; "
             "models whose heads differ are not supported"
         )
-    return ThinKVCacheSpec.from_dense(spec, plan)
+    return ThinKVCacheSpec.from_dense(spec, engine)
 
 
 _DENSE_FIELDS = frozenset(f.name for f in fields(FullAttentionSpec) if f.init)

@@ -20,8 +20,9 @@ def key_energy_ref(
     request: Sequence[int],
     prompt_len: Sequence[int],
     plan: BlockPlan,
+    first_block: Sequence[int] | None = None,
 ) -> torch.Tensor:
-    """Mean of each channel's squared keys over a prompt in dense blocks.
+    """Mean of each channel's squared keys over the dense blocks of a prompt.
 
     Args:
         kv_cache: ``[num_blocks, Hk, N, 2 * D]``.
@@ -29,14 +30,17 @@ def key_energy_ref(
         request: ``[n]``. Row of the block table.
         prompt_len: ``[n]``. Tokens of the prompt.
         plan: How blocks are laid out.
+        first_block: ``[n]``. First dense block; those before it are left out. None for 0.
 
     Returns:
         ``[n, Hk, D]`` float64.
     """
     energies = []
-    for row, length in zip(request, prompt_len, strict=True):
+    firsts = [0] * len(request) if first_block is None else first_block
+    for row, length, first in zip(request, prompt_len, firsts, strict=True):
         count = -(-int(length) // plan.block_size)
-        keys, _ = dense_tokens(kv_cache, block_table[int(row), :count].tolist(), int(length))
+        blocks = block_table[int(row), int(first) : count].tolist()
+        keys, _ = dense_tokens(kv_cache, blocks, int(length) - int(first) * plan.block_size)
         energies.append(keys.double().square().mean(dim=1))
     return torch.stack(energies)
 

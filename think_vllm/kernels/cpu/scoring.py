@@ -36,15 +36,17 @@ def key_energy(
     request: npt.NDArray[np.int32],
     prompt_len: npt.NDArray[np.int32],
     plan: BlockPlan,
+    first_block: npt.NDArray[np.int32] | None = None,
 ) -> torch.Tensor:
-    """Average each channel's squared keys over prompts in dense blocks.
+    """Average each channel's squared keys over the dense blocks of prompts.
 
     Args:
         kv_cache: ``[num_blocks, Hk, N, 2 * D]``; stride of dim 0 is free.
         block_table: ``[num_requests, W]`` int32.
         request: ``[n]`` int32. Row of the block table.
-        prompt_len: ``[n]`` int32. Tokens of the prompt, at least 1.
+        prompt_len: ``[n]`` int32. Tokens of the prompt, at least one of them in a dense block.
         plan: How blocks are laid out.
+        first_block: ``[n]`` int32. First dense block; those before it are left out. None for 0.
 
     Returns:
         ``[n, Hk, D]`` float32.
@@ -55,6 +57,9 @@ def key_energy(
     who = "key_energy"
     check_cache(who, kv_cache, block_table, plan)
     check_tasks(who, request, prompt_len, "prompt_len")
+    if first_block is None:
+        first_block = np.zeros_like(request)
+    check_tasks(who, request, first_block, "first_block")
     lengths = flat_indices(prompt_len)
     num_kv_heads = kv_cache.shape[1]
     energy = torch.zeros(len(lengths), num_kv_heads, plan.head_size, dtype=torch.float32)
@@ -73,6 +78,7 @@ def key_energy(
         flat_elements(kv_cache),
         flat_elements(block_table),
         flat_indices(request),
+        flat_indices(first_block),
         lengths,
         flat_elements(energy),
         shape,
@@ -150,16 +156,30 @@ def select_channels(
 
 @kernel(parallel=True)
 def _key_energy(
-    threads: int, kv: Any, table: Any, request: Any, lengths: Any, energy: Any, shape: Any
+    threads: int,
+    kv: Any,
+    table: Any,
+    request: Any,
+    first_block: Any,
+    lengths: Any,
+    energy: Any,
+    shape: Any,
 ) -> None:
     counters = np.zeros(1, np.int64)
     for _ in prange(threads):
-        _work(kv, table, request, lengths, energy, shape, counters)
+        _work(kv, table, request, first_block, lengths, energy, shape, counters)
 
 
 @njit
 def _work(
-    kv: Any, table: Any, request: Any, lengths: Any, energy: Any, shape: Any, counters: Any
+    kv: Any,
+    table: Any,
+    request: Any,
+    first_block: Any,
+    lengths: Any,
+    energy: Any,
+    shape: Any,
+    counters: Any,
 ) -> None:
     """Draw (prompt, KV head) items until there are none left."""
     num_items = len(request) * shape.kv_heads
@@ -168,14 +188,15 @@ def _work(
     while item < num_items:
         prompt, kv_head = item // shape.kv_heads, item % shape.kv_heads
         length = np.int64(lengths[prompt])
-        for b in range((length + N - 1) // N):
+        first = np.int64(first_block[prompt])
+        for b in range(first, (length + N - 1) // N):
             block = np.int64(table[request[prompt] * shape.table_stride + b])
             run = block * shape.block_stride + kv_head * shape.run
             count = min(N, length - b * N)
             for c in range(D):
                 energy[item * D + c] += _sum_squares(kv, run + c * N, count)
         for c in range(D):
-            energy[item * D + c] /= np.float32(length if length > 0 else 1)
+            energy[item * D + c] /= np.float32(max(length - first * N, 1))
         item = fetch_add(counters, 0)
 
 

@@ -1,0 +1,376 @@
+"""vLLM's real KVCacheManager driven by a scheduler with random choices, and a model of the worker.
+
+The model writes into every block what the worker would write, and checks what the worker would
+read. A block freed too early, handed out twice, shared while somebody writes it or found under a
+wrong key makes a content wrong; one never given back makes a count short.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.request import Request, RequestStatus
+
+from think_vllm.attention.sorting import leading_thin_spans
+from think_vllm.blocks.spec import ThinKVCacheSpec
+from think_vllm.spans import SpanRule
+
+BLOCK = 4
+NUM_BLOCKS = 40
+MAX_LEN = 100
+
+init_none_hash(sha256)
+
+
+def make_manager(spec: FullAttentionSpec, caching: bool = False) -> KVCacheManager:
+    """VLLM's manager for one group of layers."""
+    config = KVCacheConfig(
+        num_blocks=NUM_BLOCKS,
+        kv_cache_tensors=[],
+        kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)],
+    )
+    return KVCacheManager(
+        config,
+        max_model_len=MAX_LEN,
+        scheduler_block_size=BLOCK,
+        hash_block_size=BLOCK,
+        enable_caching=caching,
+        log_stats=True,
+    )
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A dense block: the tokens before it, its own, and whether they were computed exactly."""
+
+    before: tuple[int, ...]
+    tokens: tuple[int, ...]
+    exact: bool
+
+
+@dataclass(frozen=True)
+class Thin:
+    """A thin block: the tokens up to its span's end, who made it, and which one it is."""
+
+    tokens: tuple[int, ...]
+    version: str
+    number: int
+
+
+@dataclass
+class Row:
+    """What the worker knows of a request: its blocks, and what it has done to them."""
+
+    tokens: list[int]
+    blocks: list[int]
+    thin: int
+    exact: bool = True
+
+
+@dataclass
+class Worker:
+    """Contents of every block, and each request's row."""
+
+    rule: SpanRule
+    memory: dict[int, Dense | Thin] = field(default_factory=dict)
+    rows: dict[str, Row] = field(default_factory=dict)
+
+    def start(self, name: str, tokens: list[int], blocks: list[int], computed: int) -> None:
+        table = np.array([blocks + [0] * 60], np.int32)
+        thin = int(leading_thin_spans(self.rule, table, np.array([computed]))[0])
+        self.rows[name] = Row(tokens, blocks, thin, exact=thin == 0)
+
+    def copy(self, copies: list[tuple[int, int]]) -> None:
+        # All sources are read before the first copy is written.
+        found = [self.memory[source] for source, _ in copies]
+        self.memory.update(zip([target for _, target in copies], found, strict=True))
+
+    def run(self, name: str, prompt_len: int, start: int, count: int) -> None:
+        """One chunk: store, then for each query compact what is due and read."""
+        row, rule = self.rows[name], self.rule
+        cached = self._cached(row, start)
+        exact = row.exact and not (rule.prune_prefill and start > 0)
+        for position in range(start, start + count):
+            index, offset = divmod(position, BLOCK)
+            held = self.memory.get(row.blocks[index])
+            before = tuple(row.tokens[: index * BLOCK])
+            kept = tuple(row.tokens[index * BLOCK : position])
+            if offset:  # a block's first token claims it; later ones must find it still theirs
+                assert isinstance(held, Dense), (held, position)
+                assert (held.before, held.tokens[:offset]) == (before, kept)
+            self.memory[row.blocks[index]] = Dense(before, (*kept, row.tokens[position]), exact)
+        for position in range(start, start + count):
+            if position >= prompt_len:
+                self._compact(row, name, rule.thin_spans(prompt_len, position, 0, cached))
+            seen = rule.thin_spans(prompt_len, position, start, cached)
+            assert seen == row.thin
+            self._read(row, position)
+            if position == prompt_len - 1 and not rule.delay_prompt:
+                self._compact(row, name, max(cached, rule.prompt_spans(prompt_len)))
+        end = start + count
+        if rule.prune_prefill and end < prompt_len:
+            self._compact(row, name, max(cached, rule.prompt_spans(end)))
+
+    def _cached(self, row: Row, computed: int) -> int:
+        table = np.array([row.blocks + [0] * 60], np.int32)
+        return int(leading_thin_spans(self.rule, table, np.array([computed]))[0])
+
+    def _compact(self, row: Row, name: str, target: int) -> None:
+        rule = self.rule
+        for span in range(row.thin, target):
+            first = span * rule.span_blocks
+            for index in range(first, first + rule.span_blocks):
+                self._check_dense(row, index, (index + 1) * BLOCK)
+            tokens = tuple(row.tokens[: (span + 1) * rule.span_tokens])
+            for j in range(rule.thin_blocks):
+                self.memory[row.blocks[first + j]] = Thin(tokens, name, j)
+            row.thin = span + 1
+
+    def _read(self, row: Row, position: int) -> None:
+        rule = self.rule
+        for span in range(row.thin):
+            first = span * rule.span_blocks
+            held = [self.memory[row.blocks[first + j]] for j in range(rule.thin_blocks)]
+            tokens = tuple(row.tokens[: (span + 1) * rule.span_tokens])
+            for j, content in enumerate(held):
+                assert isinstance(content, Thin), content
+                assert (content.tokens, content.number) == (tokens, j)
+            # Blocks of two versions are two choices of channels.
+            assert len({content.version for content in held}) == 1
+        for index in range(row.thin * rule.span_blocks, position // BLOCK + 1):
+            self._check_dense(row, index, min(position + 1, (index + 1) * BLOCK))
+
+    def _check_dense(self, row: Row, index: int, end: int) -> None:
+        held = self.memory[row.blocks[index]]
+        assert isinstance(held, Dense), held
+        tokens = tuple(row.tokens[index * BLOCK : end])
+        assert (held.before, held.tokens[: len(tokens)]) == (
+            tuple(row.tokens[: index * BLOCK]),
+            tokens,
+        )
+        if row.exact and not self.rule.prune_prefill:
+            assert held.exact
+
+
+@dataclass
+class Entry:
+    """A request's part of a scheduled step."""
+
+    request: Request
+    name: str
+    start: int
+    count: int
+    new_blocks: list[int]
+    is_new: bool
+
+
+class Engine:
+    """A scheduler with random choices, whose steps run ``lag`` steps late.
+
+    With a lag it schedules ahead of sampled tokens, as vLLM's async scheduling does.
+
+    Args:
+        spec: Of the only group of layers.
+        lag: Steps that are scheduled before one is processed.
+        caching: Whether prefixes are cached.
+        chunk: Most tokens of a request in a step.
+    """
+
+    def __init__(
+        self, spec: ThinKVCacheSpec, lag: int, caching: bool = False, chunk: int = MAX_LEN
+    ) -> None:
+        self.manager = make_manager(spec, caching)
+        self.worker = Worker(spec.rule)
+        self.lag = lag
+        self.chunk = chunk
+        self.in_flight: deque[tuple[list[tuple[int, int]], list[Entry]]] = deque()
+        self.running: list[Request] = []
+        self.waiting: list[Request] = []
+        self.incarnation: dict[str, int] = {}
+        self.hits: dict[str, int] = {}
+        self.hasher = get_request_block_hasher(BLOCK, sha256)
+
+    @property
+    def free_blocks(self) -> int:
+        return int(self.manager.block_pool.get_num_free_blocks())
+
+    def name(self, request: Request) -> str:
+        return f"{request.request_id}.{self.incarnation[request.request_id]}"
+
+    def arrive(self, prompt_len: int, max_tokens: int, tenant: int | None = None) -> Request:
+        """Queue a request; those of a tenant begin alike."""
+        name = f"r{len(self.incarnation)}"
+        unique = 1000 * (len(self.incarnation) + 10)
+        shared = prompt_len * 3 // 4 if tenant is not None else 0
+        tokens = [tenant * 100 + i for i in range(shared)] if tenant is not None else []
+        tokens += [unique + i for i in range(prompt_len - shared)]
+        request = Request(name, tokens, SamplingParams(max_tokens=max_tokens), None,
+                          block_hasher=self.hasher)  # fmt: skip
+        self.incarnation[name] = 0
+        self.waiting.append(request)
+        return request
+
+    def step(self, budget: int) -> None:
+        """Schedule up to ``budget`` tokens, and run the step that is now due."""
+        self.manager.new_step_starts()
+        scheduled: list[Entry] = []
+        preempted = False
+        for request in list(self.running):
+            if request not in self.running:
+                continue  # preempted below
+            before = len(self.running)
+            budget -= self._schedule(request, min(budget, self._wanted(request)), scheduled)
+            preempted |= len(self.running) < before
+        for request in [] if preempted else list(self.waiting):
+            done = self._admit(request, budget, scheduled)
+            if not done:
+                break
+            budget -= done
+        copies, retained = self.manager.take_kv_cache_block_copies()
+        self.manager.block_pool.free_blocks(retained)
+        pairs = [(int(c.src_block_id), int(c.dst_block_id)) for c in copies]
+        self.in_flight.append((pairs, scheduled))
+        for entry in scheduled:
+            entry.request.num_computed_tokens += entry.count
+            entry.request.num_in_flight_tokens += entry.count
+            ahead = entry.request.num_tokens + entry.request.num_output_placeholders
+            if entry.request.num_computed_tokens == ahead:
+                # Scheduled ahead of the token that this step will sample.
+                entry.request.num_output_placeholders += 1
+        while len(self.in_flight) > self.lag:
+            self._process()
+
+    def drain(self) -> None:
+        while self.in_flight:
+            self._process()
+
+    def abort(self, index: int) -> None:
+        everyone = self.running + self.waiting
+        if everyone:
+            request = everyone[index % len(everyone)]
+            request.status = RequestStatus.FINISHED_ABORTED
+            self._drop(request)
+
+    def preempt(self, index: int) -> None:
+        if self.running:
+            self._preempt(self.running[index % len(self.running)])
+
+    def reset(self) -> None:
+        """Forget all prefixes, which vLLM does only while nothing runs."""
+        if not self.running:
+            assert self.manager.reset_prefix_cache()
+
+    def _wanted(self, request: Request) -> int:
+        known = int(request.num_tokens) + int(request.num_output_placeholders)
+        return min(self.chunk, min(known, MAX_LEN - 1) - int(request.num_computed_tokens))
+
+    def _schedule(self, request: Request, count: int, scheduled: list[Entry]) -> int:
+        if count <= 0:
+            return 0
+        while (blocks := self.manager.allocate_slots(request, count)) is None:
+            victim = self.running[-1]
+            scheduled[:] = [entry for entry in scheduled if entry.request is not victim]
+            self._preempt(victim)
+            if victim is request:
+                return 0
+        new = [int(i) for i in blocks.get_block_ids()[0]]
+        start = int(request.num_computed_tokens)
+        scheduled.append(Entry(request, self.name(request), start, count, new, False))
+        return count
+
+    def _admit(self, request: Request, budget: int, scheduled: list[Entry]) -> int:
+        if request.num_in_flight_tokens:
+            return 0  # vLLM drains what a preempted request has in flight; so do we
+        cached, hit, _ = self.manager.get_computed_blocks(request)
+        known = min(int(request.num_tokens), MAX_LEN - 1)
+        count = min(budget, self.chunk, known - hit)
+        if count <= 0:
+            return 0
+        blocks = self.manager.allocate_slots(
+            request, count, num_new_computed_tokens=hit, new_computed_blocks=cached
+        )
+        if blocks is None:
+            return 0
+        self.waiting.remove(request)
+        self.running.append(request)
+        request.status = RequestStatus.RUNNING
+        request.num_computed_tokens = hit
+        self.hits[self.name(request)] = hit
+        rows = [int(i) for i in self.manager.get_block_ids(request.request_id)[0]]
+        scheduled.append(Entry(request, self.name(request), hit, count, rows, True))
+        return count
+
+    def _process(self) -> None:
+        copies, scheduled = self.in_flight.popleft()
+        self.worker.copy(copies)
+        for entry in scheduled:
+            request = entry.request
+            # A step that was in flight when its request ended goes on with what was sampled.
+            tokens = [*request.all_token_ids, *[7] * (self.lag + 1)]
+            if entry.is_new:
+                self.worker.start(entry.name, tokens, entry.new_blocks, entry.start)
+            else:
+                self.worker.rows[entry.name].blocks.extend(entry.new_blocks)
+                self.worker.rows[entry.name].tokens = tokens
+        for entry in scheduled:
+            self._run(entry)
+
+    def _run(self, entry: Entry) -> None:
+        request = entry.request
+        self.worker.run(entry.name, request.num_prompt_tokens, entry.start, entry.count)
+        request.num_in_flight_tokens -= entry.count
+        if request not in self.running or entry.name != self.name(request):
+            return
+        if entry.start + entry.count == request.num_tokens:
+            request.num_output_placeholders -= 1
+            last = request.num_output_tokens + 1 >= request.max_tokens
+            if last or request.num_tokens + 1 >= MAX_LEN:
+                request.status = RequestStatus.FINISHED_LENGTH_CAPPED
+                self._drop(request)
+            else:
+                request.append_output_token_ids(7)
+
+    def _preempt(self, request: Request) -> None:
+        self.manager.free(request)
+        request.num_computed_tokens = 0
+        request.num_output_placeholders = 0
+        request.status = RequestStatus.PREEMPTED
+        request.num_preemptions += 1
+        self.incarnation[request.request_id] += 1
+        self.running.remove(request)
+        self.waiting.insert(0, request)
+
+    def _drop(self, request: Request) -> None:
+        self.manager.free(request)
+        for queue in (self.running, self.waiting):
+            if request in queue:
+                queue.remove(request)
+
+    def finish(self) -> None:
+        """Run until nothing is left to do."""
+        for _ in range(3000):
+            if not self.running and not self.waiting:
+                break
+            self.step(40)
+        self.drain()
+        assert not self.running
+        assert not self.waiting
+
+    def check_ownership(self) -> None:
+        """Every block is either free or held, as often as its count says."""
+        held: dict[int, int] = {}
+        for request in self.running:
+            for block in self.manager.get_blocks(request.request_id).blocks[0]:
+                if not block.is_null:
+                    held[block.block_id] = held.get(block.block_id, 0) + 1
+        (manager,) = self.manager.coordinator.single_type_managers
+        for _, _, copy in manager._copies._fresh:
+            held[copy.block_id] = held.get(copy.block_id, 0) + 1
+        counts = {b.block_id: b.ref_cnt for b in self.manager.block_pool.blocks if not b.is_null}
+        assert {i: count for i, count in counts.items() if count} == held
+        assert len(held) + self.free_blocks == NUM_BLOCKS - 1

@@ -1,0 +1,197 @@
+"""What the prefix cache finds, and that the model of the worker notices a cache that is wrong."""
+
+from typing import Any
+
+import pytest
+
+from tests.support.block_engine import BLOCK, NUM_BLOCKS, Engine
+from tests.unit.test_manager import make_spec
+from think_vllm import compat
+from think_vllm.blocks import manager as manager_module
+from think_vllm.blocks.manager import ThinKVCacheManager
+from think_vllm.blocks.prefix import thin_groups
+
+#: Of ``make_spec``: 3 blocks of 4 tokens become 2, and 5 recent tokens stay dense.
+SPAN = 12
+
+
+def make_engine(chunk: int = 100, **changes: Any) -> Engine:
+    return Engine(make_spec(observation_window=3, **changes), lag=0, caching=True, chunk=chunk)
+
+
+def serve(engine: Engine, prompt_len: int, max_tokens: int, tenant: int) -> int:
+    """Run a request to its end; return the tokens that it found in the cache."""
+    request = engine.arrive(prompt_len, max_tokens, tenant)
+    engine.finish()
+    assert engine.free_blocks == NUM_BLOCKS - 1
+    return engine.hits[engine.name(request)]
+
+
+def test_thin_spans_of_a_finished_request_are_hit_with_the_dense_blocks_behind() -> None:
+    engine = make_engine()
+    assert serve(engine, 60, 2, tenant=1) == 0  # (60 - 5) // 12 = 4 thin spans
+    # Three quarters are shared: 45 tokens, 3 spans. The 4th holds tokens of the first request.
+    assert serve(engine, 60, 2, tenant=1) == 3 * SPAN
+    # The 4th span is dense in a request as short as this, but thin in the cache.
+    assert serve(engine, 50, 2, tenant=1) == 3 * SPAN
+
+
+def test_a_conversation_goes_on_where_it_ended() -> None:
+    engine = make_engine()
+    first = engine.arrive(40, 9, None)
+    engine.finish()
+    assert first.num_tokens == 48  # 40, and 8 of the answer that were fed back
+    following = engine.arrive(40, 1, None)
+    tokens = [*first.all_token_ids, *range(7000, 7020)]
+    following.prompt_token_ids[:] = tokens
+    following._all_token_ids[:] = tokens
+    following.num_prompt_tokens = len(tokens)
+    following.block_hashes.clear()
+    following.update_block_hashes()
+    engine.finish()
+    # (48 - 1 - 5) // 12 = 3 thin spans, and the dense blocks behind them.
+    assert engine.hits[engine.name(following)] == 3 * SPAN + 3 * BLOCK
+
+
+def test_dense_blocks_are_shared_while_their_request_computes_its_prompt() -> None:
+    engine = make_engine(chunk=20)
+    slow = engine.arrive(90, 2, tenant=1)  # 67 tokens are shared
+    engine.step(20)
+    engine.step(20)
+    follower = engine.arrive(70, 2, tenant=1)
+    engine.step(40)  # 40 tokens were scheduled before this step
+    assert engine.hits[engine.name(follower)] == 10 * BLOCK
+    rows = [engine.manager.get_block_ids(r.request_id)[0] for r in (slow, follower)]
+    # The first two blocks of a span are the follower's own, the third is shared.
+    shared = [a == b for a, b in zip(rows[0][:10], rows[1][:10], strict=True)]
+    assert shared == [False, False, True] * 3 + [False]
+    engine.finish()
+
+
+def test_dense_mode_keeps_exact_copies_of_what_is_compacted() -> None:
+    engine = make_engine(thin_prefixes=False, delay_prompt=True)
+    assert serve(engine, 40, 8, tenant=1) == 0
+    assert serve(engine, 40, 8, tenant=1) == 28  # 30 tokens are shared: 7 blocks
+    # A prompt of which no token is decoded is never compacted.
+    assert serve(engine, 40, 1, tenant=2) == 0
+    assert serve(engine, 40, 1, tenant=2) == 28
+
+
+def test_dense_mode_leaves_copies_out_when_the_pool_is_full() -> None:
+    engine = make_engine(thin_prefixes=False, delay_prompt=True)
+    others = [engine.arrive(40, 30, None) for _ in range(3)]
+    engine.step(40)
+    engine.step(40)
+    engine.step(40)
+    engine.finish()
+    assert all(other.is_finished() for other in others)
+    assert engine.free_blocks == NUM_BLOCKS - 1
+
+
+def test_observation_window_is_never_hit() -> None:
+    engine = Engine(make_spec(observation_window=9), lag=0, caching=True)
+    request = engine.arrive(48, 1, None)
+    engine.finish()
+    again = engine.arrive(48, 1, None)
+    tokens = list(request.all_token_ids)[:48]
+    again.prompt_token_ids[:] = again._all_token_ids[:] = tokens
+    again.block_hashes.clear()
+    again.update_block_hashes()
+    engine.finish()
+    assert engine.hits[engine.name(again)] == 36  # of 47: at most 48 - 9 tokens, in whole blocks
+
+
+def test_a_preempted_request_does_not_hit_its_own_thin_spans() -> None:
+    engine = make_engine()
+    request = engine.arrive(60, 20, None)
+    for _ in range(5):
+        engine.step(60)
+    engine.preempt(0)
+    engine.finish()
+    assert engine.hits[engine.name(request)] < SPAN * 4
+    assert engine.worker.rows[engine.name(request)].exact
+
+
+def test_a_request_that_hit_thin_spans_hits_them_again_after_preemption() -> None:
+    engine = make_engine()
+    serve(engine, 60, 2, tenant=1)
+    request = engine.arrive(60, 20, tenant=1)
+    for _ in range(5):
+        engine.step(60)
+    engine.preempt(0)
+    engine.finish()
+    assert engine.hits[engine.name(request)] >= 3 * SPAN
+    assert engine.hits[engine.name(request)] <= 60 - 3
+
+
+def test_one_version_of_a_span_is_cached() -> None:
+    engine = make_engine()
+    both = [engine.arrive(60, 8, tenant=1) for _ in range(2)]
+    engine.step(120)  # in one step: neither finds the other's blocks
+    engine.finish()
+    assert [engine.hits[engine.name(request)] for request in both] == [0, 0]
+    pool = engine.manager.block_pool
+    spaces = thin_groups(0, make_spec().rule)
+    found = [pool.get_cached_block(both[0].block_hashes[2], [space]) for space in spaces]
+    versions = {engine.worker.memory[block[0].block_id].version for block in found}
+    assert len(versions) == 1
+    cached = pool.cached_block_hash_to_block._cache
+    assert all(
+        not isinstance(entry, dict) for key, entry in cached.items() if key[-4:-2] != b"\0\0"
+    )
+
+
+def share_heads(self: Any, rows: Any) -> list[int]:
+    return []
+
+
+def keep_cached(self: Any, life: Any, num_spans: int) -> None:
+    return None
+
+
+def mix_versions(
+    pool: Any, block_hash: Any, blocks: Any, tokens: int, group: int, rule: Any
+) -> None:
+    spaces = thin_groups(group, rule)
+    pool.evict_blocks({block.block_id for block in blocks})
+    for space, block in zip(spaces, blocks, strict=True):
+        # The first block of one version, the second of another.
+        if space == spaces[0] or pool.get_cached_block(block_hash, [space]) is None:
+            key = compat.block_key(block_hash, space)
+            left = pool.get_cached_block(block_hash, [space])
+            if left is not None:
+                pool.evict_blocks({left[0].block_id})
+            compat.cache_block(pool, key, block, tokens)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "broken"),
+    [
+        (ThinKVCacheManager, "_held_heads", share_heads),
+        (ThinKVCacheManager, "_uncache", keep_cached),
+        (manager_module, "cache_thin", mix_versions),
+    ],
+    ids=["shares heads", "leaves heads cached", "mixes versions"],
+)
+def test_the_model_notices(
+    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, broken: Any
+) -> None:
+    monkeypatch.setattr(owner, name, broken)
+    engine = make_engine(chunk=20)
+
+    def run() -> None:
+        engine.arrive(90, 2, tenant=1)
+        engine.step(20)
+        engine.step(20)
+        engine.arrive(70, 2, tenant=1)
+        engine.step(40)
+        engine.finish()
+        for round_ in range(12):
+            for tenant in (0, 0, 1):
+                engine.arrive(40 + round_ % 5 * 8, 3 + round_, tenant)
+            for _ in range(6 + round_ % 4):
+                engine.step(25)
+        engine.finish()
+
+    with pytest.raises(AssertionError):
+        run()

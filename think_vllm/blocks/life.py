@@ -1,0 +1,29 @@
+"""What the block manager remembers of a running request."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Life:
+    """One request, from its admission until it ends or is preempted.
+
+    Args:
+        request: vLLM's own; None until its first step is scheduled, or without prefix caching.
+        prompt_len: Tokens of its prompt; None until known.
+        cached_spans: Leading spans that came thin from the prefix cache.
+        freed_spans: Spans whose tails it does not hold any more, or never did.
+        published: Rows that the prefix cache has been offered.
+        published_spans: Thin spans that it has been offered.
+        uncached_spans: Spans whose dense form must not be offered any more.
+        private: Rows that hold somebody else's blocks until copies are allocated.
+    """
+
+    request: Any = None
+    prompt_len: int | None = None
+    cached_spans: int = 0
+    freed_spans: int = 0
+    published: int = 0
+    published_spans: int = 0
+    uncached_spans: int = 0
+    private: list[int] = field(default_factory=list)
