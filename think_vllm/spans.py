@@ -17,6 +17,7 @@ The prompt's spans are compacted in the forward pass that ends the prompt; with 
 the next one, so that the scheduler can have their dense blocks copied in between.
 """
 
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,6 +82,17 @@ class SpanRule:
         own = np.maximum(0, ends - self.recent_window) // self.span_tokens
         thin: IntArray = np.maximum(cached, own)
         return thin
+
+    def exact_tokens(self, prompt_len: int) -> int:
+        """Leading tokens whose queries have seen no thin span, if none came from the cache.
+
+        The keys and values of all others are approximate.
+        """
+        if self.prune_prefill:
+            return 0
+        if self.prune_decode or self.prompt_spans(prompt_len) > 0:
+            return max(prompt_len, self.due_position(0))
+        return sys.maxsize
 
     def spans_before_decode(self, prompt_len: int, position: int, cached: int = 0) -> int:
         """Spans that are thin before the step of a query past its prompt compacts any."""

@@ -69,7 +69,8 @@ class Row:
     tokens: list[int]
     blocks: list[int]
     thin: int
-    exact: bool = True
+    exact: bool
+    hit: int
 
 
 @dataclass
@@ -83,7 +84,7 @@ class Worker:
     def start(self, name: str, tokens: list[int], blocks: list[int], computed: int) -> None:
         table = np.array([blocks + [0] * 60], np.int32)
         thin = int(leading_thin_spans(self.rule, table, np.array([computed]))[0])
-        self.rows[name] = Row(tokens, blocks, thin, exact=thin == 0)
+        self.rows[name] = Row(tokens, blocks, thin, exact=thin == 0, hit=computed)
 
     def copy(self, copies: list[tuple[int, int]]) -> None:
         # All sources are read before the first copy is written.
@@ -94,7 +95,6 @@ class Worker:
         """One chunk: store, then for each query compact what is due and read."""
         row, rule = self.rows[name], self.rule
         cached = self._cached(row, start)
-        exact = row.exact and not (rule.prune_prefill and start > 0)
         for position in range(start, start + count):
             index, offset = divmod(position, BLOCK)
             held = self.memory.get(row.blocks[index])
@@ -103,6 +103,9 @@ class Worker:
             if offset:  # a block's first token claims it; later ones must find it still theirs
                 assert isinstance(held, Dense), (held, position)
                 assert (held.before, held.tokens[:offset]) == (before, kept)
+            exact = rule.thin_spans(prompt_len, position, start, cached) == 0
+            if offset:
+                exact &= held.exact
             self.memory[row.blocks[index]] = Dense(before, (*kept, row.tokens[position]), exact)
         for position in range(start, start + count):
             if position >= prompt_len:
@@ -153,7 +156,8 @@ class Worker:
             tuple(row.tokens[: index * BLOCK]),
             tokens,
         )
-        if row.exact and not self.rule.prune_prefill:
+        # Its own later tokens may be approximate, but not what it hit.
+        if row.exact and (index + 1) * BLOCK <= row.hit:
             assert held.exact
 
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from vllm.v1.request import Request
 
 from tests.support.block_engine import BLOCK, NUM_BLOCKS, Engine
 from tests.unit.test_manager import make_spec
@@ -36,21 +37,27 @@ def test_thin_spans_of_a_finished_request_are_hit_with_the_dense_blocks_behind()
     assert serve(engine, 50, 2, tenant=1) == 3 * SPAN
 
 
-def test_a_conversation_goes_on_where_it_ended() -> None:
-    engine = make_engine()
+def hit_of_conversation(engine: Engine) -> int:
+    """Run a prompt of 40 tokens and 8 of its answer, then both again with a question behind."""
     first = engine.arrive(40, 9, None)
     engine.finish()
-    assert first.num_tokens == 48  # 40, and 8 of the answer that were fed back
+    assert first.num_tokens == 48
     following = engine.arrive(40, 1, None)
-    tokens = [*first.all_token_ids, *range(7000, 7020)]
-    following.prompt_token_ids[:] = tokens
-    following._all_token_ids[:] = tokens
-    following.num_prompt_tokens = len(tokens)
-    following.block_hashes.clear()
-    following.update_block_hashes()
+    replace_prompt(following, [*first.all_token_ids, *range(7000, 7020)])
     engine.finish()
+    return engine.hits[engine.name(following)]
+
+
+def replace_prompt(request: Request, tokens: list[int]) -> None:
+    request.prompt_token_ids[:] = request._all_token_ids[:] = tokens
+    request.num_prompt_tokens = len(tokens)
+    request.block_hashes.clear()
+    request.update_block_hashes()
+
+
+def test_a_conversation_goes_on_where_it_ended() -> None:
     # (48 - 1 - 5) // 12 = 3 thin spans, and the dense blocks behind them.
-    assert engine.hits[engine.name(following)] == 3 * SPAN + 3 * BLOCK
+    assert hit_of_conversation(make_engine()) == 3 * SPAN + 3 * BLOCK
 
 
 def test_dense_blocks_are_shared_while_their_request_computes_its_prompt() -> None:
@@ -72,6 +79,8 @@ def test_dense_mode_keeps_exact_copies_of_what_is_compacted() -> None:
     engine = make_engine(thin_prefixes=False, delay_prompt=True)
     assert serve(engine, 40, 8, tenant=1) == 0
     assert serve(engine, 40, 8, tenant=1) == 28  # 30 tokens are shared: 7 blocks
+    # The answer was computed over thin spans, so its blocks are not exact.
+    assert hit_of_conversation(engine) == 40
     # A prompt of which no token is decoded is never compacted.
     assert serve(engine, 40, 1, tenant=2) == 0
     assert serve(engine, 40, 1, tenant=2) == 28
@@ -93,10 +102,7 @@ def test_observation_window_is_never_hit() -> None:
     request = engine.arrive(48, 1, None)
     engine.finish()
     again = engine.arrive(48, 1, None)
-    tokens = list(request.all_token_ids)[:48]
-    again.prompt_token_ids[:] = again._all_token_ids[:] = tokens
-    again.block_hashes.clear()
-    again.update_block_hashes()
+    replace_prompt(again, list(request.all_token_ids)[:48])
     engine.finish()
     assert engine.hits[engine.name(again)] == 36  # of 47: at most 48 - 9 tokens, in whole blocks
 

@@ -77,6 +77,16 @@ def test_prompt_spans_leaves_the_recent_window_dense(prompt_len: int, spans: int
     assert rule.prompt_spans(prompt_len) == spans
 
 
+@given(rule=RULES, prompt_len=st.integers(1, 60))
+def test_exact_tokens_have_seen_no_thin_span(rule: SpanRule, prompt_len: int) -> None:
+    seen = [rule.thin_spans(prompt_len, p, computed=p) > 0 for p in range(200)]
+    exact = rule.exact_tokens(prompt_len)
+    if rule.prune_prefill:
+        assert exact == 0
+    else:
+        assert min(exact, 200) == next((p for p in range(200) if seen[p]), 200)
+
+
 def test_due_position_is_the_first_that_sees_the_span_thin() -> None:
     rule = SpanRule(48, 4, 3, 32, True)
     assert rule.due_position(0) == 224

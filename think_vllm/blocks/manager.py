@@ -243,20 +243,27 @@ class ThinKVCacheManager(FullAttentionManager):
     def _publish_dense(self, life: Life, num_blocks: int, first: int = 0) -> None:
         """Cache a request's dense blocks up to a row, but for spans that leave the cache."""
         start = max(first, life.published, life.uncached_spans * self.rule.span_blocks)
-        group = self.kv_cache_group_id
-        exact = life.cached_spans == 0 and not self.rule.prune_prefill
-        if num_blocks > start and (self.kv_cache_spec.thin_prefixes or exact):
+        exact = 0
+        if life.cached_spans == 0:
+            exact = self.rule.exact_tokens(life.request.num_prompt_tokens) // self.block_size
+        middle, group = min(max(start, exact), num_blocks), self.kv_cache_group_id
+        self._publish_rows(life, start, middle, group)
+        if self.kv_cache_spec.thin_prefixes:
+            self._publish_rows(life, middle, num_blocks, approximate_group(group))
+        life.published = max(life.published, num_blocks)
+
+    def _publish_rows(self, life: Life, start: int, end: int, group: int) -> None:
+        if end > start:
             rows = self.req_to_blocks[life.request.request_id]
             self.block_pool.cache_full_blocks(
                 request=life.request,
                 blocks=rows,
                 num_cached_blocks=start,
-                num_full_blocks=num_blocks,
+                num_full_blocks=end,
                 block_size=self.block_size,
-                kv_cache_group_id=group if exact else approximate_group(group),
-                block_mask=[block.block_hash is None for block in rows[start:num_blocks]],
+                kv_cache_group_id=group,
+                block_mask=[block.block_hash is None for block in rows[start:end]],
             )
-        life.published = max(life.published, num_blocks)
 
     def _publish_thin(self, life: Life, num_spans: int) -> None:
         if life.request is None or not self.kv_cache_spec.thin_prefixes:

@@ -1,0 +1,140 @@
+"""Prefix caching on the server: thin spans, exact copies, and prompts pruned chunk by chunk."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.checks import EAGER, TOLERANCE, random_prompts, worst_differences
+from tests.support.prefix_reference import PrefixReference, View
+from tests.support.reference import Reference, Thinning
+from tests.support.server import Completion, Server
+
+pytestmark = pytest.mark.e2e
+
+#: 0.5 at head size 128 in float32: 63 channels, 4 blocks of 48 tokens become 3.
+HALF = Thinning(key_channels=63, span_tokens=192)
+PRUNED = (*EAGER, "--kv-channel-prune", "0.5", "--max-num-batched-tokens", "2048")
+HITS = "vllm:prefix_cache_hits_total"
+
+
+@pytest.fixture(scope="module")
+def prefix_reference(recall_model: Path) -> PrefixReference:
+    return PrefixReference(recall_model)
+
+
+def worst(
+    reference: PrefixReference, prompt: list[int], completion: Completion, view: View
+) -> float:
+    expected = reference.logprobs(prompt, completion.tokens, view)
+    return max(abs(a - b) for a, b in zip(expected, completion.logprobs, strict=True))
+
+
+def view_of(prompt: list[int], completion: Completion, **hit: object) -> View:
+    return View(HALF, len(prompt), len(prompt) + len(completion.tokens) - 1, **hit)
+
+
+def hit_of(server: Server, prompt: list[int], max_tokens: int) -> tuple[Completion, int]:
+    """Complete a prompt, and say how many of its tokens were in the cache."""
+    before = server.metric(HITS)
+    completion = server.complete(prompt, max_tokens)
+    # Hits are counted when a request is admitted, and written with a later step.
+    return completion, int(server.metric(HITS) - before)
+
+
+class TestThinPrefixes:
+    @pytest.fixture(scope="class")
+    def server(self, serve: Callable[..., Server]) -> Server:
+        return serve(*PRUNED)
+
+    def test_hit_on_thin_spans(self, server: Server, prefix_reference: PrefixReference) -> None:
+        donor, other = random_prompts([1000, 150], seed=11)
+        left, hit = hit_of(server, donor, 8)
+        assert hit == 0
+        view = view_of(donor, left)
+        assert worst(prefix_reference, donor, left, view) < TOLERANCE
+        # 900 shared tokens hold four spans; the fifth is thin and has others' tokens.
+        prompt = donor[:900] + other
+        answer, hit = hit_of(server, prompt, 300)
+        assert hit == 4 * 192
+        hit_view = view_of(prompt, answer, cached=view, cached_spans=4, cached_tokens=4 * 192)
+        assert worst(prefix_reference, prompt, answer, hit_view) < TOLERANCE
+        # The comparison sees that the prefix was thin for the prompt's own queries.
+        assert worst(prefix_reference, prompt, answer, view_of(prompt, answer)) > 10 * TOLERANCE
+
+    def test_conversation(self, server: Server, prefix_reference: PrefixReference) -> None:
+        first, second = random_prompts([1000, 60], seed=12)
+        left, hit = hit_of(server, first, 16)
+        view = view_of(first, left)
+        assert worst(prefix_reference, first, left, view) < TOLERANCE
+        prompt = first + left.tokens + second
+        answer, hit = hit_of(server, prompt, 40)
+        # (1015 - 32) // 192 = 5 thin spans, and one dense block of question and answer behind.
+        assert hit == 5 * 192 + 48
+        hit_view = view_of(prompt, answer, cached=view, cached_spans=5, cached_tokens=hit)
+        assert worst(prefix_reference, prompt, answer, hit_view) < TOLERANCE
+
+    def test_many_requests_share_a_prefix(
+        self, server: Server, prefix_reference: PrefixReference
+    ) -> None:
+        system, *questions = random_prompts([800, *[40 + 13 * i for i in range(12)]], seed=13)
+        left = server.complete(system, 2)
+        view = view_of(system, left)
+        prefix_reference.logprobs(system, left.tokens, view)
+        prompts = [system + question for question in questions]
+        before = server.metric(HITS)
+        answers = server.complete_all(prompts, [250] * len(prompts))
+        for prompt, answer in zip(prompts, answers, strict=True):
+            # Four thin spans; the dense tail is one block, which ends at 816 > 800.
+            hit_view = view_of(prompt, answer, cached=view, cached_spans=4, cached_tokens=768)
+            assert worst(prefix_reference, prompt, answer, hit_view) < TOLERANCE
+        assert server.metric(HITS) - before == len(prompts) * 768
+        server.wait_for_metric("vllm:kv_cache_usage_perc", 0)
+
+    def test_prompts_of_one_step_are_exact(
+        self, server: Server, recall_reference: Reference
+    ) -> None:
+        # None of them has anything that another could hit before they are computed.
+        (prompt,) = random_prompts([500], seed=14)
+        answers = server.complete_all([prompt] * 3, [30] * 3)
+        exact = worst_differences(recall_reference, [prompt], answers[:1], HALF)
+        assert exact[500] < TOLERANCE
+
+
+def test_dense_prefixes_are_exact(
+    serve: Callable[..., Server], recall_reference: Reference
+) -> None:
+    server = serve(*PRUNED, "--kv-prefix-cache", "dense")
+    donor, other = random_prompts([1000, 150], seed=21)
+    left, hit = hit_of(server, donor, 400)  # two more spans fill up and are compacted
+    assert hit == 0
+    prompt = donor[:900] + other
+    answer, hit = hit_of(server, prompt, 300)
+    assert hit == 18 * 48
+    # What was decoded over thin spans is not exact, and not in the cache.
+    conversation = donor + left.tokens + other
+    again, hit = hit_of(server, conversation, 100)
+    assert hit == 1000 // 48 * 48
+    for tokens, completion in ((donor, left), (prompt, answer), (conversation, again)):
+        differences = worst_differences(recall_reference, [tokens], [completion], HALF)
+        assert all(x < TOLERANCE for x in differences.values()), differences
+    server.wait_for_metric("vllm:kv_cache_usage_perc", 0)
+
+
+def test_prompts_pruned_at_chunk_ends(
+    serve: Callable[..., Server], prefix_reference: PrefixReference
+) -> None:
+    # 35 blocks of 48 tokens hold 1,680 dense ones; the null block is one more.
+    chunk, pool = 256, 36 * 196_608
+    arguments = ("--kv-prune-prefill", "--max-num-batched-tokens", str(chunk))
+    server = serve(
+        *EAGER, "--kv-channel-prune", "0.5", *arguments, "--max-model-len", "2048",
+        "--no-async-scheduling",
+        kv_cache_bytes=pool,
+    )  # fmt: skip
+    for length in (200, 700, 1900):
+        (prompt,) = random_prompts([length], seed=length)
+        completion = server.complete(prompt, 60)
+        view = view_of(prompt, completion)
+        view.chunk_starts = range(0, length, chunk)
+        assert worst(prefix_reference, prompt, completion, view) < TOLERANCE

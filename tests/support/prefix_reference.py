@@ -1,0 +1,150 @@
+"""The truth about requests whose prefix came thin from the cache, or was pruned chunk by chunk.
+
+Like ``reference.py``, one causal forward pass of a plain transformers model in float32; but every
+token has the channels that its span kept, and every query says how many tokens it sees thin.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AutoModelForCausalLM
+
+from tests.support.reference import Thinning, kept_channels
+
+#: Per layer, the channels that each token keeps once it is thin: bool [Hk, n, D].
+Kept = list[torch.Tensor]
+
+
+@dataclass
+class View:
+    """What a request's queries see.
+
+    Args:
+        thinning: How spans are pruned; without coding.
+        prompt_len: Tokens of the prompt.
+        num_tokens: Tokens of prompt and completion.
+        cached: The view of the request that left a prefix in the cache, if one was hit.
+        cached_spans: Thin spans of the hit.
+        cached_tokens: Tokens of the hit, thin spans and dense blocks behind them.
+        chunk_starts: With pruning at chunk ends, where chunks of the prompt begin.
+        kept: Of this request, once it was scored.
+    """
+
+    thinning: Thinning
+    prompt_len: int
+    num_tokens: int
+    cached: "View | None" = None
+    cached_spans: int = 0
+    cached_tokens: int = 0
+    chunk_starts: Sequence[int] = (0,)
+    kept: Kept = field(default_factory=list)
+
+    def spans(self, position: int) -> int:
+        recent, span = self.thinning.recent_window, self.thinning.span_tokens
+        return max(self.cached_spans, max(0, position - recent) // span)
+
+    def thin_tokens(self) -> torch.Tensor:
+        """Tokens that each query sees thin: int64 [n]."""
+        thin = torch.zeros(self.num_tokens, dtype=torch.int64)
+        for start, end in pairwise([*self.chunk_starts, self.prompt_len]):
+            own = self.spans(start) if len(self.chunk_starts) > 1 else self.cached_spans
+            thin[start:end] = own
+        for position in range(self.prompt_len, self.num_tokens):
+            thin[position] = self.spans(position)
+        thin *= self.thinning.span_tokens
+        if self.cached is not None:
+            # These were computed by the request that left them.
+            thin[: self.cached_tokens] = self.cached.thin_tokens()[: self.cached_tokens]
+        return thin
+
+    def choose(self, query: torch.Tensor, key: torch.Tensor, layer: int) -> torch.Tensor:
+        """Channels of one layer: bool [Hk, n, D]."""
+        span = self.thinning.span_tokens
+        kept = torch.ones(key.shape[0], self.num_tokens, key.shape[2], dtype=torch.bool)
+        first = self.cached_spans
+        if self.cached is not None:
+            kept[:, : first * span] = self.cached.kept[layer][:, : first * span]
+        for start, end in pairwise([*self.chunk_starts, self.prompt_len]):
+            last = self.spans(end)
+            if last > first or end == self.prompt_len:
+                # Scored by the chunk's last queries over the keys that are dense by then. What is
+                # decoded keeps the channels of the span before it.
+                begin = max(0 if end == self.prompt_len else start, first * span)
+                window = Thinning(
+                    self.thinning.key_channels,
+                    span,
+                    observation_window=min(self.thinning.observation_window, end - begin),
+                )
+                chosen = kept_channels(
+                    query[:, first * span :], key[:, first * span :], end - first * span, window
+                )
+                if last > first or (end == self.prompt_len and last == self.cached_spans):
+                    kept[:, first * span :] = chosen[:, None]
+                first = last
+        return kept
+
+
+_view: View | None = None
+
+
+def _attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention in the form that transformers calls, of one sequence: query [1, Hq, n, D]."""
+    assert _view is not None
+    query, key, value = query[0], key[0], value[0]
+    group = query.shape[0] // key.shape[0]
+    kept = _view.choose(query, key, module.layer_idx)
+    _view.kept.append(kept)
+    position = torch.arange(query.shape[1])
+    thin = position[None, :] < _view.thin_tokens()[:, None]
+    dense_scores = query @ key.repeat_interleave(group, 0).transpose(1, 2)
+    thin_scores = query @ (key * kept).repeat_interleave(group, 0).transpose(1, 2)
+    scores = torch.where(thin, thin_scores, dense_scores) * scaling
+    scores = scores.masked_fill(position[None, :] > position[:, None], float("-inf"))
+    output = scores.softmax(-1) @ value.repeat_interleave(group, 0)
+    return output.transpose(0, 1)[None].contiguous(), None
+
+
+AttentionInterface.register("think_prefix_reference", _attention)
+
+
+class PrefixReference:
+    """A plain transformers model that scores completions under a view."""
+
+    def __init__(self, model: Path) -> None:
+        self._model = AutoModelForCausalLM.from_pretrained(
+            model, dtype=torch.float32, attn_implementation="think_prefix_reference"
+        ).eval()
+
+    @torch.no_grad()
+    def logprobs(self, prompt: list[int], completion: list[int], view: View) -> list[float]:
+        """Log-probability of each completion token, given all tokens before it.
+
+        Args:
+            prompt: Token ids.
+            completion: Token ids.
+            view: Of a request of this length. Its ``kept`` is filled in.
+        """
+        global _view
+        _view = view
+        view.kept.clear()
+        try:
+            logits = self._model(torch.tensor([prompt + completion[:-1]]), use_cache=False).logits
+        finally:
+            _view = None
+        scores = torch.log_softmax(logits[0, len(prompt) - 1 :].float(), dim=-1)
+        picked: list[float] = scores[
+            torch.arange(len(completion)), torch.tensor(completion)
+        ].tolist()
+        return picked
