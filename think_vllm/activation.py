@@ -88,6 +88,9 @@ def plan_engine(config: ThinkConfig, vllm_config: VllmConfig) -> BlockPlan | Non
         ThinkError: If no plan fits.
     """
     model_config, cache_config = vllm_config.model_config, vllm_config.cache_config
+    if has_other_layers(model_config) and not config.kv_prune_prefill:
+        # Beside layers of other kinds vLLM may cut a hit in the middle of a thin span.
+        config = config.model_copy(update={"kv_prefix_cache": "dense"})
     return plan_blocks(
         config,
         head_size=model_config.get_head_size(),

@@ -128,6 +128,11 @@ def _check_together(config: ThinkConfig) -> None:
             f"{flags} given without --kv-channel-prune RATIO or --kv-quant FORMAT; give one of "
             "them too"
         )
+    if config.kv_prune_prefill and config.kv_prefix_cache == "dense":
+        raise ThinkError(
+            "--kv-prune-prefill prunes prompts while they are computed, so there are no exact "
+            "prefixes for --kv-prefix-cache dense to keep; leave one of them out"
+        )
     if "kv_quant_group" in given and not config.format.has_groups:
         grouped = [name for name, made in FORMATS.items() if made.has_groups]
         raise ThinkError(

@@ -19,12 +19,15 @@ _CODINGS = {
 def plan_summary(plan: BlockPlan) -> list[str]:
     """The plan in a few lines that a person reads."""
     dense, thin = plan.dense_bytes_per_token_head, plan.thin_bytes_per_token_head
+    prefixes = "thin" if plan.config.kv_prefix_cache == "thin" else "as dense copies"
     return [
         f"{_channels(plan)}; {_codings(plan)}",
         f"{plan.span_blocks} blocks of {plan.block_size} tokens become {plan.thin_blocks} "
         f"(span {plan.span_tokens} tokens; recent window {plan.config.kv_recent_window}, "
         f"observation window {plan.config.kv_observation_window}, decoded spans "
-        f"{'compacted too' if plan.config.kv_prune_decode else 'stay dense'})",
+        f"{'compacted too' if plan.config.kv_prune_decode else 'stay dense'}, "
+        f"{'at the end of every chunk of a prompt, ' if plan.config.kv_prune_prefill else ''}"
+        f"prefixes cached {prefixes})",
         f"bytes per token and KV head: {dense:.0f} dense, {thin:.1f} thin (keys "
         f"{plan.key_bytes_per_token_head:.1f}, values {plan.value_bytes_per_token_head:.1f}, "
         f"waste {100 * plan.waste:.1f} %): x{plan.capacity_multiple:.3f}; whole requests "
@@ -52,6 +55,8 @@ def plan_fields(plan: BlockPlan) -> dict[str, Any]:
         "recent_window": plan.config.kv_recent_window,
         "observation_window": plan.config.kv_observation_window,
         "prune_decode": plan.config.kv_prune_decode,
+        "prune_prefill": plan.config.kv_prune_prefill,
+        "prefix_cache": plan.config.kv_prefix_cache,
         "dense_bytes_per_token_head": plan.dense_bytes_per_token_head,
         "thin_bytes_per_token_head": plan.thin_bytes_per_token_head,
         "key_bytes_per_token_head": plan.key_bytes_per_token_head,

@@ -23,8 +23,7 @@ class EnginePlan:
 
     Args:
         plan: How its blocks are pruned and quantized.
-        thin_prefixes: Whether prefix caching keeps thin spans. Not beside layers of other kinds:
-            vLLM may shorten a hit to what these have, into the middle of a span.
+        thin_prefixes: Whether prefix caching keeps thin spans.
         in_flight_tokens: Tokens that are scheduled before the first of them has been processed,
             at most.
     """
