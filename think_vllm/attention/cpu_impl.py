@@ -27,7 +27,6 @@ class ThinkCPUImpl(CPUAttentionBackendImpl):
         super().__init__(*args, **kwargs)
         for value, name in (
             (self.alibi_slopes, "ALiBi position biases"),
-            (self.sinks, "attention sinks"),
             (self.kv_sharing_target_layer_name, "a KV cache shared between layers"),
         ):
             if value is not None:
@@ -235,6 +234,7 @@ class ThinkCPUImpl(CPUAttentionBackendImpl):
             self.scale,
             part,
             logits_soft_cap=self.logits_soft_cap,
+            sinks=self.sinks,
         )
         if isinstance(wave.tokens, torch.Tensor):
             output[wave.tokens] = part
