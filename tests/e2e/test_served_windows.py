@@ -93,16 +93,22 @@ def test_windows_in_blocks_that_held_codes(serve: Callable[..., Server], tmp_pat
         layer_types=[FULL, WINDOW],
         sliding_window=100,
     )
-    plan, flags = plan_served(HEAD_SIZE, kv_channel_prune=0.5, kv_quant="kivi2")
+    plan, flags = plan_served(HEAD_SIZE, kv_channel_prune=0.5, kv_quant="kivi4")
     limits = ("--max-model-len", "2048", "--max-num-batched-tokens", "256")
     # A whole request, and what a window and a chunk take.
     blocks = (2048 + 100 + 256) // plan.block_size + 4
     pool = blocks * plan.layout.run_bytes * 2
     server = serve(*EAGER, *flags, *limits, model=model, kv_cache_bytes=pool)
-    # Short ones need most while they have no span yet.
+    # Two requests whose thin blocks are all over the pool when they have ended.
+    for prompt in prompts_of([2000, 1950], seed=1):
+        server.complete(prompt, 40)
     lengths = [1500, 950, 500, *range(20, 200, 15)]
-    counts = [300] * len(lengths)
     check_served(
-        server, Reference(model), lengths, counts, Thinning.of(plan), frequency_penalty=2.0
+        server,
+        Reference(model),
+        lengths,
+        [300] * len(lengths),
+        Thinning.of(plan),
+        frequency_penalty=2.0,
     )
     assert server.metric("vllm:num_preemptions_total") > 0
