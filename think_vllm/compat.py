@@ -14,9 +14,9 @@ vLLM; subclasses of its classes call a few private methods that they inherit.
     because it is where a platform validates and completes ``VllmConfig``, and plugins have no
     such place. Until vLLM calls plugins with the config.
 ``Platform.get_attn_backend_cls`` is wrapped
-    because the CPU platform ignores ``attention_config.backend``. Until ``CpuPlatform``
-    honours ``AttentionBackendEnum.CUSTOM``. On CUDA the same hook names the backend's path, so
-    that no process has to register it before vLLM asks.
+    because the CPU platform ignores ``attention_config.backend``, and ``backend_per_kind``, by
+    which sliding-window layers could have another. Until ``CpuPlatform`` honours both. On CUDA
+    the same hook names the backend's path, so that no process has to register it before vLLM asks.
 ``KVCacheSpecRegistry._ensure_registered`` is called
     because registering a spec before vLLM's own suppresses vLLM's own registration. Until
     it no longer returns early on a registry that is not empty.
@@ -73,6 +73,7 @@ if TYPE_CHECKING:
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
 CPU_BACKEND_PATH = "think_vllm.attention.cpu_backend.ThinkCPUBackend"
+CPU_WINDOW_BACKEND_PATH = "think_vllm.attention.cpu_window.WindowCPUBackend"
 CUDA_BACKEND_PATH = "think_vllm.attention.cuda_backend.ThinkCUDABackend"
 
 _MARK = "_think_vllm_wrapped"
@@ -106,15 +107,16 @@ def supported_vllm() -> bool:
 def install(
     add_flags: Callable[[argparse.ArgumentParser], None],
     activate: Callable[[VllmConfig], None],
-    select_backend: Callable[[VllmConfig], str | None] | None,
+    select_backend: Callable[[VllmConfig, bool], str | None] | None,
 ) -> None:
     """Hook into the current platform, once per process.
 
     Args:
         add_flags: Adds our flags to a parser of vLLM's engine arguments.
         activate: Validates and completes a config; raises ThinkError to refuse it.
-        select_backend: Path of the attention backend that a config needs, or None for
-            vLLM's own choice. None leaves that choice alone altogether.
+        select_backend: Path of the attention backend that a config needs for layers with or
+            without a sliding window, or None for vLLM's own choice. None leaves that choice alone
+            altogether.
 
     Raises:
         AttributeError: If the platform has not the hooks of vLLM 0.32.
@@ -159,19 +161,26 @@ def _wrap_config_hook(platform: Any, activate: Callable[[VllmConfig], None]) -> 
     platform.check_and_update_config = classmethod(check_and_update_config)
 
 
-def _wrap_backend_hook(platform: Any, select_backend: Callable[[VllmConfig], str | None]) -> None:
+def _wrap_backend_hook(
+    platform: Any, select_backend: Callable[[VllmConfig, bool], str | None]
+) -> None:
     original = platform.get_attn_backend_cls
 
-    def get_attn_backend_cls(cls: Any, selected_backend: Any, *args: Any, **kwargs: Any) -> str:
+    def get_attn_backend_cls(
+        cls: Any, selected_backend: Any, attn_selector_config: Any, *args: Any, **kwargs: Any
+    ) -> str:
         from vllm.config import get_current_vllm_config
 
-        path = select_backend(get_current_vllm_config())
+        has_window = attn_selector_config.has_sliding_window
+        path = select_backend(get_current_vllm_config(), has_window)
         if path is None:
-            chosen: str = original(selected_backend, *args, **kwargs)
+            chosen: str = original(selected_backend, attn_selector_config, *args, **kwargs)
             return chosen
-        from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+        # The backend of sliding-window layers goes by the name of vLLM's own, which it extends.
+        if path != CPU_WINDOW_BACKEND_PATH:
+            from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-        register_backend(AttentionBackendEnum.CUSTOM, path)
+            register_backend(AttentionBackendEnum.CUSTOM, path)
         return path
 
     platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)

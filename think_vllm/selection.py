@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from think_vllm.activation import has_other_layers, plan_engine
+from think_vllm.activation import plan_engine
 from think_vllm.config import config_from_additional
 from think_vllm.planner import BlockPlan
 
@@ -49,8 +49,7 @@ def remember_plan(vllm_config: VllmConfig) -> BlockPlan:
         raise RuntimeError("think-vllm: remember_plan() for an engine without thin blocks")
     _selected = EnginePlan(
         plan=plan,
-        thin_prefixes=plan.config.kv_prefix_cache == "thin"
-        and not has_other_layers(vllm_config.model_config),
+        thin_prefixes=plan.config.kv_prefix_cache == "thin",
         in_flight_tokens=vllm_config.max_in_flight_tokens,
     )
     return plan

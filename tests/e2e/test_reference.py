@@ -33,8 +33,9 @@ def random_tokens(num_tokens: int) -> list[torch.Tensor]:
         (0.5, "kivi2", 32, None),
     ],
 )
+@pytest.mark.parametrize("softcap", [None, 2.0])
 def test_both_references_attend_alike(
-    ratio: float, quant: str, group: int, block_size: int | None
+    ratio: float, quant: str, group: int, block_size: int | None, softcap: float | None
 ) -> None:
     plan, _ = plan_served(
         HEAD_SIZE, block_size, kv_channel_prune=ratio, kv_quant=quant, kv_quant_group=group
@@ -43,7 +44,10 @@ def test_both_references_attend_alike(
     prompt_len = plan.span_tokens + 40  # one span of the prompt, one filled while decoding
     num_tokens = 2 * plan.span_tokens + 36
     query, key, value = random_tokens(num_tokens)
-    output = thin_attention(query, key, value, 0.125, prompt_len, thinning)
+    sinks = None if softcap is None else torch.linspace(-1, 3, HEADS)
+    output = thin_attention(
+        query, key, value, 0.125, prompt_len, thinning, softcap=softcap, sinks=sinks
+    )
 
     blocks = -(-num_tokens // plan.block_size)
     cache = torch.zeros(blocks, KV_HEADS, plan.block_size, 2 * HEAD_SIZE)
@@ -64,8 +68,9 @@ def test_both_references_attend_alike(
         for span in range(thin, plan.rule.thin_spans(prompt_len, position)):
             compact_spans_ref(cache, table, [0], [span], channels, plan)
             thin = span + 1
+        rows = ([0], [position + 1], [thin])
         expected = decode_attention_ref(
-            query[None, :, position], cache, table, [0], [position + 1], [thin], plan, 0.125
+            query[None, :, position], cache, table, *rows, plan, 0.125, softcap or 0.0, sinks
         )
         torch.testing.assert_close(output[:, position].double(), expected[0], atol=1e-6, rtol=1e-5)
     assert thin == 2

@@ -266,6 +266,8 @@ def broken(name: str, case: Case) -> tuple[list, str]:
         "plan": case.plan,
         "scale": case.scale,
         "out": torch.empty_like(case.query),
+        "logits_soft_cap": 0.0,
+        "sinks": None,
     }
     kv_cache, query = case.kv_cache, case.query
     changes = {
@@ -281,6 +283,7 @@ def broken(name: str, case: Case) -> tuple[list, str]:
         "query size": ("query", torch.zeros(1, 4, 80), "expected .tokens, Hq, 64"),
         "out shape": ("out", torch.zeros(2, 4, 64), "out has shape"),
         "rows": ("rows", make_rows([(0, 1, 0)] * 2), "rows.request has shape"),
+        "sinks": ("sinks", torch.zeros(2), "sinks has shape .2,.; expected one per query head"),
     }  # fmt: skip
     key, value, message = changes[name]
     arguments[key] = value
@@ -290,7 +293,7 @@ def broken(name: str, case: Case) -> tuple[list, str]:
 @pytest.mark.parametrize(
     "name",
     ["block size", "head size", "cache dtype", "cache strides", "cache rank", "table dtype",
-     "query dtype", "query heads", "query size", "out shape", "rows"],
+     "query dtype", "query heads", "query size", "out shape", "rows", "sinks"],
 )  # fmt: skip
 def test_decode_refuses(name):
     case = make_case(make_plan(64, torch.float32), torch.float32, 4, 2, [(20, 0)])

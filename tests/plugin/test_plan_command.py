@@ -9,6 +9,7 @@ import pytest
 
 from think_vllm.cli.plan import budget_fields, parse_bytes
 from think_vllm.config import ThinkConfig
+from think_vllm.models import AttentionLayers
 from think_vllm.planner import plan_blocks
 
 FIELDS = {
@@ -98,13 +99,25 @@ def test_budget_fields_count_whole_requests() -> None:
     plan = plan_blocks(ThinkConfig(kv_channel_prune=0.5), 128, 2)
     assert plan is not None
     block = plan.layout.run_bytes * 8 * 32
-    fields = budget_fields(plan, 8, 32, memory_bytes=block * 101, context_len=416)
+    layers = AttentionLayers(full=32, window=0, window_tokens=0)
+    fields = budget_fields(plan, 8, layers, memory_bytes=block * 101, context_len=416)
     # 9 blocks dense; 7 once two spans are thin.
     assert (fields["num_blocks"], fields["plain_requests"], fields["thin_requests"]) == (
         100,
         11,
         14,
     )
+
+
+def test_budget_fields_count_windows_apart() -> None:
+    plan = plan_blocks(ThinkConfig(kv_channel_prune=0.5), 128, 2)
+    assert plan is not None
+    layers = AttentionLayers(full=5, window=25, window_tokens=96)
+    block = plan.layout.run_bytes * 8 * 5
+    fields = budget_fields(plan, 8, layers, memory_bytes=block * 101, context_len=416)
+    # A group of full layers as above, and 5 groups whose windows take 3 blocks at most.
+    assert (fields["plain_requests"], fields["thin_requests"]) == (100 // 24, 100 // 22)
+    assert 1 < fields["effective_multiple"] < 24 / 22 + 0.1
 
 
 @pytest.mark.parametrize(

@@ -103,68 +103,6 @@ def test_engine_options_are_refused(
 
 
 @pytest.mark.parametrize(
-    ("model_type", "settings", "message"),
-    [
-        (
-            "deepseek_v2",
-            {
-                **SMALL,
-                "kv_lora_rank": 32,
-                "qk_rope_head_dim": 16,
-                "qk_nope_head_dim": 16,
-                "v_head_dim": 16,
-                "q_lora_rank": None,
-                "num_key_value_heads": 4,
-                "architectures": ["DeepseekV2ForCausalLM"],
-            },
-            "multi-head latent attention (MLA)",
-        ),
-        (
-            "llama",
-            {
-                **SMALL,
-                "head_dim": 320,
-                "num_key_value_heads": 2,
-                "architectures": ["LlamaForCausalLM"],
-            },
-            "head size is 320",
-        ),
-        (
-            "mistral",
-            {
-                **SMALL,
-                "num_key_value_heads": 2,
-                "sliding_window": 256,
-                "architectures": ["MistralForCausalLM"],
-            },
-            "sliding-window",
-        ),
-        (
-            "bloom",
-            {
-                "hidden_size": 64,
-                "n_layer": 2,
-                "n_head": 4,
-                "vocab_size": 384,
-                "architectures": ["BloomForCausalLM"],
-            },
-            "ALiBi",
-        ),
-    ],
-    ids=["mla", "head-size", "sliding-window", "alibi"],
-)
-def test_models_are_refused(
-    tmp_path: Path,
-    model_type: str,
-    settings: dict[str, object],
-    message: str,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    model = make_config(tmp_path, model_type, **settings)
-    assert message in refused(capsys, model, "--kv-channel-prune", "0.5")
-
-
-@pytest.mark.parametrize(
     ("head_dim", "arguments", "message"),
     [
         (80, ["kivi4"], "the model's head size is 80; integer codes need a multiple of 32"),

@@ -17,7 +17,9 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.attention.selector import AttentionSelectorConfig
 from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.kv_cache_utils import is_kv_cache_spec_uniform
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec, replace_as
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
@@ -80,6 +82,10 @@ def test_vllm_is_of_the_series_that_we_extend() -> None:
             ],
         ),
         (
+            CPUAttentionBackendImpl.do_kv_cache_update,
+            ["self", "layer", "key", "value", "kv_cache", "slot_mapping"],
+        ),
+        (
             ops.cpu_attn_reshape_and_cache,
             [
                 "key",
@@ -133,6 +139,13 @@ def test_vllm_fields_are_what_we_rely_on(kind: type, fields: set[str]) -> None:
         else set(getattr(kind, "model_fields", {}))
     )
     assert fields <= declared
+
+
+def test_vllm_says_which_layers_have_a_window() -> None:
+    assert "has_sliding_window" in AttentionSelectorConfig._fields
+    # How vLLM learns that thin and sliding-window layers need groups of their own.
+    source = inspect.getsource(is_kv_cache_spec_uniform)
+    assert "except AssertionError" in source
 
 
 def test_vllm_custom_backend_is_a_static_member() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from tests.conftest import REPOSITORY
 
@@ -48,8 +48,47 @@ def make_llama(
     return path
 
 
-def make_exact_llama(path: Path, *, head_size: int, num_heads: int, num_kv_heads: int) -> Path:
-    """Save a Llama of one layer whose keys and values are the same bits wherever they are computed.
+def make_model(path: Path, model_type: str, **settings: Any) -> Path:
+    """Save a model of any family, as ``make_llama`` does.
+
+    Biases, weights of norms and sinks, which families initialize as zeros or ones, are random too:
+    otherwise leaving one out would change nothing.
+    """
+    torch.manual_seed(0)
+    shape = {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 384,
+        "max_position_embeddings": 4096,
+        "initializer_range": 0.15,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    config = AutoConfig.for_model(model_type, **{**shape, **settings})
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter += 0.2 * torch.randn_like(parameter)
+    model.save_pretrained(path)
+    copy_tokenizer(path)
+    return path
+
+
+def make_exact_llama(
+    path: Path,
+    *,
+    head_size: int,
+    num_heads: int,
+    num_kv_heads: int,
+    num_layers: int = 1,
+    **settings: Any,
+) -> Path:
+    """Save a Llama whose keys and values are the same bits wherever they are computed.
 
     Codes are rounded, so a key that differs by 1e-7 between two implementations now and then
     differs by a whole step when it is coded: some 1e-3 of a log-probability, ten times what a
@@ -60,16 +99,17 @@ def make_exact_llama(path: Path, *, head_size: int, num_heads: int, num_kv_heads
     * rotary positions turn the first pair of channels only, whose keys are 0: in float32 this
       base is infinite, and all other frequencies are 0.
 
-    One layer, as a second one would see the rounded attention of the first.
+    That goes for the first layer: a second one sees its rounded attention.
     """
     make_llama(
         path,
         head_size=head_size,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
-        num_layers=1,
+        num_layers=num_layers,
         rms_norm_eps=1e-12,
         rope_parameters={"rope_type": "default", "rope_theta": 1e300},
+        **settings,
     )
     model = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32)
     attention = model.model.layers[0].self_attn

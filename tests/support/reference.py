@@ -74,6 +74,9 @@ def thin_attention(
     scaling: float,
     prompt_len: int,
     thinning: Thinning | None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of one sequence.
 
@@ -84,6 +87,9 @@ def thin_attention(
         scaling: Factor on ``q . k``.
         prompt_len: Tokens of the prompt.
         thinning: None for dense attention.
+        window: Most recent tokens that a query sees, its own included. None for all.
+        softcap: Scores become ``softcap * tanh(score / softcap)``. None for no change.
+        sinks: [Hq]. One more score per head, whose weight goes to no token. None for none.
 
     Returns:
         [Hq, n, D].
@@ -102,8 +108,16 @@ def thin_attention(
         thin_scores = query @ thin_key.repeat_interleave(group, dim=0).transpose(1, 2)
         scores = torch.where(thin, thin_scores, scores)
     scores = scores * scaling
-    scores = scores.masked_fill(position[None, :] > position[:, None], float("-inf"))
-    weights = torch.softmax(scores, dim=-1)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    hidden = position[None, :] > position[:, None]
+    if window is not None:
+        hidden |= position[None, :] <= position[:, None] - window
+    scores = scores.masked_fill(hidden, float("-inf"))
+    if sinks is not None:
+        column = sinks.to(scores.dtype)[:, None, None].expand(-1, num_tokens, 1)
+        scores = torch.cat([scores, column], dim=-1)
+    weights = torch.softmax(scores, dim=-1)[..., :num_tokens]
     output = weights.masked_fill(thin, 0.0) @ value.repeat_interleave(group, dim=0)
     if thinning is not None:
         thin_weights = weights.masked_fill(~thin, 0.0)
@@ -148,16 +162,29 @@ _thinning: Thinning | None = None
 
 
 def _attention(
-    module: torch.nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention in the form that transformers calls, of one sequence: query [1, Hq, n, D]."""
-    output = thin_attention(query[0], key[0], value[0], scaling, _prompt_len, _thinning)
+    """Attention in the form that transformers calls, of one sequence: query [1, Hq, n, D].
+
+    Layers with a sliding window are never thinned.
+    """
+    kinds = getattr(module.config, "layer_types", None)
+    if kinds is not None:  # also in families whose plain models know of no windows
+        is_window = kinds[module.layer_idx] == "sliding_attention"
+        sliding_window = module.config.sliding_window if is_window else None
+    thinning = _thinning if sliding_window is None else None
+    output = thin_attention(
+        query[0], key[0], value[0], scaling, _prompt_len, thinning, sliding_window, softcap, s_aux
+    )
     return output.transpose(0, 1)[None].contiguous(), None
 
 

@@ -32,7 +32,6 @@ class ThinkCPUImpl(CPUAttentionBackendImpl):
         super().__init__(*args, **kwargs)
         for value, name in (
             (self.alibi_slopes, "ALiBi position biases"),
-            (self.sinks, "attention sinks"),
             (self.kv_sharing_target_layer_name, "a KV cache shared between layers"),
         ):
             if value is not None:
@@ -248,6 +247,7 @@ class ThinkCPUImpl(CPUAttentionBackendImpl):
             self.scale,
             part,
             logits_soft_cap=self.logits_soft_cap,
+            sinks=self.sinks,
         )
         if isinstance(queries.tokens, torch.Tensor):
             output[queries.tokens] = part

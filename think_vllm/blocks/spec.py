@@ -94,10 +94,14 @@ class ThinKVCacheSpec(FullAttentionSpec):
 
         Raises:
             ValueError: If the specs disagree on a field of ours.
+            AssertionError: If a spec is of another kind.
         """
         own = [f.name for f in fields(cls) if f.name not in _DENSE_FIELDS]
         first = specs[0]
         for spec in specs[1:]:
+            if not isinstance(spec, ThinKVCacheSpec):
+                # How vLLM asks whether layers are of one kind; those with a window are not.
+                raise AssertionError(f"ThinKVCacheSpec.merge: {type(spec).__name__} is another")
             for name in own:
                 if getattr(spec, name) != getattr(first, name):
                     raise ValueError(

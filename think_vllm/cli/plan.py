@@ -9,6 +9,7 @@ from typing import Any
 from think_vllm.cli.flags import declare_flags, take_flags
 from think_vllm.config import parse_config
 from think_vllm.errors import ThinkError
+from think_vllm.models import AttentionLayers, attention_layers, check_model, window_summary
 from think_vllm.planner import BlockPlan, plan_blocks, pruned_channels
 from think_vllm.report import plan_fields, plan_summary
 
@@ -29,8 +30,6 @@ def plan(arguments: Sequence[str]) -> int:
         parser.error("--kv-channel-prune RATIO or --kv-quant FORMAT is needed")
     model_config, parallel = _engine_shape(namespace)
 
-    from think_vllm.activation import check_model
-
     check_model(model_config)
     made = plan_blocks(
         config,
@@ -45,44 +44,57 @@ def plan(arguments: Sequence[str]) -> int:
             "larger ratio, or --kv-quant FORMAT"
         )
     heads = model_config.get_num_kv_heads(parallel)
-    layers = model_config.get_num_layers(parallel)
+    layers = attention_layers(model_config)
     fields = plan_fields(made) | budget_fields(
         made, heads, layers, namespace.memory, namespace.context_length
     )
     if namespace.json:
         print(json.dumps({"model": namespace.model, **fields}, indent=2))
     else:
-        print("\n".join(_text(namespace.model, made, fields)))
+        lines = _text(namespace.model, made, fields)
+        lines += [f"  {line}" for line in window_summary(layers)]
+        print("\n".join(lines))
     return 0
 
 
 def budget_fields(
-    made: BlockPlan, num_kv_heads: int, num_layers: int, memory_bytes: int, context_len: int
+    made: BlockPlan,
+    num_kv_heads: int,
+    layers: AttentionLayers,
+    memory_bytes: int,
+    context_len: int,
 ) -> dict[str, Any]:
     """What fits into a memory budget, against plain vLLM with the same block size.
 
     Args:
         made: The plan.
         num_kv_heads: KV heads of a layer on one rank.
-        num_layers: Attention layers on one rank.
+        layers: Attention layers by kind; pipeline stages are not told apart.
         memory_bytes: Memory of the KV cache on one rank.
         context_len: Tokens of a request.
     """
-    block_bytes = made.layout.run_bytes * num_kv_heads * num_layers
+    group_layers, full_groups, window_groups = layers.groups
+    block_bytes = made.layout.run_bytes * num_kv_heads * group_layers
     blocks = max(0, memory_bytes // block_bytes - 1)  # vLLM keeps block 0 as the null block
-    plain = blocks // -(-context_len // made.block_size)
-    thin = blocks // made.blocks_for(context_len)
+    dense = -(-context_len // made.block_size)
+    # A window may begin and end inside a block.
+    window = window_groups * min(dense, -(-layers.window_tokens // made.block_size) + 1)
+    plain = full_groups * dense + window
+    thin = full_groups * made.blocks_for(context_len) + window
+    multiple = plain / (full_groups * dense / made.effective_multiple(context_len) + window)
+    plain_tokens = blocks * made.block_size * full_groups * dense // plain
     return {
         "num_kv_heads": num_kv_heads,
-        "num_layers": num_layers,
+        "num_layers": layers.full + layers.window,
+        "num_window_layers": layers.window,
         "memory_bytes": memory_bytes,
         "num_blocks": blocks,
         "context_length": context_len,
-        "plain_tokens": blocks * made.block_size,
-        "thin_tokens": int(blocks * made.block_size * made.effective_multiple(context_len)),
-        "plain_requests": plain,
-        "thin_requests": thin,
-        "effective_multiple": made.effective_multiple(context_len),
+        "plain_tokens": plain_tokens,
+        "thin_tokens": int(plain_tokens * multiple),
+        "plain_requests": blocks // plain,
+        "thin_requests": blocks // thin,
+        "effective_multiple": multiple,
     }
 
 

@@ -52,6 +52,7 @@ def decode_attention_ref(
     plan: BlockPlan,
     scale: float,
     logits_soft_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend with single query tokens to contexts of thin, then dense blocks.
 
@@ -67,6 +68,7 @@ def decode_attention_ref(
         plan: How blocks are laid out.
         scale: Factor on ``q . k``.
         logits_soft_cap: If positive, scores become ``cap * tanh(score / cap)``.
+        sinks: ``[Hq]``. One more score per query head, not capped, whose weight goes to no value.
 
     Returns:
         ``[R, Hq, D]`` float64, zeros where ``seq_len`` is 0.
@@ -84,5 +86,8 @@ def decode_attention_ref(
             scores = keys[head // group] @ query[row, head].double() * scale
             if logits_soft_cap > 0:
                 scores = logits_soft_cap * torch.tanh(scores / logits_soft_cap)
-            out[row, head] = torch.softmax(scores, dim=0) @ values[head // group]
+            if sinks is not None:
+                scores = torch.cat([scores, sinks[head : head + 1].double()])
+            weights = torch.softmax(scores, dim=0)[: int(length)]
+            out[row, head] = weights @ values[head // group]
     return out

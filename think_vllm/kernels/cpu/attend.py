@@ -124,7 +124,7 @@ def _work(
             _soften(count, cap, head, scratch, partials, sizes)
             _sum_dense_values(cache, count, start, scratch, partials, shape, sizes)
         if fetch_add(counters, 1 + row * shape.kv_heads + kv_head) == end - first - 1:
-            _combine(first, end, row, kv_head, partials, out, shape, sizes)
+            _combine(first, end, row, kv_head, inputs.sinks, partials, out, shape, sizes)
         item = fetch_add(counters, 0)
 
 
@@ -254,12 +254,16 @@ def _combine(
     end: int,
     row: int,
     kv_head: int,
+    sinks: Any,
     partials: Any,
     out: Any,
     shape: Any,
     sizes: Any,
 ) -> None:
-    """Weigh a row's splits ``first .. end - 1`` against each other and write its output."""
+    """Weigh a row's splits ``first .. end - 1`` against each other and write its output.
+
+    A sink is a score with weight but no value: it counts in the total alone.
+    """
     num_heads, head_size = shape.kv_heads * sizes.group, shape.head_size
     result = np.empty(head_size, np.float32)
     for head in range(kv_head * sizes.group, (kv_head + 1) * sizes.group):
@@ -269,6 +273,10 @@ def _combine(
             top = other if other > top else top
         result[:] = np.float32(0.0)
         total = np.float32(0.0)
+        if len(sinks) > 0:
+            sink = sinks[head]
+            top = sink if sink > top else top
+            total += exp(sink - top)
         for split in range(first, end):
             weight = exp(partials.tops[split * num_heads + head] - top)
             total += weight * partials.totals[split * num_heads + head]

@@ -49,6 +49,7 @@ def decode_attention(
     scale: float,
     out: torch.Tensor,
     logits_soft_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
 ) -> None:
     """Attend with single query tokens to contexts of thin, then dense blocks.
 
@@ -63,6 +64,8 @@ def decode_attention(
         scale: Factor on ``q . k``.
         out: ``[R, Hq, D]`` in the cache's dtype. Written in full, zeros where seq_len is 0.
         logits_soft_cap: If positive, scores become ``cap * tanh(score / cap)``.
+        sinks: ``[Hq]`` float. One more score per query head, with no value behind it (attention
+            sinks of gpt-oss); None for none.
 
     Raises:
         ValueError: If shapes or dtypes do not fit each other.
@@ -84,6 +87,7 @@ def decode_attention(
             request=flat_indices(rows.request),
             seq_len=seq_lens,
             thin_spans=flat_indices(rows.thin_spans),
+            sinks=_flat_sinks(who, sinks, query.shape[1]),
         ),
         np.float32(scale),
         np.float32(logits_soft_cap),
@@ -91,6 +95,17 @@ def decode_attention(
         *view_blocks(kv_cache, block_table, plan),
         _sizes(query, kv_cache.shape[1], plan, out),
     )
+
+
+def _flat_sinks(who: str, sinks: torch.Tensor | None, num_heads: int) -> npt.NDArray[np.float32]:
+    if sinks is None:
+        return np.empty(0, np.float32)
+    if sinks.shape != (num_heads,):
+        raise ValueError(
+            f"{who}: sinks has shape {tuple(sinks.shape)}; expected one per query head, "
+            f"({num_heads},)"
+        )
+    return np.ascontiguousarray(sinks.detach().float().numpy())
 
 
 def _check_rows(

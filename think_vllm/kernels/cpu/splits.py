@@ -16,6 +16,7 @@ class Inputs(NamedTuple):
     request: Any
     seq_len: Any
     thin_spans: Any
+    sinks: Any  # float32 [Hq], or [0]
 
 
 class Sizes(NamedTuple):

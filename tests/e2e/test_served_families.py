@@ -1,0 +1,59 @@
+"""Families of models: each as a random-weight model, served and compared with the reference.
+
+What differs between them is what comes before attention (biases, norms of queries and keys, scales,
+rotary positions), a cap on scores, and sinks.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.checks import EAGER, TOLERANCE, check_served, plan_served, worst_differences
+from tests.e2e.checks import random_prompts as prompts_of
+from tests.support.models import make_model
+from tests.support.reference import Reference, Thinning
+from tests.support.server import Server
+
+pytestmark = pytest.mark.e2e
+
+HEAD_SIZE = 64
+#: No ``head_dim`` in these families: hidden size / heads.
+TWO_HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model and what it is served with."""
+
+    model_type: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    arguments: tuple[str, ...] = ()
+
+
+FAMILIES = {
+    "mistral": Family("mistral", {"head_dim": HEAD_SIZE, "sliding_window": None}),
+    "qwen2": Family("qwen2", TWO_HEADS),
+    "qwen3": Family("qwen3", {"head_dim": HEAD_SIZE}),
+    "phi3": Family("phi3", TWO_HEADS),
+    "gemma": Family("gemma", {"head_dim": HEAD_SIZE}),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
+def test_served_logprobs_equal_the_reference(
+    serve: Callable[..., Server], tmp_path: Path, family: Family
+) -> None:
+    model = make_model(tmp_path, family.model_type, **family.settings)
+    plan, arguments = plan_served(HEAD_SIZE, kv_channel_prune=0.5)
+    server = serve(*EAGER, *arguments, *family.arguments, model=model)
+    span = plan.span_tokens
+    lengths = [30, span + 31, span + 32, 700]
+    counts = [span + 20] * len(lengths)
+    reference = Reference(model)
+    completions = check_served(server, reference, lengths, counts, Thinning.of(plan))
+    # The comparison would notice if nothing were pruned.
+    dense = worst_differences(reference, prompts_of(lengths)[-1:], completions[-1:], None)
+    assert dense[700] > 10 * TOLERANCE

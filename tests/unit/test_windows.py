@@ -1,0 +1,140 @@
+"""Sliding-window layers beside thin ones: groups of layers, one pool of blocks, clean blocks."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from vllm.sampling_params import SamplingParams
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.kv_cache_utils import (
+    _get_kv_cache_groups_uniform_page_size,
+    is_kv_cache_spec_uniform,
+)
+from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
+from vllm.v1.kv_cache_interface import KVCacheConfig, SlidingWindowSpec
+from vllm.v1.request import Request
+
+from think_vllm.attention.cpu_window import clear_begun_blocks
+from think_vllm.blocks.manager import ThinKVCacheManager
+from think_vllm.blocks.spec import ThinKVCacheSpec
+from think_vllm.models import AttentionLayers, attention_layers, window_summary
+
+BLOCK, NUM_BLOCKS, WINDOW = 4, 64, 10
+SHAPE: dict[str, Any] = {
+    "block_size": BLOCK,
+    "num_kv_heads": 1,
+    "head_size": 8,
+    "dtype": torch.float32,
+}
+#: 3 blocks of 4 tokens become 2; 5 recent tokens stay dense.
+THIN = ThinKVCacheSpec(**SHAPE, span_blocks=3, thin_blocks=2, recent_window=5, prune_decode=True)
+SLIDING = SlidingWindowSpec(**SHAPE, sliding_window=WINDOW)
+
+
+def make_manager(layers: dict[str, Any]) -> KVCacheManager:
+    groups = _get_kv_cache_groups_uniform_page_size(layers)
+    return KVCacheManager(
+        KVCacheConfig(num_blocks=NUM_BLOCKS, kv_cache_tensors=[], kv_cache_groups=groups),
+        max_model_len=200,
+        scheduler_block_size=BLOCK,
+        hash_block_size=BLOCK,
+        enable_caching=False,
+    )
+
+
+@pytest.mark.parametrize("full_first", [True, False])
+def test_layers_are_grouped_by_kind(full_first: bool) -> None:
+    kinds = [("full", THIN), ("window.0", SLIDING), ("window.1", SLIDING)]
+    layers = dict(kinds if full_first else reversed(kinds))
+    assert not is_kv_cache_spec_uniform(layers)
+    groups = _get_kv_cache_groups_uniform_page_size(layers)
+    assert sorted(len(group.layer_names) for group in groups) == [1, 1, 1]
+    assert [g.kv_cache_spec for g in groups].count(THIN) == 1
+    assert [g.kv_cache_spec for g in groups].count(SLIDING) == 2
+
+
+def test_full_layers_free_tails_and_others_their_window() -> None:
+    manager = make_manager({"full": THIN, "window.0": SLIDING, "window.1": SLIDING})
+    managers = manager.coordinator.single_type_managers
+    assert [type(m) for m in managers] == [ThinKVCacheManager] + [SlidingWindowManager] * 2
+
+    def held() -> list[int]:
+        blocks = manager.get_blocks("r").blocks
+        return [sum(not block.is_null for block in group) for group in blocks]
+
+    prompt = 41
+    request = Request("r", list(range(prompt)), SamplingParams(max_tokens=9), None)
+    assert manager.allocate_slots(request, prompt) is not None
+    assert held() == [11, 11, 11]
+    request.num_computed_tokens = prompt
+    request.append_output_token_ids(7)
+    assert manager.allocate_slots(request, 1) is not None
+    # (41 - 5) // 12 spans give up a block each; the last 9 tokens before position 41 lie in 3.
+    assert held() == [11 - 3, 3, 3]
+    assert manager.block_pool.get_num_free_blocks() == NUM_BLOCKS - 1 - sum(held())
+    # What the full layers gave up is there for another request's windows.
+    other = Request("s", list(range(4 * 16)), SamplingParams(max_tokens=1), None)
+    assert manager.allocate_slots(other, 4 * 16) is not None
+    manager.free(request)
+    manager.free(other)
+    assert manager.block_pool.get_num_free_blocks() == NUM_BLOCKS - 1
+
+
+def test_begun_blocks_are_cleared_unless_they_are_filled() -> None:
+    cache = torch.full((6, 2, BLOCK, 16), torch.nan)
+    # Blocks 1 and 2 in one chunk, the second in part; one token each into 3, 4 and none.
+    slots = [*range(4, 11), 12, 17, -1]
+    clear_begun_blocks(cache, torch.tensor(slots))
+    assert [bool(block.isnan().any()) for block in cache] == [True, True, False, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("settings", "window", "expected"),
+    [
+        ({}, None, AttentionLayers(4, 0, 0)),
+        ({}, 64, AttentionLayers(0, 4, 64)),
+        (
+            {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+            64,
+            AttentionLayers(2, 1, 64),
+        ),
+        # --disable-sliding-window
+        ({"layer_types": ["sliding_attention"] * 3}, None, AttentionLayers(3, 0, 0)),
+        (
+            {"layer_types": ["full_attention", "chunked_attention"]},
+            None,
+            AttentionLayers(1, 0, 0, ("chunked_attention",)),
+        ),
+    ],
+)
+def test_layers_are_counted_by_kind(
+    settings: dict[str, Any], window: int | None, expected: AttentionLayers
+) -> None:
+    config: Any = SimpleNamespace(
+        hf_text_config=SimpleNamespace(**settings),
+        get_sliding_window=lambda: window,
+        get_total_num_hidden_layers=lambda: 4,
+    )
+    assert attention_layers(config) == expected
+
+
+@pytest.mark.parametrize(
+    ("full", "window", "groups"),
+    [(32, 0, (32, 1, 0)), (5, 25, (5, 1, 5)), (12, 12, (12, 1, 1)), (4, 5, (5, 1, 1))],
+)
+def test_layers_share_blocks_as_in_vllm(
+    full: int, window: int, groups: tuple[int, int, int]
+) -> None:
+    assert AttentionLayers(full, window, 64).groups == groups
+    layers = {f"full.{i}": THIN for i in range(full)}
+    layers |= {f"window.{i}": SLIDING for i in range(window)}
+    made = _get_kv_cache_groups_uniform_page_size(layers)
+    assert len(made) == groups[1] + groups[2]
+    assert max(len(group.layer_names) for group in made) == groups[0]
+
+
+def test_window_summary_is_empty_without_windows() -> None:
+    assert window_summary(AttentionLayers(4, 0, 0)) == []
+    (line,) = window_summary(AttentionLayers(4, 20, 512))
+    assert line.startswith("4 of 24 layers become thin; the others have a sliding window of 512")
