@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 from typing import TYPE_CHECKING, Any
 
 from think_vllm import VLLM_SERIES, __version__, compat
@@ -57,8 +58,7 @@ def activate(vllm_config: VllmConfig) -> None:
             "yet. Compare answers with a server without these flags (docs/gpu.md)",
             __version__,
         )
-    for line in plan_summary(plan):
-        logger.info("think-vllm: %s", line)
+    _say_plan(plan)
 
 
 def refuse_version(vllm_config: VllmConfig) -> None:
@@ -258,6 +258,13 @@ def check_model(model_config: ModelConfig) -> None:
             raise ThinkError(
                 f"thin KV blocks do not support {model_config.model}: {reason}. {WAY_OUT}"
             )
+
+
+def _say_plan(plan: BlockPlan) -> None:
+    """Log the plan, once per start of a server: every API server and engine process has it."""
+    is_first = multiprocessing.parent_process() is None
+    for line in plan_summary(plan):
+        logger.log(logging.INFO if is_first else logging.DEBUG, "think-vllm: %s", line)
 
 
 def _is_cpu() -> bool:

@@ -27,7 +27,7 @@ def plan(arguments: Sequence[str]) -> int:
     config = parse_config(settings)
     if not settings:
         parser.error("--kv-channel-prune RATIO or --kv-quant FORMAT is needed")
-    model_config, parallel = _engine_shape(namespace)
+    model_config, ranks = _engine_shape(namespace)
 
     from think_vllm.activation import check_model
 
@@ -44,11 +44,13 @@ def plan(arguments: Sequence[str]) -> int:
             f"{model_config.get_head_size()}, and --kv-quant is none; nothing to plan. Give a "
             "larger ratio, or --kv-quant FORMAT"
         )
-    heads = model_config.get_num_kv_heads(parallel)
-    layers = model_config.get_num_layers(parallel)
+    heads = model_config.get_num_kv_heads(ranks[0])
+    # Every rank gets as many blocks as the one with most layers has room for.
+    layers = max(model_config.get_num_layers(rank) for rank in ranks)
     fields = plan_fields(made) | budget_fields(
         made, heads, layers, namespace.memory, namespace.context_length
     )
+    fields["num_ranks"] = ranks[0].world_size
     if namespace.json:
         print(json.dumps({"model": namespace.model, **fields}, indent=2))
     else:
@@ -119,7 +121,18 @@ def _parser() -> argparse.ArgumentParser:
         "--block-size", type=positive_int, help="Tokens of a block. Default: the best."
     )
     parser.add_argument(
-        "--tensor-parallel-size", "-tp", type=positive_int, default=1, help="Ranks. Default: 1."
+        "--tensor-parallel-size",
+        "-tp",
+        type=positive_int,
+        default=1,
+        help="Ranks that share the heads. Default: 1.",
+    )
+    parser.add_argument(
+        "--pipeline-parallel-size",
+        "-pp",
+        type=positive_int,
+        default=1,
+        help="Stages that share the layers. Default: 1.",
     )
     parser.add_argument(
         "--memory", type=parse_bytes, default=8 * 2**30, help="KV cache of a rank. Default: 8GiB."
@@ -136,8 +149,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _engine_shape(namespace: argparse.Namespace) -> tuple[Any, Any]:
-    """Let vLLM read the model's config, as it would for a server."""
+def _engine_shape(namespace: argparse.Namespace) -> tuple[Any, list[Any]]:
+    """Let vLLM read the model's config, as it would for a server.
+
+    Returns:
+        That config, and the parallel config of the first rank of each pipeline stage.
+    """
     from vllm.config import ParallelConfig
     from vllm.engine.arg_utils import EngineArgs
 
@@ -147,18 +164,35 @@ def _engine_shape(namespace: argparse.Namespace) -> tuple[Any, Any]:
             dtype=namespace.dtype,
             trust_remote_code=namespace.trust_remote_code,
         ).create_model_config()
-        parallel = ParallelConfig(tensor_parallel_size=namespace.tensor_parallel_size)
+        ranks = [
+            ParallelConfig(
+                tensor_parallel_size=namespace.tensor_parallel_size,
+                pipeline_parallel_size=namespace.pipeline_parallel_size,
+                rank=stage * namespace.tensor_parallel_size,
+            )
+            for stage in range(namespace.pipeline_parallel_size)
+        ]
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split()) or repr(error)
         raise ThinkError(f"plan: cannot read the model {namespace.model!r}: {reason}") from None
-    return model_config, parallel
+    try:
+        model_config.verify_with_parallel_config(ranks[0])
+    except (NotImplementedError, ValueError) as error:
+        raise ThinkError(f"plan: vLLM cannot split {namespace.model!r}: {error}") from None
+    return model_config, ranks
 
 
 def _text(model: str, made: BlockPlan, fields: dict[str, Any]) -> list[str]:
     lines = [f"{model}"]
     lines += [f"  {line}" for line in plan_summary(made)[:-1]]
+    share = (
+        f" on each of {fields['num_ranks']} ranks (KV heads {fields['num_kv_heads']}, "
+        f"layers {fields['num_layers']})"
+        if fields["num_ranks"] > 1
+        else ""
+    )
     lines.append(
-        f"  {fields['memory_bytes'] / 2**30:.2f} GiB of KV cache, requests of "
+        f"  {fields['memory_bytes'] / 2**30:.2f} GiB of KV cache{share}, requests of "
         f"{fields['context_length']} tokens: {fields['plain_requests']} plain, "
         f"{fields['thin_requests']} thin ({fields['plain_tokens']} and "
         f"{fields['thin_tokens']} tokens)"
