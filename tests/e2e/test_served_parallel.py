@@ -44,6 +44,7 @@ class Ranks:
         arguments: Of the server.
         heads: KV heads on one rank.
         layers: Layers of the rank that has most.
+        engines: Data-parallel ones.
         model: None for the bundled one.
     """
 
@@ -55,9 +56,10 @@ class Ranks:
         *,
         heads: int,
         layers: int,
+        engines: int = 1,
         model: Path | None = None,
     ) -> None:
-        self.plan = plan
+        self.plan, self.engines = plan, engines
         self.num_blocks = MAX_MODEL_LEN // plan.block_size + 2
         self.pool_bytes = self.num_blocks * plan.layout.run_bytes * heads * layers
         cores = sorted(os.sched_getaffinity(0))
@@ -91,8 +93,9 @@ class Ranks:
 
     def _check_size(self) -> None:
         assert self.server.log_tail(10_000).count("multiply by these") == 1
-        # VLLM has as many blocks as `think-vllm plan` counts, which leaves out the null block.
-        size = f'num_gpu_blocks="{self.num_blocks}"'
+        # VLLM has as many blocks as `think-vllm plan` counts, which leaves out the null block;
+        # it adds up those of its engines.
+        size = f'num_gpu_blocks="{self.num_blocks * self.engines}"'
         assert self.server.metric("vllm:cache_config_info", size) > 0
 
 
@@ -133,7 +136,7 @@ def test_pipeline_parallel(serve: Callable[..., Server], tmp_path: Path) -> None
 def test_data_parallel(serve: Callable[..., Server], recall_reference: Reference) -> None:
     plan, arguments = plan_served(128, kv_channel_prune=0.5)
     arguments += [*EAGER, "--data-parallel-size", "2", "--api-server-count", "1"]
-    ranks = Ranks(serve, plan, arguments, heads=2, layers=2)
+    ranks = Ranks(serve, plan, arguments, heads=2, layers=2, engines=2)
     ranks.check(recall_reference)
     for engine in ("0", "1"):
         assert ranks.server.metric("vllm:request_success_total", f'engine="{engine}"') > 0
