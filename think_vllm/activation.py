@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 from typing import TYPE_CHECKING, Any
 
 from think_vllm import VLLM_SERIES, __version__, compat
@@ -53,8 +54,7 @@ def activate(vllm_config: VllmConfig) -> None:
             "yet. Compare answers with a server without these flags (docs/gpu.md)",
             __version__,
         )
-    for line in plan_summary(plan) + window_summary(attention_layers(vllm_config.model_config)):
-        logger.info("think-vllm: %s", line)
+    _say(plan_summary(plan) + window_summary(attention_layers(vllm_config.model_config)))
 
 
 def refuse_version(vllm_config: VllmConfig) -> None:
@@ -234,6 +234,13 @@ def check_windows(vllm_config: VllmConfig) -> None:
             "layers, which it would give the blocks of full ones; leave it out, or serve without "
             "--kv-channel-prune and --kv-quant"
         )
+
+
+def _say(lines: list[str]) -> None:
+    """Log the plan, once per start of a server: every API server and engine process has it."""
+    is_first = multiprocessing.parent_process() is None
+    for line in lines:
+        logger.log(logging.INFO if is_first else logging.DEBUG, "think-vllm: %s", line)
 
 
 def _is_cpu() -> bool:

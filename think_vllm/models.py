@@ -46,8 +46,10 @@ class AttentionLayers:
         return size, -(-self.full // size), -(-self.window // size)
 
 
-def attention_layers(model_config: ModelConfig) -> AttentionLayers:
-    """Count a model's layers by kind.
+def attention_layers(
+    model_config: ModelConfig, stage: tuple[int, int] | None = None
+) -> AttentionLayers:
+    """Count a model's layers by kind, or the layers ``stage[0] .. stage[1] - 1``.
 
     vLLM takes ``sliding_window`` for that of every layer unless ``layer_types`` says otherwise, and
     for none if it is None, as with ``--disable-sliding-window``.
@@ -59,6 +61,8 @@ def attention_layers(model_config: ModelConfig) -> AttentionLayers:
         kinds = [WINDOW if window_tokens else FULL[0]] * model_config.get_total_num_hidden_layers()
     elif not window_tokens:
         kinds = [FULL[0] if kind == WINDOW else kind for kind in kinds]
+    if stage is not None:
+        kinds = kinds[slice(*stage)]
     return AttentionLayers(
         full=sum(kind in FULL for kind in kinds),
         window=sum(kind == WINDOW for kind in kinds),

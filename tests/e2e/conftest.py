@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,7 +24,7 @@ def serve(
     """Start a server of this module. The next one replaces it; the module's end stops it."""
     with ExitStack() as stack:
 
-        def start(*arguments: str, model: Path = recall_model, **options: int) -> Server:
+        def start(*arguments: str, model: Path = recall_model, **options: Any) -> Server:
             # Processes of an idle server spin, which slows those under test.
             stack.close()
             log = tmp_path_factory.mktemp("server") / "server.log"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.models import make_llama
 from think_vllm.cli.plan import budget_fields, parse_bytes
 from think_vllm.config import ThinkConfig
 from think_vllm.models import AttentionLayers
@@ -52,6 +53,27 @@ def test_plan_json_has_the_documented_fields(recall_model: Path) -> None:
     assert fields["thin_requests"] > 1.3 * fields["plain_requests"]
 
 
+@pytest.mark.parametrize(
+    ("tensor", "pipeline", "heads", "layers"),
+    [(2, 1, 1, 2), (1, 2, 2, 1), (2, 2, 1, 1), (4, 1, 1, 2)],  # 4: each KV head is on two ranks
+)
+def test_plan_counts_what_one_rank_holds(
+    recall_model: Path, tensor: int, pipeline: int, heads: int, layers: int
+) -> None:
+    ranks = ["-tp", str(tensor), "-pp", str(pipeline)]
+    done = run(str(recall_model), "--kv-channel-prune", "0.5", *ranks, "--memory", "1GiB", "--json")
+    fields = json.loads(done.stdout)
+    assert fields["num_ranks"] == tensor * pipeline
+    assert (fields["num_kv_heads"], fields["num_layers"]) == (heads, layers)
+    assert fields["num_blocks"] == 2**30 // (heads * layers * 48 * 512) - 1
+
+
+def test_plan_counts_the_rank_with_most_layers(tmp_path: Path) -> None:
+    model = make_llama(tmp_path, head_size=128, num_heads=4, num_kv_heads=2, num_layers=5)
+    done = run(str(model), "--kv-channel-prune", "0.5", "--pipeline-parallel-size", "2")
+    assert "8.00 GiB of KV cache on each of 2 ranks (KV heads 2, layers 3)" in done.stdout
+
+
 def test_plan_text_says_what_it_is_worth(recall_model: Path) -> None:
     done = run(str(recall_model), "--kv-channel-prune", "0.4", "--kv-recent-window", "16")
     assert "key channels 76 of 128" in done.stdout
@@ -74,6 +96,7 @@ def test_plan_needs_no_ratio_beside_a_format(recall_model: Path) -> None:
         (["--kv-channel-prune", "0.001"], "prunes no channel"),
         (["--kv-channel-prune", "0.5", "--context-length", "0"], "not a whole number above zero"),
         (["--kv-channel-prune", "0.5", "--dtype", "foo"], "dtype"),
+        (["--kv-channel-prune", "0.5", "-tp", "3"], "must be divisible by tensor parallel size"),
         ([], "--kv-channel-prune RATIO or --kv-quant FORMAT is needed"),
         (["--kv-quant", "none"], "--kv-quant is none; nothing to plan"),
         (["--kv-quant-group", "64"], "--kv-quant-group given without --kv-channel-prune"),

@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -38,7 +38,8 @@ class Server:
         model: Directory of the model.
         arguments: Further arguments of ``serve``.
         log: File that gets the server's output.
-        kv_cache_bytes: Size of the KV cache.
+        kv_cache_bytes: Size of the KV cache, of one rank if there are several.
+        environment: Variables that the server gets besides the usual ones.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Server:
         arguments: Sequence[str],
         log: Path,
         kv_cache_bytes: int = 256 * 2**20,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self.model = str(model)
         self.arguments = [
@@ -57,6 +59,7 @@ class Server:
             "127.0.0.1",
         ]
         self.log = log
+        self._environment = offline_environment() | dict(environment or {})
         self._process: subprocess.Popen[bytes] | None = None
         self._client = httpx.Client(timeout=REQUEST_TIMEOUT_S)
         self.url = ""
@@ -71,7 +74,7 @@ class Server:
                 command,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=offline_environment(),
+                env=self._environment,
                 start_new_session=True,
             )
         try:
@@ -169,13 +172,13 @@ class Server:
                 raise AssertionError(f"{name} is {seen} after {METRIC_TIMEOUT_S} s, not {value}")
             time.sleep(POLL_S)
 
-    def metric(self, name: str) -> float:
-        """Sum of a Prometheus metric over its labels."""
+    def metric(self, name: str, label: str = "") -> float:
+        """Sum of a Prometheus metric over its labels, or over those that hold ``label``."""
         text = self._client.get(f"{self.url}/metrics").text
         values = [
             float(line.rsplit(" ", 1)[1])
             for line in text.splitlines()
-            if line.startswith((name + "{", name + " "))
+            if line.startswith((name + "{", name + " ")) and label in line
         ]
         if not values:
             raise KeyError(f"{name} is not among the server's metrics")

@@ -28,7 +28,7 @@ def plan(arguments: Sequence[str]) -> int:
     config = parse_config(settings)
     if not settings:
         parser.error("--kv-channel-prune RATIO or --kv-quant FORMAT is needed")
-    model_config, parallel = _engine_shape(namespace)
+    model_config, ranks = _engine_shape(namespace)
 
     check_model(model_config)
     made = plan_blocks(
@@ -43,11 +43,14 @@ def plan(arguments: Sequence[str]) -> int:
             f"{model_config.get_head_size()}, and --kv-quant is none; nothing to plan. Give a "
             "larger ratio, or --kv-quant FORMAT"
         )
-    heads = model_config.get_num_kv_heads(parallel)
-    layers = attention_layers(model_config)
+    heads = model_config.get_num_kv_heads(ranks[0])
+    # Every rank gets as many blocks as the one with most layers has room for.
+    stages = [model_config.get_layers_start_end_indices(rank) for rank in ranks]
+    layers = attention_layers(model_config, max(stages, key=lambda stage: stage[1] - stage[0]))
     fields = plan_fields(made) | budget_fields(
         made, heads, layers, namespace.memory, namespace.context_length
     )
+    fields["num_ranks"] = ranks[0].world_size
     if namespace.json:
         print(json.dumps({"model": namespace.model, **fields}, indent=2))
     else:
@@ -69,7 +72,7 @@ def budget_fields(
     Args:
         made: The plan.
         num_kv_heads: KV heads of a layer on one rank.
-        layers: Attention layers by kind; pipeline stages are not told apart.
+        layers: Attention layers of that rank by kind.
         memory_bytes: Memory of the KV cache on one rank.
         context_len: Tokens of a request.
     """
@@ -131,7 +134,18 @@ def _parser() -> argparse.ArgumentParser:
         "--block-size", type=positive_int, help="Tokens of a block. Default: the best."
     )
     parser.add_argument(
-        "--tensor-parallel-size", "-tp", type=positive_int, default=1, help="Ranks. Default: 1."
+        "--tensor-parallel-size",
+        "-tp",
+        type=positive_int,
+        default=1,
+        help="Ranks that share the heads. Default: 1.",
+    )
+    parser.add_argument(
+        "--pipeline-parallel-size",
+        "-pp",
+        type=positive_int,
+        default=1,
+        help="Stages that share the layers. Default: 1.",
     )
     parser.add_argument(
         "--memory", type=parse_bytes, default=8 * 2**30, help="KV cache of a rank. Default: 8GiB."
@@ -148,8 +162,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _engine_shape(namespace: argparse.Namespace) -> tuple[Any, Any]:
-    """Let vLLM read the model's config, as it would for a server."""
+def _engine_shape(namespace: argparse.Namespace) -> tuple[Any, list[Any]]:
+    """Let vLLM read the model's config, as it would for a server.
+
+    Returns:
+        That config, and the parallel config of the first rank of each pipeline stage.
+    """
     from vllm.config import ParallelConfig
     from vllm.engine.arg_utils import EngineArgs
 
@@ -159,18 +177,37 @@ def _engine_shape(namespace: argparse.Namespace) -> tuple[Any, Any]:
             dtype=namespace.dtype,
             trust_remote_code=namespace.trust_remote_code,
         ).create_model_config()
-        parallel = ParallelConfig(tensor_parallel_size=namespace.tensor_parallel_size)
+        ranks = [
+            ParallelConfig(
+                tensor_parallel_size=namespace.tensor_parallel_size,
+                pipeline_parallel_size=namespace.pipeline_parallel_size,
+                rank=stage * namespace.tensor_parallel_size,
+                # Left to choose one, vLLM refuses more ranks than this machine has GPUs.
+                distributed_executor_backend="mp",
+            )
+            for stage in range(namespace.pipeline_parallel_size)
+        ]
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split()) or repr(error)
         raise ThinkError(f"plan: cannot read the model {namespace.model!r}: {reason}") from None
-    return model_config, parallel
+    try:
+        model_config.verify_with_parallel_config(ranks[0])
+    except (NotImplementedError, ValueError) as error:
+        raise ThinkError(f"plan: vLLM cannot split {namespace.model!r}: {error}") from None
+    return model_config, ranks
 
 
 def _text(model: str, made: BlockPlan, fields: dict[str, Any]) -> list[str]:
     lines = [f"{model}"]
     lines += [f"  {line}" for line in plan_summary(made)[:-1]]
+    share = (
+        f" on each of {fields['num_ranks']} ranks (KV heads {fields['num_kv_heads']}, "
+        f"layers {fields['num_layers']})"
+        if fields["num_ranks"] > 1
+        else ""
+    )
     lines.append(
-        f"  {fields['memory_bytes'] / 2**30:.2f} GiB of KV cache, requests of "
+        f"  {fields['memory_bytes'] / 2**30:.2f} GiB of KV cache{share}, requests of "
         f"{fields['context_length']} tokens: {fields['plain_requests']} plain, "
         f"{fields['thin_requests']} thin ({fields['plain_tokens']} and "
         f"{fields['thin_tokens']} tokens)"

@@ -1,0 +1,157 @@
+"""Several ranks, on vLLM's own executors: each compacts the heads and layers that it has.
+
+A rank is bound to one core, as vLLM's CPU build asks for where there are fewer NUMA nodes than
+ranks. The pools are small, so that requests lose their blocks while other steps are under way.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from tests.e2e.checks import (
+    EAGER,
+    FLOAT32,
+    TOLERANCE,
+    check_served,
+    plan_served,
+    random_prompts,
+    worst_differences,
+)
+from tests.support.models import copy_tokenizer, make_exact_llama, make_llama
+from tests.support.reference import Reference, Thinning
+from tests.support.server import Completion, Server
+from think_vllm.cli.plan import budget_fields
+from think_vllm.planner import BlockPlan
+
+pytestmark = pytest.mark.e2e
+
+MAX_MODEL_LEN = 1640
+PREEMPTIONS = "vllm:num_preemptions_total"
+#: Several steps for most prompts, each shared by several requests.
+LIMITS = ("--max-model-len", str(MAX_MODEL_LEN), "--max-num-batched-tokens", "160")
+
+
+class Ranks:
+    """A server of several ranks, whose cache holds little more than its longest request.
+
+    Args:
+        serve: The fixture.
+        plan: What the arguments plan.
+        arguments: Of the server.
+        heads: KV heads on one rank.
+        layers: Layers of the rank that has most.
+        engines: Data-parallel ones.
+        model: None for the bundled one.
+    """
+
+    def __init__(
+        self,
+        serve: Callable[..., Server],
+        plan: BlockPlan,
+        arguments: list[str],
+        *,
+        heads: int,
+        layers: int,
+        engines: int = 1,
+        model: Path | None = None,
+    ) -> None:
+        self.plan, self.engines = plan, engines
+        self.num_blocks = MAX_MODEL_LEN // plan.block_size + 2
+        self.pool_bytes = self.num_blocks * plan.layout.run_bytes * heads * layers
+        cores = sorted(os.sched_getaffinity(0))
+        bound = {"VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}"}
+        options = {"kv_cache_bytes": self.pool_bytes, "environment": bound}
+        if model is not None:
+            options["model"] = model
+        self.server = serve(*arguments, *LIMITS, **options)
+        fields = budget_fields(plan, heads, layers, self.pool_bytes, MAX_MODEL_LEN)
+        assert fields["num_blocks"] == self.num_blocks - 1
+
+    def check(self, reference: Reference, **options: float) -> list[Completion]:
+        """Compare a load that does not fit: short and long prompts, and spans that fill later."""
+        span = self.plan.span_tokens
+        self.lengths = [1, 5, 33, 40, 60, 90, span + 31, span + 32, 2 * span + 33, 380, 610, 1500]
+        counts = [min(2 * span + 40, 500)] * (len(self.lengths) - 1) + [120]
+        thinning = Thinning.of(self.plan)
+        done = check_served(self.server, reference, self.lengths, counts, thinning, **options)
+        assert self.server.metric(PREEMPTIONS) > 0
+        # The comparison would notice if nothing were thin.
+        assert self.longest_difference(reference, done, None) > 10 * TOLERANCE
+        self._check_size()
+        return done
+
+    def longest_difference(
+        self, reference: Reference, done: list[Completion], thinning: Thinning | None
+    ) -> float:
+        """How far the longest request is from a reference."""
+        prompts = random_prompts(self.lengths)
+        return worst_differences(reference, prompts[-1:], done[-1:], thinning)[self.lengths[-1]]
+
+    def _check_size(self) -> None:
+        assert self.server.log_tail(10_000).count("multiply by these") == 1
+        # VLLM has as many blocks as `think-vllm plan` counts, which leaves out the null block;
+        # it adds up those of its engines.
+        size = f'num_gpu_blocks="{self.num_blocks * self.engines}"'
+        assert self.server.metric("vllm:cache_config_info", size) > 0
+
+
+def test_tensor_parallel(serve: Callable[..., Server], tmp_path: Path) -> None:
+    # One KV head a rank, pruned and coded.
+    model = make_exact_llama(tmp_path, head_size=128, num_heads=4, num_kv_heads=2)
+    plan, arguments = plan_served(128, kv_channel_prune=0.5, kv_quant="k4v2")
+    arguments += [*EAGER, "--tensor-parallel-size", "2"]
+    ranks = Ranks(serve, plan, arguments, heads=1, layers=1, model=model)
+    # Greedy answers of a random model go round in circles: groups of equal tokens.
+    ranks.check(Reference(model), frequency_penalty=2.0)
+
+
+def test_tensor_parallel_with_a_shared_kv_head(
+    serve: Callable[..., Server], tmp_path: Path
+) -> None:
+    # Fewer KV heads than ranks: vLLM gives the one head to both, and each prunes it for the query
+    # heads that it has, as if the model had a KV head for each rank.
+    model = make_llama(tmp_path / "one", head_size=64, num_heads=8, num_kv_heads=1)
+    plan, arguments = plan_served(64, kv_channel_prune=0.5)
+    arguments += [*EAGER, "--tensor-parallel-size", "2"]
+    ranks = Ranks(serve, plan, arguments, heads=1, layers=2, model=model)
+    done = ranks.check(Reference(repeat_kv_heads(model, tmp_path / "two", 2)))
+    # On one device, all query heads choose together.
+    assert ranks.longest_difference(Reference(model), done, Thinning.of(plan)) > TOLERANCE
+
+
+def test_pipeline_parallel(serve: Callable[..., Server], tmp_path: Path) -> None:
+    # Two steps are under way at a time. Not eager: with --enforce-eager vLLM's CPU build fails
+    # with or without thin blocks, as its second stage gets no buffers for what it receives.
+    model = make_llama(tmp_path, head_size=64, num_heads=4, num_kv_heads=2, num_layers=3)
+    plan, arguments = plan_served(64, kv_channel_prune=0.5)
+    arguments += [*FLOAT32, "--pipeline-parallel-size", "2"]
+    ranks = Ranks(serve, plan, arguments, heads=2, layers=2, model=model)
+    ranks.check(Reference(model))
+
+
+def test_data_parallel(serve: Callable[..., Server], recall_reference: Reference) -> None:
+    plan, arguments = plan_served(128, kv_channel_prune=0.5)
+    arguments += [*EAGER, "--data-parallel-size", "2", "--api-server-count", "1"]
+    ranks = Ranks(serve, plan, arguments, heads=2, layers=2, engines=2)
+    ranks.check(recall_reference)
+    for engine in ("0", "1"):
+        assert ranks.server.metric("vllm:request_success_total", f'engine="{engine}"') > 0
+
+
+def repeat_kv_heads(model: Path, path: Path, times: int) -> Path:
+    """Save the same model with every KV head ``times`` times."""
+    one = LlamaForCausalLM.from_pretrained(model, dtype=torch.float32)
+    weights = one.state_dict()
+    size = one.config.head_dim
+    for name in weights:
+        if name.endswith(("k_proj.weight", "v_proj.weight")):
+            heads = weights[name].unflatten(0, (-1, size))
+            weights[name] = heads.repeat_interleave(times, dim=0).flatten(0, 1)
+    one.config.num_key_value_heads *= times
+    LlamaForCausalLM(one.config).save_pretrained(path, state_dict=weights)
+    copy_tokenizer(path)
+    return path
