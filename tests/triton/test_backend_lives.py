@@ -5,59 +5,10 @@ import random
 import pytest
 import torch
 
-from tests.triton.engine import Engine, Request, expected_output, make_request
+from tests.triton.lives import PLANS, Life
 from think_vllm.attention.cuda_backend import ThinkCUDABackend
 from think_vllm.attention.cuda_state import GroupState
-from think_vllm.config import ThinkConfig
 from think_vllm.errors import ThinkError
-from think_vllm.planner import BlockPlan
-
-#: Format, ratio, blocks of a span before and after, tokens of a thin block, kept channels, heads.
-PLANS = {
-    "none-0.5": ("none", 0.5, 5, 4, 20, 32, (4, 2)),
-    "fp8": ("fp8", 0.0, 2, 1, 32, 64, (2, 1)),
-    "k4v2-0.5": ("k4v2", 0.5, 3, 1, 48, 32, (2, 1)),
-}
-#: Float32 sums in another order, of values of about 1.
-TOLERANCE = 2e-5
-
-
-def make_plan(name: str, prune_decode: bool = True) -> BlockPlan:
-    quant, ratio, span_blocks, thin_blocks, tokens, channels, _ = PLANS[name]
-    config = ThinkConfig.model_validate(
-        {
-            "kv_channel_prune": ratio,
-            "kv_quant": quant,
-            "kv_recent_window": 12,
-            "kv_observation_window": 10,
-            "kv_prune_decode": prune_decode,
-        }
-    )
-    return BlockPlan(config, 64, channels, 16, span_blocks, thin_blocks, tokens, 4)
-
-
-class Life:
-    """Follows requests step by step and checks every token's output."""
-
-    def __init__(self, name, version, device, prune_decode=True, **options):
-        plan = make_plan(name, prune_decode)
-        self.plan, self.rule = plan, plan.rule
-        self.engine = Engine(plan, PLANS[name][-1], version, device, **options)
-        self.expected: dict[str, torch.Tensor] = {}
-
-    def add(self, name: str, prompt_len: int, total: int) -> Request:
-        engine = self.engine
-        layers = len(engine.layers)
-        request = make_request(name, prompt_len, total, engine.heads, engine.plan, layers)
-        self.expected[name] = expected_output(request, engine.plan)
-        engine.add(request)
-        return request
-
-    def step(self, **work: int) -> None:
-        starts = {name: self.engine.requests[name].computed for name in work}
-        for name, out in self.engine.step(work).items():
-            wanted = self.expected[name][:, starts[name] : starts[name] + work[name]]
-            torch.testing.assert_close(out.double(), wanted, atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -114,7 +65,7 @@ def test_decode_batches_run_as_graphs_and_prompts_do_not(version, device):
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_spans_that_fill_while_decoding_can_stay_dense(version, device):
-    life = Life("k4v2-0.5", version, device, prune_decode=False)
+    life = Life("k4v2-0.5", version, device, kv_prune_decode=False)
     span, due = life.plan.span_tokens, life.rule.due_position
     request = life.add("one", span + 20, due(1) + 3)
     life.step(one=due(1) - 1)
