@@ -31,17 +31,19 @@ def key_energy(
     request: torch.Tensor,
     prompt_len: torch.Tensor,
     plan: BlockPlan,
-    max_prompt_len: int,
+    max_tokens: int,
+    first_block: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Average each channel's squared keys over prompts in dense blocks.
+    """Average each channel's squared keys over the dense blocks of prompts.
 
     Args:
         kv_cache: ``[num_blocks, Hk, N, 2 * D]``; stride of dim 0 is free.
         block_table: ``[num_requests, W]`` int32.
         request: ``[n]`` int32. Row of the block table.
-        prompt_len: ``[n]`` int32. Tokens of the prompt.
+        prompt_len: ``[n]`` int32. Tokens of the prompt, at least one of them in a dense block.
         plan: How blocks are laid out.
-        max_prompt_len: Tokens of the longest prompt, or more, known to the host.
+        max_tokens: Most tokens of a prompt in dense blocks, or more, known to the host.
+        first_block: ``[n]`` int32. First dense block; those before it are left out. None for 0.
 
     Returns:
         ``[n, Hk, D]`` float32.
@@ -52,14 +54,17 @@ def key_energy(
     who, device = "key_energy", kv_cache.device
     check_cache(who, kv_cache, block_table, plan)
     check_tasks(who, request, "prompt_len", prompt_len, device)
-    if max_prompt_len < 1:
-        raise ValueError(f"{who}: max_prompt_len is {max_prompt_len}; expected at least 1")
+    if first_block is None:
+        first_block = torch.zeros_like(request)
+    check_tasks(who, request, "first_block", first_block, device)
+    if max_tokens < 1:
+        raise ValueError(f"{who}: max_tokens is {max_tokens}; expected at least 1")
     num_tasks, num_heads = request.numel(), kv_cache.shape[1]
     energy = torch.empty(num_tasks, num_heads, plan.head_size, device=device)
     if num_tasks == 0:
         return energy
     constants = _constants(plan, kv_cache.dtype)
-    num_chunks = triton.cdiv(max_prompt_len, plan.block_size * _chunk_blocks(plan))
+    num_chunks = triton.cdiv(max_tokens, plan.block_size * _chunk_blocks(plan))
     shape = (num_tasks, num_heads, num_chunks, plan.head_size)
     parts = torch.empty(shape, device=device)
     grid = (num_tasks * num_chunks, num_heads, triton.cdiv(plan.head_size, CHANNELS))
@@ -68,6 +73,7 @@ def key_energy(
         block_table,
         request,
         prompt_len,
+        first_block,
         parts,
         num_heads,
         num_chunks,
@@ -79,11 +85,13 @@ def key_energy(
     mean_kernel[(num_tasks, num_heads)](
         parts,
         prompt_len,
+        first_block,
         energy,
         num_heads,
         num_chunks,
         D=plan.head_size,
         D_PAD=triton.next_power_of_2(plan.head_size),
+        N=plan.block_size,
         CHUNK_TOKENS=plan.block_size * _chunk_blocks(plan),
         num_warps=1,
     )
@@ -189,8 +197,8 @@ def _constants(plan: BlockPlan, dtype: torch.dtype) -> dict[str, object]:
 
 @triton.jit
 def chunk_kernel(
-    kv_ptr, table_ptr, request_ptr, length_ptr, part_ptr, num_heads, num_chunks, table_stride,
-    block_stride, head_stride,
+    kv_ptr, table_ptr, request_ptr, length_ptr, first_ptr, part_ptr, num_heads, num_chunks,
+    table_stride, block_stride, head_stride,
     D: tl.constexpr, N: tl.constexpr, N_PAD: tl.constexpr, DTYPE: tl.constexpr,
     CHUNK: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
@@ -198,11 +206,13 @@ def chunk_kernel(
     SIZE: tl.constexpr = DTYPE.primitive_bitwidth // 8
     prompt, chunk = tl.program_id(0) // num_chunks, tl.program_id(0) % num_chunks
     head = tl.program_id(1)
-    length = tl.load(length_ptr + prompt)
+    # Chunks are counted from the first dense block on.
+    first = tl.load(first_ptr + prompt)
+    length = tl.load(length_ptr + prompt) - first * N
     if chunk * CHUNK * N < length:
         channel = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
         place = tl.arange(0, N_PAD)
-        entries = table_ptr + tl.load(request_ptr + prompt).to(tl.int64) * table_stride
+        entries = table_ptr + tl.load(request_ptr + prompt).to(tl.int64) * table_stride + first
         squares = tl.zeros((CHANNELS, N_PAD), tl.float32)
         last = tl.minimum((chunk + 1) * CHUNK, (length + N - 1) // N)
         for entry in range(chunk * CHUNK, last):
@@ -219,12 +229,12 @@ def chunk_kernel(
 
 @triton.jit
 def mean_kernel(
-    part_ptr, length_ptr, energy_ptr, num_heads, num_chunks,
-    D: tl.constexpr, D_PAD: tl.constexpr, CHUNK_TOKENS: tl.constexpr,
+    part_ptr, length_ptr, first_ptr, energy_ptr, num_heads, num_chunks,
+    D: tl.constexpr, D_PAD: tl.constexpr, N: tl.constexpr, CHUNK_TOKENS: tl.constexpr,
 ):  # fmt: skip
     """Add up the chunks of a (prompt, KV head), in order."""
     item = tl.program_id(0).to(tl.int64) * num_heads + tl.program_id(1)
-    length = tl.load(length_ptr + tl.program_id(0))
+    length = tl.load(length_ptr + tl.program_id(0)) - tl.load(first_ptr + tl.program_id(0)) * N
     channel = tl.arange(0, D_PAD)
     total = tl.zeros((D_PAD,), tl.float32)
     for chunk in range(0, (length + CHUNK_TOKENS - 1) // CHUNK_TOKENS):
@@ -262,12 +272,13 @@ def aot_cases(plan: BlockPlan, dtype: torch.dtype) -> list[AotCase]:
     d_pad = triton.next_power_of_2(plan.head_size)
     chunk = {
         "kv_ptr": "*u8:16", "table_ptr": "*i32:16", "request_ptr": "*i32:16",
-        "length_ptr": "*i32:16", "part_ptr": "*fp32:16", "num_heads": "i32", "num_chunks": "i32",
+        "length_ptr": "*i32:16", "first_ptr": "*i32:16", "part_ptr": "*fp32:16",
+        "num_heads": "i32", "num_chunks": "i32",
         "table_stride": "i32", "block_stride": "i32:16", "head_stride": "i32:16",
     }  # fmt: skip
     mean = {
-        "part_ptr": "*fp32:16", "length_ptr": "*i32:16", "energy_ptr": "*fp32:16",
-        "num_heads": "i32", "num_chunks": "i32",
+        "part_ptr": "*fp32:16", "length_ptr": "*i32:16", "first_ptr": "*i32:16",
+        "energy_ptr": "*fp32:16", "num_heads": "i32", "num_chunks": "i32",
     }  # fmt: skip
     query = {
         "query_ptr": "*u8:16", "begin_ptr": "*i32:16", "end_ptr": "*i32:16",
@@ -275,7 +286,7 @@ def aot_cases(plan: BlockPlan, dtype: torch.dtype) -> list[AotCase]:
         "num_kv_heads": "i32",
     }  # fmt: skip
     sizes = {"D": plan.head_size, "D_PAD": d_pad}
-    tokens = {"CHUNK_TOKENS": plan.block_size * _chunk_blocks(plan)}
+    tokens = {"N": plan.block_size, "CHUNK_TOKENS": plan.block_size * _chunk_blocks(plan)}
     group = {"GROUP": 4, "GROUP_PAD": 4, "DTYPE": constants["DTYPE"]}
     return [
         AotCase(chunk_kernel, chunk, constants, {"num_warps": WARPS}),

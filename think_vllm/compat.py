@@ -34,11 +34,16 @@ vLLM; subclasses of its classes call a few private methods that they inherit.
     them on the device by then, and reading them there would wait for the step before.
 ``GPUModelRunner.gather_batch_req_state`` (V2) and, on CUDA,
 ``GPUModelRunner._determine_batch_execution_and_padding`` (V1) are wrapped
-    because a builder must know, on the host, whose rows a step has and how long their prompts
-    are, and because vLLM replays full decode graphs for batches of single tokens of which some
-    are the last of a prompt. Channels are chosen after such a token, so these batches, rare as
-    they are, must run without a full graph. Until ``CommonAttentionMetadata`` carries both, and
-    backends can refuse a batch for full graphs.
+    (in ``compat_rows.py``) because a builder must know, on the host, whose rows a step has, how
+    long their prompts are and which of their spans came thin from the prefix cache: those whose
+    tails were null blocks when they were admitted. And because vLLM replays full decode graphs for
+    batches of single tokens of which some are the last of a prompt. Channels are chosen after such
+    a token, so these batches, rare as they are, must run without a full graph. Until
+    ``CommonAttentionMetadata`` carries all three, and backends can refuse a batch for full graphs.
+``InputBatch.block_table`` (V1) and ``SchedulerOutput.scheduled_new_reqs`` (V2) are read there
+    because they are what the host has of a request's blocks. V2 keeps none of them, so the number
+    of such spans is remembered from the step that admits a request; it readmits preempted requests
+    as new ones. Until ``CommonAttentionMetadata`` has a block table on the host.
 ``CompilationConfig.static_forward_context`` is read on CUDA
     because it is where a builder finds its layers' caches: spans that are due are compacted
     ahead of a full decode graph. Until builders are given them.
@@ -56,18 +61,14 @@ not unpickle in vLLM's child processes, which read the config before they load p
 from __future__ import annotations
 
 import argparse
-import functools
 import sys
-from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from think_vllm import VLLM_SERIES
 from think_vllm.errors import ThinkError
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
     import torch
     from vllm.config import CacheConfig, ModelConfig, VllmConfig
     from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -78,22 +79,6 @@ CUDA_BACKEND_PATH = "think_vllm.attention.cuda_backend.ThinkCUDABackend"
 
 _MARK = "_think_vllm_wrapped"
 _on_command_line = False
-_step_rows: StepRows | None = None
-
-
-@dataclass(frozen=True)
-class StepRows:
-    """Whose rows the step has that a CUDA model runner prepares.
-
-    Args:
-        request_ids: Of each row; padding has none.
-        prompt_lens: int64 [n]. Tokens of each row's prompt.
-        known: Ids of all requests that the runner still knows.
-    """
-
-    request_ids: Sequence[str]
-    prompt_lens: npt.NDArray[np.int64]
-    known: Container[str]
 
 
 def supported_vllm() -> bool:
@@ -262,78 +247,6 @@ def prompt_lens(metadata: CommonAttentionMetadata) -> torch.Tensor:
         )
     lens: torch.Tensor = metadata.rswa_prefix_lens
     return lens
-
-
-def step_rows() -> StepRows | None:
-    """Rows of the step that is being prepared; None if it is a dummy without requests.
-
-    Known after ``watch_runner``.
-    """
-    return _step_rows
-
-
-def watch_runner(vllm_config: VllmConfig) -> None:
-    """Fill ``step_rows`` from now on, and keep prompts out of full decode graphs.
-
-    Called by metadata builders: their runner's module has been imported by then.
-    """
-    if vllm_config.use_v2_model_runner:
-        from vllm.v1.worker.gpu import model_runner as v2
-
-        _wrap_method(v2.GPUModelRunner, "gather_batch_req_state", _watch_v2)
-    else:
-        from vllm.v1.worker import gpu_model_runner as v1
-
-        _wrap_method(v1.GPUModelRunner, "_determine_batch_execution_and_padding", _watch_v1)
-
-
-def _wrap_method(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
-    original = getattr(owner, name)
-    if hasattr(original, _MARK):
-        return
-
-    @functools.wraps(original)
-    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # Several engines may live in one process, one after the other.
-        if not _has_custom_backend(self.vllm_config):
-            return original(self, *args, **kwargs)
-        return wrapper(original, self, *args, **kwargs)
-
-    setattr(wrapped, _MARK, True)
-    setattr(owner, name, wrapped)
-
-
-def _has_custom_backend(vllm_config: VllmConfig) -> bool:
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum
-
-    return bool(vllm_config.attention_config.backend is AttentionBackendEnum.CUSTOM)
-
-
-def _watch_v2(original: Any, runner: Any, scheduler_output: Any, dummy_run: bool) -> Any:
-    global _step_rows
-    batch, uniform_tokens = original(runner, scheduler_output, dummy_run)
-    if batch is None:
-        _step_rows = None
-        return batch, uniform_tokens
-    _step_rows = StepRows(
-        request_ids=batch.req_ids,
-        prompt_lens=runner.req_states.prompt_len.np[batch.idx_mapping_np].astype("int64"),
-        known=runner.req_states.req_id_to_index,
-    )
-    return batch, None if batch.has_prefill else uniform_tokens
-
-
-def _watch_v1(original: Any, runner: Any, *args: Any, **kwargs: Any) -> Any:
-    global _step_rows
-    if kwargs.get("force_uniform_decode") is not None:  # dummy runs say what they are
-        _step_rows = None
-        return original(runner, *args, **kwargs)
-    rows = runner.input_batch
-    prompt_lens = rows.num_prompt_tokens[: rows.num_reqs].astype("int64")
-    _step_rows = StepRows(tuple(rows.req_ids), prompt_lens, runner.requests)
-    if (rows.num_computed_tokens_cpu[: rows.num_reqs] < prompt_lens).any():
-        kwargs["force_uniform_decode"] = False
-    return original(runner, *args, **kwargs)
 
 
 def register_spec(spec: type, manager: type, base: type) -> None:

@@ -33,9 +33,11 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.attention.backends import fa_utils
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
-from think_vllm import compat
+from think_vllm import compat_rows
 
 
 def names(function: Callable[..., Any]) -> list[str]:
@@ -181,6 +183,17 @@ def test_vllm_runner_v2_is_what_we_watch() -> None:
         "scheduler_output",
         "dummy_run",
     ]
+    # Preempted requests forget their rows, and come back as new ones with all their blocks.
+    assert "finished_req_ids.union(preempted_req_ids)" in tight(v2.GPUModelRunner.finish_requests)
+    assert (
+        "ifself.use_v2_model_runner:scheduled_new_reqs.extend(scheduled_resumed_reqs)"
+        "scheduled_resumed_reqs.clear()" in tight(Scheduler.schedule)
+    )
+    assert "req_to_new_blocks[request_id]=self.kv_cache_manager.get_blocks(request_id)" in tight(
+        Scheduler.schedule
+    )
+    assert {"req_id", "block_ids", "num_computed_tokens"} <= set(NewRequestData.__annotations__)
+    assert "scheduled_new_reqs" in SchedulerOutput.__annotations__
     fields = v2.BatchReqState._fields
     assert {"req_ids", "idx_mapping_np", "has_prefill"} <= set(fields)
     assert "self.prompt_len=UvaBackedTensor(" in tight(RequestState.__init__)
@@ -189,6 +202,8 @@ def test_vllm_runner_v2_is_what_we_watch() -> None:
     run = tight(v2.GPUModelRunner.execute_model)
     # Rows are announced before their metadata is built, and decide about full graphs.
     order = [
+        run.index("self.finish_requests(scheduler_output)"),
+        run.index("self.add_requests(scheduler_output)"),
         run.index("batch_req_state,uniform_tok_count=self.gather_batch_req_state("),
         run.index("dispatch_cg_and_sync_dp("),
         run.index("self.model_state.prepare_attn("),
@@ -203,6 +218,7 @@ def test_vllm_runner_v2_is_what_we_watch() -> None:
 
 
 def test_vllm_runner_v1_is_what_we_watch() -> None:
+    from vllm.v1.worker.block_table import BlockTable, MultiGroupBlockTable
     from vllm.v1.worker.gpu_input_batch import InputBatch
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
@@ -222,6 +238,15 @@ def test_vllm_runner_v1_is_what_we_watch() -> None:
     batch = tight(InputBatch.__init__)
     assert "self.num_prompt_tokens=self.num_prompt_tokens_cpu_tensor.numpy()" in batch
     assert "self.num_computed_tokens_cpu=self.num_computed_tokens_cpu_tensor.numpy()" in batch
+    assert "self.block_table=MultiGroupBlockTable(" in batch
+    assert "self.block_table.add_row(request.block_ids,req_index)" in tight(InputBatch.add_request)
+    assert names(MultiGroupBlockTable.__getitem__) == ["self", "idx"]
+    assert names(BlockTable.get_numpy_array) == ["self"]
+    # Rows are appended to, so what was null at the beginning stays so.
+    assert "self.block_table.np[row_idx,start:start+num_blocks]=block_ids" in tight(
+        BlockTable.append_row
+    )
+    assert "req_state.block_ids=new_block_ids" in tight(GPUModelRunner._update_states)
     assert "self.requests:dict[str,CachedRequestState]" in tight(GPUModelRunner.__init__)
     built = tight(GPUModelRunner._build_attention_metadata)
     assert "seq_lens_cpu_upper_bound=self.optimistic_seq_lens_cpu[:num_reqs_padded]" in built
@@ -245,9 +270,9 @@ def test_watching_a_runner_wraps_it_once(use_v2: bool, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(GPUModelRunner, name, original)
     config = SimpleNamespace(use_v2_model_runner=use_v2)
-    compat.watch_runner(config)  # type: ignore[arg-type]
+    compat_rows.watch_runner(config, None)  # type: ignore[arg-type]
     wrapped = getattr(GPUModelRunner, name)
-    compat.watch_runner(config)  # type: ignore[arg-type]
+    compat_rows.watch_runner(config, None)  # type: ignore[arg-type]
     assert getattr(GPUModelRunner, name) is wrapped
     # Runners without thin blocks, and dummy runs of those with, see the original.
     arguments: dict[str, Any] = {"scheduler_output": None, "dummy_run": True}
@@ -259,4 +284,4 @@ def test_watching_a_runner_wraps_it_once(use_v2: bool, monkeypatch: pytest.Monke
         )
         assert wrapped(runner, **arguments) == (None, 1)
     assert len(calls) == 2
-    assert compat.step_rows() is None
+    assert compat_rows.step_rows() is None

@@ -5,8 +5,7 @@ freed blocks are filled with NaN, so that whoever still reads one is found out.
 """
 
 import random
-import zlib
-from dataclasses import dataclass, field
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -17,124 +16,13 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from think_vllm import compat
+from tests.triton.expected import SCALE, Request
+from tests.triton.runners import make_runner
+from think_vllm import compat_rows
 from think_vllm.attention.cuda_backend import ThinkCUDABackend
 from think_vllm.blocks.spec import ThinKVCacheSpec
 from think_vllm.planner import BlockPlan
-from think_vllm.reference.attention import gather_context
-from think_vllm.reference.compaction import compact_spans_ref, dense_tokens
-from think_vllm.reference.scoring import (
-    key_energy_ref,
-    query_energy_ref,
-    select_channels_ref,
-)
-
-SCALE = 0.2
-
-
-@dataclass
-class Request:
-    """One request: what it would feed each layer, and where it stands.
-
-    Args:
-        query: [layers, total, Hq, D].
-        key: [layers, total, Hk, D].
-        value: [layers, total, Hk, D].
-    """
-
-    name: str
-    prompt_len: int
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    computed: int = 0
-    prefill_len: int = 0
-    freed_spans: int = 0
-    blocks: list[int] = field(default_factory=list)
-
-    @property
-    def total(self) -> int:
-        return self.query.shape[1]
-
-
-def make_request(
-    name: str, prompt_len: int, total: int, heads: tuple[int, int], plan: BlockPlan, layers: int = 1
-) -> Request:
-    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + total)
-
-    def some(count: int) -> torch.Tensor:
-        return torch.randn(layers, total, count, plan.head_size, generator=generator)
-
-    query, key, value = some(heads[0]), some(heads[1]), some(heads[1])
-    return Request(name, prompt_len, query, key, value, prefill_len=prompt_len)
-
-
-def expected_output(request: Request, plan: BlockPlan) -> torch.Tensor:
-    """Attention of every token of an undisturbed request, in float64: [layers, total, Hq, D]."""
-    return torch.stack(
-        [
-            _expected_layer(query, key, value, request.prompt_len, plan)
-            for query, key, value in zip(request.query, request.key, request.value, strict=True)
-        ]
-    )
-
-
-def _expected_layer(query, key, value, prompt_len, plan):
-    total, num_kv_heads, head_size = key.shape
-    count = -(-total // plan.block_size)
-    kv_cache = torch.zeros(count, num_kv_heads, plan.block_size, 2 * head_size)
-    halves = kv_cache.view(count, num_kv_heads, 2, -1)
-    padded = torch.zeros(count * plan.block_size, num_kv_heads, head_size)
-    for half, (tensor, shape) in enumerate(((key, (0, 2, 3, 1)), (value, (0, 2, 1, 3)))):
-        padded[:total] = tensor
-        blocks = padded.view(count, plan.block_size, num_kv_heads, head_size).permute(shape)
-        halves[:, :, half] = blocks.reshape(count, num_kv_heads, -1)
-    assert torch.equal(dense_tokens(kv_cache, range(count), total)[0], key.transpose(0, 1))
-    table = torch.arange(count, dtype=torch.int32)[None]
-    window = query[max(0, prompt_len - plan.config.kv_observation_window) : prompt_len]
-    channels = select_channels_ref(
-        query_energy_ref(window, num_kv_heads)[None],
-        key_energy_ref(kv_cache, table, [0], [prompt_len], plan),
-        plan.key_channels,
-    )
-    out = torch.zeros(query.shape, dtype=torch.float64)
-    thin = 0
-    for position in range(total):
-        spans = plan.rule.thin_spans(prompt_len, position)
-        for span in range(thin, spans):
-            compact_spans_ref(kv_cache, table, [0], [span], channels, plan)
-        if position == 0 or spans > thin:
-            # Later tokens are in there too, masked below.
-            keys, values = gather_context(kv_cache, table, 0, total, spans, plan)
-            group = query.shape[1] // num_kv_heads
-            keys, values = (x.repeat_interleave(group, 0) for x in (keys, values))
-        thin = spans
-        scores = torch.einsum("hd,htd->ht", query[position].double(), keys) * SCALE
-        scores[:, position + 1 :] = -torch.inf
-        out[position] = torch.einsum("ht,htd->hd", scores.softmax(1), values)
-    return out
-
-
-class _RunnerV1:
-    """What ``compat`` reads of ``vllm.v1.worker.gpu_model_runner.GPUModelRunner``."""
-
-    def _determine_batch_execution_and_padding(
-        self, *, max_num_scheduled_tokens: int, force_uniform_decode: bool | None = None
-    ) -> bool:
-        if force_uniform_decode is not None:
-            return force_uniform_decode
-        return max_num_scheduled_tokens == 1
-
-
-class _RunnerV2:
-    """What ``compat`` reads of ``vllm.v1.worker.gpu.model_runner.GPUModelRunner``."""
-
-    def gather_batch_req_state(self, batch: Any, dummy_run: bool) -> Any:
-        return (None if dummy_run else batch), (1 if batch.uniform else None)
-
-
-compat._wrap_method(_RunnerV1, "_determine_batch_execution_and_padding", compat._watch_v1)
-compat._wrap_method(_RunnerV2, "gather_batch_req_state", compat._watch_v2)
+from think_vllm.selection import EnginePlan
 
 
 class Engine:
@@ -168,11 +56,11 @@ class Engine:
         self.graphs = graphs
         self.random = random.Random(seed)
         self.requests: dict[str, Request] = {}
-        self.rows: list[str] = []  # of V2's request table
         self.free = list(range(1, num_blocks))
+        self.holders: Counter[int] = Counter()
         self.graph_steps = 0
-        self.block_table = torch.zeros(self.MAX_REQUESTS, self.WIDTH, dtype=torch.int32)
-        self.block_table = self.block_table.to(device)
+        self.rows = np.zeros((self.MAX_REQUESTS, self.WIDTH), np.int32)
+        self.block_table = torch.zeros(self.rows.shape, dtype=torch.int32, device=device)
         self.seq_lens = torch.zeros(self.MAX_REQUESTS, dtype=torch.int32, device=device)
         self.config = self._make_config(layers)
         self.layers = self._make_layers(num_blocks, layers)
@@ -183,21 +71,19 @@ class Engine:
             head_size_v=plan.head_size,
             dtype=torch.float32,
         )
+        chosen = EnginePlan(plan, thin_prefixes=not plan.rule.delay_prompt, in_flight_tokens=0)
         with (
-            patch(
-                "think_vllm.attention.cuda_builder.selected_engine",
-                return_value=SimpleNamespace(plan=plan),
-            ),
-            patch.object(compat, "watch_runner"),
+            patch("think_vllm.attention.cuda_builder.selected_engine", return_value=chosen),
+            patch.object(compat_rows, "watch_runner") as watch,
         ):
             self.builder = ThinkCUDABackend.get_builder_cls()(
-                ThinKVCacheSpec.from_dense(spec, plan),
+                ThinKVCacheSpec.from_dense(spec, chosen),
                 [x.layer_name for x in self.layers],
                 self.config,
                 device,
             )
-        self.runner = (_RunnerV1 if version == 1 else _RunnerV2)()
-        self.runner.vllm_config = self.config
+        (_, compat_rows._count_cached), _ = watch.call_args
+        self.runner = make_runner(version, self.config)
         self.captured: dict[int, Any] = {}
 
     def _make_config(self, layers: int) -> Any:
@@ -232,44 +118,69 @@ class Engine:
 
     def add(self, request: Request) -> None:
         self.requests[request.name] = request
-        if request.name not in self.rows:
-            if "" in self.rows:
-                self.rows[self.rows.index("")] = request.name
+        self.runner.admit(request.name)
+
+    def hit(self, request: Request, other: Request, tokens: int) -> None:
+        """Admit a request, or a preempted one again, with a prefix that the cache has of another's.
+
+        Thin spans are shared. Dense blocks behind them are copied, since it will compact them.
+        """
+        plan = self.plan
+        request.cached_spans = min(other.freed_spans, tokens // plan.span_tokens)
+        request.freed_spans, request.computed = request.cached_spans, tokens
+        first = request.cached_spans * plan.span_blocks
+        for row, block in enumerate(other.blocks[: tokens // plan.block_size]):
+            if row < first and row % plan.span_blocks >= plan.thin_blocks:
+                request.blocks.append(0)
+                request.gone.add(row)
+            elif row < first:
+                request.blocks.append(block)
+                self.holders[block] += 1
             else:
-                self.rows.append(request.name)
+                request.blocks.append(self._take())
+                for layer in self.layers:
+                    layer.kv_cache[request.blocks[-1]] = layer.kv_cache[block]
 
     def preempt(self, request: Request) -> None:
         """Take everything from a request; it starts anew, its output included."""
-        self._release(request, request.blocks)
-        request.blocks = []
+        self._release(request, range(len(request.blocks)))
+        request.blocks, request.gone = [], set()
         request.prefill_len = max(request.prompt_len, request.computed)
-        request.computed = request.freed_spans = 0
-        if request.name in self.rows:
-            self.rows[self.rows.index(request.name)] = ""
+        request.computed = request.freed_spans = request.cached_spans = 0
+        request.admitted = True
+        self.runner.forget(request.name)
 
     def finish(self, request: Request) -> None:
         self.preempt(request)
         del self.requests[request.name]
 
-    def _release(self, request: Request, blocks: list[int]) -> None:
-        for block in blocks:
-            if block:
+    def _take(self) -> int:
+        block = self.free.pop(self.random.randrange(len(self.free)))
+        self.holders[block] += 1
+        return block
+
+    def _release(self, request: Request, rows: range) -> None:
+        for row in rows:
+            if row in request.gone:
+                continue
+            request.gone.add(row)
+            block = request.blocks[row]
+            self.holders[block] -= 1
+            if not self.holders[block]:
                 for layer in self.layers:
                     layer.kv_cache[block] = torch.nan
                 self.free.append(block)
 
     def _allocate(self, request: Request, tokens: int) -> None:
         rule = self.plan.rule
-        freeable = rule.freeable_spans(request.prompt_len, request.computed)
+        freeable = rule.freeable_spans(request.prompt_len, request.computed, request.cached_spans)
         for span in range(request.freed_spans, freeable):
             first = span * rule.span_blocks
-            tail = slice(first + rule.thin_blocks, first + rule.span_blocks)
-            self._release(request, request.blocks[tail])
             # The worker's rows keep the numbers of blocks that are gone.
-            request.blocks[tail] = [0] * (rule.span_blocks - rule.thin_blocks)
+            self._release(request, range(first + rule.thin_blocks, first + rule.span_blocks))
         request.freed_spans = max(request.freed_spans, freeable)
         while len(request.blocks) * self.plan.block_size < request.computed + tokens:
-            request.blocks.append(self.free.pop(self.random.randrange(len(self.free))))
+            request.blocks.append(self._take())
 
     def step(self, work: dict[str, int]) -> dict[str, torch.Tensor]:
         """Run a step with so many tokens of each request.
@@ -287,7 +198,11 @@ class Engine:
         counts = [work[name] for name in names]
         for request, count in zip(batch, counts, strict=True):
             self._allocate(request, count)
-        full_graph = self._announce(batch, counts)
+        self.rows[:] = self.random.choices(range(100), k=self.WIDTH)
+        for row, request in zip(self.rows, batch, strict=False):
+            row[: len(request.blocks)] = request.blocks
+        uniform = self.runner.announce(batch, counts, self.requests, self.rows)
+        full_graph = uniform and self.graphs
         common = self._metadata(batch, counts, full_graph)
         metadata = self.builder.build(0, common)
         if full_graph:
@@ -300,16 +215,12 @@ class Engine:
         for request, start, count in zip(batch, np.cumsum([0, *counts]), counts, strict=False):
             result[request.name] = torch.stack([out[start : start + count] for out in outputs])
             request.computed += count
+            request.admitted = False
         return result
 
     def dummy(self, rows: int, tokens: int) -> Any:
         """Build the metadata of a run without requests, as vLLM warms up."""
-        if self.version == 1:
-            self.runner._determine_batch_execution_and_padding(
-                max_num_scheduled_tokens=tokens, force_uniform_decode=False
-            )
-        else:
-            self.runner.gather_batch_req_state(SimpleNamespace(uniform=False), True)
+        self.runner.announce_dummy(tokens)
         self.block_table[:rows] = 0
         lens = np.full(rows, tokens, np.int32)
         common = self._common([tokens] * rows, rows, tokens * np.arange(rows + 1), lens, tokens)
@@ -319,36 +230,6 @@ class Engine:
         """Build the metadata of a graph for ``rows`` rows."""
         common = self._common([0] * rows, rows, np.arange(rows + 1), np.ones(rows, np.int32), rows)
         self.captured[rows] = self.builder.build_for_cudagraph_capture(common)
-
-    def _announce(self, batch: list[Request], counts: list[int]) -> bool:
-        """Let the wrapped method of the runner see the batch; whether it may run as a graph."""
-        if self.version == 1:
-            self.runner.requests = self.requests
-            self.runner.input_batch = SimpleNamespace(
-                req_ids=[request.name for request in batch],
-                num_reqs=len(batch),
-                # Rows behind the batch hold what earlier batches have left.
-                num_prompt_tokens=np.array([r.prompt_len for r in batch] + [999], np.int32),
-                num_computed_tokens_cpu=np.array([r.computed for r in batch] + [3], np.int32),
-            )
-            uniform = self.runner._determine_batch_execution_and_padding(
-                max_num_scheduled_tokens=max(counts)
-            )
-        else:
-            table = {name: row for row, name in enumerate(self.rows) if name}
-            lens = [self.requests[name].prompt_len if name else 0 for name in self.rows]
-            self.runner.req_states = SimpleNamespace(
-                prompt_len=SimpleNamespace(np=np.array(lens, np.int32)), req_id_to_index=table
-            )
-            state = SimpleNamespace(
-                req_ids=[request.name for request in batch],
-                idx_mapping_np=np.array([table[request.name] for request in batch]),
-                has_prefill=any(r.computed < r.prefill_len for r in batch),
-                uniform=max(counts) == 1,
-            )
-            _, tokens = self.runner.gather_batch_req_state(state, False)
-            uniform = tokens == 1
-        return bool(uniform) and self.graphs
 
     def _metadata(
         self, batch: list[Request], counts: list[int], full_graph: bool
@@ -361,9 +242,7 @@ class Engine:
         starts[: num_reqs + 1] = np.cumsum([0, *counts])
         lens = np.zeros(rows, np.int32)
         lens[:num_reqs] = [r.computed + n for r, n in zip(batch, counts, strict=True)]
-        self.block_table.random_(100)
-        for row, request in enumerate(batch):
-            self.block_table[row, : len(request.blocks)] = torch.tensor(request.blocks)
+        self.block_table.copy_(torch.from_numpy(self.rows))
         self.block_table[num_reqs:rows] = 0
         return self._common(counts, rows, starts, lens, max(counts))
 

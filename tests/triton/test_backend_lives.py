@@ -5,59 +5,10 @@ import random
 import pytest
 import torch
 
-from tests.triton.engine import Engine, Request, expected_output, make_request
+from tests.triton.lives import PLANS, Life
 from think_vllm.attention.cuda_backend import ThinkCUDABackend
 from think_vllm.attention.cuda_state import GroupState
-from think_vllm.config import ThinkConfig
 from think_vllm.errors import ThinkError
-from think_vllm.planner import BlockPlan
-
-#: Format, ratio, blocks of a span before and after, tokens of a thin block, kept channels, heads.
-PLANS = {
-    "none-0.5": ("none", 0.5, 5, 4, 20, 32, (4, 2)),
-    "fp8": ("fp8", 0.0, 2, 1, 32, 64, (2, 1)),
-    "k4v2-0.5": ("k4v2", 0.5, 3, 1, 48, 32, (2, 1)),
-}
-#: Float32 sums in another order, of values of about 1.
-TOLERANCE = 2e-5
-
-
-def make_plan(name: str, prune_decode: bool = True) -> BlockPlan:
-    quant, ratio, span_blocks, thin_blocks, tokens, channels, _ = PLANS[name]
-    config = ThinkConfig.model_validate(
-        {
-            "kv_channel_prune": ratio,
-            "kv_quant": quant,
-            "kv_recent_window": 12,
-            "kv_observation_window": 10,
-            "kv_prune_decode": prune_decode,
-        }
-    )
-    return BlockPlan(config, 64, channels, 16, span_blocks, thin_blocks, tokens, 4)
-
-
-class Life:
-    """Follows requests step by step and checks every token's output."""
-
-    def __init__(self, name, version, device, prune_decode=True, **options):
-        plan = make_plan(name, prune_decode)
-        self.plan, self.rule = plan, plan.rule
-        self.engine = Engine(plan, PLANS[name][-1], version, device, **options)
-        self.expected: dict[str, torch.Tensor] = {}
-
-    def add(self, name: str, prompt_len: int, total: int) -> Request:
-        engine = self.engine
-        layers = len(engine.layers)
-        request = make_request(name, prompt_len, total, engine.heads, engine.plan, layers)
-        self.expected[name] = expected_output(request, engine.plan)
-        engine.add(request)
-        return request
-
-    def step(self, **work: int) -> None:
-        starts = {name: self.engine.requests[name].computed for name in work}
-        for name, out in self.engine.step(work).items():
-            wanted = self.expected[name][:, starts[name] : starts[name] + work[name]]
-            torch.testing.assert_close(out.double(), wanted, atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -114,7 +65,7 @@ def test_decode_batches_run_as_graphs_and_prompts_do_not(version, device):
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_spans_that_fill_while_decoding_can_stay_dense(version, device):
-    life = Life("k4v2-0.5", version, device, prune_decode=False)
+    life = Life("k4v2-0.5", version, device, kv_prune_decode=False)
     span, due = life.plan.span_tokens, life.rule.due_position
     request = life.add("one", span + 20, due(1) + 3)
     life.step(one=due(1) - 1)
@@ -141,7 +92,10 @@ def test_windows_of_many_prompts_can_be_cut_at_once(device, monkeypatch):
 @pytest.mark.parametrize("seed", range(4))
 def test_lives_at_random(seed, device):
     choose = random.Random(seed)
-    life = Life("k4v2-0.5", 1 + seed % 2, device, graphs=seed > 1, seed=seed)
+    # Compacted one step later, prompts answer the same.
+    later = "dense" if seed in (1, 2) else "thin"
+    options = {"graphs": seed > 1, "seed": seed, "kv_prefix_cache": later}
+    life = Life("k4v2-0.5", 1 + seed % 2, device, **options)
     engine = life.engine
     for i in range(4):
         prompt = choose.randrange(1, 130)
@@ -223,6 +177,10 @@ def test_fresh_prompts_run_in_flash_attention(device, monkeypatch):
     life.step(one=74, two=1, three=1)
     life.step(one=1)
     assert lengths[2:] == [[60]]
+    # Nor is a prompt behind thin blocks.
+    life.add("four", 66, 67, hit=(one, life.plan.span_tokens))
+    life.step(four=18)
+    assert lengths[3:] == []
 
 
 @pytest.mark.parametrize(

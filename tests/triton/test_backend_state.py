@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.kernels.helpers import make_plan
-from think_vllm.attention.cuda_parts import CutWindows, DueSpans, Observed, to_device
+from think_vllm.attention.cuda_parts import DueSpans, Observed, Slots, to_device
 from think_vllm.attention.cuda_state import GroupState, RequestSlots
 from think_vllm.attention.cuda_warmup import warm_up
 
@@ -59,7 +59,7 @@ def test_to_device_sends_every_tensor_at_an_aligned_place():
         return torch.tensor(values, dtype=torch.int32)
 
     parts = [
-        Observed(ints(1, 2, 3), ints(4), None, CutWindows(ints(), ints(5, 6)), ints(7)),
+        Observed(ints(1, 2, 3), ints(4), None, Slots(ints(), ints(5, 6)), ints(7)),
         DueSpans(ints(8), ints(9), ints(10)),
     ]
     sent = to_device(parts, torch.device("cpu"))

@@ -16,14 +16,15 @@ def int32(values, device):
     return torch.tensor(values, dtype=torch.int32, device=device)
 
 
-def energy_of(case, requests, prompt_lens, device, max_prompt_len=None):
+def energy_of(case, requests, prompt_lens, device, max_tokens=None, first_block=None):
     return key_energy(
         case.kv_cache.to(device),
         case.block_table.to(device),
         int32(requests, device),
         int32(prompt_lens, device),
         case.plan,
-        max_prompt_len or max(prompt_lens),
+        max_tokens or max(prompt_lens),
+        None if first_block is None else int32(first_block, device),
     ).cpu()
 
 
@@ -56,9 +57,31 @@ def test_key_energy_of_several_chunks(device, chunked):
 
 
 def test_key_energy_depends_on_the_prompt_alone(device, chunked):
-    together = energy_of(chunked, [0, 2], [2050, 1025], device, max_prompt_len=5000)
+    together = energy_of(chunked, [0, 2], [2050, 1025], device, max_tokens=5000)
     alone = energy_of(chunked, [2], [1025], device)
     assert torch.equal(together[1], alone[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_key_energy_of_the_blocks_behind_thin_ones(device, dtype):
+    plan = make_plan(64, dtype, 16)
+    case = make_case(plan, dtype, 2, 2, [(300, 0), (100, 0)])
+    case.kv_cache[case.block_table[0, :5].long()] = torch.nan  # not keys of this form
+    requests, prompt_lens, first = [0, 1, 0], [300, 77, 290], [5, 0, 18]
+    actual = energy_of(case, requests, prompt_lens, device, 300 - 5 * 16, first)
+    assert actual.isfinite().all()
+    expected = key_energy_ref(case.kv_cache, case.block_table, requests, prompt_lens, plan, first)
+    torch.testing.assert_close(actual.double(), expected, rtol=RTOL, atol=0)
+
+
+def test_key_energy_behind_thin_blocks_depends_on_the_prompt_alone(device, chunked):
+    together = energy_of(chunked, [0, 0, 2], [2050, 2050, 1025], device, 4000, [7, 15, 1])
+    # Two chunks from the eighth block on, of 1024 and of 130 tokens.
+    expected = key_energy_ref(chunked.kv_cache, chunked.block_table, [0], [2050], chunked.plan, [7])
+    torch.testing.assert_close(together[:1].double(), expected, rtol=RTOL, atol=0)
+    for index, (request, length, first) in enumerate([(0, 2050, 7), (0, 2050, 15), (2, 1025, 1)]):
+        alone = energy_of(chunked, [request], [length], device, length - first * 128, [first])
+        assert torch.equal(together[index], alone[0])
 
 
 def test_key_energy_sees_every_key(device):
@@ -116,7 +139,7 @@ def test_select_channels(device, key_channels):
 def test_key_energy_without_prompts(device):
     plan = make_plan(64, torch.float32)
     case = make_case(plan, torch.float32, 1, 1, [(3, 0)])
-    assert energy_of(case, [], [], device, max_prompt_len=1).shape == (0, 1, 64)
+    assert energy_of(case, [], [], device, max_tokens=1).shape == (0, 1, 64)
 
 
 def test_key_energy_refuses(device):
@@ -128,7 +151,9 @@ def test_key_energy_refuses(device):
         key_energy(kv_cache, block_table, zero, int32([3, 3], device), plan, 3)
     with pytest.raises(ValueError, match=r"key_energy: request is torch\.int64"):
         key_energy(kv_cache, block_table, zero.long(), zero, plan, 3)
-    with pytest.raises(ValueError, match="max_prompt_len is 0; expected at least 1"):
+    with pytest.raises(ValueError, match=r"key_energy: first_block is torch\.int64"):
+        key_energy(kv_cache, block_table, zero, zero, plan, 3, zero.long())
+    with pytest.raises(ValueError, match="max_tokens is 0; expected at least 1"):
         key_energy(kv_cache, block_table, zero, zero, plan, 0)
     with pytest.raises(ValueError, match="key_energy: block_table is"):
         key_energy(kv_cache, block_table.long(), zero, zero, plan, 3)

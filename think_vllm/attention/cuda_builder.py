@@ -11,6 +11,7 @@ they are, and spans that are due are compacted here, ahead of the graph.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,12 +24,13 @@ from vllm.v1.attention.backend import (
 )
 
 from csrc_triton.compact import compact_spans, compact_workspace
-from think_vllm import compat
+from think_vllm import compat_rows
 from think_vllm.attention.cuda_parts import DueSpans, Rows, StepParts, WaveParts, to_device
 from think_vllm.attention.cuda_state import GroupState
-from think_vllm.attention.cuda_step import StepSlots, due_spans, step_parts
+from think_vllm.attention.cuda_step import StepSlots, due_spans, keeps_channels, step_parts
 from think_vllm.attention.cuda_warmup import warm_up
-from think_vllm.attention.step import Int32Array, Int64Array, Prefill, Step, sort_step
+from think_vllm.attention.sorting import leading_thin_spans, sort_step
+from think_vllm.attention.step import Int32Array, Int64Array, Prefill, Step
 from think_vllm.blocks.spec import ThinKVCacheSpec
 from think_vllm.errors import ThinkError
 from think_vllm.selection import selected_engine
@@ -64,13 +66,15 @@ class ThinkCUDAMetadataBuilder(AttentionMetadataBuilder[ThinkCUDAMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         # Single-token queries first: prompt queries are then neighbours as a rule.
         self._init_reorder_batch_threshold(1)
-        self.plan = selected_engine().plan
+        engine = selected_engine()
+        self.plan = engine.plan
         if not isinstance(kv_cache_spec, ThinKVCacheSpec) or kv_cache_spec.rule != self.plan.rule:
             raise ThinkError(
                 f"ThinkCUDAMetadataBuilder: the cache was laid out as {kv_cache_spec}, "
                 f"the plan is {self.plan.rule}"
             )
-        compat.watch_runner(vllm_config)
+        count_cached = partial(leading_thin_spans, self.plan.rule)
+        compat_rows.watch_runner(vllm_config, count_cached if engine.thin_prefixes else None)
         rows = vllm_config.scheduler_config.max_num_seqs
         self.state = GroupState(
             layer_names,
@@ -103,24 +107,25 @@ class ThinkCUDAMetadataBuilder(AttentionMetadataBuilder[ThinkCUDAMetadata]):
         common = common_attn_metadata
         query_start = common.query_start_loc_cpu.numpy().astype(np.int64)
         seq_len = common.seq_lens_cpu_upper_bound.numpy().astype(np.int64)
-        rows = compat.step_rows()
+        rows = compat_rows.step_rows()
         if rows is None:
             step = _dummy_step(query_start, seq_len[: query_start.size - 1])
-            return self._metadata(common, to_device(step_parts(step, StepSlots()), self.device))
+            return self._step(common, step, StepSlots())
         count = rows.prompt_lens.size
         step = sort_step(
             self.plan.rule,
-            self.plan.config.kv_observation_window if self.plan.prunes else 0,
+            self.plan.observation_window,
             query_start[: count + 1],
             seq_len[:count],
             rows.prompt_lens,
+            rows.cached_spans,
         )
         slots = self._find_slots(step, rows)
         if _is_decode(step, count, query_start):
             (wave,) = step.waves
             self._compact(common.block_table_tensor, due_spans(wave, slots))
             return self._decode(common, wave.thin_spans.astype(np.int32))
-        return self._metadata(common, to_device(step_parts(step, slots), self.device))
+        return self._step(common, step, slots)
 
     def build_for_cudagraph_capture(
         self, common_attn_metadata: CommonAttentionMetadata
@@ -135,6 +140,14 @@ class ThinkCUDAMetadataBuilder(AttentionMetadataBuilder[ThinkCUDAMetadata]):
             state=self.state,
             workspace=self._workspace,
             parts=parts,
+        )
+
+    def _step(
+        self, common: CommonAttentionMetadata, step: Step, slots: StepSlots
+    ) -> ThinkCUDAMetadata:
+        """Any step that is not a batch of single queries past their prompts."""
+        return self._metadata(
+            common, to_device(step_parts(step, slots, self.plan.rule), self.device)
         )
 
     def _decode(self, common: CommonAttentionMetadata, thin_spans: Int32Array) -> ThinkCUDAMetadata:
@@ -152,9 +165,11 @@ class ThinkCUDAMetadataBuilder(AttentionMetadataBuilder[ThinkCUDAMetadata]):
             seq_len=common.seq_lens[:count],
             thin_spans=self._thin_spans[:count],
         )
-        return self._metadata(common, StepParts([], None, None, [WaveParts(None, rows, None)]))
+        return self._metadata(
+            common, StepParts([], None, None, None, None, [WaveParts(None, rows, None)])
+        )
 
-    def _find_slots(self, step: Step, rows: compat.StepRows) -> StepSlots:
+    def _find_slots(self, step: Step, rows: compat_rows.StepRows) -> StepSlots:
         slots = StepSlots()
         if not self.plan.prunes:
             return slots
@@ -166,8 +181,10 @@ class ThinkCUDAMetadataBuilder(AttentionMetadataBuilder[ThinkCUDAMetadata]):
                 slots.resumed[row] = state.windows.release(name)
             if seen.keep_position is not None:
                 slots.kept[row] = state.windows.give(name, known)
-            else:
-                slots.requests[row] = state.requests.give(name, known)
+        for ends in (step.prompt_ends, step.chunk_ends):
+            if ends is not None:
+                for row in ends.request[keeps_channels(ends)].tolist():
+                    slots.requests[row] = state.requests.give(ids[row], known)
         for wave in step.waves:
             for row in wave.due_request:
                 slots.requests[row] = state.requests.get(ids[row])
@@ -208,5 +225,6 @@ def _dummy_step(query_start: Int64Array, seq_len: Int64Array) -> Step:
     """Prompt queries only: what vLLM runs to measure memory and to warm up has no requests."""
     num_tokens = np.diff(query_start)
     rows = np.flatnonzero(num_tokens)
-    prefill = Prefill(rows, query_start[rows], num_tokens[rows], seq_len[rows])
-    return Step(prefill, [], None, [])
+    thin_spans = np.zeros_like(rows)
+    prefill = Prefill(rows, query_start[rows], num_tokens[rows], seq_len[rows], thin_spans)
+    return Step(prefill, [], None, None, [])

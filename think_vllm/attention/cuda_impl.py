@@ -15,7 +15,7 @@ from csrc_triton.scores import add_query_energy, key_energy, select_channels
 from csrc_triton.store import store_dense
 from think_vllm.attention.cuda_builder import ThinkCUDAMetadata
 from think_vllm.attention.cuda_flash import flash_prompts, load_flash
-from think_vllm.attention.cuda_parts import Chunks, DueSpans, EndedPrompts, Observed, Rows
+from think_vllm.attention.cuda_parts import Chunks, DueSpans, EndedParts, Observed, Rows
 from think_vllm.errors import WAY_OUT, ThinkError
 from think_vllm.selection import remember_plan
 
@@ -126,11 +126,15 @@ class ThinkCUDAImpl(AttentionImpl[ThinkCUDAMetadata]):
             self._attend_chunks(query, key, value, kv_cache, metadata, chunks, output)
         # Only steps of prompts and of resumed requests have state to see to here.
         index = metadata.state.index[layer.layer_name]
-        energy = None
-        if parts.observed is not None:
-            energy = self._observe(query, parts.observed, metadata.state.energy[index])
-        if parts.ended is not None:
-            self._end_prompts(kv_cache, metadata, parts.ended, energy, index)
+        for observed, ended in (
+            (parts.observed, parts.prompt_ends),
+            (parts.chunk_observed, parts.chunk_ends),
+        ):
+            energy = None
+            if observed is not None:
+                energy = self._observe(query, observed, metadata.state.energy[index])
+            if ended is not None:
+                self._end(kv_cache, metadata, ended, energy, index)
         for wave in parts.waves:
             if wave.due is not None:
                 self._compact(kv_cache, metadata, index, wave.due)
@@ -192,15 +196,15 @@ class ThinkCUDAImpl(AttentionImpl[ThinkCUDAMetadata]):
             kept[observed.kept.slot] = energy[observed.kept.index]
         return energy[observed.ended]
 
-    def _end_prompts(
+    def _end(
         self,
         kv_cache: torch.Tensor,
         metadata: ThinkCUDAMetadata,
-        ended: EndedPrompts,
+        ended: EndedParts,
         energy: torch.Tensor | None,
         index: int,
     ) -> None:
-        """Choose the channels of finished prompts, and compact their spans."""
+        """Choose the channels of prompts or chunks that end here, and compact their spans."""
         channels = None
         if energy is not None:
             # A sum stands for the mean over the window: the order of channels is the same.
@@ -210,14 +214,16 @@ class ThinkCUDAImpl(AttentionImpl[ThinkCUDAMetadata]):
                     kv_cache,
                     metadata.block_table,
                     ended.request,
-                    ended.prompt_len,
+                    ended.num_tokens,
                     self.plan,
-                    max_prompt_len=ended.max_prompt_len,
+                    ended.max_tokens,
+                    ended.first_block,
                 ),
                 self.plan.key_channels,
             )
-            metadata.state.channels[index, ended.slot] = channels
-            channels = channels[ended.span_prompt]
+            if ended.kept is not None:
+                metadata.state.channels[index, ended.kept.slot] = channels[ended.kept.index]
+            channels = channels[ended.span_end]
         compact_spans(
             kv_cache,
             metadata.block_table,
@@ -231,7 +237,7 @@ class ThinkCUDAImpl(AttentionImpl[ThinkCUDAMetadata]):
     def _compact(
         self, kv_cache: torch.Tensor, metadata: ThinkCUDAMetadata, index: int, due: DueSpans
     ) -> None:
-        """Compact spans that filled while decoding, with their request's channels."""
+        """Compact spans that have fallen due, with their request's channels."""
         channels = metadata.state.channels[index, due.slot] if self.plan.prunes else None
         compact_spans(
             kv_cache,

@@ -28,7 +28,7 @@ class Chunks:
         starts: int32 [n + 1]. Start of each request's among them.
         seq_len: int32 [n]. Tokens that the last one of each request attends to.
         request: int32 [n]. Row of the block table.
-        thin_spans: int32 [n]. Spans that each request's see thin; None for prompts.
+        thin_spans: int32 [n]. Spans that each request's see thin; None for none.
         max_query_len: Most queries of a request.
     """
 
@@ -42,12 +42,12 @@ class Chunks:
 
 
 @dataclass(frozen=True)
-class CutWindows:
-    """Observation windows that another step has begun or will go on with.
+class Slots:
+    """Which of several things are kept between steps, and where.
 
     Args:
-        index: int32 [n]. Which of the observed ones.
-        slot: int32 [n]. Where their energy is kept between steps.
+        index: int32 [n]. Which of them.
+        slot: int32 [n]. Where.
     """
 
     index: torch.Tensor
@@ -63,47 +63,49 @@ class Observed:
         end: int32 [n]. One past the last.
         resumed: Windows that an earlier step has begun; None for none.
         kept: Windows that a later step goes on with; None for none.
-        ended: int32 [m]. Which of them are complete, in the order of the ended prompts.
+        ended: int32 [m]. Which of them are complete, in the order of what ends.
     """
 
     begin: torch.Tensor
     end: torch.Tensor
-    resumed: CutWindows | None
-    kept: CutWindows | None
+    resumed: Slots | None
+    kept: Slots | None
     ended: torch.Tensor
 
 
 @dataclass(frozen=True)
-class EndedPrompts:
-    """Prompts that end in this step, and their spans.
+class EndedParts:
+    """Prompts, or chunks of prompts, that end in this step, and the spans compacted then.
 
     Args:
         request: int32 [n]. Row of the block table.
-        prompt_len: int32 [n]. Tokens of the prompt.
-        slot: int32 [n]. Where the request's channels are kept.
-        max_prompt_len: The longest one.
-        span_prompt: int32 [t]. Of which of these prompts each span is.
+        num_tokens: int32 [n]. Tokens up to the end.
+        first_block: int32 [n]. First dense block.
+        max_tokens: Most tokens in dense blocks.
+        kept: Whose channels are kept for spans that fall due later; None for nobody's.
+        span_end: int32 [t]. Of which of these ends each span is.
         span_request: int32 [t]. Row of the block table.
         span: int32 [t]. Spans to compact.
     """
 
     request: torch.Tensor
-    prompt_len: torch.Tensor
-    slot: torch.Tensor
-    max_prompt_len: int
-    span_prompt: torch.Tensor
+    num_tokens: torch.Tensor
+    first_block: torch.Tensor
+    max_tokens: int
+    kept: Slots | None
+    span_end: torch.Tensor
     span_request: torch.Tensor
     span: torch.Tensor
 
 
 @dataclass(frozen=True)
 class DueSpans:
-    """Spans that have filled while decoding.
+    """Spans that have fallen due, perhaps several of a request.
 
     Args:
         request: int32 [n]. Row of the block table.
         span: int32 [n]. The span.
-        slot: int32 [n]. Where the request's channels are.
+        slot: int32 [n]. Where the request's channels are kept.
     """
 
     request: torch.Tensor
@@ -145,11 +147,22 @@ class WaveParts:
 
 @dataclass(frozen=True)
 class StepParts:
-    """A step in the order of ``attention/step.py``."""
+    """A step in the order of ``attention/step.py``.
+
+    Args:
+        prompts: Prompt queries.
+        observed: Observation windows of prompts.
+        prompt_ends: Prompts that end; None for none.
+        chunk_observed: Last queries of chunks that end.
+        chunk_ends: Chunks that end, of prompts that go on; None for none.
+        waves: Queries past their prompts.
+    """
 
     prompts: list[Chunks]
     observed: Observed | None
-    ended: EndedPrompts | None
+    prompt_ends: EndedParts | None
+    chunk_observed: Observed | None
+    chunk_ends: EndedParts | None
     waves: list[WaveParts]
 
 

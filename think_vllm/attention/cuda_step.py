@@ -10,16 +10,17 @@ import torch
 
 from think_vllm.attention.cuda_parts import (
     Chunks,
-    CutWindows,
     DueSpans,
-    EndedPrompts,
+    EndedParts,
     Observed,
     Rows,
+    Slots,
     StepParts,
     Tokens,
     WaveParts,
 )
-from think_vllm.attention.step import Int64Array, Observation, Prefill, PromptEnds, Step, Wave
+from think_vllm.attention.step import Ends, Int64Array, Observation, Prefill, Step, Wave
+from think_vllm.spans import SpanRule
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class StepSlots:
     Args:
         resumed: Of windows that an earlier step has begun.
         kept: Of windows that a later step goes on with.
-        requests: Of channels, for prompts that end and requests with due spans; empty if nothing
-            is pruned.
+        requests: Of channels, for ends that keep some and requests with due spans; empty if
+            nothing is pruned.
     """
 
     resumed: dict[int, int] = field(default_factory=dict)
@@ -38,19 +39,36 @@ class StepSlots:
     requests: dict[int, int] = field(default_factory=dict)
 
 
-def step_parts(step: Step, slots: StepSlots) -> StepParts:
+def step_parts(step: Step, slots: StepSlots, rule: SpanRule) -> StepParts:
     """Write a step in tensors, still on the host.
 
     Args:
         step: Of ``sort_step``.
         slots: Where its requests' state is kept.
+        rule: What a span is.
     """
+    chunks, chunk_windows = step.chunk_ends, []
+    if chunks is not None and chunks.num_observed.any():
+        chunk_windows = chunks.observations
     return StepParts(
         prompts=_prompt_parts(step.prefill),
         observed=_observed(step.observations, slots),
-        ended=None if step.prompt_ends is None else _ended(step.prompt_ends, slots),
+        prompt_ends=_ended(step.prompt_ends, slots, rule),
+        # These windows begin and end here, whatever is kept of their prompts' windows.
+        chunk_observed=_observed(chunk_windows, StepSlots()),
+        chunk_ends=_ended(chunks, slots, rule),
         waves=[_wave_parts(wave, slots) for wave in step.waves],
     )
+
+
+def keeps_channels(ends: Ends) -> npt.NDArray[np.bool_]:
+    """Whose channels are kept: bool [n].
+
+    A span that falls due later takes them from there, also where it inherits them from the span
+    before: that span's were kept last.
+    """
+    kept: npt.NDArray[np.bool_] = ends.keeps | (ends.num_spans > 0)
+    return kept
 
 
 def due_spans(wave: Wave, slots: StepSlots) -> DueSpans | None:
@@ -65,10 +83,11 @@ def due_spans(wave: Wave, slots: StepSlots) -> DueSpans | None:
 
 
 def _prompt_parts(prefill: Prefill | None) -> list[Chunks]:
-    """Prompts that start in this step apart from those that go on."""
+    """Prompts that start in this step, those that go on, and those that see thin spans."""
     if prefill is None:
         return []
     fresh = prefill.seq_len == prefill.num_tokens
+    thin = prefill.thin_spans > 0
     return [
         Chunks(
             fresh=is_fresh,
@@ -76,10 +95,14 @@ def _prompt_parts(prefill: Prefill | None) -> list[Chunks]:
             starts=_ints(np.concatenate(([0], np.cumsum(chosen.num_tokens)))),
             seq_len=_ints(chosen.seq_len),
             request=_ints(chosen.request),
-            thin_spans=None,
+            thin_spans=_ints(chosen.thin_spans) if sees_thin else None,
             max_query_len=int(chosen.num_tokens.max()),
         )
-        for is_fresh, which in ((True, fresh), (False, ~fresh))
+        for is_fresh, sees_thin, which in (
+            (True, False, fresh),
+            (False, False, ~fresh & ~thin),
+            (False, True, thin),
+        )
         if which.any()
         for chosen in [prefill.choose(which)]
     ]
@@ -93,29 +116,39 @@ def _observed(observations: list[Observation], slots: StepSlots) -> Observed | N
     return Observed(
         begin=_ints([seen.begin for seen in observations]),
         end=_ints([seen.end for seen in observations]),
-        resumed=_cut_windows(requests, slots.resumed),
-        kept=_cut_windows(requests, slots.kept),
+        resumed=_cut(requests, slots.resumed),
+        kept=_cut(requests, slots.kept),
         ended=_ints(ended),
     )
 
 
-def _cut_windows(requests: list[int], slots: dict[int, int]) -> CutWindows | None:
+def _cut(requests: list[int], slots: dict[int, int]) -> Slots | None:
     index = [i for i, row in enumerate(requests) if row in slots]
     if not index:
         return None
-    return CutWindows(_ints(index), _ints([slots[requests[i]] for i in index]))
+    return Slots(_ints(index), _ints([slots[requests[i]] for i in index]))
 
 
-def _ended(ends: PromptEnds, slots: StepSlots) -> EndedPrompts:
-    prompt = np.repeat(np.arange(ends.request.size), ends.num_spans)
-    return EndedPrompts(
+def _ended(ends: Ends | None, slots: StepSlots, rule: SpanRule) -> EndedParts | None:
+    """Write ends in tensors; None if there is nothing to keep and nothing to compact."""
+    if ends is None:
+        return None
+    index = np.flatnonzero(keeps_channels(ends))
+    if not index.size:
+        return None
+    which, span = ends.spans()
+    kept = None
+    if slots.requests:
+        kept = Slots(_ints(index), _ints([slots.requests[int(i)] for i in ends.request[index]]))
+    return EndedParts(
         request=_ints(ends.request),
-        prompt_len=_ints(ends.prompt_len),
-        slot=_ints([slots.requests.get(int(row), 0) for row in ends.request]),
-        max_prompt_len=int(ends.prompt_len.max()),
-        span_prompt=_ints(prompt),
-        span_request=_ints(ends.request[prompt]),
-        span=_ints(np.concatenate([np.arange(count) for count in ends.num_spans])),
+        num_tokens=_ints(ends.num_tokens),
+        first_block=_ints(ends.first_span * rule.span_blocks),
+        max_tokens=int((ends.num_tokens - ends.first_span * rule.span_tokens).max()),
+        kept=kept,
+        span_end=_ints(which),
+        span_request=_ints(ends.request[which]),
+        span=_ints(span),
     )
 
 

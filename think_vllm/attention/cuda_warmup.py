@@ -63,7 +63,7 @@ def _warm_up(
         size = (requests, heads[1], plan.head_size)
         energy = torch.zeros(size, dtype=torch.float32, device=device)
         add_query_energy(query, request, request + 1, energy)
-        keys = key_energy(kv_cache, table, request, one, plan, max_prompt_len=1)
+        keys = key_energy(kv_cache, table, request, one, plan, max_tokens=1)
         channels = select_channels(energy, keys, plan.key_channels)
     compact_spans(kv_cache, table, request, none, channels, plan)
     layers = torch.tensor([kv_cache.data_ptr()], dtype=torch.int64, device=device)

@@ -1,0 +1,174 @@
+"""Requests, and what attention should answer them: float64, in plain torch, one token at a time."""
+
+import itertools
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from think_vllm.planner import BlockPlan
+from think_vllm.reference.attention import gather_context
+from think_vllm.reference.compaction import compact_spans_ref, dense_tokens
+from think_vllm.reference.scoring import (
+    key_energy_ref,
+    query_energy_ref,
+    select_channels_ref,
+)
+
+SCALE = 0.2
+
+
+@dataclass
+class Request:
+    """One request: what it would feed each layer, and where it stands.
+
+    Args:
+        query: [layers, total, Hq, D].
+        key: [layers, total, Hk, D].
+        value: [layers, total, Hk, D].
+        blocks: The worker's row: only ever appended to.
+        gone: Rows whose block it does not hold, or never did.
+        admitted: Whether no step has run since it was admitted.
+    """
+
+    name: str
+    prompt_len: int
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    computed: int = 0
+    prefill_len: int = 0
+    cached_spans: int = 0
+    freed_spans: int = 0
+    admitted: bool = True
+    blocks: list[int] = field(default_factory=list)
+    gone: set[int] = field(default_factory=set)
+
+    @property
+    def total(self) -> int:
+        return self.query.shape[1]
+
+
+@dataclass
+class Expected:
+    """An undisturbed request's life.
+
+    Args:
+        output: [layers, total, Hq, D] float64. Of tokens that it computed.
+        channels: Per layer and span, those that the span keeps: [1, Hk, C].
+    """
+
+    output: torch.Tensor
+    channels: list[list[torch.Tensor]]
+
+
+def make_request(
+    name: str, prompt_len: int, total: int, heads: tuple[int, int], plan: BlockPlan, layers: int = 1
+) -> Request:
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + total)
+
+    def some(count: int) -> torch.Tensor:
+        return torch.randn(layers, total, count, plan.head_size, generator=generator)
+
+    query, key, value = some(heads[0]), some(heads[1]), some(heads[1])
+    return Request(name, prompt_len, query, key, value, prefill_len=prompt_len)
+
+
+def expect(
+    request: Request,
+    plan: BlockPlan,
+    start: int = 0,
+    cached: Sequence[Sequence[torch.Tensor]] | None = None,
+    borders: Sequence[int] = (),
+) -> Expected:
+    """Follow a request.
+
+    Args:
+        request: Its tokens.
+        plan: How blocks are laid out.
+        start: Tokens that the prefix cache had.
+        cached: Per layer, channels of the spans among them that came thin.
+        borders: Where its prompt is cut into chunks; matters with ``prune_prefill`` only.
+    """
+    lives = [
+        _Life(*tensors, request.prompt_len, plan).run(start, had, borders)
+        for *tensors, had in zip(
+            request.query,
+            request.key,
+            request.value,
+            [()] * len(request.key) if cached is None else cached,
+            strict=True,
+        )
+    ]
+    return Expected(torch.stack([out for out, _ in lives]), [channels for _, channels in lives])
+
+
+class _Life:
+    """A request in one layer, which alone has a cache."""
+
+    def __init__(self, query, key, value, prompt_len, plan):
+        self.query, self.plan, self.prompt_len = query, plan, prompt_len
+        self.kv_cache = _dense_cache(key, value, plan)
+        self.table = torch.arange(len(self.kv_cache), dtype=torch.int32)[None]
+        self.channels: list[torch.Tensor] = []
+        self.out = torch.zeros(query.shape, dtype=torch.float64)
+        self.context_spans, self.context = -1, []
+
+    def run(self, start, cached, borders):
+        rule, length = self.plan.rule, self.prompt_len
+        for channels in cached:
+            self._compact(len(self.channels) + 1, channels)
+        for begin, end in itertools.pairwise([start, *borders, length]):
+            self._attend(begin, end)
+            window = min(self.plan.config.kv_observation_window, end - begin)
+            if end == length:
+                window = min(self.plan.config.kv_observation_window, length)
+            chosen = self._choose(end, window)
+            self._compact(rule.thin_spans(length, end, end, len(cached)), chosen)
+        # A span takes the channels of the one before it, if this prompt has made that.
+        heirs = self.channels[-1] if len(self.channels) > len(cached) else chosen
+        for position in range(length, len(self.query)):
+            self._compact(rule.thin_spans(length, position, cached=len(cached)), heirs)
+            self._attend(position, position + 1)
+        return self.out, self.channels
+
+    def _choose(self, end, window):
+        first = len(self.channels) * self.plan.span_blocks
+        return select_channels_ref(
+            query_energy_ref(self.query[end - window : end], self.kv_cache.shape[1])[None],
+            key_energy_ref(self.kv_cache, self.table, [0], [end], self.plan, [first]),
+            self.plan.key_channels,
+        )
+
+    def _compact(self, count, channels):
+        for span in range(len(self.channels), count):
+            compact_spans_ref(self.kv_cache, self.table, [0], [span], channels, self.plan)
+            self.channels.append(channels)
+
+    def _attend(self, begin, end):
+        total, thin = len(self.query), len(self.channels)
+        if thin != self.context_spans:
+            self.context_spans, group = thin, self.query.shape[1] // self.kv_cache.shape[1]
+            # Later tokens are in there too, masked below.
+            context = gather_context(self.kv_cache, self.table, 0, total, thin, self.plan)
+            self.context = [x.repeat_interleave(group, 0) for x in context]
+        keys, values = self.context
+        scores = torch.einsum("qhd,hkd->qhk", self.query[begin:end].double(), keys) * SCALE
+        later = torch.arange(total) > torch.arange(begin, end)[:, None]
+        scores.masked_fill_(later[:, None], -torch.inf)
+        self.out[begin:end] = torch.einsum("qhk,hkd->qhd", scores.softmax(2), values)
+
+
+def _dense_cache(key, value, plan):
+    total, num_kv_heads, head_size = key.shape
+    count = -(-total // plan.block_size)
+    kv_cache = torch.zeros(count, num_kv_heads, plan.block_size, 2 * head_size)
+    halves = kv_cache.view(count, num_kv_heads, 2, -1)
+    padded = torch.zeros(count * plan.block_size, num_kv_heads, head_size)
+    for half, (tensor, shape) in enumerate(((key, (0, 2, 3, 1)), (value, (0, 2, 1, 3)))):
+        padded[:total] = tensor
+        blocks = padded.view(count, plan.block_size, num_kv_heads, head_size).permute(shape)
+        halves[:, :, half] = blocks.reshape(count, num_kv_heads, -1)
+    assert torch.equal(dense_tokens(kv_cache, range(count), total)[0], key.transpose(0, 1))
+    return kv_cache

@@ -1,0 +1,102 @@
+"""Requests on the CUDA backend, checked token by token."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from tests.triton.engine import Engine
+from tests.triton.expected import Expected, Request, expect, make_request
+from think_vllm.config import ThinkConfig
+from think_vllm.planner import BlockPlan
+
+#: Format, ratio, blocks of a span before and after, tokens of a thin block, kept channels, heads.
+PLANS = {
+    "none-0.5": ("none", 0.5, 5, 4, 20, 32, (4, 2)),
+    "fp8": ("fp8", 0.0, 2, 1, 32, 64, (2, 1)),
+    "k4v2-0.5": ("k4v2", 0.5, 3, 1, 48, 32, (2, 1)),
+}
+#: Float32 sums in another order, of values of about 1.
+TOLERANCE = 2e-5
+
+
+def make_plan(name: str, **settings: Any) -> BlockPlan:
+    quant, ratio, span_blocks, thin_blocks, tokens, channels, _ = PLANS[name]
+    config = ThinkConfig.model_validate(
+        {
+            "kv_channel_prune": ratio,
+            "kv_quant": quant,
+            "kv_recent_window": 12,
+            "kv_observation_window": 10,
+            **settings,
+        }
+    )
+    return BlockPlan(config, 64, channels, 16, span_blocks, thin_blocks, tokens, 4)
+
+
+class Life:
+    """Follows requests step by step and checks every token's output.
+
+    Args:
+        name: Of the plan.
+        version: Of the model runner.
+        device: Of tensors.
+        settings: Of ``ThinkConfig`` where their names begin with ``kv_``, else of the engine.
+    """
+
+    def __init__(self, name: str, version: int, device: torch.device, **settings: Any) -> None:
+        config = {key: value for key, value in settings.items() if key.startswith("kv_")}
+        options = {key: value for key, value in settings.items() if key not in config}
+        self.plan = make_plan(name, **config)
+        self.rule = self.plan.rule
+        self.engine = Engine(self.plan, PLANS[name][-1], version, device, **options)
+        self.expected: dict[str, Expected] = {}
+
+    def add(
+        self,
+        name: str,
+        prompt_len: int,
+        total: int,
+        hit: tuple[Request, int] | None = None,
+        borders: Sequence[int] = (),
+    ) -> Request:
+        """Admit a request.
+
+        Args:
+            name: Its id, which its tokens are made from.
+            prompt_len: Tokens of its prompt.
+            total: Tokens in all.
+            hit: Whose prefix of how many tokens it finds in the cache.
+            borders: Where its prompt is cut into chunks; matters with ``prune_prefill`` only.
+        """
+        engine = self.engine
+        request = make_request(name, prompt_len, total, engine.heads, self.plan, len(engine.layers))
+        if hit is not None:
+            other, tokens = hit
+            for mine, others in ((request.key, other.key), (request.value, other.value)):
+                mine[:, :tokens] = others[:, :tokens]
+        engine.add(request)
+        self.resume(request, hit, borders)
+        return request
+
+    def resume(
+        self,
+        request: Request,
+        hit: tuple[Request, int] | None = None,
+        borders: Sequence[int] = (),
+    ) -> None:
+        """Admit a new or preempted request; see ``add``."""
+        start, cached = 0, None
+        if hit is not None:
+            other, start = hit
+            self.engine.hit(request, other, start)
+            spans = request.cached_spans
+            cached = [layer[:spans] for layer in self.expected[other.name].channels]
+        self.expected[request.name] = expect(request, self.plan, start, cached, borders)
+
+    def step(self, **work: int) -> None:
+        """Run so many tokens of each request."""
+        starts = {name: self.engine.requests[name].computed for name in work}
+        for name, out in self.engine.step(work).items():
+            wanted = self.expected[name].output[:, starts[name] : starts[name] + work[name]]
+            torch.testing.assert_close(out.double(), wanted, atol=TOLERANCE, rtol=0)

@@ -1,0 +1,100 @@
+"""How many cached thin spans each row has, as both model runners tell it."""
+
+from collections.abc import Iterator
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from think_vllm import compat_rows
+from think_vllm.attention.sorting import leading_thin_spans
+from think_vllm.spans import SpanRule
+
+RULE = SpanRule(2, 3, 2, 5, True)  # 3 blocks of 2 tokens
+
+
+@pytest.fixture(autouse=True)
+def counting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(compat_rows, "_count_cached", partial(leading_thin_spans, RULE))
+    monkeypatch.setattr(compat_rows, "_step_rows", None)
+    compat_rows._cached_spans.clear()
+    yield
+    compat_rows._cached_spans.clear()
+
+
+def admitted(name: str, blocks: list[int], computed: int) -> Any:
+    return SimpleNamespace(req_id=name, block_ids=(blocks,), num_computed_tokens=computed)
+
+
+def step_v2(names: list[str], new: list[Any], known: list[str] | None = None) -> list[int]:
+    """One step of these requests; their cached spans."""
+    known = known or names
+    runner = SimpleNamespace(
+        req_states=SimpleNamespace(
+            prompt_len=SimpleNamespace(np=np.full(9, 30, np.int32)),
+            req_id_to_index={name: row for row, name in enumerate(known)},
+        )
+    )
+    batch = SimpleNamespace(req_ids=names, idx_mapping_np=np.arange(len(names)), has_prefill=False)
+    output = SimpleNamespace(scheduled_new_reqs=new)
+    compat_rows._watch_v2(lambda *_: (batch, 1), runner, output, False)
+    rows = compat_rows.step_rows()
+    assert rows is not None
+    return rows.cached_spans.tolist()
+
+
+def test_v2_remembers_what_a_request_had_when_it_was_admitted() -> None:
+    hit = admitted("a", [5, 6, 0, 7, 8, 0, 1, 2], 12)
+    dense = admitted("b", [5, 6, 7, 1, 2], 6)
+    assert step_v2(["a", "b"], [hit, dense]) == [2, 0]
+    assert step_v2(["b", "a"], []) == [0, 2]
+    # Preempted, and back with less of the cache; then with none of it.
+    assert step_v2(["b"], []) == [0]
+    assert step_v2(["a", "b"], [admitted("a", [5, 6, 0, 7, 8, 9, 1, 2], 6)]) == [1, 0]
+    assert step_v2(["a", "b"], [admitted("a", [5, 6, 1, 7], 0)]) == [0, 0]
+
+
+def test_v2_forgets_requests_that_have_ended() -> None:
+    step_v2(["a"], [admitted("a", [5, 6, 0, 1], 6)])
+    step_v2(["b"], [admitted("b", [5, 6, 0, 1], 6)], known=["b"])
+    assert compat_rows._cached_spans == {"b": 1}
+
+
+def test_v2_ignores_blocks_that_are_not_computed() -> None:
+    """Warm-up runs requests of null blocks."""
+    assert step_v2(["a"], [admitted("a", [0] * 12, 0)]) == [0]
+
+
+def test_v1_reads_its_rows_of_blocks() -> None:
+    rows = np.array([[5, 6, 0, 1, 2, 3], [5, 6, 7, 0, 0, 0], [0, 0, 0, 0, 0, 0]], np.int32)
+    runner = SimpleNamespace(
+        requests={},
+        input_batch=SimpleNamespace(
+            req_ids=["a", "b"],
+            num_reqs=2,
+            num_prompt_tokens=np.array([30, 30, 30], np.int32),
+            num_computed_tokens_cpu=np.array([11, 6, 12], np.int32),
+            block_table=[SimpleNamespace(get_numpy_array=lambda: rows)],
+        ),
+    )
+    compat_rows._watch_v1(lambda *_, **__: None, runner)
+    step = compat_rows.step_rows()
+    assert step is not None
+    assert step.cached_spans.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_dummy_runs_have_no_rows(version: int) -> None:
+    step_v2(["a"], [])
+    if version == 1:
+        compat_rows._watch_v1(lambda *_, **__: None, None, force_uniform_decode=False)
+    else:
+        compat_rows._watch_v2(lambda *_: (None, 1), None, None, True)
+    assert compat_rows.step_rows() is None
+
+
+def test_engines_that_cache_no_thin_spans_count_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat_rows, "_count_cached", None)
+    assert step_v2(["a"], [admitted("a", [5, 6, 0, 1], 6)]) == [0]
