@@ -196,10 +196,10 @@ class Reference:
     as float32 rounds, another order of the same sums may keep another channel.
     """
 
-    def __init__(self, model: Path) -> None:
+    def __init__(self, model: Path, dtype: torch.dtype = torch.float32) -> None:
         self.margin = float("inf")
         self._model = AutoModelForCausalLM.from_pretrained(
-            model, dtype=torch.float32, attn_implementation="think_reference"
+            model, dtype=dtype, attn_implementation="think_reference"
         ).eval()
 
     @torch.no_grad()
@@ -221,7 +221,7 @@ class Reference:
         finally:
             _prompt_len, _thinning = 0, None
         self.margin = min(_margins, default=float("inf"))
-        scores = torch.log_softmax(logits[0, len(prompt) - 1 :].float(), dim=-1)
+        scores = torch.log_softmax(logits[0, len(prompt) - 1 :], dim=-1)
         picked: list[float] = scores[
             torch.arange(len(completion)), torch.tensor(completion)
         ].tolist()
