@@ -1,29 +1,41 @@
-"""What we override or call in vLLM, by signature: fails first when an upgrade changes it."""
+"""What we override or call in vLLM: fails first when an upgrade changes it, and says who relies on.
 
-import dataclasses
+Here: the plugin's hooks, the configuration and the command line. The rest is beside it: attention
+in ``_cpu`` and ``_cuda``, the block manager in ``_blocks`` and ``_calls``.
+"""
+
+import argparse
 import inspect
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import vllm
-from vllm import _custom_ops as ops
-from vllm.config import CacheConfig, VllmConfig
+from vllm import envs, platforms
+from vllm.config import CacheConfig, ModelConfig, ParallelConfig, VllmConfig, attention
 from vllm.config.model_arch import ModelArchitectureConfig
-from vllm.platforms.interface import Platform
-from vllm.v1.attention.backend import AttentionBackend, CommonAttentionMetadata
-from vllm.v1.attention.backends.cpu_attn import (
-    CPUAttentionBackendImpl,
-    CPUAttentionMetadataBuilder,
-)
+from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.entrypoints.cli.serve import ServeSubcommand
+from vllm.entrypoints.serve.utils import api_utils
+from vllm.logger import configure_logging_from_args
+from vllm.platforms.cpu import CpuPlatform
+from vllm.platforms.interface import DeviceCapability, Platform
+from vllm.plugins import DEFAULT_PLUGINS_GROUP
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.attention import selector
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.attention.selector import AttentionSelectorConfig
-from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import is_kv_cache_spec_uniform
-from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
-from vllm.v1.kv_cache_interface import FullAttentionSpec, replace_as
-from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+from vllm.v1.worker import gpu_model_runner
 
+from tests.support.contract import (
+    check_accepts,
+    check_defaults,
+    check_members,
+    check_parameters,
+    check_source,
+    name_of,
+)
 from think_vllm import VLLM_SERIES
 
 
@@ -32,121 +44,168 @@ def test_vllm_is_of_the_series_that_we_extend() -> None:
 
 
 @pytest.mark.parametrize(
-    ("function", "parameters"),
+    ("ours", "function", "parameters"),
     [
-        (Platform.pre_register_and_update, ["parser"]),
-        (Platform.check_and_update_config, ["vllm_config"]),
+        ("compat.py", Platform.pre_register_and_update, ["parser"]),
+        ("compat.py", Platform.check_and_update_config, ["vllm_config"]),
         (
+            "compat.py",
             Platform.get_attn_backend_cls,
             ["selected_backend", "attn_selector_config", "num_heads"],
         ),
-        (AttentionBackend.customize_spec, ["spec"]),
+        ("compat.py", register_backend, ["backend", "class_path", "is_mamba"]),
+        ("compat.py", argparse.ArgumentParser.parse_known_args, ["self", "args", "namespace"]),
+        ("compat.py", FlexibleArgumentParser.parse_known_args, ["self", "args", "namespace"]),
+        ("activation.py", ModelConfig.get_head_size, ["self"]),
+        ("activation.py", ModelConfig.get_sliding_window, ["self"]),
+        ("cli/plan.py", EngineArgs.create_model_config, ["self"]),
         (
-            FullAttentionManager.remove_skipped_blocks,
-            ["self", "request_id", "processed_computed_tokens", "num_prompt_tokens"],
+            "cli/plan.py",
+            ModelConfig.get_num_kv_heads,
+            ["self", "parallel_config", "arch_config"],
         ),
-        (
-            FullAttentionManager._remove_blocks_in_range,
-            ["self", "request_id", "first_block", "last_block"],
-        ),
-        (FullAttentionManager.pop_blocks_for_free, ["self", "request_id"]),
-        (
-            KVCacheManager.remove_skipped_blocks,
-            ["self", "request_id", "processed_computed_tokens", "num_prompt_tokens"],
-        ),
-        (KVCacheSpecRegistry._ensure_registered, ["vllm_config"]),
-        (
-            KVCacheSpecRegistry.register,
-            ["kvcache_spec_cls", "manager_class", "uniform_type_base_spec"],
-        ),
-        (register_backend, ["backend", "class_path", "is_mamba"]),
-        (replace_as, ["spec", "target_cls", "drop", "changes"]),
-        (
-            CPUAttentionMetadataBuilder.build,
-            ["self", "common_prefix_len", "common_attn_metadata", "fast_build"],
-        ),
-        (CPUAttentionMetadataBuilder._set_isa_to_layers, ["self", "layer_names"]),
-        (
-            CPUAttentionBackendImpl.forward,
-            [
-                "self",
-                "layer",
-                "query",
-                "key",
-                "value",
-                "kv_cache",
-                "attn_metadata",
-                "output",
-                "output_scale",
-                "output_block_scale",
-            ],
-        ),
-        (
-            CPUAttentionBackendImpl.do_kv_cache_update,
-            ["self", "layer", "key", "value", "kv_cache", "slot_mapping"],
-        ),
-        (
-            ops.cpu_attn_reshape_and_cache,
-            [
-                "key",
-                "value",
-                "key_cache",
-                "value_cache",
-                "slot_mapping",
-                "isa",
-                "k_scale",
-                "v_scale",
-                "kv_cache_dtype",
-            ],
-        ),
+        ("cli/plan.py", ModelConfig.get_num_layers, ["self", "parallel_config"]),
+        ("cli/serve.py", api_utils.cli_env_setup, []),
+        ("cli/serve.py", configure_logging_from_args, ["args"]),
+        ("cli/serve.py", ServeSubcommand.subparser_init, ["self", "subparsers"]),
+        ("cli/serve.py", ServeSubcommand.validate, ["self", "args"]),
+        ("cli/serve.py", ServeSubcommand.cmd, ["args"]),
     ],
-    ids=lambda value: getattr(value, "__qualname__", None),
+    ids=name_of,
 )
 def test_vllm_signature_is_what_we_rely_on(
-    function: Callable[..., Any], parameters: list[str]
+    ours: str, function: Callable[..., Any], parameters: list[str]
 ) -> None:
-    assert list(inspect.signature(function).parameters) == parameters
+    check_parameters(ours, function, parameters)
+
+
+def test_vllm_defaults_and_keywords_are_what_we_rely_on() -> None:
+    check_defaults("compat.py", register_backend, {"is_mamba": False})
+    check_defaults("cli/plan.py", ModelConfig.get_num_kv_heads, {"arch_config": None})
+    check_accepts("cli/plan.py", EngineArgs, {"model", "dtype", "trust_remote_code"})
+    check_accepts("cli/plan.py", ParallelConfig, {"tensor_parallel_size"})
 
 
 @pytest.mark.parametrize(
-    ("kind", "fields"),
+    ("ours", "kind", "names"),
     [
         (
-            CommonAttentionMetadata,
-            {
-                "query_start_loc",
-                "query_start_loc_cpu",
-                "seq_lens",
-                "num_reqs",
-                "num_actual_tokens",
-                "max_query_len",
-                "max_seq_len",
-                "block_table_tensor",
-                "rswa_prefix_lens",
-            },
+            "activation.py",
+            CacheConfig,
+            {"block_size", "user_specified_block_size", "enable_prefix_caching", "cache_dtype"}
+            | {"kv_offloading_size", "kv_sharing_fast_prefill"},
         ),
-        (FullAttentionSpec, {"block_size", "num_kv_heads", "head_size", "head_size_v", "dtype"}),
-        (CacheConfig, {"block_size", "user_specified_block_size", "enable_prefix_caching"}),
-        (VllmConfig, {"additional_config", "attention_config", "cache_config"}),
-        (ModelArchitectureConfig, {"rswa_window"}),
+        (
+            "activation.py",
+            VllmConfig,
+            {"additional_config", "attention_config", "cache_config", "model_config"}
+            | {"parallel_config", "speculative_config", "kv_transfer_config"}
+            | {"use_v2_model_runner"},
+        ),
+        (
+            "activation.py",
+            ModelConfig,
+            {"dtype", "hf_text_config", "is_attention_free", "is_encoder_decoder", "is_hybrid"}
+            | {"is_mm_prefix_lm", "max_model_len", "model", "model_arch_config", "runner_type"}
+            | {"rswa_window", "use_mla"},
+        ),
+        (
+            "activation.py",
+            ParallelConfig,
+            {"decode_context_parallel_size", "prefill_context_parallel_size", "use_ubatching"},
+        ),
+        ("compat.py", ModelArchitectureConfig, {"rswa_window"}),
+        ("compat.py", attention.AttentionConfig, {"backend", "backend_per_kind"}),
+        ("compat.py", AttentionBackendEnum, {"CUSTOM", "CPU_ATTN"}),
+        ("activation.py", Platform, {"is_cpu", "is_cuda", "device_name"}),
+        ("activation.py", DeviceCapability, {"as_version_str", "to_int"}),
     ],
-    ids=lambda value: getattr(value, "__name__", None),
+    ids=name_of,
 )
-def test_vllm_fields_are_what_we_rely_on(kind: type, fields: set[str]) -> None:
-    declared = (
-        {f.name for f in dataclasses.fields(kind)}
-        if dataclasses.is_dataclass(kind)
-        else set(getattr(kind, "model_fields", {}))
-    )
-    assert fields <= declared
+def test_vllm_members_are_what_we_rely_on(ours: str, kind: type, names: set[str]) -> None:
+    check_members(ours, kind, names)
+
+
+@pytest.mark.parametrize(
+    ("ours", "kind", "base"),
+    [
+        ("cli/flags.py", FlexibleArgumentParser, argparse.ArgumentParser),
+        ("cli/serve.py", AsyncEngineArgs, EngineArgs),
+    ],
+    ids=name_of,
+)
+def test_vllm_base_is_what_we_rely_on(ours: str, kind: type, base: type) -> None:
+    assert issubclass(kind, base), f"{kind} is no {base} any more, {ours} relies on it"
+
+
+@pytest.mark.parametrize(
+    ("ours", "function", "pieces"),
+    [
+        # Flags get into every parser of engine arguments, after the plugins have been loaded.
+        (
+            "compat.py",
+            AsyncEngineArgs.add_cli_args,
+            ["load_general_plugins()", "current_platform.pre_register_and_update(parser)"],
+        ),
+        ("compat.py", FlexibleArgumentParser.parse_args, ["super().parse_args("]),
+        ("compat.py", argparse.ArgumentParser.parse_args, ["self.parse_known_args(args,"]),
+        # A config is completed by the platform before anyone uses it.
+        (
+            "compat.py",
+            VllmConfig.__post_init__,
+            ["current_platform.check_and_update_config(self)"],
+        ),
+        # A block size that the user has named stays.
+        (
+            "compat.py",
+            CpuPlatform.check_and_update_config,
+            ["elif not cache_config.user_specified_block_size:"],
+        ),
+        # The choice of a backend depends on what we set, and is cached by it.
+        (
+            "compat.py",
+            selector.get_attn_backend,
+            [
+                "vllm_config = get_current_vllm_config()",
+                "backend = attention_config.backend",
+                "_cached_get_attn_backend(backend=backend,",
+            ],
+        ),
+        (
+            "compat.py",
+            selector._cached_get_attn_backend.__wrapped__,
+            ["get_attn_backend_cls(backend,", "resolve_obj_by_qualname(attention_cls)"],
+        ),
+        # Prompt lengths come with every step once there is a window.
+        (
+            "compat.py",
+            gpu_model_runner.GPUModelRunner._build_attention_metadata,
+            [
+                "if self.model_config.rswa_window is not None:",
+                "rswa_prefix_lens = num_prompt_tokens_cpu",
+                "rswa_prefix_lens=rswa_prefix_lens",
+            ],
+        ),
+        ("cli/serve.py", ServeSubcommand.cmd, ["args.model_tag"]),
+    ],
+    ids=name_of,
+)
+def test_vllm_does_what_we_rely_on(ours: str, function: Any, pieces: list[str]) -> None:
+    check_source(ours, function, *pieces)
+
+
+def test_vllm_values_are_what_we_rely_on() -> None:
+    assert isinstance(platforms.current_platform, Platform), "compat.py"
+    assert "VLLM_BATCH_INVARIANT" in dir(envs), "activation.py"
+    assert "_actions" in vars(FlexibleArgumentParser()), "cli/flags.py"
+    assert AttentionBackendEnum["CUSTOM"] is AttentionBackendEnum.CUSTOM
+    assert DEFAULT_PLUGINS_GROUP == "vllm.general_plugins", "pyproject.toml registers there"
+    for name in ("pre_register_and_update", "check_and_update_config", "get_attn_backend_cls"):
+        declared = inspect.getattr_static(Platform, name)
+        assert isinstance(declared, classmethod), f"compat.py replaces {name} by a class method"
 
 
 def test_vllm_says_which_layers_have_a_window() -> None:
-    assert "has_sliding_window" in AttentionSelectorConfig._fields
+    assert "has_sliding_window" in AttentionSelectorConfig._fields, "compat.py"
     # How vLLM learns that thin and sliding-window layers need groups of their own.
-    source = inspect.getsource(is_kv_cache_spec_uniform)
-    assert "except AssertionError" in source
-
-
-def test_vllm_custom_backend_is_a_static_member() -> None:
-    assert AttentionBackendEnum["CUSTOM"] is AttentionBackendEnum.CUSTOM
+    check_source("blocks/spec.py", is_kv_cache_spec_uniform, "except AssertionError")

@@ -5,7 +5,6 @@ what they have, their source is read.
 """
 
 import ast
-import dataclasses
 import inspect
 from collections.abc import Callable
 from pathlib import Path
@@ -37,34 +36,38 @@ from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
+from tests.support.contract import check_members, check_parameters, name_of, tight
 from think_vllm import compat_rows
+
+BACKEND, BUILDER = "attention/cuda_backend.py", "attention/cuda_builder.py"
+IMPL, PARTS = "attention/cuda_impl.py", "attention/cuda_parts.py"
+ACTIVATION, COMPAT = "activation.py", "compat.py"
 
 
 def names(function: Callable[..., Any]) -> list[str]:
     return list(inspect.signature(function).parameters)
 
 
-def tight(function: Any) -> str:
-    """Source without white space."""
-    return "".join(inspect.getsource(function).split())
-
-
 @pytest.mark.parametrize(
-    ("function", "parameters"),
+    ("ours", "function", "parameters"),
     [
         (
+            BUILDER,
             AttentionMetadataBuilder.__init__,
             ["self", "kv_cache_spec", "layer_names", "vllm_config", "device"],
         ),
         (
+            BUILDER,
             AttentionMetadataBuilder.build,
             ["self", "common_prefix_len", "common_attn_metadata", "fast_build"],
         ),
         (
+            BUILDER,
             AttentionMetadataBuilder.build_for_cudagraph_capture,
             ["self", "common_attn_metadata"],
         ),
         (
+            BUILDER,
             AttentionMetadataBuilder._init_reorder_batch_threshold,
             [
                 "self",
@@ -74,6 +77,7 @@ def tight(function: Any) -> str:
             ],
         ),
         (
+            IMPL,
             AttentionImpl.__init__,
             [
                 "self",
@@ -90,6 +94,7 @@ def tight(function: Any) -> str:
             ],
         ),
         (
+            IMPL,
             AttentionImpl.forward,
             [
                 "self",
@@ -104,43 +109,46 @@ def tight(function: Any) -> str:
                 "output_block_scale",
             ],
         ),
-        (AttentionBackend.supported_kv_cache_layouts, []),
-        (AttentionBackend.get_supported_kernel_block_sizes, ["kv_cache_spec"]),
-        (AttentionBackend.get_supported_head_sizes, []),
-        (AttentionBackend.supports_compute_capability, ["capability"]),
-        (AttentionBackend.supports_kv_connector, []),
-        (async_tensor_h2d, ["data", "device", "dtype", "out"]),
-        (Platform.has_device_capability, ["capability", "device_id"]),
-        (Platform.get_device_capability, ["device_id"]),
+        (BACKEND, AttentionBackend.supported_kv_cache_layouts, []),
+        (BACKEND, AttentionBackend.get_supported_kernel_block_sizes, ["kv_cache_spec"]),
+        (BACKEND, AttentionBackend.get_supported_head_sizes, []),
+        (BACKEND, AttentionBackend.supports_compute_capability, ["capability"]),
+        (BACKEND, AttentionBackend.supports_kv_connector, []),
+        (PARTS, async_tensor_h2d, ["data", "device", "dtype", "out"]),
+        (ACTIVATION, Platform.has_device_capability, ["capability", "device_id"]),
+        (ACTIVATION, Platform.get_device_capability, ["device_id"]),
     ],
-    ids=lambda value: getattr(value, "__qualname__", None),
+    ids=name_of,
 )
 def test_vllm_signature_is_what_we_rely_on(
-    function: Callable[..., Any], parameters: list[str]
+    ours: str, function: Callable[..., Any], parameters: list[str]
 ) -> None:
-    assert names(function) == parameters
+    check_parameters(ours, function, parameters)
 
 
 @pytest.mark.parametrize(
-    ("kind", "members"),
+    ("ours", "kind", "expected"),
     [
-        (CommonAttentionMetadata, {"seq_lens_cpu_upper_bound", "query_start_loc_cpu", "num_reqs"}),
-        (AttentionConfig, {"backend"}),
-        (CompilationConfig, {"static_forward_context"}),
-        (SchedulerConfig, {"max_num_seqs"}),
-        (ParallelConfig, {"use_ubatching"}),
-        (VllmConfig, {"use_v2_model_runner"}),
-        (Platform, {"is_cpu", "is_cuda", "device_name"}),
-        (AttentionMetadataBuilder, {"_cudagraph_support"}),
-        (AttentionBackend, {"forward_includes_kv_cache_update"}),
-        (AttentionCGSupport, {"UNIFORM_SINGLE_TOKEN_DECODE"}),
-        (KVCacheLayout, {"LBHNC"}),
+        (
+            BUILDER,
+            CommonAttentionMetadata,
+            {"seq_lens_cpu_upper_bound", "query_start_loc_cpu", "num_reqs"},
+        ),
+        (COMPAT, AttentionConfig, {"backend"}),
+        (BUILDER, CompilationConfig, {"static_forward_context"}),
+        (BUILDER, SchedulerConfig, {"max_num_seqs"}),
+        (ACTIVATION, ParallelConfig, {"use_ubatching"}),
+        (COMPAT, VllmConfig, {"use_v2_model_runner"}),
+        (ACTIVATION, Platform, {"is_cpu", "is_cuda", "device_name"}),
+        (BUILDER, AttentionMetadataBuilder, {"_cudagraph_support"}),
+        (BACKEND, AttentionBackend, {"forward_includes_kv_cache_update"}),
+        (BUILDER, AttentionCGSupport, {"UNIFORM_SINGLE_TOKEN_DECODE"}),
+        (BACKEND, KVCacheLayout, {"LBHNC"}),
     ],
-    ids=lambda value: getattr(value, "__name__", None),
+    ids=name_of,
 )
-def test_vllm_members_are_what_we_rely_on(kind: type, members: set[str]) -> None:
-    declared = {f.name for f in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else {}
-    assert members <= {*declared, *dir(kind), *kind.__annotations__}
+def test_vllm_members_are_what_we_rely_on(ours: str, kind: type, expected: set[str]) -> None:
+    check_members(ours, kind, expected)
 
 
 def test_vllm_stores_keys_by_an_operator_of_its_own() -> None:

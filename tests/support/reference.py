@@ -96,46 +96,73 @@ def thin_attention(
     """
     num_tokens, group = query.shape[1], query.shape[0] // key.shape[0]
     position = torch.arange(num_tokens)
-    scores = query @ key.repeat_interleave(group, dim=0).transpose(1, 2)
-    thin = torch.zeros(num_tokens, num_tokens, dtype=torch.bool)
+    thin_tokens = torch.zeros_like(position)
     if thinning is not None:
-        kept = kept_channels(query, key, prompt_len, thinning)
-        thin_key, thin_value = _code(key, value, kept, thinning)
         end = position if thinning.prune_decode else torch.full_like(position, prompt_len)
         spans = (end - thinning.recent_window).clamp(min=0) // thinning.span_tokens
         thin_tokens = torch.where(position >= prompt_len, spans * thinning.span_tokens, 0)
-        thin = position[None, :] < thin_tokens[:, None]
-        thin_scores = query @ thin_key.repeat_interleave(group, dim=0).transpose(1, 2)
-        scores = torch.where(thin, thin_scores, scores)
+    heads = [x.repeat_interleave(group, dim=0) for x in (key, value)]
+    # Queries that see nothing thin come first, and are most: torch's own attention is fast there.
+    dense = num_tokens if thinning is None else int((thin_tokens == 0).sum())
+    if window is not None or softcap is not None or sinks is not None:
+        dense = 0
+    output = torch.nn.functional.scaled_dot_product_attention(
+        query[None, :, :dense], *(x[None, :, :dense] for x in heads), is_causal=True, scale=scaling
+    )[0]
+    if dense == num_tokens:
+        return output
+    thin = position[None, :] < thin_tokens[dense:, None]
+    scores = query[:, dense:] @ heads[0].transpose(1, 2)
+    thin_heads = heads
+    if thinning is not None:
+        kept = kept_channels(query, key, prompt_len, thinning)
+        thin_heads = [x.repeat_interleave(group, dim=0) for x in _code(key, value, kept, thinning)]
+        scores = torch.where(thin, query[:, dense:] @ thin_heads[0].transpose(1, 2), scores)
     scores = scores * scaling
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    hidden = position[None, :] > position[:, None]
+    hidden = position[None, :] > position[dense:, None]
     if window is not None:
-        hidden |= position[None, :] <= position[:, None] - window
+        hidden |= position[None, :] <= position[dense:, None] - window
     scores = scores.masked_fill(hidden, float("-inf"))
     if sinks is not None:
-        column = sinks.to(scores.dtype)[:, None, None].expand(-1, num_tokens, 1)
+        column = sinks.to(scores.dtype)[:, None, None].expand(-1, scores.shape[1], 1)
         scores = torch.cat([scores, column], dim=-1)
     weights = torch.softmax(scores, dim=-1)[..., :num_tokens]
-    output = weights.masked_fill(thin, 0.0) @ value.repeat_interleave(group, dim=0)
-    if thinning is not None:
-        thin_weights = weights.masked_fill(~thin, 0.0)
-        output = output + thin_weights @ thin_value.repeat_interleave(group, dim=0)
-    return output
+    rest = weights.masked_fill(thin, 0.0) @ heads[1]
+    rest = rest + weights.masked_fill(~thin, 0.0) @ thin_heads[1]
+    return torch.cat([output, rest], dim=1)
+
+
+def channel_scores(
+    query: torch.Tensor, key: torch.Tensor, prompt_len: int, thinning: Thinning
+) -> torch.Tensor:
+    """ThinK's score of each channel: float64 [Hk, D]."""
+    group = query.shape[0] // key.shape[0]
+    window = query[:, max(0, prompt_len - thinning.observation_window) : prompt_len].double()
+    energy = window.square().mean(dim=1)  # [Hq, D]
+    energy = energy.view(-1, group, energy.shape[-1]).mean(dim=1)  # [Hk, D]
+    return energy * key[:, :prompt_len].double().square().mean(dim=1)
 
 
 def kept_channels(
     query: torch.Tensor, key: torch.Tensor, prompt_len: int, thinning: Thinning
 ) -> torch.Tensor:
     """ThinK's choice: bool [Hk, D], true for kept channels."""
-    group = query.shape[0] // key.shape[0]
-    window = query[:, max(0, prompt_len - thinning.observation_window) : prompt_len].double()
-    energy = window.square().mean(dim=1)  # [Hq, D]
-    energy = energy.view(-1, group, energy.shape[-1]).mean(dim=1)  # [Hk, D]
-    score = energy * key[:, :prompt_len].double().square().mean(dim=1)
+    score = channel_scores(query, key, prompt_len, thinning)
     kept = torch.zeros_like(score, dtype=torch.bool)
     return kept.scatter_(1, score.topk(thinning.key_channels, dim=1).indices, True)
+
+
+def choice_margin(
+    query: torch.Tensor, key: torch.Tensor, prompt_len: int, thinning: Thinning
+) -> float:
+    """How much the least kept channel of any head scores over the best pruned one, relatively."""
+    score = channel_scores(query, key, prompt_len, thinning)
+    if thinning.key_channels == score.shape[1]:
+        return float("inf")
+    best = score.topk(thinning.key_channels + 1, dim=1).values
+    return float((1 - best[:, -1] / best[:, -2]).min())
 
 
 def _code(
@@ -159,6 +186,7 @@ def _code(
 
 _prompt_len = 0
 _thinning: Thinning | None = None
+_margins: list[float] = []
 
 
 def _attention(
@@ -185,6 +213,8 @@ def _attention(
     output = thin_attention(
         query[0], key[0], value[0], scaling, _prompt_len, thinning, sliding_window, softcap, s_aux
     )
+    if thinning is not None:
+        _margins.append(choice_margin(query[0], key[0], _prompt_len, thinning))
     return output.transpose(0, 1)[None].contiguous(), None
 
 
@@ -192,11 +222,16 @@ AttentionInterface.register("think_reference", _attention)
 
 
 class Reference:
-    """A plain transformers model that scores completions."""
+    """A plain transformers model that scores completions.
 
-    def __init__(self, model: Path) -> None:
+    ``margin`` is the least ``choice_margin`` of the layers in the last call. Where it is as small
+    as float32 rounds, another order of the same sums may keep another channel.
+    """
+
+    def __init__(self, model: Path, dtype: torch.dtype = torch.float32) -> None:
+        self.margin = float("inf")
         self._model = AutoModelForCausalLM.from_pretrained(
-            model, dtype=torch.float32, attn_implementation="think_reference"
+            model, dtype=dtype, attn_implementation="think_reference"
         ).eval()
 
     @torch.no_grad()
@@ -212,11 +247,13 @@ class Reference:
         """
         global _prompt_len, _thinning
         _prompt_len, _thinning = len(prompt), thinning
+        _margins.clear()
         try:
             logits = self._model(torch.tensor([prompt + completion[:-1]]), use_cache=False).logits
         finally:
             _prompt_len, _thinning = 0, None
-        scores = torch.log_softmax(logits[0, len(prompt) - 1 :].float(), dim=-1)
+        self.margin = min(_margins, default=float("inf"))
+        scores = torch.log_softmax(logits[0, len(prompt) - 1 :], dim=-1)
         picked: list[float] = scores[
             torch.arange(len(completion)), torch.tensor(completion)
         ].tolist()

@@ -1,0 +1,299 @@
+"""What a step costs outside the model, as requests and contexts grow: ours against plain vLLM's.
+
+``scheduler``: ``schedule()`` and ``update_from_output()`` of vLLM's own scheduler, whose only
+difference is the spec of its layers and so the block manager. All requests decode; spans fall due
+and are freed meanwhile. Medians show the usual step, means also those that free spans.
+
+``builder``: ``build()`` of both metadata builders for steps in which every request decodes one
+token. In half of the rows no span is due, in the others one of every request.
+
+What is compared takes turns in one process, each step of one beside the same step of the other;
+ratios are medians of the pairs'. Times are the thread's own on its processor, as a step is short
+enough to be doubled by whoever else wants the core. Run: ``python -m bench.growth``.
+"""
+
+import argparse
+import gc
+import logging
+import random
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.engine.arg_utils import EngineArgs
+from vllm.plugins import load_general_plugins
+from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import get_hash_fn_by_name
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadataBuilder
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
+from vllm.v1.structured_output import StructuredOutputManager
+
+from bench.machine import describe_machine
+from tests.conftest import REPOSITORY
+from think_vllm.activation import remember_plan
+from think_vllm.planner import BlockPlan
+
+VLLM_BLOCK_SIZE = 128  # its default on CPUs
+SETTINGS: dict[str, dict[str, Any]] = {
+    "prune 0.5": {"kv_channel_prune": 0.5},
+    "prune 0.5 + k4v2": {"kv_channel_prune": 0.5, "kv_quant": "k4v2"},
+}
+#: Prompts of the scheduler's requests; the model takes 2,048 tokens.
+PROMPT_TOKENS = (400, 1000)
+
+
+def make_config(settings: dict[str, Any] | None, requests: int, caching: bool) -> VllmConfig:
+    """An engine's config, as a server with these settings has it; None for plain vLLM."""
+    load_general_plugins()
+    return EngineArgs(
+        model=str(REPOSITORY / "models" / "tiny-recall"),
+        enforce_eager=True,
+        max_num_seqs=requests,
+        max_num_batched_tokens=32768,
+        enable_prefix_caching=caching,
+        additional_config={} if settings is None else {"think": settings},
+    ).create_engine_config()
+
+
+def dense_spec(config: VllmConfig, block_size: int) -> FullAttentionSpec:
+    """Plain vLLM's spec of the model's layers."""
+    model = config.model_config
+    return FullAttentionSpec(
+        block_size=block_size,
+        num_kv_heads=model.get_num_kv_heads(config.parallel_config),
+        head_size=model.get_head_size(),
+        dtype=model.dtype,
+    )
+
+
+class Steps:
+    """A scheduler whose requests all decode, and a model that always says the same.
+
+    Args:
+        config: Of the engine.
+        spec: Of its layers.
+        requests: How many.
+    """
+
+    def __init__(self, config: VllmConfig, spec: FullAttentionSpec, requests: int) -> None:
+        blocks = requests * (config.model_config.max_model_len // spec.block_size + 1) + 1
+        groups = [KVCacheGroupSpec(["layer"], spec)]
+        config.cache_config.block_size = spec.block_size
+        config.cache_config.num_gpu_blocks = blocks
+        self.scheduler = config.scheduler_config.get_scheduler_cls()(
+            vllm_config=config,
+            kv_cache_config=KVCacheConfig(blocks, [], groups),
+            structured_output_manager=StructuredOutputManager(config),
+            block_size=spec.block_size,
+            log_stats=True,
+        )
+        hasher = None
+        if config.cache_config.enable_prefix_caching:
+            hash_fn = get_hash_fn_by_name(config.cache_config.prefix_caching_hash_algo)
+            init_none_hash(hash_fn)
+            hasher = get_request_block_hasher(spec.block_size, hash_fn)
+        rng = random.Random(0)
+        for index in range(requests):
+            prompt = [rng.randrange(4, 384) for _ in range(rng.randint(*PROMPT_TOKENS))]
+            params = SamplingParams(max_tokens=2000, ignore_eos=True)
+            params.update_from_generation_config({}, None)
+            request = Request(f"r{index}", prompt, params, None, block_hasher=hasher)
+            self.scheduler.add_request(request)
+        while self.scheduler.get_request_counts()[1] or self._prompts():
+            self.run()
+
+    def _prompts(self) -> bool:
+        return any(r.num_computed_tokens < r.num_prompt_tokens for r in self.scheduler.running)
+
+    def run(self) -> float:
+        """One step; return its seconds of processor time without the model's part."""
+        start = time.thread_time()
+        output = self.scheduler.schedule()
+        scheduled = time.thread_time()
+        names = list(output.num_scheduled_tokens)
+        requests = self.scheduler.requests
+        done = [
+            [9] if requests[name].num_computed_tokens >= requests[name].num_tokens else []
+            for name in names
+        ]
+        sampled = ModelRunnerOutput(names, {name: i for i, name in enumerate(names)}, done)
+        resumed = time.thread_time()
+        self.scheduler.update_from_output(output, sampled)
+        return scheduled - start + time.thread_time() - resumed
+
+
+@dataclass
+class Times:
+    """Seconds of each round, by what was measured."""
+
+    rounds: dict[str, list[float]]
+
+    def ratio(self, name: str, base: str) -> float:
+        """Median of the ratios to ``base``, round by round."""
+        pairs = zip(self.rounds[name], self.rounds[base], strict=True)
+        return statistics.median(a / b for a, b in pairs)
+
+    def cells(self, name: str, base: str) -> list[str]:
+        """Median and mean in microseconds, and the ratios of both to ``base``."""
+        mean, base_mean = (statistics.fmean(self.rounds[x]) for x in (name, base))
+        median = statistics.median(self.rounds[name])
+        ratio = self.ratio(name, base)
+        cells = [f"{1e6 * median:.1f}", f"{1e6 * mean:.1f}"]
+        return [*cells, f"{ratio:.3f}", f"{mean / base_mean:.3f}"]
+
+
+def take_turns(runs: dict[str, Callable[[], float]], rounds: int, warm_up: int = 5) -> Times:
+    """Run each once a round, in an order that changes."""
+    times = Times({name: [] for name in runs})
+    names = list(runs)
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        for index in range(rounds + warm_up):
+            names.append(names.pop(0))
+            for name in names:
+                seconds = runs[name]()
+                if index >= warm_up:
+                    times.rounds[name].append(seconds)
+            # Between rounds and not in one of them; the rest of the process is frozen.
+            gc.collect(0)
+    finally:
+        gc.enable()
+        gc.unfreeze()
+    return times
+
+
+def measure_scheduler(options: argparse.Namespace) -> None:
+    """Print a table of steps of the scheduler."""
+    print("| format | requests | manager | median us | mean us | median ratio | mean ratio |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for name in options.only:
+        for requests in options.requests:
+            config = make_config(SETTINGS[name], requests, options.prefix_caching)
+            config.cache_config.enable_prefix_caching = options.prefix_caching
+            plan = remember_plan(config)
+            dense = dense_spec(config, plan.block_size)
+            plain_config = make_config(None, requests, options.prefix_caching)
+            base = f"plain, blocks of {plan.block_size}"
+            runs = {
+                base: Steps(plain_config, dense, requests).run,
+                "thin": Steps(config, thin_spec(dense, plan), requests).run,
+            }
+            if plan.block_size != VLLM_BLOCK_SIZE:
+                usual = dense_spec(config, VLLM_BLOCK_SIZE)
+                usual_config = make_config(None, requests, options.prefix_caching)
+                runs[f"plain, blocks of {VLLM_BLOCK_SIZE}"] = Steps(
+                    usual_config, usual, requests
+                ).run
+            times = take_turns(runs, options.steps)
+            for manager in runs:
+                cells = [name, str(requests), manager, *times.cells(manager, base)]
+                print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def thin_spec(dense: FullAttentionSpec, plan: BlockPlan) -> FullAttentionSpec:
+    """The spec that the layers get with the flags."""
+    # Imported only now: it registers the spec with its manager.
+    from think_vllm.blocks.spec import ThinKVCacheSpec
+
+    return ThinKVCacheSpec.from_dense(dense, plan)
+
+
+def decode_step(context: int, requests: int, block_size: int, prompt: int) -> Any:
+    """What a model runner hands to a builder: one query per request, behind ``context`` tokens."""
+    starts = torch.arange(requests + 1, dtype=torch.int32)
+    lengths = torch.full((requests,), context + 1, dtype=torch.int32)
+    width = context // block_size + 1
+    return CommonAttentionMetadata(
+        query_start_loc=starts,
+        query_start_loc_cpu=starts,
+        seq_lens=lengths,
+        num_reqs=requests,
+        num_actual_tokens=requests,
+        max_query_len=1,
+        max_seq_len=context + 1,
+        block_table_tensor=torch.ones(requests, width, dtype=torch.int32),
+        slot_mapping=torch.zeros(requests, dtype=torch.int64),
+        seq_lens_cpu_upper_bound=lengths,
+        rswa_prefix_lens=torch.full((requests,), prompt, dtype=torch.int32),
+    )
+
+
+def measure_builder(options: argparse.Namespace) -> None:
+    """Print a table of steps of the metadata builders."""
+    from think_vllm.attention.cpu_builder import ThinkCPUMetadataBuilder
+
+    print("| format | requests | context | due | plain us | thin us | ratio |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    cpu = torch.device("cpu")
+    for name in options.only:
+        config = make_config(SETTINGS[name], 64, False)
+        with set_current_vllm_config(config):
+            plan = remember_plan(config)
+            thin = thin_spec(dense_spec(config, plan.block_size), plan)
+            ours = ThinkCPUMetadataBuilder(thin, [], config, cpu)
+        plain_config = make_config(None, 64, False)
+        with set_current_vllm_config(plain_config):
+            dense = dense_spec(plain_config, VLLM_BLOCK_SIZE)
+            plain = CPUAttentionMetadataBuilder(dense, [], plain_config, cpu)
+        for requests in options.batches:
+            for wanted in options.contexts:
+                due = plan.rule.due_position(wanted // plan.span_tokens - 1)
+                for context, is_due in ((due, True), (due + plan.span_tokens // 2, False)):
+                    prompt = min(context, plan.span_tokens)
+                    mine = decode_step(context, requests, plan.block_size, prompt)
+                    theirs = decode_step(context, requests, VLLM_BLOCK_SIZE, prompt)
+                    assert len(ours.build(0, mine).waves[0].due_span) == requests * is_due
+                    runs = {"plain": timed(plain, theirs), "thin": timed(ours, mine)}
+                    times = take_turns(runs, options.steps)
+                    cells = [name, requests, context, "all" if is_due else "none"]
+                    cells += [f"{1e6 * statistics.median(times.rounds[x]):.1f}" for x in runs]
+                    cells.append(f"{times.ratio('thin', 'plain'):.3f}")
+                    print(f"| {' | '.join(map(str, cells))} |", flush=True)
+
+
+def timed(builder: Any, common: CommonAttentionMetadata) -> Callable[[], float]:
+    """One build, and its seconds of processor time."""
+
+    def run() -> float:
+        start = time.thread_time()
+        builder.build(0, common)
+        return time.thread_time() - start
+
+    return run
+
+
+def main() -> None:
+    """Print Markdown tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--parts", nargs="+", default=["scheduler", "builder"])
+    parser.add_argument("--only", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--requests", nargs="+", type=int, default=[10, 100, 1000])
+    parser.add_argument("--batches", nargs="+", type=int, default=[8, 64])
+    parser.add_argument(
+        "--contexts", nargs="+", type=int, default=[1024, 4096, 16384, 65536, 131072]
+    )
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--prefix-caching", action="store_true", help="in both schedulers")
+    options = parser.parse_args()
+    logging.getLogger("vllm").setLevel(logging.ERROR)
+    print(describe_machine())
+    for part, measure in (("scheduler", measure_scheduler), ("builder", measure_builder)):
+        if part in options.parts:
+            print(f"\n{part}, {options.steps} steps\n")
+            measure(options)
+
+
+if __name__ == "__main__":
+    main()

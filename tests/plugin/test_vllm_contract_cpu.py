@@ -1,0 +1,169 @@
+"""What CPU attention overrides or calls in vLLM; see ``test_vllm_contract.py``."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from vllm import _custom_ops as ops
+from vllm.config import get_current_vllm_config
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionImpl,
+    AttentionMetadataBuilder,
+    AttentionType,
+    CommonAttentionMetadata,
+    MultipleOf,
+)
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadata,
+    CPUAttentionMetadataBuilder,
+)
+from vllm.v1.kv_cache_interface import KVCacheLayout
+from vllm.v1.worker import utils as worker_utils
+
+from tests.support.contract import check_members, check_parameters, check_source, name_of
+
+FORWARD = ["self", "layer", "query", "key", "value", "kv_cache", "attn_metadata", "output"]
+FORWARD += ["output_scale", "output_block_scale"]
+LAYER = ["self", "num_heads", "head_size", "scale", "num_kv_heads", "alibi_slopes"]
+LAYER += ["sliding_window", "kv_cache_dtype", "logits_soft_cap", "attn_type"]
+LAYER += ["kv_sharing_target_layer_name", "sinks"]
+BUILD = ["self", "common_prefix_len", "common_attn_metadata", "fast_build"]
+STORE = ["key", "value", "key_cache", "value_cache", "slot_mapping", "isa", "k_scale", "v_scale"]
+STORE += ["kv_cache_dtype"]
+
+
+@pytest.mark.parametrize(
+    ("ours", "function", "parameters"),
+    [
+        ("attention/cpu_impl.py", get_current_vllm_config, []),
+        ("attention/cpu_backend.py", AttentionBackend.customize_spec, ["spec"]),
+        ("attention/cpu_backend.py", CPUAttentionBackend.get_name, []),
+        ("attention/cpu_backend.py", CPUAttentionBackend.get_impl_cls, []),
+        ("attention/cpu_backend.py", CPUAttentionBackend.get_builder_cls, []),
+        ("attention/cpu_backend.py", CPUAttentionBackend.supports_attn_type, ["attn_type"]),
+        (
+            "attention/cpu_backend.py",
+            CPUAttentionBackend.get_supported_kernel_block_sizes,
+            ["kv_cache_spec"],
+        ),
+        (
+            "attention/cpu_builder.py",
+            CPUAttentionMetadataBuilder.__init__,
+            ["self", "kv_cache_spec", "layer_names", "vllm_config", "device"],
+        ),
+        ("attention/cpu_builder.py", CPUAttentionMetadataBuilder.build, BUILD),
+        (
+            "attention/cpu_builder.py",
+            CPUAttentionMetadataBuilder._set_isa_to_layers,
+            ["self", "layer_names"],
+        ),
+        (
+            "attention/cpu_builder.py",
+            AttentionMetadataBuilder._init_reorder_batch_threshold,
+            [
+                "self",
+                "reorder_batch_threshold",
+                "supports_spec_as_decode",
+                "supports_dcp_with_varlen",
+            ],
+        ),
+        ("attention/cpu_builder.py", CommonAttentionMetadata.replace, ["self", "kwargs"]),
+        ("attention/cpu_impl.py", CPUAttentionBackendImpl.__init__, LAYER),
+        ("attention/cpu_impl.py", CPUAttentionBackendImpl.forward, FORWARD),
+        ("attention/cpu_dense.py", ops.cpu_attn_reshape_and_cache, STORE),
+    ],
+    ids=name_of,
+)
+def test_vllm_signature_is_what_we_rely_on(
+    ours: str, function: Callable[..., Any], parameters: list[str]
+) -> None:
+    check_parameters(ours, function, parameters)
+
+
+@pytest.mark.parametrize(
+    ("ours", "kind", "names"),
+    [
+        (
+            "attention/cpu_builder.py",
+            CommonAttentionMetadata,
+            {"query_start_loc", "query_start_loc_cpu", "seq_lens", "num_reqs", "max_seq_len"}
+            | {"num_actual_tokens", "max_query_len", "block_table_tensor", "rswa_prefix_lens"},
+        ),
+        ("attention/cpu_backend.py", AttentionType, {"DECODER"}),
+        ("attention/cpu_backend.py", CPUAttentionBackend, {"supported_kv_cache_dtypes"}),
+        (
+            "attention/cpu_builder.py",
+            CPUAttentionMetadataBuilder,
+            {"dtype", "head_dim", "num_heads", "num_kv_heads", "block_size", "isa"},
+        ),
+        (
+            "attention/cpu_impl.py",
+            CPUAttentionBackendImpl,
+            {"alibi_slopes", "sinks", "kv_sharing_target_layer_name", "scale", "head_size"}
+            | {"num_kv_heads", "logits_soft_cap", "do_kv_cache_update"},
+        ),
+        ("attention/cpu_builder.py", CPUAttentionMetadata, {"block_table", "scheduler_metadata"}),
+    ],
+    ids=name_of,
+)
+def test_vllm_members_are_what_we_rely_on(ours: str, kind: type, names: set[str]) -> None:
+    check_members(ours, kind, names)
+
+
+@pytest.mark.parametrize(
+    ("ours", "kind", "base"),
+    [
+        ("attention/cpu_backend.py", CPUAttentionBackend, AttentionBackend),
+        ("attention/cpu_builder.py", CPUAttentionMetadataBuilder, AttentionMetadataBuilder),
+        ("attention/cpu_impl.py", CPUAttentionBackendImpl, AttentionImpl),
+    ],
+    ids=name_of,
+)
+def test_vllm_base_is_what_we_rely_on(ours: str, kind: type, base: type) -> None:
+    assert issubclass(kind, base), f"{kind} is no {base} any more, {ours} relies on it"
+
+
+@pytest.mark.parametrize(
+    ("ours", "function", "pieces"),
+    [
+        # A spec is made by its layer's backend.
+        ("blocks/spec.py", worker_utils, ["spec = backend.customize_spec(spec)"]),
+        # Tokens are stored by the kernels that the builder has chosen for its layers.
+        (
+            "attention/cpu_builder.py",
+            CPUAttentionMetadataBuilder._set_isa_to_layers,
+            ["layer.isa = self.isa"],
+        ),
+        (
+            "attention/cpu_builder.py",
+            CPUAttentionBackendImpl.do_kv_cache_update,
+            ["ops.cpu_attn_reshape_and_cache(", "layer.isa"],
+        ),
+        # No metadata means that vLLM is profiling. A block is two halves, keys and values.
+        (
+            "attention/cpu_impl.py",
+            CPUAttentionBackendImpl.forward,
+            [
+                "if attn_metadata is None: return output",
+                "kv_cache.view((num_blocks, num_kv_heads, block_size * 2, -1))",
+                "key_cache, value_cache = kv_cache.chunk(2, dim=2)",
+                "ops.cpu_attention_with_kv_cache(",
+                "block_table=attn_metadata.block_table",
+            ],
+        ),
+    ],
+    ids=name_of,
+)
+def test_vllm_does_what_we_rely_on(ours: str, function: Any, pieces: list[str]) -> None:
+    check_source(ours, function, *pieces)
+
+
+def test_vllm_values_are_what_we_rely_on() -> None:
+    assert CPUAttentionBackend.supported_kv_cache_layouts() == (KVCacheLayout.LBHNC,), "layout.py"
+    assert AttentionType.DECODER == "decoder", "attention/cpu_backend.py and cuda_impl.py"
+    assert MultipleOf(16).base == 16, "attention/cpu_backend.py"
+    # Keys and values are stored before attention, by an operator of its own: attention/cpu_impl.py.
+    assert CPUAttentionBackend.forward_includes_kv_cache_update is False
