@@ -173,6 +173,28 @@ class Reference:
         ).eval()
 
     @torch.no_grad()
+    def scores(
+        self, prompt: list[int], completion: list[int], thinning: Thinning | None
+    ) -> torch.Tensor:
+        """Log-probabilities of all tokens, behind every token but the last.
+
+        Args:
+            prompt: Token ids.
+            completion: Token ids.
+            thinning: None for the model as it is.
+
+        Returns:
+            [len(prompt) + len(completion) - 1, vocabulary] float32. Row ``len(prompt) - 1`` is
+            about the first token of the completion.
+        """
+        global _prompt_len, _thinning
+        _prompt_len, _thinning = len(prompt), thinning
+        try:
+            logits = self._model(torch.tensor([prompt + completion[:-1]]), use_cache=False).logits
+        finally:
+            _prompt_len, _thinning = 0, None
+        return torch.log_softmax(logits[0].float(), dim=-1)
+
     def logprobs(
         self, prompt: list[int], completion: list[int], thinning: Thinning | None
     ) -> list[float]:
@@ -183,13 +205,7 @@ class Reference:
             completion: Token ids.
             thinning: None for the model as it is.
         """
-        global _prompt_len, _thinning
-        _prompt_len, _thinning = len(prompt), thinning
-        try:
-            logits = self._model(torch.tensor([prompt + completion[:-1]]), use_cache=False).logits
-        finally:
-            _prompt_len, _thinning = 0, None
-        scores = torch.log_softmax(logits[0, len(prompt) - 1 :].float(), dim=-1)
+        scores = self.scores(prompt, completion, thinning)[len(prompt) - 1 :]
         picked: list[float] = scores[
             torch.arange(len(completion)), torch.tensor(completion)
         ].tolist()
