@@ -173,10 +173,10 @@ class Reference:
         ).eval()
 
     @torch.no_grad()
-    def scores(
+    def logits(
         self, prompt: list[int], completion: list[int], thinning: Thinning | None
     ) -> torch.Tensor:
-        """Log-probabilities of all tokens, behind every token but the last.
+        """What the model says behind every token but the last.
 
         Args:
             prompt: Token ids.
@@ -193,7 +193,14 @@ class Reference:
             logits = self._model(torch.tensor([prompt + completion[:-1]]), use_cache=False).logits
         finally:
             _prompt_len, _thinning = 0, None
-        return torch.log_softmax(logits[0].float(), dim=-1)
+        found: torch.Tensor = logits[0].float()
+        return found
+
+    def scores(
+        self, prompt: list[int], completion: list[int], thinning: Thinning | None
+    ) -> torch.Tensor:
+        """``logits`` as log-probabilities."""
+        return torch.log_softmax(self.logits(prompt, completion, thinning), dim=-1)
 
     def logprobs(
         self, prompt: list[int], completion: list[int], thinning: Thinning | None
