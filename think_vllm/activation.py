@@ -49,6 +49,7 @@ def activate(vllm_config: VllmConfig) -> None:
         logger.info("think-vllm: prefix caching is off: thin KV blocks cannot be cached yet")
         cache_config.enable_prefix_caching = False
     compat.claim_custom_backend(vllm_config)
+    compat.refuse_growing_prompts()
     if _is_cpu():
         compat.request_prompt_lens(vllm_config.model_config)
     else:

@@ -35,6 +35,9 @@ vLLM; subclasses of its classes call a few private methods that they inherit.
     are the last of a prompt. Channels are chosen after such a token, so these batches, rare as
     they are, must run without a full graph. Until ``CommonAttentionMetadata`` carries both, and
     backends can refuse a batch for full graphs.
+``InputProcessor.process_inputs`` is wrapped
+    because a prompt that may grow has to be refused before it is a request: later it can only
+    stop the engine, and ``Platform.validate_request`` is not told. Until it is.
 ``CompilationConfig.static_forward_context`` is read on CUDA
     because it is where a builder finds its layers' caches: spans that are due are compacted
     ahead of a full decode graph. Until builders are given them.
@@ -59,7 +62,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from think_vllm import VLLM_SERIES
-from think_vllm.errors import ThinkError
+from think_vllm.errors import WAY_OUT, ThinkError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -272,6 +275,22 @@ def watch_runner(vllm_config: VllmConfig) -> None:
         from vllm.v1.worker import gpu_model_runner as v1
 
         _wrap_method(v1.GPUModelRunner, "_determine_batch_execution_and_padding", _watch_v1)
+
+
+def refuse_growing_prompts() -> None:
+    """Answer streaming-input sessions with an error, one by one, in engines with thin blocks."""
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    _wrap_method(InputProcessor, "process_inputs", _refuse_growing_prompt)
+
+
+def _refuse_growing_prompt(original: Any, processor: Any, *args: Any, **kwargs: Any) -> Any:
+    if kwargs.get("resumable"):
+        raise ThinkError(
+            "thin KV blocks do not support streaming-input sessions: their prompts grow, and thin "
+            f"blocks cannot become dense again. Send the whole prompt. {WAY_OUT}"
+        )
+    return original(processor, *args, **kwargs)
 
 
 def _wrap_method(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:

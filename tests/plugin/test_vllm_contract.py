@@ -19,6 +19,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.kv_cache_interface import FullAttentionSpec, replace_as
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
@@ -51,6 +52,25 @@ def test_vllm_is_of_the_series_that_we_extend() -> None:
         (
             KVCacheManager.remove_skipped_blocks,
             ["self", "request_id", "processed_computed_tokens", "num_prompt_tokens"],
+        ),
+        (
+            InputProcessor.process_inputs,
+            [
+                "self",
+                "request_id",
+                "prompt",
+                "params",
+                "supported_tasks",
+                "arrival_time",
+                "lora_request",
+                "tokenization_kwargs",
+                "trace_headers",
+                "priority",
+                "data_parallel_rank",
+                "resumable",
+                "session_id",
+                "kv_hints",
+            ],
         ),
         (KVCacheSpecRegistry._ensure_registered, ["vllm_config"]),
         (
