@@ -46,6 +46,7 @@ def activate(vllm_config: VllmConfig) -> None:
     cache_config = vllm_config.cache_config
     compat.fix_block_size(cache_config, plan.block_size)
     compat.claim_custom_backend(vllm_config)
+    compat.refuse_growing_prompts()
     if _is_cpu():
         compat.request_prompt_lens(vllm_config.model_config)
     else:

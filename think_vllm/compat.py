@@ -44,6 +44,9 @@ vLLM; subclasses of its classes call a few private methods that they inherit.
     because they are what the host has of a request's blocks. V2 keeps none of them, so the number
     of such spans is remembered from the step that admits a request; it readmits preempted requests
     as new ones. Until ``CommonAttentionMetadata`` has a block table on the host.
+``InputProcessor.process_inputs`` is wrapped
+    because a prompt that may grow has to be refused before it is a request: later it can only
+    stop the engine, and ``Platform.validate_request`` is not told. Until it is.
 ``CompilationConfig.static_forward_context`` is read on CUDA
     because it is where a builder finds its layers' caches: spans that are due are compacted
     ahead of a full decode graph. Until builders are given them.
@@ -61,12 +64,13 @@ not unpickle in vLLM's child processes, which read the config before they load p
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from think_vllm import VLLM_SERIES
-from think_vllm.errors import ThinkError
+from think_vllm.errors import WAY_OUT, ThinkError
 
 if TYPE_CHECKING:
     import torch
@@ -247,6 +251,45 @@ def prompt_lens(metadata: CommonAttentionMetadata) -> torch.Tensor:
         )
     lens: torch.Tensor = metadata.rswa_prefix_lens
     return lens
+
+
+def refuse_growing_prompts() -> None:
+    """Answer streaming-input sessions with an error, one by one, in engines with thin blocks."""
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    wrap_method(InputProcessor, "process_inputs", _refuse_growing_prompt)
+
+
+def _refuse_growing_prompt(original: Any, processor: Any, *args: Any, **kwargs: Any) -> Any:
+    if kwargs.get("resumable"):
+        raise ThinkError(
+            "thin KV blocks do not support streaming-input sessions: their prompts grow, and thin "
+            f"blocks cannot become dense again. Send the whole prompt. {WAY_OUT}"
+        )
+    return original(processor, *args, **kwargs)
+
+
+def wrap_method(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
+    """Let ``wrapper(original, self, ...)`` stand in for a method, in engines with thin blocks."""
+    original = getattr(owner, name)
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # Several engines may live in one process, one after the other.
+        if not _has_custom_backend(self.vllm_config):
+            return original(self, *args, **kwargs)
+        return wrapper(original, self, *args, **kwargs)
+
+    setattr(wrapped, _MARK, True)
+    setattr(owner, name, wrapped)
+
+
+def _has_custom_backend(vllm_config: VllmConfig) -> bool:
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    return bool(vllm_config.attention_config.backend is AttentionBackendEnum.CUSTOM)
 
 
 def register_spec(spec: type, manager: type, base: type) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+
+from think_vllm.compat import wrap_method
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 #: how many tokens of each have been computed, int64 [n]. Returns int64 [n].
 CountCached = Callable[[npt.NDArray[np.int32], npt.NDArray[np.int64]], npt.NDArray[np.int64]]
 
-_MARK = "_think_vllm_wrapped"
 _step_rows: StepRows | None = None
 _count_cached: CountCached | None = None
 #: Of the V2 runner's requests that have any, since they were admitted.
@@ -64,33 +64,11 @@ def watch_runner(vllm_config: VllmConfig, count_cached: CountCached | None) -> N
     if vllm_config.use_v2_model_runner:
         from vllm.v1.worker.gpu import model_runner as v2
 
-        _wrap_method(v2.GPUModelRunner, "gather_batch_req_state", _watch_v2)
+        wrap_method(v2.GPUModelRunner, "gather_batch_req_state", _watch_v2)
     else:
         from vllm.v1.worker import gpu_model_runner as v1
 
-        _wrap_method(v1.GPUModelRunner, "_determine_batch_execution_and_padding", _watch_v1)
-
-
-def _wrap_method(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
-    original = getattr(owner, name)
-    if hasattr(original, _MARK):
-        return
-
-    @functools.wraps(original)
-    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # Several engines may live in one process, one after the other.
-        if not _has_custom_backend(self.vllm_config):
-            return original(self, *args, **kwargs)
-        return wrapper(original, self, *args, **kwargs)
-
-    setattr(wrapped, _MARK, True)
-    setattr(owner, name, wrapped)
-
-
-def _has_custom_backend(vllm_config: VllmConfig) -> bool:
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum
-
-    return bool(vllm_config.attention_config.backend is AttentionBackendEnum.CUSTOM)
+        wrap_method(v1.GPUModelRunner, "_determine_batch_execution_and_padding", _watch_v1)
 
 
 def _watch_v2(original: Any, runner: Any, scheduler_output: Any, dummy_run: bool) -> Any:

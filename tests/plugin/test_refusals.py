@@ -93,6 +93,10 @@ def refused(capsys: pytest.CaptureFixture[str], model: Path, *arguments: str) ->
             ["--kv-channel-prune", "0.5", "--attention-backend", "FLASH_ATTN"],
             "--attention-backend is FLASH_ATTN",
         ),
+        (
+            ["--kv-channel-prune", "0.5", "--runner", "pooling", "--convert", "embed"],
+            "it does not generate text",
+        ),
     ],
     ids=lambda value: " ".join(value[2:4]) if isinstance(value, list) else None,
 )

@@ -26,6 +26,7 @@ from vllm.v1.attention import selector
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.attention.selector import AttentionSelectorConfig
 from vllm.v1.core.kv_cache_utils import is_kv_cache_spec_uniform
+from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.worker import gpu_model_runner
 
 from tests.support.contract import (
@@ -58,6 +59,15 @@ def test_vllm_is_of_the_series_that_we_extend() -> None:
         ("compat.py", FlexibleArgumentParser.parse_known_args, ["self", "args", "namespace"]),
         ("activation.py", ModelConfig.get_head_size, ["self"]),
         ("activation.py", ModelConfig.get_sliding_window, ["self"]),
+        (
+            "compat.py",
+            InputProcessor.process_inputs,
+            [
+                *["self", "request_id", "prompt", "params", "supported_tasks", "arrival_time"],
+                *["lora_request", "tokenization_kwargs", "trace_headers", "priority"],
+                *["data_parallel_rank", "resumable", "session_id", "kv_hints"],
+            ],
+        ),
         ("cli/plan.py", EngineArgs.create_model_config, ["self"]),
         (
             "cli/plan.py",

@@ -235,6 +235,37 @@ class Reference:
         ).eval()
 
     @torch.no_grad()
+    def logits(
+        self, prompt: list[int], completion: list[int], thinning: Thinning | None
+    ) -> torch.Tensor:
+        """What the model says behind every token but the last.
+
+        Args:
+            prompt: Token ids.
+            completion: Token ids.
+            thinning: None for the model as it is.
+
+        Returns:
+            [len(prompt) + len(completion) - 1, vocabulary], in the model's dtype. Row
+            ``len(prompt) - 1`` is about the first token of the completion.
+        """
+        global _prompt_len, _thinning
+        _prompt_len, _thinning = len(prompt), thinning
+        _margins.clear()
+        try:
+            logits = self._model(torch.tensor([prompt + completion[:-1]]), use_cache=False).logits
+        finally:
+            _prompt_len, _thinning = 0, None
+        self.margin = min(_margins, default=float("inf"))
+        found: torch.Tensor = logits[0]
+        return found
+
+    def scores(
+        self, prompt: list[int], completion: list[int], thinning: Thinning | None
+    ) -> torch.Tensor:
+        """``logits`` as log-probabilities."""
+        return torch.log_softmax(self.logits(prompt, completion, thinning), dim=-1)
+
     def logprobs(
         self, prompt: list[int], completion: list[int], thinning: Thinning | None
     ) -> list[float]:
@@ -245,15 +276,7 @@ class Reference:
             completion: Token ids.
             thinning: None for the model as it is.
         """
-        global _prompt_len, _thinning
-        _prompt_len, _thinning = len(prompt), thinning
-        _margins.clear()
-        try:
-            logits = self._model(torch.tensor([prompt + completion[:-1]]), use_cache=False).logits
-        finally:
-            _prompt_len, _thinning = 0, None
-        self.margin = min(_margins, default=float("inf"))
-        scores = torch.log_softmax(logits[0, len(prompt) - 1 :], dim=-1)
+        scores = self.scores(prompt, completion, thinning)[len(prompt) - 1 :]
         picked: list[float] = scores[
             torch.arange(len(completion)), torch.tensor(completion)
         ].tolist()

@@ -1,5 +1,6 @@
 """Start the real server, talk to it, stop it."""
 
+import json
 import os
 import signal
 import socket
@@ -29,6 +30,11 @@ class Completion:
     tokens: list[int]
     logprobs: list[float]
     text: str
+
+
+def completion_of(choice: dict[str, Any]) -> Completion:
+    """A choice of an answer that was asked for token ids and log-probabilities."""
+    return Completion(choice["token_ids"], choice["logprobs"]["token_logprobs"], choice["text"])
 
 
 class Server:
@@ -140,6 +146,25 @@ class Server:
         """POST a JSON body."""
         return self._client.post(f"{self.url}{path}", json={"model": self.model, **body})
 
+    def ask(self, path: str = "/v1/completions", **body: Any) -> dict[str, Any]:
+        """POST a JSON body, and return the answer's."""
+        response = self.post(path, body)
+        if response.status_code != 200:
+            raise RuntimeError(f"HTTP {response.status_code}: {response.text}\n{self.log_tail()}")
+        answer: dict[str, Any] = response.json()
+        return answer
+
+    def stream(self, path: str = "/v1/completions", **body: Any) -> Iterator[dict[str, Any]]:
+        """POST a JSON body, and yield what the server streams. Closing this hangs up."""
+        body = {"model": self.model, "stream": True, **body}
+        with self._client.stream("POST", f"{self.url}{path}", json=body) as response:
+            if response.status_code != 200:
+                raise RuntimeError(f"HTTP {response.status_code}: {response.read().decode()}")
+            for line in response.iter_lines():
+                data = line.removeprefix("data: ")
+                if data and data != "[DONE]":
+                    yield json.loads(data)
+
     def complete(self, prompt: list[int] | str, max_tokens: int, **options: Any) -> Completion:
         """Greedy completion of exactly ``max_tokens`` tokens."""
         body = {
@@ -151,11 +176,7 @@ class Server:
             "return_token_ids": True,
             **options,
         }
-        response = self.post("/v1/completions", body)
-        if response.status_code != 200:
-            raise RuntimeError(f"HTTP {response.status_code}: {response.text}\n{self.log_tail()}")
-        choice = response.json()["choices"][0]
-        return Completion(choice["token_ids"], choice["logprobs"]["token_logprobs"], choice["text"])
+        return completion_of(self.ask(**body)["choices"][0])
 
     def complete_all(
         self, prompts: Sequence[list[int]], max_tokens: Sequence[int]

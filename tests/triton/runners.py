@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tests.triton.expected import Request
-from think_vllm import compat_rows
+from think_vllm import compat, compat_rows
 
 
 class RunnerV1:
@@ -122,5 +122,5 @@ def make_runner(version: int, config: Any) -> RunnerV1 | RunnerV2:
     return RunnerV1(config) if version == 1 else RunnerV2(config)
 
 
-compat_rows._wrap_method(RunnerV1, "_determine_batch_execution_and_padding", compat_rows._watch_v1)
-compat_rows._wrap_method(RunnerV2, "gather_batch_req_state", compat_rows._watch_v2)
+compat.wrap_method(RunnerV1, "_determine_batch_execution_and_padding", compat_rows._watch_v1)
+compat.wrap_method(RunnerV2, "gather_batch_req_state", compat_rows._watch_v2)

@@ -1,0 +1,79 @@
+"""Streaming-input sessions, whose prompts grow: refused one by one, and nobody else notices."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.checks import TOLERANCE, random_prompts
+from tests.support.reference import Reference, Thinning
+from tests.support.server import offline_environment
+
+pytestmark = pytest.mark.e2e
+
+SCRIPT = """
+import asyncio, json, sys
+from vllm import SamplingParams
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.engine.protocol import StreamingInput
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+
+async def main():
+    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(
+        sys.argv[1], dtype="float32", enforce_eager=True, max_num_seqs=4,
+        kv_cache_memory_bytes=2**27, additional_config=json.loads(sys.argv[3])))
+    prompt = json.loads(sys.argv[2])
+    params = SamplingParams(temperature=0, max_tokens=30, logprobs=0, ignore_eos=True,
+                            output_kind=RequestOutputKind.DELTA)
+
+    async def chunks():
+        for part in (prompt[:200], prompt[200:]):
+            yield StreamingInput({"prompt_token_ids": part})
+
+    async def ask(prompt, name):
+        tokens, logprobs = [], []
+        async for output in engine.generate(prompt, params, name):
+            [answer] = output.outputs
+            tokens += answer.token_ids
+            logprobs += [step[t].logprob for t, step in zip(answer.token_ids, answer.logprobs)]
+        return tokens, logprobs
+
+    whole = {"prompt_token_ids": prompt}
+    session, *others = await asyncio.gather(
+        ask(chunks(), "session"), ask(whole, "beside"), return_exceptions=True)
+    others.append(await ask(whole, "after"))
+    refused = isinstance(session, Exception)
+    print("RESULT" + json.dumps([repr(session) if refused else session[0], others]))
+    engine.shutdown()
+
+if __name__ == "__main__":
+    asyncio.run(main())
+"""
+
+
+def test_sessions_are_refused_alone(
+    recall_model: Path, recall_reference: Reference, tmp_path: Path
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    [prompt] = random_prompts([420])
+    settings = {"think": {"kv_channel_prune": 0.5}}
+    done = subprocess.run(
+        [sys.executable, str(script), str(recall_model), json.dumps(prompt), json.dumps(settings)],
+        capture_output=True,
+        text=True,
+        env=offline_environment(),
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    line = next(x for x in done.stdout.splitlines() if x.startswith("RESULT"))
+    session, others = json.loads(line.removeprefix("RESULT"))
+    assert "streaming-input sessions" in session
+    assert len(others) == 2
+    thinning = Thinning(key_channels=63, span_tokens=192)
+    for tokens, logprobs in others:
+        expected = recall_reference.logprobs(prompt, tokens, thinning)
+        assert logprobs == pytest.approx(expected, abs=TOLERANCE)
