@@ -38,8 +38,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from bench.machine import describe_machine
 from tests.conftest import REPOSITORY
-from think_vllm.activation import remember_plan
-from think_vllm.planner import BlockPlan
+from think_vllm.selection import remember_plan, selected_engine
 
 VLLM_BLOCK_SIZE = 128  # its default on CPUs
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -186,7 +185,7 @@ def measure_scheduler(options: argparse.Namespace) -> None:
             base = f"plain, blocks of {plan.block_size}"
             runs = {
                 base: Steps(plain_config, dense, requests).run,
-                "thin": Steps(config, thin_spec(dense, plan), requests).run,
+                "thin": Steps(config, thin_spec(dense), requests).run,
             }
             if plan.block_size != VLLM_BLOCK_SIZE:
                 usual = dense_spec(config, VLLM_BLOCK_SIZE)
@@ -200,12 +199,12 @@ def measure_scheduler(options: argparse.Namespace) -> None:
                 print(f"| {' | '.join(cells)} |", flush=True)
 
 
-def thin_spec(dense: FullAttentionSpec, plan: BlockPlan) -> FullAttentionSpec:
-    """The spec that the layers get with the flags."""
+def thin_spec(dense: FullAttentionSpec) -> FullAttentionSpec:
+    """The spec that layers of the engine whose plan was remembered get."""
     # Imported only now: it registers the spec with its manager.
     from think_vllm.blocks.spec import ThinKVCacheSpec
 
-    return ThinKVCacheSpec.from_dense(dense, plan)
+    return ThinKVCacheSpec.from_dense(dense, selected_engine())
 
 
 def decode_step(context: int, requests: int, block_size: int, prompt: int) -> Any:

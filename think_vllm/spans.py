@@ -121,3 +121,18 @@ class SpanRule:
         if processed_tokens == prompt_len:
             return self.spans_before_decode(prompt_len, prompt_len, cached)
         return self.thin_spans(prompt_len, processed_tokens - 1, cached=cached)
+
+    def next_freeable(self, prompt_len: int, processed_tokens: int, freed: int) -> int:
+        """Processed tokens from which on ``freeable_spans`` may be more than ``freed``, at least.
+
+        Args:
+            prompt_len: Tokens of the prompt.
+            processed_tokens: Those at which ``freed`` spans are freeable.
+            freed: Those spans.
+        """
+        due = self.due_position(freed)
+        if processed_tokens < prompt_len:
+            return min(prompt_len, due) if self.prune_prefill else prompt_len
+        if self.prune_decode or processed_tokens == prompt_len:
+            return max(due, prompt_len) + 1 if self.prune_decode else prompt_len + 1
+        return sys.maxsize

@@ -37,7 +37,13 @@ def config(
 ) -> Any:
     return SimpleNamespace(
         use_v2_model_runner=True,
-        model_config=SimpleNamespace(dtype=dtype, get_head_size=lambda: head_size),
+        model_config=SimpleNamespace(
+            dtype=dtype,
+            get_head_size=lambda: head_size,
+            get_sliding_window=lambda: None,
+            hf_text_config=SimpleNamespace(layer_types=None),
+            get_total_num_hidden_layers=lambda: 2,
+        ),
         parallel_config=SimpleNamespace(use_ubatching=ubatching),
         cache_config=SimpleNamespace(block_size=16, user_specified_block_size=False),
         additional_config={"think": {"kv_channel_prune": 0.5}},

@@ -373,7 +373,7 @@ class Engine:
                 if not block.is_null:
                     held[block.block_id] = held.get(block.block_id, 0) + 1
         (manager,) = self.manager.coordinator.single_type_managers
-        for _, _, copy in manager._copies._fresh:
+        for _, _, copy in manager._publisher.copies._fresh:
             held[copy.block_id] = held.get(copy.block_id, 0) + 1
         counts = {b.block_id: b.ref_cnt for b in self.manager.block_pool.blocks if not b.is_null}
         assert {i: count for i, count in counts.items() if count} == held

@@ -207,7 +207,7 @@ def test_steps_under_way_read_their_own_blocks(config: VllmConfig, depth: int, s
 
 def test_blocks_freed_a_step_too_early_are_noticed(config: VllmConfig) -> None:
     class Hasty(SpanRule):
-        def freeable_spans(self, prompt_len: int, processed_tokens: int) -> int:
+        def freeable_spans(self, prompt_len: int, processed_tokens: int, cached: int = 0) -> int:
             return self.thin_spans(prompt_len, max(prompt_len, processed_tokens + 1))
 
     pipeline = Pipeline(config, 2)

@@ -8,9 +8,10 @@ from vllm.v1.request import Request
 from tests.support.block_engine import BLOCK, NUM_BLOCKS, Engine
 from tests.unit.test_manager import make_spec
 from think_vllm import compat
-from think_vllm.blocks import manager as manager_module
+from think_vllm.blocks import publisher as publisher_module
 from think_vllm.blocks.manager import ThinKVCacheManager
 from think_vllm.blocks.prefix import thin_groups
+from think_vllm.blocks.publisher import Publisher
 
 #: Of ``make_spec``: 3 blocks of 4 tokens become 2, and 5 recent tokens stay dense.
 SPAN = 12
@@ -151,7 +152,7 @@ def share_heads(self: Any, rows: Any) -> list[int]:
     return []
 
 
-def keep_cached(self: Any, life: Any, num_spans: int) -> None:
+def keep_cached(self: Any, life: Any, rows: Any, num_spans: int) -> None:
     return None
 
 
@@ -174,8 +175,8 @@ def mix_versions(
     ("owner", "name", "broken"),
     [
         (ThinKVCacheManager, "_held_heads", share_heads),
-        (ThinKVCacheManager, "_uncache", keep_cached),
-        (manager_module, "cache_thin", mix_versions),
+        (Publisher, "uncache", keep_cached),
+        (publisher_module, "cache_thin", mix_versions),
     ],
     ids=["shares heads", "leaves heads cached", "mixes versions"],
 )

@@ -77,6 +77,18 @@ def test_prompt_spans_leaves_the_recent_window_dense(prompt_len: int, spans: int
     assert rule.prompt_spans(prompt_len) == spans
 
 
+@given(rule=RULES, prompt_len=st.integers(1, 60), cached=st.integers(0, 4))
+def test_nothing_is_freeable_before_next_freeable(
+    rule: SpanRule, prompt_len: int, cached: int
+) -> None:
+    for processed in range(120):
+        freed = rule.freeable_spans(prompt_len, processed, cached)
+        following = rule.next_freeable(prompt_len, processed, freed)
+        assert following > processed
+        for later in range(processed, min(following, 121)):
+            assert rule.freeable_spans(prompt_len, later, cached) == freed
+
+
 @given(rule=RULES, prompt_len=st.integers(1, 60))
 def test_exact_tokens_have_seen_no_thin_span(rule: SpanRule, prompt_len: int) -> None:
     seen = [rule.thin_spans(prompt_len, p, computed=p) > 0 for p in range(200)]

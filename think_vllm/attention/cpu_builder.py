@@ -25,6 +25,10 @@ from think_vllm.kernels.cpu.decode import DecodeRows
 from think_vllm.kernels.cpu.warmup import warm_up
 from think_vllm.selection import selected_engine
 
+#: Of a step in which nothing is due, and of one that only decodes.
+_NONE_DUE, _NONE_KEPT = np.zeros(0, np.int32), np.zeros(0, np.bool_)
+_NOTHING_ELSE = Step(None, [], None, None, [])
+
 #: Tokens of a step: a slice where they are neighbours, else their indices.
 Tokens = slice | torch.Tensor
 
@@ -128,6 +132,12 @@ class ThinkCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             self._scratch = PromptScratch(
                 self.num_kv_heads, self.head_dim, self.dtype, self._fresh.isa
             )
+        max_rows = vllm_config.scheduler_config.max_num_seqs
+        self._every_row = np.arange(max_rows, dtype=np.int32)
+        self._no_spans = np.zeros(max_rows, np.int32)
+        self._may_hit_thin = bool(
+            vllm_config.cache_config.enable_prefix_caching and kv_cache_spec.thin_prefixes
+        )
         # Here, because vLLM builds this before it reports healthy: nothing compiles later.
         warm_up(self.dtype, self.num_heads, self.num_kv_heads, self.plan)
 
@@ -141,6 +151,9 @@ class ThinkCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         common = common_attn_metadata
         if not self.thin:
             return super().build(common_prefix_len, common, fast_build)
+        metadata = self._build_decode(common)
+        if metadata is not None:
+            return metadata
         prompt_lens = compat.prompt_lens(common).numpy().astype(np.int64)
         query_start = common.query_start_loc_cpu.numpy().astype(np.int64)
         seq_lens = common.seq_lens.numpy().astype(np.int64)
@@ -162,6 +175,36 @@ class ThinkCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             context=context,
             waves=[_wave_rows(wave) for wave in step.waves],
         )
+
+    def _build_decode(self, common: CommonAttentionMetadata) -> ThinkCPUMetadata | None:
+        """The common step, in few operations: one query per request, and no span is due.
+
+        Returns:
+            What ``sort_step`` would lead to; None for any other step.
+        """
+        rule = self.plan.rule
+        if common.max_query_len != 1 or not rule.prune_decode:
+            return None
+        seq_len = common.seq_lens.numpy()
+        prompt_len = compat.prompt_lens(common).numpy()
+        # The first query past a prompt is at position P, so it has P + 1 tokens.
+        if (seq_len <= prompt_len + rule.delay_prompt).any():
+            return None
+        spans, rest = np.divmod(seq_len - (1 + rule.recent_window), rule.span_tokens)
+        if not rest.all():
+            return None  # a position that a span is due at
+        block_table, least = common.block_table_tensor, self._no_spans[: seq_len.size]
+        if self._may_hit_thin:
+            computed = seq_len.astype(np.int64) - 1
+            least = leading_thin_spans(rule, block_table.numpy(), computed)
+        rows = DecodeRows(
+            request=self._every_row[: seq_len.size],
+            seq_len=seq_len.astype(np.int32, copy=False),
+            thin_spans=np.maximum(spans, least).astype(np.int32, copy=False),
+        )
+        queries = QueryRows(slice(0, seq_len.size), rows)
+        wave = WaveRows(_NONE_DUE, _NONE_DUE, _NONE_KEPT, queries)
+        return ThinkCPUMetadata(_NOTHING_ELSE, block_table, prompt_len, [], None, [wave])
 
     def _build_prefill(
         self, common: CommonAttentionMetadata, prefill: Prefill | None

@@ -1,10 +1,10 @@
 """What the block manager remembers of a running request."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 
-@dataclass
+@dataclass(slots=True)
 class Life:
     """One request, from its admission until it ends or is preempted.
 
@@ -16,7 +16,8 @@ class Life:
         published: Rows that the prefix cache has been offered.
         published_spans: Thin spans that it has been offered.
         uncached_spans: Spans whose dense form must not be offered any more.
-        private: Rows that hold somebody else's blocks until copies are allocated.
+        next_free: Processed tokens before which no further tail comes free.
+        next_compaction: Scheduled tokens before which no further span is compacted.
     """
 
     request: Any = None
@@ -26,4 +27,5 @@ class Life:
     published: int = 0
     published_spans: int = 0
     uncached_spans: int = 0
-    private: list[int] = field(default_factory=list)
+    next_free: int = 0
+    next_compaction: int = 0

@@ -19,15 +19,9 @@ from typing import Any
 
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
-from think_vllm.blocks.copies import CacheCopies
 from think_vllm.blocks.life import Life
-from think_vllm.blocks.prefix import (
-    ResumedHashes,
-    approximate_group,
-    cache_thin,
-    find_dense_behind,
-    find_thin,
-)
+from think_vllm.blocks.prefix import ResumedHashes, find_dense_behind, find_thin
+from think_vllm.blocks.publisher import Publisher
 from think_vllm.errors import WAY_OUT
 from think_vllm.spans import SpanRule
 
@@ -39,7 +33,9 @@ class ThinKVCacheManager(FullAttentionManager):
         super().__init__(kv_cache_spec, **kwargs)
         self.rule: SpanRule = kv_cache_spec.rule
         self._lives: dict[str, Life] = {}
-        self._copies = CacheCopies(self.block_pool)
+        #: Rows of a request that hold somebody else's blocks until copies are allocated.
+        self._private: dict[str, list[int]] = {}
+        self._publisher = Publisher(self.block_pool, self.kv_cache_group_id, kv_cache_spec)
 
     # -- Admission ---------------------------------------------------------------------------
 
@@ -87,20 +83,28 @@ class ThinKVCacheManager(FullAttentionManager):
         request_id: str,
         num_tokens: int,
         new_computed_blocks: Sequence[Any],
-        *args: Any,
+        total_computed_tokens: int,
+        num_local_computed_tokens: int,
+        num_tokens_main_model: int,
         apply_admission_cap: bool = False,
-        **kwargs: Any,
+        prefill_end: int = 0,
     ) -> int:
         """Count the blocks that a request needs, copies of heads that others hold included."""
+        if request_id in self.num_cached_block:
+            # A running request: as vLLM's own, which thousands of calls per second are worth.
+            missing: int = -(-num_tokens // self.block_size) - len(self.req_to_blocks[request_id])
+            return missing if missing > 0 else 0
         needed: int = super().get_num_blocks_to_allocate(
             request_id,
             num_tokens,
             new_computed_blocks,
-            *args,
-            apply_admission_cap=apply_admission_cap,
-            **kwargs,
+            total_computed_tokens,
+            num_local_computed_tokens,
+            num_tokens_main_model,
+            apply_admission_cap,
+            prefill_end,
         )
-        if request_id not in self.num_cached_block:
+        if new_computed_blocks:
             needed += len(self._held_heads(new_computed_blocks))
         if apply_admission_cap and self.rule.prune_prefill:
             # Spans of the prompt come back while it is computed.
@@ -118,25 +122,20 @@ class ThinKVCacheManager(FullAttentionManager):
             cached_spans=cached,
             freed_spans=cached,
             published=len(new_computed_blocks),
-            private=held,
         )
-
-    def allocate_new_blocks(self, request_id: str, *args: Any, **kwargs: Any) -> list[Any]:
-        """Allocate new blocks; first of all those for copies of heads that others hold."""
-        life = self._lives.get(request_id)
-        copies = []
-        if life is not None and life.private:
-            rows = self.req_to_blocks[request_id]
-            copies = self.block_pool.get_new_blocks(len(life.private))
-            for index, copy in zip(life.private, copies, strict=True):
-                self._apply_cow(request_id, index, rows[index], copy)
-            life.private = []
-        new: list[Any] = super().allocate_new_blocks(request_id, *args, **kwargs)
-        return copies + new
+        if held:
+            self._private[request_id] = held
 
     # -- Running -----------------------------------------------------------------------------
 
-    def cache_blocks(self, request: Any, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+    def cache_blocks(
+        self,
+        request: Any,
+        num_tokens: int,
+        retention_interval: int | None = None,
+        *,
+        replay_boundaries: Sequence[int] = (),
+    ) -> None:
         """Cache what stays dense for now, and uncache what the step is going to compact.
 
         Called when a step is scheduled. Blocks enter the cache one step after their last token
@@ -145,21 +144,28 @@ class ThinKVCacheManager(FullAttentionManager):
         Args:
             request: The request.
             num_tokens: Tokens that will have been computed after the step.
-            args: Of sparse retention, which full attention does not have.
-            kwargs: As ``args``.
+            retention_interval: Of sparse retention, which full attention does not have.
+            replay_boundaries: As ``retention_interval``.
         """
-        life = self._lives.setdefault(request.request_id, Life())
+        life = self._life(request.request_id)
         life.request = request
         computed = request.num_computed_tokens
+        full = min(num_tokens, computed) // self.block_size
         # Tokens that steps in flight have yet to sample are not among ``num_tokens``.
-        compacted = self.rule.freeable_spans(
-            request.num_prompt_tokens, max(computed + 1, num_tokens), life.cached_spans
-        )
+        scheduled = max(computed + 1, num_tokens)
+        if full <= life.published and scheduled < life.next_compaction:
+            return  # most steps of most requests
+        if self._private:
+            self._copy_held(request.request_id)
+        publisher, rows = self._publisher, self.req_to_blocks[request.request_id]
+        prompt_len = request.num_prompt_tokens
+        compacted = self.rule.freeable_spans(prompt_len, scheduled, life.cached_spans)
+        life.next_compaction = self.rule.next_freeable(prompt_len, scheduled, compacted)
         if not self.rule.delay_prompt:
-            self._uncache(life, compacted)
-        self._publish_dense(life, min(num_tokens, computed) // self.block_size)
+            publisher.uncache(life, rows, compacted)
+        publisher.publish_dense(life, rows, full)
         if self.rule.delay_prompt:
-            self._move_heads(life, compacted)
+            publisher.move_heads(life, rows, compacted, self._pending_cow_copies)
         self.num_cached_block[request.request_id] = life.published
 
     def remove_skipped_blocks(
@@ -180,9 +186,16 @@ class ThinKVCacheManager(FullAttentionManager):
             NotImplementedError: If a prompt grows, as those of streaming-input sessions do:
                 thin blocks cannot become dense again.
         """
+        life = self._lives.get(request_id)
+        if (
+            life is not None
+            and processed_computed_tokens < life.next_free
+            and num_prompt_tokens == life.prompt_len
+        ):
+            return  # most steps of most requests
         if num_prompt_tokens is None or request_id not in self.req_to_blocks:
             return
-        life = self._lives.setdefault(request_id, Life())
+        life = self._life(request_id)
         if life.prompt_len is None:
             life.prompt_len = num_prompt_tokens
         if life.prompt_len != num_prompt_tokens:
@@ -194,22 +207,26 @@ class ThinKVCacheManager(FullAttentionManager):
         freeable = self.rule.freeable_spans(
             num_prompt_tokens, processed_computed_tokens, life.cached_spans
         )
-        self._publish_thin(life, freeable)
+        self._publisher.publish_thin(life, self.req_to_blocks[request_id], freeable)
         for span in range(life.freed_spans, freeable):
             first = span * self.rule.span_blocks
             self._remove_blocks_in_range(
                 request_id, first + self.rule.thin_blocks, first + self.rule.span_blocks
             )
         life.freed_spans = max(life.freed_spans, freeable)
+        life.next_free = self.rule.next_freeable(
+            num_prompt_tokens, processed_computed_tokens, freeable
+        )
 
     # -- The end -----------------------------------------------------------------------------
 
     def pop_blocks_for_free(self, request_id: str) -> list[Any]:
         """Cache what a finished or preempted request leaves; vLLM then frees its blocks."""
         life = self._lives.pop(request_id, None)
+        self._private.pop(request_id, None)
         if life is not None and life.request is not None:
             self._leave(life)
-        self._copies.publish()
+        self._publisher.copies.publish()
         blocks: list[Any] = super().pop_blocks_for_free(request_id)
         return blocks
 
@@ -218,11 +235,12 @@ class ThinKVCacheManager(FullAttentionManager):
         processed = request.num_computed_tokens - request.num_in_flight_tokens
         prompt_len = request.num_prompt_tokens
         thin = rule.freeable_spans(prompt_len, processed, life.cached_spans)
-        self._publish_thin(life, thin)
+        rows = self.req_to_blocks[request.request_id]
+        self._publisher.publish_thin(life, rows, thin)
         if request.num_in_flight_tokens == 0:
             # Nothing else will be compacted.
-            life.published = life.uncached_spans = 0
-            self._publish_dense(life, processed // self.block_size, thin * rule.span_blocks)
+            life.published, life.uncached_spans = 0, thin
+            self._publisher.publish_dense(life, rows, processed // self.block_size)
         if not request.is_finished():
             # Its observation window must be computed again. What it has computed from dense
             # blocks it computes again from such: over thin ones, even its own, it might go on
@@ -236,70 +254,20 @@ class ThinKVCacheManager(FullAttentionManager):
 
     def new_step_starts(self) -> None:
         """Let requests find the copies that earlier steps have made."""
-        self._copies.publish()
+        self._publisher.copies.publish()
 
-    # -- The cache ---------------------------------------------------------------------------
+    def _copy_held(self, request_id: str) -> None:
+        """Give a new request copies of the heads that others hold, allocated for at admission."""
+        rows, indices = self.req_to_blocks[request_id], self._private.pop(request_id, [])
+        copies = self.block_pool.get_new_blocks(len(indices))
+        for index, copy in zip(indices, copies, strict=True):
+            self._apply_cow(request_id, index, rows[index], copy)
 
-    def _publish_dense(self, life: Life, num_blocks: int, first: int = 0) -> None:
-        """Cache a request's dense blocks up to a row, but for spans that leave the cache."""
-        start = max(first, life.published, life.uncached_spans * self.rule.span_blocks)
-        exact = 0
-        if life.cached_spans == 0:
-            exact = self.rule.exact_tokens(life.request.num_prompt_tokens) // self.block_size
-        middle, group = min(max(start, exact), num_blocks), self.kv_cache_group_id
-        self._publish_rows(life, start, middle, group)
-        if self.kv_cache_spec.thin_prefixes:
-            self._publish_rows(life, middle, num_blocks, approximate_group(group))
-        life.published = max(life.published, num_blocks)
-
-    def _publish_rows(self, life: Life, start: int, end: int, group: int) -> None:
-        if end > start:
-            rows = self.req_to_blocks[life.request.request_id]
-            self.block_pool.cache_full_blocks(
-                request=life.request,
-                blocks=rows,
-                num_cached_blocks=start,
-                num_full_blocks=end,
-                block_size=self.block_size,
-                kv_cache_group_id=group,
-                block_mask=[block.block_hash is None for block in rows[start:end]],
-            )
-
-    def _publish_thin(self, life: Life, num_spans: int) -> None:
-        if life.request is None or not self.kv_cache_spec.thin_prefixes:
-            return
-        rule, rows = self.rule, self.req_to_blocks[life.request.request_id]
-        for span in range(life.published_spans, num_spans):
-            first, end = span * rule.span_blocks, (span + 1) * rule.span_blocks
-            if span >= life.cached_spans:
-                cache_thin(
-                    self.block_pool,
-                    life.request.block_hashes[end - 1],
-                    rows[first : first + rule.thin_blocks],
-                    end * rule.block_size,
-                    self.kv_cache_group_id,
-                    rule,
-                )
-        life.published_spans = max(life.published_spans, num_spans)
-
-    def _uncache(self, life: Life, num_spans: int) -> None:
-        """Take spans out of the cache that the worker is about to compact."""
-        rows = self.req_to_blocks[life.request.request_id]
-        first = max(life.uncached_spans, life.cached_spans) * self.rule.span_blocks
-        last = min(num_spans * self.rule.span_blocks, len(rows))
-        self.block_pool.evict_blocks({b.block_id for b in rows[first:last] if not b.is_null})
-        life.uncached_spans = max(life.uncached_spans, num_spans)
-
-    def _move_heads(self, life: Life, num_spans: int) -> None:
-        """Have the heads of spans copied, so that their exact form stays in the cache."""
-        rows = self.req_to_blocks[life.request.request_id]
-        for span in range(max(life.uncached_spans, life.cached_spans), num_spans):
-            first = span * self.rule.span_blocks
-            heads = rows[first : first + self.rule.thin_blocks]
-            if not self._copies.move(heads, self._pending_cow_copies):
-                break
-            life.uncached_spans = span + 1
-        self._uncache(life, num_spans)
+    def _life(self, request_id: str) -> Life:
+        life = self._lives.get(request_id)
+        if life is None:
+            life = self._lives[request_id] = Life()
+        return life
 
     def _count_thin(self, rows: Sequence[Any]) -> int:
         """Leading spans of a hit that are thin."""
