@@ -41,7 +41,7 @@ def run_case(case: Case, options: argparse.Namespace) -> Soaked:
                 precise=case.precise(),
                 concurrency=options.concurrency,
                 alone=options.alone,
-                exact_prefixes=options.exact_prefixes or not case.prefix_caching,
+                exact_prefixes=case.exact_prefixes,
             )
 
 
@@ -80,18 +80,13 @@ def main() -> int:
     parser.add_argument("--alone", type=int, default=100, help="asked for again, one at a time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--prefix-caching", action="store_true")
-    parser.add_argument(
-        "--exact-prefixes",
-        action="store_true",
-        help="compare prompts that begin alike although prefixes are cached",
-    )
+    parser.add_argument("--no-prefix-caching", action="store_true")
     options = parser.parse_args()
     print(describe_machine())
     print(f"seed {options.seed}, {options.concurrency} requests at a time\n\n{HEADER}", flush=True)
     failed = False
     for name in options.only:
-        case = replace(CASES[name], prefix_caching=options.prefix_caching)
+        case = replace(CASES[name], prefix_caching=not options.no_prefix_caching)
         start = time.monotonic()
         done = run_case(case, options)
         print(table_row(name, done, time.monotonic() - start), flush=True)

@@ -33,16 +33,25 @@ def test_soak(serve: Callable[..., Server], tmp_path: Path, name: str) -> None:
     server = serve(*case.server_arguments(), model=model, kv_cache_bytes=case.pool_bytes())
     reference, thinning = Reference(model), Thinning.of(case.plan)
     jobs = case.jobs(1, REQUESTS)
-    done = soak(server, reference, thinning, jobs, case.precise(), alone=15)
+    done = soak(
+        server,
+        reference,
+        thinning,
+        jobs,
+        case.precise(),
+        alone=15,
+        exact_prefixes=case.exact_prefixes,
+    )
     assert not done.found.failures, "\n".join(done.found.failures)
 
     # All that is asked for has happened.
+    assert server.metric("vllm:prefix_cache_hits_total") > 0
     jobs_of = list(zip(done.jobs, done.outcomes, strict=True))
     assert sum(job.status != 200 for job, _ in jobs_of) == REQUESTS // 20
     assert any(job.leaves_after == 0 for job, _ in jobs_of)
     assert any(job.patience_s is not None and got.status is None for job, got in jobs_of)
     assert any(job.leaves and got.tokens and not got.done for job, got in jobs_of)
-    assert done.found.compared > 0.7 * REQUESTS
+    assert done.found.compared > (0.7 if case.exact_prefixes else 0.5) * REQUESTS
     # The comparison would notice if nothing were thin.
     longest = sorted(
         comparable(done.jobs, done.outcomes, exact_prefixes=False),

@@ -57,7 +57,12 @@ class Case:
 
     settings: ThinkConfig
     exact: bool = False
-    prefix_caching: bool = False
+    prefix_caching: bool = True
+
+    @property
+    def exact_prefixes(self) -> bool:
+        """Whether prompts that begin alike are served as if they did not."""
+        return not self.prefix_caching or self.settings.kv_prefix_cache == "dense"
 
     @property
     def plan(self) -> BlockPlan:
@@ -98,7 +103,7 @@ class Case:
 
 
 CASES = {
-    "prune 0.5": Case(ThinkConfig(kv_channel_prune=0.5)),
+    "prune 0.5": Case(ThinkConfig(kv_channel_prune=0.5, kv_prefix_cache="dense")),
     "prune 0.4 + kivi4": Case(ThinkConfig(kv_channel_prune=0.4, kv_quant="kivi4"), exact=True),
 }
 
