@@ -119,42 +119,62 @@ def check_engine(vllm_config: VllmConfig) -> None:
     check_windows(vllm_config)
     parallel = vllm_config.parallel_config
     cache_dtype = vllm_config.cache_config.cache_dtype
-    unsupported: list[tuple[Any, str, str]] = [
-        (vllm_config.speculative_config, "--speculative-config", "leave it out"),
-        (vllm_config.kv_transfer_config, "--kv-transfer-config (a KV connector)", "leave it out"),
+    unsupported: list[tuple[Any, str, str, str]] = [
+        (
+            vllm_config.speculative_config,
+            "--speculative-config",
+            "a rejected token rolls its request back, and thin blocks cannot become dense again",
+            "leave it out",
+        ),
+        (
+            vllm_config.kv_transfer_config,
+            "--kv-transfer-config (a KV connector)",
+            "connectors move dense blocks and know nothing of channel tables",
+            "leave it out",
+        ),
         (
             vllm_config.kv_events_config is not None
             and vllm_config.kv_events_config.enable_kv_cache_events,
-            "--kv-events-config (blocks change their form without an event)",
+            "--kv-events-config",
+            "blocks change their form without an event",
             "leave it out",
         ),
         # vLLM turns this into a KV connector only later.
-        (vllm_config.cache_config.kv_offloading_size, "--kv-offloading-size", "leave it out"),
+        (
+            vllm_config.cache_config.kv_offloading_size,
+            "--kv-offloading-size",
+            "offloading moves dense blocks and knows nothing of channel tables",
+            "leave it out",
+        ),
         (
             parallel.decode_context_parallel_size > 1,
             f"--decode-context-parallel-size {parallel.decode_context_parallel_size}",
+            "it cuts spans into pieces on several ranks",
             "use 1",
         ),
         (
             parallel.prefill_context_parallel_size > 1,
             f"--prefill-context-parallel-size {parallel.prefill_context_parallel_size}",
+            "it cuts spans into pieces on several ranks",
             "use 1",
         ),
         (
             vllm_config.cache_config.kv_sharing_fast_prefill,
             "--kv-sharing-fast-prefill",
+            "queries that choose channels would be left out",
             "leave it out",
         ),
         (
             cache_dtype not in _plain_dtypes(vllm_config.model_config),
             f"--kv-cache-dtype {cache_dtype}",
+            "blocks that are dense hold keys and values as computed",
             "use --kv-quant fp8 instead" if cache_dtype.startswith("fp8") else "use auto",
         ),
     ]
-    for present, name, way_out in unsupported:
+    for present, name, reason, way_out in unsupported:
         if present:
             raise ThinkError(
-                f"thin KV blocks do not support {name} yet; {way_out}, or serve without "
+                f"thin KV blocks do not support {name} yet: {reason}; {way_out}, or serve without "
                 "--kv-channel-prune and --kv-quant"
             )
 

@@ -51,7 +51,7 @@ def refused(capsys: pytest.CaptureFixture[str], model: Path, *arguments: str) ->
         (["--kv-channel-prune", "0.3", "--block-size", "16"], "--block-size 16 tokens frees a"),
         (
             ["--kv-channel-prune", "0.5", "--kv-cache-dtype", "fp8"],
-            "--kv-cache-dtype fp8 yet; use --kv-quant fp8 instead",
+            "hold keys and values as computed; use --kv-quant fp8 instead",
         ),
         (
             ["--kv-quant", "fp8", "--kv-offloading-size", "1"],
@@ -69,7 +69,7 @@ def refused(capsys: pytest.CaptureFixture[str], model: Path, *arguments: str) ->
                 "--speculative-config",
                 '{"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}',
             ],
-            "--speculative-config",
+            "--speculative-config yet: a rejected token rolls its request back",
         ),
         (
             [
@@ -78,11 +78,15 @@ def refused(capsys: pytest.CaptureFixture[str], model: Path, *arguments: str) ->
                 "--kv-transfer-config",
                 '{"kv_connector": "ExampleConnector", "kv_role": "kv_both"}',
             ],
-            "--kv-transfer-config (a KV connector)",
+            "--kv-transfer-config (a KV connector) yet: connectors move dense blocks",
         ),
         (
             ["--kv-channel-prune", "0.5", "--kv-offloading-size", "1"],
             "--kv-offloading-size",
+        ),
+        (
+            ["--kv-quant", "fp8", "--kv-events-config", '{"enable_kv_cache_events": true}'],
+            "--kv-events-config yet: blocks change their form without an event",
         ),
         (["--kv-channel-prune", "0.5", "--block-size", "40"], "--block-size is 40"),
         (

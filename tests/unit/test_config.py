@@ -32,6 +32,10 @@ from think_vllm.formats import FORMATS, GROUP_SIZES
             "--kv-quant-group is 32, but --kv-quant is fp8, .* use --kv-quant kivi4 or k4v2",
         ),
         (
+            {"kv_quant": "fp8", "kv_prune_prefill": True, "kv_prefix_cache": "dense"},
+            "no exact prefixes for --kv-prefix-cache dense to keep; leave one of them out",
+        ),
+        (
             {"kv_channel_prune": 0.5, "kv_quant_group": 64},
             "--kv-quant is none, which has no groups; leave --kv-quant-group out",
         ),
