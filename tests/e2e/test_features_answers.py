@@ -60,7 +60,9 @@ def server(serve: Callable[..., Server], model: Path) -> Server:
     # CPUs schedule synchronously whatever is asked for; on GPUs the other flag is the default.
     options = ("--no-enable-chunked-prefill", "--async-scheduling")
     template = ("--chat-template", str(BUNDLED / "chat_template.jinja"))
-    return serve(*EAGER, "--kv-channel-prune", "0.5", *options, *template, model=model)
+    # Prompts are asked again and again: hits have to be exact.
+    flags = ("--kv-channel-prune", "0.5", "--kv-prefix-cache", "dense")
+    return serve(*EAGER, *flags, *options, *template, model=model)
 
 
 @pytest.fixture(scope="module")

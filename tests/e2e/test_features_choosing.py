@@ -18,7 +18,7 @@ from tests.support.server import Server, completion_of
 
 pytestmark = pytest.mark.e2e
 
-PLAN, ARGUMENTS = plan_served(128, kv_channel_prune=0.5, kv_quant="k4v2")
+PLAN, ARGUMENTS = plan_served(128, kv_channel_prune=0.5, kv_quant="k4v2", kv_prefix_cache="dense")
 THIN = Thinning.of(PLAN)
 #: One span is thin at the end of the prompt, a second one is due 20 tokens later.
 PROMPT = random_prompts([2 * PLAN.span_tokens + 32 - 20], seed=6)[0]

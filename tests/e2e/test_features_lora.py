@@ -23,7 +23,7 @@ def test_adapters_and_base_model_in_one_batch(serve: Callable[..., Server], tmp_
         adapter = make_adapter(tmp_path / name, base, seed)
         references[name] = Reference(merge_adapter(tmp_path / f"{name}-merged", base, adapter))
         modules.append(f"{name}={adapter}")
-    plan, arguments = plan_served(128, kv_channel_prune=0.5)
+    plan, arguments = plan_served(128, kv_channel_prune=0.5, kv_prefix_cache="dense")
     # One slot more than adapters: on CPUs vLLM 0.32 gives requests of the base model, where they
     # share a batch with others, the adapter in the last slot, and that of an empty slot is zero.
     lora = ("--enable-lora", "--max-loras", "3", "--max-lora-rank", "8", "--lora-modules", *modules)

@@ -21,13 +21,15 @@ from tests.support.server import Completion, Server, completion_of, run_serve
 pytestmark = pytest.mark.e2e
 
 MAX_MODEL_LEN = 1024
-PLAN, FLAGS = plan_served(128, kv_channel_prune=0.5, kv_quant="k4v2")
+PLAN, FLAGS = plan_served(128, kv_channel_prune=0.5, kv_quant="k4v2", kv_prefix_cache="dense")
 THIN = Thinning.of(PLAN)
 ARGUMENTS = (*EAGER, *FLAGS, "--max-model-len", str(MAX_MODEL_LEN))
 #: Of one layer with two heads.
 BLOCK_BYTES = PLAN.layout.run_bytes * 2
 #: The longest request, and the null block.
 POOL_BYTES = (MAX_MODEL_LEN // PLAN.block_size + 1) * BLOCK_BYTES
+#: Times that something is tried which a fast machine may be too fast for.
+ROUNDS = 10
 #: Greedy answers of a random model go round in circles: groups of equal tokens.
 VARIED = {"frequency_penalty": 2.0}
 
@@ -102,8 +104,9 @@ def test_longest_requests(server: Server, reference: Reference) -> None:
 
 def test_priorities_and_lengths_mixed(server: Server, reference: Reference) -> None:
     # Long and short prompts share chunks of 128 tokens; whoever comes last may go first.
-    lengths = [700, 5, 450, 33, 600, 300, 17, 500, 90, 310]
-    counts = [120, 400, 200, 300, 100, 200, 350, 150, 330, 300]
+    # The last six need few blocks at first and more than there are in the end.
+    lengths = [700, 5, 450, 33, 600, 300, 17, 500, 90, 310, *range(20, 26)]
+    counts = [120, 400, 200, 300, 100, 200, 350, 150, 330, 300, *[240] * 6]
     prompts = random_prompts(lengths, seed=2)
     before = server.metric("vllm:num_preemptions_total")
 
@@ -149,18 +152,34 @@ def test_client_that_does_not_wait_for_the_answer(server: Server, reference: Ref
     with closing(http.client.HTTPConnection(server.url.removeprefix("http://"))) as connection:
         headers = {"Content-Type": "application/json"}
         connection.request("POST", "/v1/completions", json.dumps(body), headers)
-        server.wait_for_metric("vllm:num_requests_running", 1)
+        # First come, first served: once this one is answered, the other one runs.
+        server.complete([5, 6, 7], 1)
     assert_nothing_lost(server, reference)
     assert server.metric(generated) - before < 700
 
 
 def check_interrupted(server: Server, reference: Reference, between: Callable[[], None]) -> None:
-    """Stream long answers, do something that preempts them once they have begun, and compare."""
+    """Stream long answers, do something that preempts them once they have begun, and compare.
+
+    The server does not wait for its clients, so answers may be done by then: they are asked for
+    until they are not.
+    """
+    for _ in range(ROUNDS):
+        before = server.metric("vllm:num_preemptions_total")
+        prompts, answers = interrupted_answers(server, between)
+        assert_equal(reference, prompts, answers)
+        assert_nothing_lost(server, reference)
+        if server.metric("vllm:num_preemptions_total") - before >= len(prompts):
+            return
+    raise AssertionError(f"in {ROUNDS} rounds answers were done before anything could happen")
+
+
+def interrupted_answers(
+    server: Server, between: Callable[[], None]
+) -> tuple[list[list[int]], list[Completion]]:
     prompts = random_prompts([50, PLAN.span_tokens + 20], seed=7)
-    # Long enough to be far from done by then: the server does not wait for its clients.
     options = {"max_tokens": 700, "temperature": 0, "logprobs": 0, "ignore_eos": True, **VARIED}
     streams = [server.stream(prompt=prompt, return_token_ids=True, **options) for prompt in prompts]
-    before = server.metric("vllm:num_preemptions_total")
     begun = [[next(stream)] for stream in streams]
     between()
     answers = []
@@ -169,9 +188,7 @@ def check_interrupted(server: Server, reference: Reference, between: Callable[[]
         tokens = [token for piece in pieces for token in piece.tokens]
         logprobs = [logprob for piece in pieces for logprob in piece.logprobs]
         answers.append(Completion(tokens, logprobs, "".join(piece.text for piece in pieces)))
-    assert server.metric("vllm:num_preemptions_total") - before >= len(prompts)
-    assert_equal(reference, prompts, answers)
-    assert_nothing_lost(server, reference)
+    return prompts, answers
 
 
 def test_reset_of_the_prefix_cache(server: Server, reference: Reference) -> None:

@@ -60,7 +60,7 @@ def test_sessions_are_refused_alone(
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     [prompt] = random_prompts([420])
-    settings = {"think": {"kv_channel_prune": 0.5}}
+    settings = {"think": {"kv_channel_prune": 0.5, "kv_prefix_cache": "dense"}}
     done = subprocess.run(
         [sys.executable, str(script), str(recall_model), json.dumps(prompt), json.dumps(settings)],
         capture_output=True,
