@@ -1,14 +1,12 @@
 """vLLM's real KVCacheManager driven by a scheduler with random choices, and a model of the worker.
 
-The model writes into every block what the worker would write, and checks what the worker would
-read. A block freed too early, handed out twice, shared while somebody writes it or found under a
-wrong key makes a content wrong; one never given back makes a count short.
+A block never given back makes a count short; for what else the model notices see
+``block_worker.py``.
 """
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import numpy as np
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_manager import KVCacheManager
@@ -16,11 +14,9 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request, RequestStatus
 
-from think_vllm.attention.sorting import leading_thin_spans
+from tests.support.block_worker import BLOCK, Worker
 from think_vllm.blocks.spec import ThinKVCacheSpec
-from think_vllm.spans import SpanRule
 
-BLOCK = 4
 NUM_BLOCKS = 40
 MAX_LEN = 100
 
@@ -42,123 +38,6 @@ def make_manager(spec: FullAttentionSpec, caching: bool = False) -> KVCacheManag
         enable_caching=caching,
         log_stats=True,
     )
-
-
-@dataclass(frozen=True)
-class Dense:
-    """A dense block: the tokens before it, its own, and whether they were computed exactly."""
-
-    before: tuple[int, ...]
-    tokens: tuple[int, ...]
-    exact: bool
-
-
-@dataclass(frozen=True)
-class Thin:
-    """A thin block: the tokens up to its span's end, who made it, and which one it is."""
-
-    tokens: tuple[int, ...]
-    version: str
-    number: int
-
-
-@dataclass
-class Row:
-    """What the worker knows of a request: its blocks, and what it has done to them."""
-
-    tokens: list[int]
-    blocks: list[int]
-    thin: int
-    exact: bool
-    hit: int
-
-
-@dataclass
-class Worker:
-    """Contents of every block, and each request's row."""
-
-    rule: SpanRule
-    memory: dict[int, Dense | Thin] = field(default_factory=dict)
-    rows: dict[str, Row] = field(default_factory=dict)
-
-    def start(self, name: str, tokens: list[int], blocks: list[int], computed: int) -> None:
-        table = np.array([blocks + [0] * 60], np.int32)
-        thin = int(leading_thin_spans(self.rule, table, np.array([computed]))[0])
-        self.rows[name] = Row(tokens, blocks, thin, exact=thin == 0, hit=computed)
-
-    def copy(self, copies: list[tuple[int, int]]) -> None:
-        # All sources are read before the first copy is written.
-        found = [self.memory[source] for source, _ in copies]
-        self.memory.update(zip([target for _, target in copies], found, strict=True))
-
-    def run(self, name: str, prompt_len: int, start: int, count: int) -> None:
-        """One chunk: store, then for each query compact what is due and read."""
-        row, rule = self.rows[name], self.rule
-        cached = self._cached(row, start)
-        for position in range(start, start + count):
-            index, offset = divmod(position, BLOCK)
-            held = self.memory.get(row.blocks[index])
-            before = tuple(row.tokens[: index * BLOCK])
-            kept = tuple(row.tokens[index * BLOCK : position])
-            if offset:  # a block's first token claims it; later ones must find it still theirs
-                assert isinstance(held, Dense), (held, position)
-                assert (held.before, held.tokens[:offset]) == (before, kept)
-            exact = rule.thin_spans(prompt_len, position, start, cached) == 0
-            if offset:
-                exact &= held.exact
-            self.memory[row.blocks[index]] = Dense(before, (*kept, row.tokens[position]), exact)
-        for position in range(start, start + count):
-            if position >= prompt_len:
-                self._compact(row, name, rule.thin_spans(prompt_len, position, 0, cached))
-            seen = rule.thin_spans(prompt_len, position, start, cached)
-            assert seen == row.thin
-            self._read(row, position)
-            if position == prompt_len - 1 and not rule.delay_prompt:
-                self._compact(row, name, max(cached, rule.prompt_spans(prompt_len)))
-        end = start + count
-        if rule.prune_prefill and end < prompt_len:
-            self._compact(row, name, max(cached, rule.prompt_spans(end)))
-
-    def _cached(self, row: Row, computed: int) -> int:
-        table = np.array([row.blocks + [0] * 60], np.int32)
-        return int(leading_thin_spans(self.rule, table, np.array([computed]))[0])
-
-    def _compact(self, row: Row, name: str, target: int) -> None:
-        rule = self.rule
-        for span in range(row.thin, target):
-            first = span * rule.span_blocks
-            for index in range(first, first + rule.span_blocks):
-                self._check_dense(row, index, (index + 1) * BLOCK)
-            tokens = tuple(row.tokens[: (span + 1) * rule.span_tokens])
-            for j in range(rule.thin_blocks):
-                self.memory[row.blocks[first + j]] = Thin(tokens, name, j)
-            row.thin = span + 1
-
-    def _read(self, row: Row, position: int) -> None:
-        rule = self.rule
-        for span in range(row.thin):
-            first = span * rule.span_blocks
-            held = [self.memory[row.blocks[first + j]] for j in range(rule.thin_blocks)]
-            tokens = tuple(row.tokens[: (span + 1) * rule.span_tokens])
-            for j, content in enumerate(held):
-                assert isinstance(content, Thin), content
-                assert (content.tokens, content.number) == (tokens, j)
-            # Blocks of two versions are two choices of channels.
-            assert len({content.version for content in held}) == 1
-        for index in range(row.thin * rule.span_blocks, position // BLOCK + 1):
-            self._check_dense(row, index, min(position + 1, (index + 1) * BLOCK))
-
-    def _check_dense(self, row: Row, index: int, end: int) -> None:
-        held = self.memory[row.blocks[index]]
-        assert isinstance(held, Dense), held
-        tokens = tuple(row.tokens[index * BLOCK : end])
-        assert (held.before, held.tokens[: len(tokens)]) == (
-            tuple(row.tokens[: index * BLOCK]),
-            tokens,
-        )
-        # Its own later tokens may be approximate, but not what it hit.
-        if row.exact and (index + 1) * BLOCK <= row.hit:
-            assert held.exact
 
 
 @dataclass
