@@ -1,7 +1,8 @@
 """Decode attention: vLLM's own CPU kernel (bf16 and fp8 cache), and ours over thin blocks.
 
 8 sequences of 4,096 tokens, 32/8 heads of 128 unless told otherwise. The kernels take turns, so
-each round meets the same machine; medians of rounds, and of their ratios to vLLM's kernel.
+each round meets the same machine; medians of rounds, and of their ratios to vLLM's kernel. With
+``--queries`` it is a chunk of a prompt behind a cached prefix: dense in vLLM, thin here.
 Run: ``python -m bench.decode``.
 """
 
@@ -25,10 +26,14 @@ VLLM_BLOCK_SIZE = 128  # its default on CPUs
 
 
 def vllm_kernel(
-    query: torch.Tensor, num_kv_heads: int, context: int, kv_cache_dtype: str = "auto"
+    query: torch.Tensor,
+    num_seqs: int,
+    num_kv_heads: int,
+    context: int,
+    kv_cache_dtype: str = "auto",
 ) -> Callable[[], None]:
-    """Set up vLLM's C++ decode over dense blocks of the query's dtype, or of fp8."""
-    num_seqs, _, head_size = query.shape
+    """Set up vLLM's C++ kernel over dense blocks of the query's dtype, or of fp8."""
+    count, _, head_size = query.shape
     width = -(-context // VLLM_BLOCK_SIZE)
     shape = (num_seqs * width, num_kv_heads, VLLM_BLOCK_SIZE, 2 * head_size)
     cache = torch.randn(shape).to(query.dtype)
@@ -36,23 +41,29 @@ def vllm_kernel(
         cache = cache.to(torch.float8_e4m3fn).view(torch.uint8)
     table = torch.arange(num_seqs * width, dtype=torch.int32).view(num_seqs, width)
     isa = "vec" if head_size % 32 == 0 else "vec16"
-    ones, contexts = [1] * num_seqs, [context] * num_seqs
+    lengths, contexts = [count // num_seqs] * num_seqs, [context] * num_seqs
     run, _ = vllm_attention(
-        query, cache, table, ones, contexts, head_size**-0.5, isa, kv_cache_dtype
+        query, cache, table, lengths, contexts, head_size**-0.5, isa, kv_cache_dtype
     )
     return run
 
 
 def think_kernel(
-    query: torch.Tensor, num_kv_heads: int, context: int, plan: BlockPlan, thin: bool
+    query: torch.Tensor,
+    num_seqs: int,
+    num_kv_heads: int,
+    context: int,
+    plan: BlockPlan,
+    thin: bool,
 ) -> Callable[[], None]:
-    """Set up our decode over contexts whose full spans are all thin, or all dense."""
-    num_seqs, _, head_size = query.shape
+    """Set up our kernel over contexts whose full spans, up to the queries, are thin or dense."""
+    count, _, head_size = query.shape
+    queries = count // num_seqs
     width = -(-context // plan.block_size)
     shape = (num_seqs * width, num_kv_heads, plan.block_size, 2 * head_size)
     cache = torch.randn(shape).to(query.dtype)
     table = torch.arange(num_seqs * width, dtype=torch.int32).view(num_seqs, width)
-    spans = plan.rule.prompt_spans(context) if thin else 0
+    spans = plan.rule.prompt_spans(context - queries + 1) if thin else 0
     if spans:
         request = np.repeat(np.arange(num_seqs), spans)
         ranked = torch.rand(num_seqs * spans, num_kv_heads, head_size).argsort(dim=-1)
@@ -60,9 +71,9 @@ def think_kernel(
         span = np.tile(np.arange(spans), num_seqs)
         compact_spans(cache, table, request, span, channels, plan)
     rows = DecodeRows(
-        np.arange(num_seqs, dtype=np.int32),
-        np.full(num_seqs, context, np.int32),
-        np.full(num_seqs, spans, np.int32),
+        np.repeat(np.arange(num_seqs, dtype=np.int32), queries),
+        np.tile(np.arange(context - queries + 1, context + 1, dtype=np.int32), num_seqs),
+        np.full(count, spans, np.int32),
     )
     out = torch.empty_like(query)
 
@@ -77,6 +88,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sequences", type=int, default=8)
     parser.add_argument("--context", type=int, default=4096)
+    parser.add_argument("--queries", type=int, default=1, help="last tokens of each sequence")
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--head-size", type=int, default=128)
@@ -87,9 +99,10 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     dtype = getattr(torch, options.dtype)
-    query = torch.randn(options.sequences, options.heads, options.head_size).to(dtype)
-    kernels = {"vLLM": vllm_kernel(query, options.kv_heads, options.context)}
-    kernels["vLLM, fp8 cache"] = vllm_kernel(query, options.kv_heads, options.context, "fp8")
+    count, shape = options.sequences, (options.kv_heads, options.context)
+    query = torch.randn(count * options.queries, options.heads, options.head_size).to(dtype)
+    kernels = {"vLLM": vllm_kernel(query, count, *shape)}
+    kernels["vLLM, fp8 cache"] = vllm_kernel(query, count, *shape, "fp8")
     for name in options.formats:
         for ratio in options.ratios:
             config = ThinkConfig.model_validate({"kv_channel_prune": ratio, "kv_quant": name})
@@ -98,9 +111,9 @@ def main() -> None:
                 continue
             title = f"{name}, {ratio:g} ({plan.span_blocks} blocks of {plan.block_size} -> "
             title += f"{plan.thin_blocks})"
-            kernels[title] = think_kernel(query, options.kv_heads, options.context, plan, True)
+            kernels[title] = think_kernel(query, count, *shape, plan, True)
             if name == "none":
-                dense = think_kernel(query, options.kv_heads, options.context, plan, False)
+                dense = think_kernel(query, count, *shape, plan, False)
                 kernels[f"dense blocks of {plan.block_size}"] = dense
     times: dict[str, list[float]] = {name: [] for name in kernels}
     for round_ in range(options.rounds + 3):
@@ -111,8 +124,8 @@ def main() -> None:
                 times[name].append(1e3 * (time.perf_counter() - start))
     print(describe_machine())
     print(
-        f"{options.sequences} x {options.context} tokens, {options.heads}/{options.kv_heads} heads "
-        f"of {options.head_size}, {options.dtype}, {torch.get_num_threads()} threads, "
+        f"{options.sequences} x {options.context} tokens, {options.queries} queries each, "
+        f"{options.heads}/{options.kv_heads} heads of {options.head_size}, {options.dtype}, {torch.get_num_threads()} threads, "
         f"{options.rounds} rounds\n"
     )
     print("| kernel | ms | of vLLM's time |\n| --- | --- | --- |")
