@@ -125,7 +125,8 @@ def main() -> None:
     print(describe_machine())
     print(
         f"{options.sequences} x {options.context} tokens, {options.queries} queries each, "
-        f"{options.heads}/{options.kv_heads} heads of {options.head_size}, {options.dtype}, {torch.get_num_threads()} threads, "
+        f"{options.heads}/{options.kv_heads} heads of {options.head_size}, {options.dtype}, "
+        f"{torch.get_num_threads()} threads, "
         f"{options.rounds} rounds\n"
     )
     print("| kernel | ms | of vLLM's time |\n| --- | --- | --- |")
