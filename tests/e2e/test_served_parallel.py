@@ -25,6 +25,7 @@ from tests.support.models import copy_tokenizer, make_exact_llama, make_llama
 from tests.support.reference import Reference, Thinning
 from tests.support.server import Completion, Server
 from think_vllm.cli.plan import budget_fields
+from think_vllm.models import AttentionLayers
 from think_vllm.planner import BlockPlan
 
 pytestmark = pytest.mark.e2e
@@ -68,7 +69,8 @@ class Ranks:
         if model is not None:
             options["model"] = model
         self.server = serve(*arguments, *LIMITS, **options)
-        fields = budget_fields(plan, heads, layers, self.pool_bytes, MAX_MODEL_LEN)
+        kinds = AttentionLayers(full=layers, window=0, window_tokens=0)
+        fields = budget_fields(plan, heads, kinds, self.pool_bytes, MAX_MODEL_LEN)
         assert fields["num_blocks"] == self.num_blocks - 1
 
     def check(self, reference: Reference, **options: float) -> list[Completion]:
