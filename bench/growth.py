@@ -238,7 +238,7 @@ def measure_builder(options: argparse.Namespace) -> None:
         config = make_config(SETTINGS[name], 64, False)
         with set_current_vllm_config(config):
             plan = remember_plan(config)
-            thin = thin_spec(dense_spec(config, plan.block_size), plan)
+            thin = thin_spec(dense_spec(config, plan.block_size))
             ours = ThinkCPUMetadataBuilder(thin, [], config, cpu)
         plain_config = make_config(None, 64, False)
         with set_current_vllm_config(plain_config):

@@ -145,17 +145,24 @@ def test_clients_that_hang_up(server: Server, reference: Reference) -> None:
 
 
 def test_client_that_does_not_wait_for_the_answer(server: Server, reference: Reference) -> None:
+    count = 700
+    body = {"model": server.model, "max_tokens": count, "ignore_eos": True}
+    headers = {"Content-Type": "application/json"}
     generated = "vllm:generation_tokens_total"
-    before = server.metric(generated)
-    [prompt] = random_prompts([300], seed=4)
-    body = {"model": server.model, "prompt": prompt, "max_tokens": 700, "ignore_eos": True}
-    with closing(http.client.HTTPConnection(server.url.removeprefix("http://"))) as connection:
-        headers = {"Content-Type": "application/json"}
-        connection.request("POST", "/v1/completions", json.dumps(body), headers)
-        # First come, first served: once this one is answered, the other one runs.
-        server.complete([5, 6, 7], 1)
-    assert_nothing_lost(server, reference)
-    assert server.metric(generated) - before < 700
+    # The answer may be done before the server has seen that nobody waits for it.
+    for _ in range(ROUNDS):
+        before = server.metric(generated)
+        [prompt] = random_prompts([300], seed=4)
+        with closing(http.client.HTTPConnection(server.url.removeprefix("http://"))) as connection:
+            connection.request(
+                "POST", "/v1/completions", json.dumps({**body, "prompt": prompt}), headers
+            )
+            # First come, first served: once this one is answered, the other one runs.
+            server.complete([5, 6, 7], 1)
+        assert_nothing_lost(server, reference)
+        if server.metric(generated) - before < count:
+            return
+    raise AssertionError(f"in {ROUNDS} rounds no answer was cut off")
 
 
 def check_interrupted(server: Server, reference: Reference, between: Callable[[], None]) -> None:

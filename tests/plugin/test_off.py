@@ -76,4 +76,4 @@ def test_register_selects_our_backend_with_thin_blocks(
     result = probe(recall_model, {"think": settings})
     assert result["backend"] == "think_vllm.attention.cpu_backend.ThinkCPUBackend"
     assert result["block_size"] == block_size
-    assert result["prefix_caching"] is False
+    assert result["prefix_caching"] is True
