@@ -64,9 +64,10 @@ not unpickle in vLLM's child processes, which read the config before they load p
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from think_vllm import VLLM_SERIES
@@ -195,6 +196,17 @@ def fold_after_parsing(
         return parsed, rest
 
     parser.parse_known_args = parse_known_args  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def refusals_raised() -> Iterator[None]:
+    """Let refusals be exceptions for a while, although flags came from a command line."""
+    global _on_command_line
+    was, _on_command_line = _on_command_line, False
+    try:
+        yield
+    finally:
+        _on_command_line = was
 
 
 def claim_custom_backend(vllm_config: VllmConfig) -> None:

@@ -11,6 +11,7 @@ USAGE = """usage: think-vllm COMMAND ...
 commands:
   serve MODEL [flags]   vLLM's OpenAI-compatible server; the arguments of `vllm serve`
   plan MODEL [flags]    the block plan of a model, without starting anything
+  doctor MODEL [flags]  go or no-go: machine, model, plan, answers with and without thin blocks
 
 `think-vllm COMMAND --help` says more.
 """
@@ -35,6 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from think_vllm.cli.plan import plan
 
             return plan(rest)
+        if command == "doctor":
+            from think_vllm.cli.doctor import doctor
+
+            return doctor(rest)
     except ThinkError as error:
         sys.stderr.write(f"think-vllm: error: {error}\n")
         return 2

@@ -1,0 +1,32 @@
+"""One line of a diagnosis."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Level(Enum):
+    """How a finding bears on the verdict."""
+
+    GOOD = "ok"
+    NOTE = "note"
+    """Does not stand in the way; good to know."""
+    BAD = "no-go"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was looked at, and what was found.
+
+    Args:
+        level: Whether it stands in the way.
+        subject: A word or two.
+        text: A sentence; with the way out if it is bad.
+    """
+
+    level: Level
+    subject: str
+    text: str
+
+    def __str__(self) -> str:
+        """A line of a report."""
+        return f"{self.level.value:<6} {self.subject}: {self.text}"
