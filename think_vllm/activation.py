@@ -11,7 +11,7 @@ from think_vllm.config import ThinkConfig, config_from_additional
 from think_vllm.errors import WAY_OUT, ThinkError
 from think_vllm.models import attention_layers, check_model, window_summary
 from think_vllm.planner import BlockPlan, plan_blocks
-from think_vllm.report import plan_summary
+from think_vllm.report import context_hint, plan_summary
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -44,6 +44,8 @@ def activate(vllm_config: VllmConfig) -> None:
         )
         return
     cache_config = vllm_config.cache_config
+    # Before it is ours. When vLLM validates a config again, the hint has been given.
+    user_block_size = cache_config.block_size if cache_config.user_specified_block_size else None
     compat.fix_block_size(cache_config, plan.block_size)
     compat.claim_custom_backend(vllm_config)
     compat.refuse_growing_prompts()
@@ -55,7 +57,11 @@ def activate(vllm_config: VllmConfig) -> None:
             "yet. Compare answers with a server without these flags (docs/gpu.md)",
             __version__,
         )
-    _say(plan_summary(plan) + window_summary(attention_layers(vllm_config.model_config)))
+    lines = plan_summary(plan) + window_summary(attention_layers(vllm_config.model_config))
+    longest = vllm_config.model_config.max_model_len
+    if longest < config.kv_plan_context:
+        lines += context_hint(plan, longest, user_block_size)
+    _say(lines)
 
 
 def refuse_version(vllm_config: VllmConfig) -> None:

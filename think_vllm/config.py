@@ -66,6 +66,14 @@ class ThinkConfig(BaseModel):
         "and make a hit approximate, or copies of dense ones, which leave it exact.",
     )
 
+    kv_plan_context: int = Field(
+        default=8192,
+        ge=256,
+        le=2**24,
+        description="Tokens of a typical request, prompt and answer: blocks are planned to save "
+        "most there. Short requests want short spans, as an unfinished span stays dense.",
+    )
+
     @property
     def enabled(self) -> bool:
         """Whether anything is to be pruned or quantized."""

@@ -2,8 +2,8 @@
 
 A span of ``span_blocks`` dense blocks becomes ``thin_blocks`` thin ones. Block counts are
 whole numbers, so not every ratio is worth its exact share: the planner looks through all
-spans up to a length and takes the one that saves most at a context of 8k tokens, dense tail
-included.
+spans up to a length and takes the one that saves most at a context of ``kv_plan_context`` tokens,
+dense tail included.
 """
 
 import math
@@ -28,8 +28,6 @@ SIZE_MULTIPLE = 16
 TOKEN_ALIGNMENT = 4
 #: Rows of integer codes are read in vectors of this many.
 INTEGER_HEAD_MULTIPLE = 32
-#: Plans are compared by what they save at this context length.
-REFERENCE_TOKENS = 8192
 #: Plans whose savings are at least this share of the best one's count as equally good.
 SAVINGS_TOLERANCE = 0.995
 #: Share of the head size by which a plan may prune more than requested, to fit its blocks.
@@ -285,14 +283,15 @@ def _best(candidates: Sequence[BlockPlan]) -> BlockPlan:
 
 
 def _savings(plan: BlockPlan) -> float:
-    """Capacity multiple of a request of the reference length, unfilled blocks included.
+    """Capacity multiple of a request of ``kv_plan_context`` tokens, unfilled blocks included.
 
     On average half a span is not full yet, nor half a block. The recent window is left out:
     it is the same for every candidate, and a plan should not change with it.
     """
-    dense_tail = plan.span_tokens / 2
-    thin = (REFERENCE_TOKENS - dense_tail) / plan.capacity_multiple
-    return REFERENCE_TOKENS / (thin + dense_tail + plan.block_size / 2)
+    context = plan.config.kv_plan_context
+    dense_tail = min(context, plan.span_tokens / 2)
+    thin = (context - dense_tail) / plan.capacity_multiple
+    return context / (thin + dense_tail + plan.block_size / 2)
 
 
 def _no_plan(

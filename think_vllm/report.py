@@ -2,11 +2,14 @@
 
 from typing import Any
 
+from think_vllm.config import ThinkConfig
 from think_vllm.formats import Coding
-from think_vllm.planner import BlockPlan
+from think_vllm.planner import BlockPlan, plan_blocks
 
 #: Context lengths, in units of 1,024 tokens, at which whole requests are counted.
 CONTEXTS = (2, 8, 32)
+#: A plan for another context length is worth a line if it holds so many times the requests.
+HINT_GAIN = 1.05
 
 _CODINGS = {
     Coding.PLAIN: "as computed",
@@ -32,8 +35,31 @@ def plan_summary(plan: BlockPlan) -> list[str]:
         f"{plan.key_bytes_per_token_head:.1f}, values {plan.value_bytes_per_token_head:.1f}, "
         f"waste {100 * plan.waste:.1f} %): x{plan.capacity_multiple:.3f}; whole requests "
         + ", ".join(f"x{plan.effective_multiple(1024 * k):.2f} at {k}k" for k in CONTEXTS)
-        + " tokens",
+        + f" tokens; planned for {plan.config.kv_plan_context}",
         "the KV cache size and concurrency that vLLM prints count dense tokens; multiply by these",
+    ]
+
+
+def context_hint(plan: BlockPlan, tokens: int, block_size: int | None = None) -> list[str]:
+    """A line if a plan made for requests of ``tokens`` tokens saves clearly more there.
+
+    Args:
+        plan: The plan as it is.
+        tokens: Of a request.
+        block_size: Tokens of a block if the user chose them, else None.
+    """
+    least = ThinkConfig.model_fields["kv_plan_context"].metadata[0].ge
+    if tokens < least:
+        return []
+    config = plan.config.model_copy(update={"kv_plan_context": tokens})
+    other = plan_blocks(config, plan.head_size, plan.itemsize, block_size)
+    assert other is not None  # the same ratio prunes as many channels
+    now, then = plan.effective_multiple(tokens), other.effective_multiple(tokens)
+    if then < HINT_GAIN * now:
+        return []
+    return [
+        f"--kv-plan-context {config.kv_plan_context} would make it x{then:.2f} instead of "
+        f"x{now:.2f} for requests of {tokens} tokens"
     ]
 
 
@@ -57,6 +83,7 @@ def plan_fields(plan: BlockPlan) -> dict[str, Any]:
         "prune_decode": plan.config.kv_prune_decode,
         "prune_prefill": plan.config.kv_prune_prefill,
         "prefix_cache": plan.config.kv_prefix_cache,
+        "plan_context": plan.config.kv_plan_context,
         "dense_bytes_per_token_head": plan.dense_bytes_per_token_head,
         "thin_bytes_per_token_head": plan.thin_bytes_per_token_head,
         "key_bytes_per_token_head": plan.key_bytes_per_token_head,

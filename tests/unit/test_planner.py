@@ -45,6 +45,21 @@ def shape(plan: BlockPlan) -> tuple[int, ...]:
     )
 
 
+def test_plans_for_short_requests_save_more_there() -> None:
+    # Span tokens, and multiples at 1k and 32k tokens.
+    seen = {}
+    for context in (1024, 8192):
+        config = ThinkConfig(kv_channel_prune=0.5, kv_quant="k4v2", kv_plan_context=context)
+        plan = plan_blocks(config, 128, 2)
+        assert plan is not None
+        # A worker that plans again for the chosen block size comes to the same.
+        assert plan_blocks(config, 128, 2, plan.block_size) == plan
+        seen[context] = plan
+    assert (seen[1024].span_tokens, seen[8192].span_tokens) == (80, 272)
+    assert seen[1024].effective_multiple(1024) > 1.2 * seen[8192].effective_multiple(1024)
+    assert seen[1024].effective_multiple(32768) < seen[8192].effective_multiple(32768)
+
+
 @pytest.mark.parametrize(
     ("ratio", "block_size", "expected"),
     [

@@ -6,7 +6,7 @@ import pytest
 
 from think_vllm.config import parse_config
 from think_vllm.planner import BlockPlan, plan_blocks
-from think_vllm.report import plan_fields, plan_summary
+from think_vllm.report import context_hint, plan_fields, plan_summary
 
 
 def make(**settings: object) -> BlockPlan:
@@ -43,8 +43,20 @@ def test_plan_summary_says_what_it_is_worth() -> None:
     # 3 x 8,192 bytes / 272 tokens; keys (3,712 + 64) / 92, values 4,416 / 92
     assert line == (
         "bytes per token and KV head: 512 dense, 90.4 thin (keys 41.0, values 48.0, waste 1.4 %): "
-        "x5.667; whole requests x4.10 at 2k, x5.17 at 8k, x5.53 at 32k tokens"
+        "x5.667; whole requests x4.10 at 2k, x5.17 at 8k, x5.53 at 32k tokens; "
+        "planned for 8192"
     )
+
+
+def test_context_hint_is_given_where_it_pays() -> None:
+    plan = make(kv_channel_prune=0.5, kv_quant="k4v2")
+    assert context_hint(plan, 1024) == [
+        "--kv-plan-context 1024 would make it x3.90 instead of x3.21 for requests of 1024 tokens"
+    ]
+    assert context_hint(plan, 8192) == []
+    assert context_hint(make(kv_channel_prune=0.5), 1024) == []
+    # Shorter than anything that can be asked for.
+    assert context_hint(plan, 100) == []
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from think_vllm.config import parse_config
 from think_vllm.errors import ThinkError
 from think_vllm.models import AttentionLayers, attention_layers, check_model, window_summary
 from think_vllm.planner import BlockPlan, plan_blocks, pruned_channels
-from think_vllm.report import plan_fields, plan_summary
+from think_vllm.report import context_hint, plan_fields, plan_summary
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
@@ -55,7 +55,8 @@ def plan(arguments: Sequence[str]) -> int:
         print(json.dumps({"model": namespace.model, **fields}, indent=2))
     else:
         lines = _text(namespace.model, made, fields)
-        lines += [f"  {line}" for line in window_summary(layers)]
+        hints = context_hint(made, namespace.context_length, namespace.block_size)
+        lines += [f"  {line}" for line in [*hints, *window_summary(layers)]]
         print("\n".join(lines))
     return 0
 
