@@ -141,6 +141,11 @@ def _check_together(config: ThinkConfig) -> None:
             "--kv-prune-prefill prunes prompts while they are computed, so there are no exact "
             "prefixes for --kv-prefix-cache dense to keep; leave one of them out"
         )
+    if config.kv_prune_prefill and not config.kv_prune_decode:
+        raise ThinkError(
+            "--kv-prune-prefill is for requests whose dense blocks do not fit, and with "
+            "--no-kv-prune-decode what they generate stays dense; leave one of them out"
+        )
     if "kv_quant_group" in given and not config.format.has_groups:
         grouped = [name for name, made in FORMATS.items() if made.has_groups]
         raise ThinkError(

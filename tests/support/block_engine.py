@@ -5,16 +5,18 @@ A block never given back makes a count short; for what else the model notices se
 """
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, KVCacheSpec
 from vllm.v1.request import Request, RequestStatus
 
 from tests.support.block_worker import BLOCK, Worker
+from think_vllm.blocks.manager import ThinKVCacheManager
 from think_vllm.blocks.spec import ThinKVCacheSpec
 
 NUM_BLOCKS = 40
@@ -23,16 +25,21 @@ MAX_LEN = 100
 init_none_hash(sha256)
 
 
-def make_manager(spec: FullAttentionSpec, caching: bool = False) -> KVCacheManager:
-    """VLLM's manager for one group of layers."""
+def make_manager(
+    specs: Sequence[KVCacheSpec],
+    caching: bool = False,
+    num_blocks: int = NUM_BLOCKS,
+    max_len: int = MAX_LEN,
+) -> KVCacheManager:
+    """VLLM's manager for groups of layers."""
     config = KVCacheConfig(
-        num_blocks=NUM_BLOCKS,
+        num_blocks=num_blocks,
         kv_cache_tensors=[],
-        kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)],
+        kv_cache_groups=[KVCacheGroupSpec([f"layer{i}"], spec) for i, spec in enumerate(specs)],
     )
     return KVCacheManager(
         config,
-        max_model_len=MAX_LEN,
+        max_model_len=max_len,
         scheduler_block_size=BLOCK,
         hash_block_size=BLOCK,
         enable_caching=caching,
@@ -58,16 +65,29 @@ class Engine:
     With a lag it schedules ahead of sampled tokens, as vLLM's async scheduling does.
 
     Args:
-        spec: Of the only group of layers.
+        spec: Of the first group of layers, the one whose worker is modelled.
         lag: Steps that are scheduled before one is processed.
         caching: Whether prefixes are cached.
         chunk: Most tokens of a request in a step.
+        others: Of further groups.
+        num_blocks: Blocks of the pool, the null block included.
+        max_len: Most tokens of a request.
     """
 
     def __init__(
-        self, spec: ThinKVCacheSpec, lag: int, caching: bool = False, chunk: int = MAX_LEN
+        self,
+        spec: ThinKVCacheSpec,
+        lag: int,
+        caching: bool = False,
+        chunk: int = MAX_LEN,
+        others: Sequence[KVCacheSpec] = (),
+        num_blocks: int = NUM_BLOCKS,
+        max_len: int = MAX_LEN,
     ) -> None:
-        self.manager = make_manager(spec, caching)
+        self.manager = make_manager([spec, *others], caching, num_blocks, max_len)
+        self.others = others
+        self.num_blocks = num_blocks
+        self.max_len = max_len
         self.worker = Worker(spec.rule)
         self.lag = lag
         self.chunk = chunk
@@ -150,7 +170,7 @@ class Engine:
 
     def _wanted(self, request: Request) -> int:
         known = int(request.num_tokens) + int(request.num_output_placeholders)
-        return min(self.chunk, min(known, MAX_LEN - 1) - int(request.num_computed_tokens))
+        return min(self.chunk, min(known, self.max_len - 1) - int(request.num_computed_tokens))
 
     def _schedule(self, request: Request, count: int, scheduled: list[Entry]) -> int:
         if count <= 0:
@@ -170,12 +190,16 @@ class Engine:
         if request.num_in_flight_tokens:
             return 0  # vLLM drains what a preempted request has in flight; so do we
         cached, hit, _ = self.manager.get_computed_blocks(request)
-        known = min(int(request.num_tokens), MAX_LEN - 1)
+        known = min(int(request.num_tokens), self.max_len - 1)
         count = min(budget, self.chunk, known - hit)
         if count <= 0:
             return 0
         blocks = self.manager.allocate_slots(
-            request, count, num_new_computed_tokens=hit, new_computed_blocks=cached
+            request,
+            count,
+            num_new_computed_tokens=hit,
+            new_computed_blocks=cached,
+            full_sequence_must_fit=True,  # as vLLM's scheduler asks by default
         )
         if blocks is None:
             return 0
@@ -190,6 +214,8 @@ class Engine:
 
     def _process(self) -> None:
         copies, scheduled = self.in_flight.popleft()
+        if self.others:  # whose blocks this worker never wrote
+            copies = [pair for pair in copies if pair[0] in self.worker.memory]
         self.worker.copy(copies)
         for entry in scheduled:
             request = entry.request
@@ -212,7 +238,7 @@ class Engine:
         if entry.start + entry.count == request.num_tokens:
             request.num_output_placeholders -= 1
             last = request.num_output_tokens + 1 >= request.max_tokens
-            if last or request.num_tokens + 1 >= MAX_LEN:
+            if last or request.num_tokens + 1 >= self.max_len:
                 request.status = RequestStatus.FINISHED_LENGTH_CAPPED
                 self._drop(request)
             else:
@@ -248,12 +274,14 @@ class Engine:
         """Every block is either free or held, as often as its count says."""
         held: dict[int, int] = {}
         for request in self.running:
-            for block in self.manager.get_blocks(request.request_id).blocks[0]:
-                if not block.is_null:
-                    held[block.block_id] = held.get(block.block_id, 0) + 1
-        (manager,) = self.manager.coordinator.single_type_managers
-        for _, _, copy in manager._publisher.copies._fresh:
-            held[copy.block_id] = held.get(copy.block_id, 0) + 1
+            for group in self.manager.get_blocks(request.request_id).blocks:
+                for block in group:
+                    if not block.is_null:
+                        held[block.block_id] = held.get(block.block_id, 0) + 1
+        for manager in self.manager.coordinator.single_type_managers:
+            if isinstance(manager, ThinKVCacheManager):
+                for _, _, copy in manager._publisher.copies._fresh:
+                    held[copy.block_id] = held.get(copy.block_id, 0) + 1
         counts = {b.block_id: b.ref_cnt for b in self.manager.block_pool.blocks if not b.is_null}
         assert {i: count for i, count in counts.items() if count} == held
-        assert len(held) + self.free_blocks == NUM_BLOCKS - 1
+        assert len(held) + self.free_blocks == self.num_blocks - 1

@@ -36,6 +36,10 @@ from think_vllm.formats import FORMATS, GROUP_SIZES
             "no exact prefixes for --kv-prefix-cache dense to keep; leave one of them out",
         ),
         (
+            {"kv_quant": "fp8", "kv_prune_prefill": True, "kv_prune_decode": False},
+            "with --no-kv-prune-decode what they generate stays dense; leave one of them out",
+        ),
+        (
             {"kv_channel_prune": 0.5, "kv_quant_group": 64},
             "--kv-quant is none, which has no groups; leave --kv-quant-group out",
         ),

@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
-from tests.support.block_engine import BLOCK, NUM_BLOCKS, Engine
+from tests.support.block_engine import BLOCK, MAX_LEN, NUM_BLOCKS, Engine
 from think_vllm.blocks.manager import ThinKVCacheManager
 from think_vllm.blocks.spec import ThinKVCacheSpec
 from think_vllm.spans import SpanRule
@@ -27,6 +28,9 @@ def make_spec(**changes: Any) -> ThinKVCacheSpec:
     return ThinKVCacheSpec(**{**fields, **changes})
 
 
+WINDOW = SlidingWindowSpec(
+    block_size=BLOCK, num_kv_heads=1, head_size=8, dtype=torch.float32, sliding_window=8
+)
 ACTIONS = st.one_of(
     st.tuples(st.just("arrive"), st.integers(1, 70), st.integers(1, 60)),
     st.tuples(st.just("arrive"), st.integers(1, 90), st.integers(1, 30), st.integers(0, 1)),
@@ -44,6 +48,7 @@ FORMS = st.fixed_dictionaries(
         "prune_decode": st.booleans(),
         "observation_window": st.sampled_from([0, 3, 9]),
         "mode": st.sampled_from(["thin", "dense", "prefill", "off"]),
+        "in_flight_tokens": st.sampled_from([40, 120]),
     }
 )
 
@@ -57,21 +62,11 @@ def form_spec(form: dict[str, Any]) -> ThinKVCacheSpec:
         thin_prefixes=mode in ("thin", "prefill"),
         delay_prompt=mode == "dense",
         prune_prefill=mode == "prefill",
-        in_flight_tokens=120,
         **form,
     )
 
 
-@settings(max_examples=300, deadline=None)
-@given(
-    actions=st.lists(ACTIONS, min_size=5, max_size=60),
-    lag=st.integers(0, 2),
-    form=FORMS,
-)
-def test_manager_frees_nothing_that_the_worker_reads_and_leaks_nothing(
-    actions: list[tuple[Any, ...]], lag: int, form: dict[str, Any]
-) -> None:
-    engine = Engine(form_spec(form), lag, caching=form["mode"] != "off")
+def drive(engine: Engine, actions: list[tuple[Any, ...]]) -> None:
     assert isinstance(engine.manager.coordinator.single_type_managers[0], ThinKVCacheManager)
     for action, *arguments in actions:
         if action == "steps":
@@ -81,7 +76,63 @@ def test_manager_frees_nothing_that_the_worker_reads_and_leaks_nothing(
             getattr(engine, action)(*arguments)
         engine.check_ownership()
     engine.finish()
-    assert engine.free_blocks == NUM_BLOCKS - 1
+    assert engine.free_blocks == engine.num_blocks - 1
+
+
+@settings(max_examples=300, deadline=None)
+@given(actions=st.lists(ACTIONS, min_size=5, max_size=60), lag=st.integers(0, 2), form=FORMS)
+def test_manager_frees_nothing_that_the_worker_reads_and_leaks_nothing(
+    actions: list[tuple[Any, ...]], lag: int, form: dict[str, Any]
+) -> None:
+    drive(Engine(form_spec(form), lag, caching=form["mode"] != "off"), actions)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    actions=st.lists(ACTIONS, min_size=5, max_size=60),
+    lag=st.integers(0, 2),
+    form=FORMS,
+    thin_groups=st.integers(1, 2),
+)
+def test_manager_beside_groups_with_a_window(
+    actions: list[tuple[Any, ...]], lag: int, form: dict[str, Any], thin_groups: int
+) -> None:
+    spec = form_spec({**form, "mode": "dense"})
+    others = [spec] * (thin_groups - 1) + [WINDOW]
+    num_blocks = 30 * (thin_groups + 1)
+    drive(Engine(spec, lag, caching=True, others=others, num_blocks=num_blocks), actions)
+
+
+@pytest.mark.parametrize("prune_decode", [True, False])
+def test_longest_request_of_a_pool_ends(prune_decode: bool) -> None:
+    # With compaction at chunk ends the pool is smaller than the request is long.
+    spec = make_spec(prune_prefill=True, prune_decode=prune_decode, in_flight_tokens=8)
+    num_blocks = spec.max_blocks(MAX_LEN) + 1
+    assert (num_blocks <= MAX_LEN // BLOCK) == prune_decode
+    engine = Engine(spec, lag=0, chunk=8, num_blocks=num_blocks)
+    request = engine.arrive(10, MAX_LEN)
+    engine.finish()
+    assert request.num_tokens == MAX_LEN - 1
+
+
+@given(
+    spans=st.sampled_from([(4, 1), (4, 3), (3, 2), (17, 3)]),
+    recent=st.sampled_from([0, 5, 32]),
+    in_flight=st.integers(1, 200),
+)
+def test_shorter_requests_fit_where_longer_ones_do(
+    spans: tuple[int, int], recent: int, in_flight: int
+) -> None:
+    # Else a shorter one waits for ever in a pool made for the longest.
+    spec = make_spec(
+        span_blocks=spans[0],
+        thin_blocks=spans[1],
+        recent_window=recent,
+        prune_prefill=True,
+        in_flight_tokens=in_flight,
+    )
+    most = [spec.max_blocks(length) for length in range(1, 600)]
+    assert most == sorted(most)
 
 
 def test_manager_holds_what_the_plan_says() -> None:

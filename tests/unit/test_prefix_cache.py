@@ -6,7 +6,8 @@ import pytest
 from vllm.v1.request import Request
 
 from tests.support.block_engine import BLOCK, NUM_BLOCKS, Engine
-from tests.unit.test_manager import make_spec
+from tests.support.block_worker import Thin
+from tests.unit.test_manager import WINDOW, make_spec
 from think_vllm import compat
 from think_vllm.blocks import publisher as publisher_module
 from think_vllm.blocks.manager import ThinKVCacheManager
@@ -202,3 +203,70 @@ def test_the_model_notices(
 
     with pytest.raises(AssertionError):
         run()
+
+
+def test_preempted_request_hits_no_thin_span_of_its_own() -> None:
+    engine = make_engine()
+    first = engine.arrive(20, 2)
+    engine.finish()
+    request = engine.arrive(90, 20)
+    replace_prompt(request, [*list(first.prompt_token_ids)[:SPAN], *range(5000, 5078)])
+    for _ in range(4):
+        engine.step(90)
+    assert engine.hits[engine.name(request)] == SPAN
+    engine.preempt(0)
+    engine.step(90)
+    (manager,) = engine.manager.coordinator.single_type_managers
+    assert manager._lives[request.request_id].cached_spans == 1
+
+
+def exact_keys_of_thin_blocks(engine: Engine) -> list[int]:
+    """Blocks that the worker has made thin, and that the cache of the first group has as exact."""
+    cache = engine.manager.block_pool.cached_block_hash_to_block._cache
+    found = []
+    for key, entry in cache.items():
+        blocks = list(entry.values()) if isinstance(entry, dict) else [entry]
+        if int.from_bytes(key[-4:], "big") == 0:
+            found += [block.block_id for block in blocks]
+    return [index for index in found if isinstance(engine.worker.memory.get(index), Thin)]
+
+
+def test_resumed_beside_a_window_nothing_thin_is_cached_as_exact() -> None:
+    # There vLLM says in whole blocks how far a step gets, and this one compacts within the last.
+    spec = make_spec(thin_prefixes=False, delay_prompt=True, observation_window=3)
+    engine = Engine(spec, lag=0, caching=True, others=[WINDOW], num_blocks=80)
+    engine.arrive(41, 20)
+    engine.step(41)
+    engine.step(1)
+    engine.preempt(0)
+    for budget in (60, 1, 1):
+        engine.step(budget)
+        assert exact_keys_of_thin_blocks(engine) == []
+
+
+@pytest.mark.parametrize("filler", range(16, 160, 8))
+def test_copies_of_a_second_group_are_not_taken_by_the_first(filler: int) -> None:
+    spec = make_spec(
+        thin_prefixes=False, delay_prompt=True, observation_window=3, span_blocks=4, thin_blocks=3
+    )
+    engine = Engine(
+        spec, 0, caching=True, chunk=400, others=[spec, WINDOW], num_blocks=262, max_len=400
+    )
+    shared = list(range(192))
+    resumed = engine.arrive(252, 50)
+    replace_prompt(resumed, [*shared, *range(5000, 5060)])
+    while resumed.num_output_tokens < 6:
+        engine.step(40)
+    engine.preempt(0)
+    engine.waiting.clear()
+    sharer = engine.arrive(240, 50)
+    replace_prompt(sharer, [*shared, *range(9000, 9048)])
+    engine.step(4)
+    engine.arrive(filler, 50)
+    engine.step(3 + filler)
+    engine.waiting.append(resumed)
+    wanted = engine._wanted
+    # The sharer stays in its prompt, as with --long-prefill-token-threshold.
+    engine._wanted = lambda x: min(1, wanted(x)) if x is sharer else wanted(x)  # type: ignore[method-assign]
+    engine.step(400)
+    engine.check_ownership()

@@ -18,6 +18,7 @@ class Life:
         uncached_spans: Spans whose dense form must not be offered any more.
         next_free: Processed tokens before which no further tail comes free.
         next_compaction: Scheduled tokens before which no further span is compacted.
+        scheduled: Tokens that will have been computed after the step that is being scheduled.
     """
 
     request: Any = None
@@ -29,3 +30,4 @@ class Life:
     uncached_spans: int = 0
     next_free: int = 0
     next_compaction: int = 0
+    scheduled: int = 0

@@ -59,14 +59,14 @@ class ThinKVCacheManager(FullAttentionManager):
         thin = kv_cache_spec.thin_prefixes
         if isinstance(block_hashes, ResumedHashes):
             limit = min(limit, block_hashes.max_tokens)
-            thin = thin and block_hashes.thin
         dense, length = super().find_longest_cache_hit(
             block_hashes, limit, kv_cache_group_ids, block_pool, kv_cache_spec, *args, **kwargs
         )
         if not thin:
             return dense, length
         rule, (group,) = kv_cache_spec.rule, kv_cache_group_ids
-        rows = find_thin(block_pool, block_hashes, limit, group, rule)
+        most = getattr(block_hashes, "max_thin_spans", limit // rule.span_tokens)
+        rows = find_thin(block_pool, block_hashes, min(limit, most * rule.span_tokens), group, rule)
         if not rows:
             return dense, length
         last = limit // rule.block_size
@@ -128,6 +128,23 @@ class ThinKVCacheManager(FullAttentionManager):
 
     # -- Running -----------------------------------------------------------------------------
 
+    def allocate_new_blocks(
+        self, request_id: str, num_tokens: int, num_tokens_main_model: int
+    ) -> list[Any]:
+        """Allocate what a step needs, copies of heads that others hold included.
+
+        All of that has been counted at admission, over all groups: it must be taken before
+        ``cache_blocks`` of any group takes blocks that happen to be free.
+        """
+        # ``cache_blocks`` hears of whole blocks only, beside groups with a window.
+        self._life(request_id).scheduled = num_tokens_main_model
+        if self._private:
+            self._copy_held(request_id)
+        blocks: list[Any] = super().allocate_new_blocks(
+            request_id, num_tokens, num_tokens_main_model
+        )
+        return blocks
+
     def cache_blocks(
         self,
         request: Any,
@@ -152,11 +169,9 @@ class ThinKVCacheManager(FullAttentionManager):
         computed = request.num_computed_tokens
         full = min(num_tokens, computed) // self.block_size
         # Tokens that steps in flight have yet to sample are not among ``num_tokens``.
-        scheduled = max(computed + 1, num_tokens)
+        scheduled = max(computed + 1, num_tokens, life.scheduled)
         if full <= life.published and scheduled < life.next_compaction:
             return  # most steps of most requests
-        if self._private:
-            self._copy_held(request.request_id)
         publisher, rows = self._publisher, self.req_to_blocks[request.request_id]
         prompt_len = request.num_prompt_tokens
         compacted = self.rule.freeable_spans(prompt_len, scheduled, life.cached_spans)
@@ -245,11 +260,12 @@ class ThinKVCacheManager(FullAttentionManager):
             # Its observation window must be computed again. What it has computed from dense
             # blocks it computes again from such: over thin ones, even its own, it might go on
             # with other tokens.
+            own = prompt_len // rule.span_tokens if rule.prune_prefill else life.cached_spans
             window = max(1, self.kv_cache_spec.observation_window)
             request.block_hashes = ResumedHashes(
                 request.block_hashes,
                 max_tokens=max(0, prompt_len - window),
-                thin=life.cached_spans > 0 or rule.prune_prefill,
+                max_thin_spans=own,
             )
 
     def new_step_starts(self) -> None:

@@ -29,13 +29,13 @@ class ResumedHashes(list[Any]):
     Args:
         hashes: The hashes so far; vLLM adds to them.
         max_tokens: Longest prefix that is of use.
-        thin: Whether thin spans are.
+        max_thin_spans: How many thin spans are.
     """
 
-    def __init__(self, hashes: Iterable[Any], max_tokens: int, thin: bool) -> None:
+    def __init__(self, hashes: Iterable[Any], max_tokens: int, max_thin_spans: int) -> None:
         super().__init__(hashes)
         self.max_tokens = max_tokens
-        self.thin = thin
+        self.max_thin_spans = max_thin_spans
 
 
 def approximate_group(group: int) -> int:

@@ -53,17 +53,23 @@ class ThinKVCacheSpec(FullAttentionSpec):
         )
 
     def max_blocks(self, num_tokens: int) -> int:
-        """Blocks that a request of ``num_tokens`` tokens holds at once, at most."""
+        """Blocks that a request holds at once until it has ``num_tokens`` tokens, at most."""
         dense = -(-num_tokens // int(self.block_size))
-        if not self.prune_prefill:
-            return dense
+        if not (self.prune_prefill and self.prune_decode):
+            return dense  # of a short prompt nothing may ever become thin
         # Tails come back when a span's chunk has been processed, a span at a time.
-        thin = self.rule.prompt_spans(max(0, num_tokens - self.in_flight_tokens)) - 1
-        return dense - max(0, thin) * (self.span_blocks - self.thin_blocks)
+        spans = self.rule.prompt_spans(max(0, num_tokens - self.in_flight_tokens))
+        if spans < 2:
+            return dense
+        tail = self.span_blocks - self.thin_blocks
+        # It may have held more just before the last of these spans was due.
+        before = self.rule.due_position(spans - 1) + self.in_flight_tokens - 1
+        peak = -(-before // int(self.block_size)) - (spans - 2) * tail
+        return max(peak, dense - (spans - 1) * tail)
 
     def max_memory_usage_bytes(self, vllm_config: Any) -> int:
         """Memory that a request of the longest length needs, as vLLM checks at start-up."""
-        if not self.prune_prefill:
+        if not (self.prune_prefill and self.prune_decode):
             dense: int = super().max_memory_usage_bytes(vllm_config)
             return dense
         most = self.max_blocks(vllm_config.model_config.max_model_len)
