@@ -6,7 +6,7 @@ import logging
 import multiprocessing
 from typing import TYPE_CHECKING, Any
 
-from think_vllm import VLLM_SERIES, __version__, compat
+from think_vllm import VLLM_SERIES, __version__, compat, compat_metrics
 from think_vllm.config import ThinkConfig, config_from_additional
 from think_vllm.errors import WAY_OUT, ThinkError
 from think_vllm.models import attention_layers, check_model, window_summary
@@ -49,6 +49,7 @@ def activate(vllm_config: VllmConfig) -> None:
     compat.fix_block_size(cache_config, plan.block_size)
     compat.claim_custom_backend(vllm_config)
     compat.refuse_growing_prompts()
+    compat_metrics.watch_front_end()
     if _is_cpu():
         compat.request_prompt_lens(vllm_config.model_config)
     else:
@@ -87,13 +88,17 @@ def select_backend(vllm_config: VllmConfig, has_window: bool = False) -> str | N
         vllm_config: Of the engine.
         has_window: Whether the layer has a sliding window. Then its blocks are never thin.
     """
-    config = config_from_additional(vllm_config.additional_config)
-    plan = None if config is None else plan_engine(config, vllm_config)
-    if plan is None:
+    if engine_plan(vllm_config) is None:
         return None
     if not _is_cpu():
         return compat.CUDA_BACKEND_PATH
     return compat.CPU_WINDOW_BACKEND_PATH if has_window else compat.CPU_BACKEND_PATH
+
+
+def engine_plan(vllm_config: VllmConfig) -> BlockPlan | None:
+    """Plan the blocks of an engine; None if its config asks for no thin blocks."""
+    config = config_from_additional(vllm_config.additional_config)
+    return None if config is None else plan_engine(config, vllm_config)
 
 
 def plan_engine(config: ThinkConfig, vllm_config: VllmConfig) -> BlockPlan | None:

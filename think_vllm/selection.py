@@ -9,8 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from think_vllm.activation import plan_engine
-from think_vllm.config import config_from_additional
+from think_vllm.activation import engine_plan
 from think_vllm.planner import BlockPlan
 
 if TYPE_CHECKING:
@@ -43,8 +42,7 @@ def remember_plan(vllm_config: VllmConfig) -> BlockPlan:
         RuntimeError: If that engine has no thin blocks.
     """
     global _selected
-    config = config_from_additional(vllm_config.additional_config)
-    plan = None if config is None else plan_engine(config, vllm_config)
+    plan = engine_plan(vllm_config)
     if plan is None:
         raise RuntimeError("think-vllm: remember_plan() for an engine without thin blocks")
     _selected = EnginePlan(

@@ -14,7 +14,7 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
-from think_vllm import compat
+from think_vllm import compat, compat_metrics
 from think_vllm.attention.cpu_dense import dense_isa
 from think_vllm.attention.cpu_scratch import BLOCK_SIZE, PromptScratch
 from think_vllm.attention.sorting import leading_thin_spans, sort_step
@@ -120,6 +120,7 @@ class ThinkCPUMetadataBuilder(CPUAttentionMetadataBuilder):
                 f"ThinkCPUMetadataBuilder: the cache was laid out for {kv_cache_spec.rule}, "
                 f"the plan is {self.plan.rule}"
             )
+        compat_metrics.watch_runner(vllm_config)
         # For fresh prompts: vLLM's own builder for blocks of its own default size.
         self._fresh = CPUAttentionMetadataBuilder(
             replace(kv_cache_spec, block_size=BLOCK_SIZE), layer_names, vllm_config, device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from think_vllm.errors import WAY_OUT, ThinkError
 from think_vllm.kernels.cpu.compaction import compact_spans, read_channels
 from think_vllm.kernels.cpu.decode import decode_attention
 from think_vllm.kernels.cpu.scoring import add_query_energy, key_energy, select_channels
+from think_vllm.metrics.worker import rank_report
 from think_vllm.selection import remember_plan
 
 
@@ -150,6 +152,7 @@ class ThinkCPUImpl(CPUAttentionBackendImpl):
         energies: list[torch.Tensor],
     ) -> None:
         """Choose the channels of prompts or chunks that end here, and compact their spans."""
+        begin = time.perf_counter()
         channels = self._choose_channels(kv_cache, metadata, ends, energies)
         which, span = ends.spans()
         if which.size:
@@ -165,6 +168,7 @@ class ThinkCPUImpl(CPUAttentionBackendImpl):
             for i in np.flatnonzero(ends.keeps):
                 block = self._block(metadata, int(ends.request[i]), int(ends.num_tokens[i]) - 1)
                 self.state.keep_channels(block, channels[i].clone())
+        rank_report().add_seconds(time.perf_counter() - begin)
 
     def _choose_channels(
         self,
@@ -177,18 +181,18 @@ class ThinkCPUImpl(CPUAttentionBackendImpl):
         if not self.plan.prunes:
             return self._all_channels(ends.request.size)
         observed = torch.from_numpy(ends.num_observed).view(-1, 1, 1)
-        return select_channels(
-            torch.stack(energies) / observed,
-            key_energy(
-                kv_cache,
-                metadata.block_table,
-                ends.request.astype(np.int32),
-                ends.num_tokens.astype(np.int32),
-                self.plan,
-                (ends.first_span * self.plan.span_blocks).astype(np.int32),
-            ),
-            self.plan.key_channels,
+        query = torch.stack(energies) / observed
+        key = key_energy(
+            kv_cache,
+            metadata.block_table,
+            ends.request.astype(np.int32),
+            ends.num_tokens.astype(np.int32),
+            self.plan,
+            (ends.first_span * self.plan.span_blocks).astype(np.int32),
         )
+        channels = select_channels(query, key, self.plan.key_channels)
+        rank_report().add_choice(query, key, channels)
+        return channels
 
     def _all_channels(self, count: int) -> torch.Tensor:
         every = torch.arange(self.head_size, dtype=torch.uint8)
@@ -200,10 +204,12 @@ class ThinkCPUImpl(CPUAttentionBackendImpl):
         """Compact spans that have fallen due, with their request's channels."""
         if not wave.due_request.size:
             return
+        begin = time.perf_counter()
         channels = self._due_channels(kv_cache, metadata, wave)
         compact_spans(
             kv_cache, metadata.block_table, wave.due_request, wave.due_span, channels, self.plan
         )
+        rank_report().add_seconds(time.perf_counter() - begin)
 
     def _due_channels(
         self, kv_cache: torch.Tensor, metadata: ThinkCPUMetadata, wave: WaveRows

@@ -24,7 +24,7 @@ from vllm.v1.attention.backend import (
 )
 
 from csrc_triton.compact import compact_spans, compact_workspace
-from think_vllm import compat_rows
+from think_vllm import compat_metrics, compat_rows
 from think_vllm.attention.cuda_parts import DueSpans, Rows, StepParts, WaveParts, to_device
 from think_vllm.attention.cuda_state import GroupState
 from think_vllm.attention.cuda_step import StepSlots, due_spans, keeps_channels, step_parts
@@ -75,6 +75,7 @@ class ThinkCUDAMetadataBuilder(AttentionMetadataBuilder[ThinkCUDAMetadata]):
             )
         count_cached = partial(leading_thin_spans, self.plan.rule)
         compat_rows.watch_runner(vllm_config, count_cached if engine.thin_prefixes else None)
+        compat_metrics.watch_runner(vllm_config)
         rows = vllm_config.scheduler_config.max_num_seqs
         self.state = GroupState(
             layer_names,

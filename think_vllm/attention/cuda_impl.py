@@ -17,6 +17,7 @@ from think_vllm.attention.cuda_builder import ThinkCUDAMetadata
 from think_vllm.attention.cuda_flash import flash_prompts, load_flash
 from think_vllm.attention.cuda_parts import Chunks, DueSpans, EndedParts, Observed, Rows
 from think_vllm.errors import WAY_OUT, ThinkError
+from think_vllm.metrics.worker import rank_report
 from think_vllm.selection import remember_plan
 
 #: Values of ``--kv-cache-dtype`` that leave keys and values as computed.
@@ -208,19 +209,17 @@ class ThinkCUDAImpl(AttentionImpl[ThinkCUDAMetadata]):
         channels = None
         if energy is not None:
             # A sum stands for the mean over the window: the order of channels is the same.
-            channels = select_channels(
-                energy,
-                key_energy(
-                    kv_cache,
-                    metadata.block_table,
-                    ended.request,
-                    ended.num_tokens,
-                    self.plan,
-                    ended.max_tokens,
-                    ended.first_block,
-                ),
-                self.plan.key_channels,
+            keys = key_energy(
+                kv_cache,
+                metadata.block_table,
+                ended.request,
+                ended.num_tokens,
+                self.plan,
+                ended.max_tokens,
+                ended.first_block,
             )
+            channels = select_channels(energy, keys, self.plan.key_channels)
+            rank_report().add_choice(energy, keys, channels)
             if ended.kept is not None:
                 metadata.state.channels[index, ended.kept.slot] = channels[ended.kept.index]
             channels = channels[ended.span_end]

@@ -19,10 +19,12 @@ from typing import Any
 
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
+from think_vllm import compat_metrics
 from think_vllm.blocks.life import Life
 from think_vllm.blocks.prefix import ResumedHashes, find_dense_behind, find_thin
 from think_vllm.blocks.publisher import Publisher
 from think_vllm.errors import WAY_OUT
+from think_vllm.metrics.counts import SpanCounts
 from think_vllm.spans import SpanRule
 
 
@@ -36,6 +38,9 @@ class ThinKVCacheManager(FullAttentionManager):
         #: Rows of a request that hold somebody else's blocks until copies are allocated.
         self._private: dict[str, list[int]] = {}
         self._publisher = Publisher(self.block_pool, self.kv_cache_group_id, kv_cache_spec)
+        self.counts = SpanCounts()
+        # Here, because whoever has a manager has a scheduler by then.
+        compat_metrics.watch_scheduler()
 
     # -- Admission ---------------------------------------------------------------------------
 
@@ -118,6 +123,7 @@ class ThinKVCacheManager(FullAttentionManager):
         held = self._held_heads(new_computed_blocks)
         super().add_local_computed_blocks(request_id, new_computed_blocks, *args, **kwargs)
         cached = self._count_thin(new_computed_blocks)
+        self.counts.hit_tokens += cached * self.rule.span_tokens
         self._lives[request_id] = Life(
             cached_spans=cached,
             freed_spans=cached,
@@ -228,10 +234,17 @@ class ThinKVCacheManager(FullAttentionManager):
             self._remove_blocks_in_range(
                 request_id, first + self.rule.thin_blocks, first + self.rule.span_blocks
             )
+            self.counts.spans += 1
+            self.counts.blocks += self.rule.span_blocks - self.rule.thin_blocks
         life.freed_spans = max(life.freed_spans, freeable)
         life.next_free = self.rule.next_freeable(
             num_prompt_tokens, processed_computed_tokens, freeable
         )
+
+    def held(self, request_id: str) -> tuple[int, int]:
+        """Rows of a request's block table, and its spans whose tails it does not hold."""
+        life = self._lives.get(request_id)
+        return len(self.req_to_blocks.get(request_id, ())), life.freed_spans if life else 0
 
     # -- The end -----------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from think_vllm.capacity import PoolShape, pool_capacity
 from think_vllm.cli.flags import declare_flags, take_flags
 from think_vllm.config import parse_config
 from think_vllm.errors import ThinkError
@@ -80,13 +81,8 @@ def budget_fields(
     group_layers, full_groups, window_groups = layers.groups
     block_bytes = made.layout.run_bytes * num_kv_heads * group_layers
     blocks = max(0, memory_bytes // block_bytes - 1)  # vLLM keeps block 0 as the null block
-    dense = -(-context_len // made.block_size)
-    # A window may begin and end inside a block.
-    window = window_groups * min(dense, -(-layers.window_tokens // made.block_size) + 1)
-    plain = full_groups * dense + window
-    thin = full_groups * made.blocks_for(context_len) + window
-    multiple = plain / (full_groups * dense / made.effective_multiple(context_len) + window)
-    plain_tokens = blocks * made.block_size * full_groups * dense // plain
+    pool = PoolShape(blocks, full_groups, window_groups, layers.window_tokens)
+    capacity = pool_capacity(made, pool, context_len)
     return {
         "num_kv_heads": num_kv_heads,
         "num_layers": layers.full + layers.window,
@@ -94,11 +90,11 @@ def budget_fields(
         "memory_bytes": memory_bytes,
         "num_blocks": blocks,
         "context_length": context_len,
-        "plain_tokens": plain_tokens,
-        "thin_tokens": int(plain_tokens * multiple),
-        "plain_requests": blocks // plain,
-        "thin_requests": blocks // thin,
-        "effective_multiple": multiple,
+        "plain_tokens": capacity.plain_tokens,
+        "thin_tokens": capacity.thin_tokens,
+        "plain_requests": capacity.plain_requests,
+        "thin_requests": capacity.thin_requests,
+        "effective_multiple": capacity.multiple,
     }
 
 

@@ -1,0 +1,73 @@
+"""What the metrics are called and mean: the only place that states it.
+
+Pure data. A report is a dict of plain values, since it crosses processes as msgpack::
+
+    {"counters": {name: increase since the last report},
+     "gauges": {name: {kind, or "" for none: value}},
+     "shares": [[observations of each bucket], [sum of each bucket's observations]]}
+
+Every part may be missing. Counters add up wherever a report goes: vLLM gives each to one of its
+API servers.
+"""
+
+from typing import Any, NamedTuple
+
+PREFIX = "think_vllm:"
+
+Report = dict[str, Any]
+
+
+class Metric(NamedTuple):
+    """A metric.
+
+    Args:
+        help: Text of the exposition.
+        kinds: Values of its label ``kind``; none if it has no such label.
+    """
+
+    help: str
+    kinds: tuple[str, ...] = ()
+
+
+SPANS, BLOCKS, BYTES = "spans_compacted", "blocks_freed", "freed_bytes"
+HITS, SECONDS = "thin_prefix_hit_tokens", "compaction_seconds"
+HELD, MULTIPLE, CAPACITY = "held_tokens", "capacity_multiple", "capacity_tokens"
+SHARE = "score_mass_kept"
+
+#: Their names get the suffix ``_total``.
+COUNTERS = {
+    SPANS: Metric("Spans of running requests that became thin and whose tails were freed."),
+    BLOCKS: Metric("KV cache blocks that running requests gave back because spans became thin."),
+    BYTES: Metric("Bytes of those blocks, over all ranks of the engine."),
+    HITS: Metric("Tokens of prompts that were found in the prefix cache as thin spans."),
+    SECONDS: Metric(
+        "Seconds that layers spent on choosing channels and compacting spans, on the rank that "
+        "reports. CPUs only."
+    ),
+}
+GAUGES = {
+    HELD: Metric(
+        "Tokens that running requests hold: dense, or in thin spans whose tails were freed.",
+        ("dense", "thin"),
+    ),
+    MULTIPLE: Metric(
+        "Blocks that running requests would hold if nothing were thin, over those they hold. 0 "
+        "while none runs."
+    ),
+    CAPACITY: Metric(
+        "Tokens in the KV cache when it is full of requests of max_model_len: all dense, or thin "
+        "as planned.",
+        ("dense", "planned"),
+    ),
+}
+SHARE_METRIC = Metric(
+    "Share of the key channels' scores that the kept channels have, per choice, layer and KV head, "
+    "on the rank that reports."
+)
+
+#: Upper ends of the buckets of shares. Keeping channels at random keeps about as much mass as
+#: channels; a useful choice is above that, and a good one close to 1.
+SHARE_EDGES = (
+    *(0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9),
+    *(0.925, 0.95, 0.97, 0.98, 0.99, 0.995, 0.999, 1.0),
+)

@@ -1,0 +1,44 @@
+"""A line in vLLM's periodic log about what compaction did since the one before."""
+
+import logging
+from collections.abc import Callable
+
+from think_vllm.metrics.catalog import BYTES, HITS, SECONDS, SPANS, Report
+
+logger = logging.getLogger("vllm.think_vllm")
+
+
+class CompactionLog:
+    """Adds up reports; stands where vLLM has the log of a KV connector, which there is none of."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin anew."""
+        self._sums: dict[str, float] = {}
+        self._choices, self._share = 0.0, 0.0
+
+    def observe(self, transfer_stats_data: Report) -> None:
+        """Add a report."""
+        for name, more in transfer_stats_data.get("counters", {}).items():
+            self._sums[name] = self._sums.get(name, 0) + more
+        if "shares" in transfer_stats_data:
+            counts, sums = transfer_stats_data["shares"]
+            self._choices, self._share = self._choices + sum(counts), self._share + sum(sums)
+
+    def log(self, log_fn: Callable[..., None] = logger.info) -> None:
+        """Write the line, unless nothing happened."""
+        parts = []
+        if spans := self._sums.get(SPANS):
+            parts.append(f"{spans:.0f} spans, {self._sums[BYTES] / 2**20:.1f} MiB freed")
+        if seconds := self._sums.get(SECONDS):
+            parts.append(f"{seconds:.3f} s")
+        if self._choices:
+            kept = self._share / self._choices
+            parts.append(f"{100 * kept:.1f} % of the score mass kept (mean)")
+        if hit := self._sums.get(HITS):
+            parts.append(f"{hit:.0f} tokens hit thin")
+        if parts:
+            log_fn("KV compaction: %s", ", ".join(parts))
+        self.reset()

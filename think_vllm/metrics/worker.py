@@ -1,0 +1,58 @@
+"""What one rank has measured in its layers, until its model runner sends it."""
+
+import torch
+
+from think_vllm.metrics.catalog import SECONDS, Report
+from think_vllm.metrics.shares import ShareHistogram, kept_shares
+
+_rank: "RankReport | None" = None
+
+
+class RankReport:
+    """Measurements of the layers of one rank."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._shares: ShareHistogram | None = None
+
+    def add_seconds(self, seconds: float) -> None:
+        """Count time spent on compaction."""
+        self._seconds += seconds
+
+    def add_choice(
+        self, query_energy: torch.Tensor, key_energy: torch.Tensor, channels: torch.Tensor
+    ) -> None:
+        """Count choices of channels; see ``kept_shares``."""
+        if self._shares is None:
+            self._shares = ShareHistogram(query_energy.device)
+        self._shares.add(kept_shares(query_energy, key_energy, channels))
+
+    def take(self) -> Report | None:
+        """Hand out what came since the last call; None if nothing did."""
+        report: Report = {}
+        if self._seconds:
+            report["counters"] = {SECONDS: self._seconds}
+            self._seconds = 0.0
+        shares = None if self._shares is None else self._shares.take()
+        if shares is not None:
+            report["shares"] = shares
+        return report or None
+
+
+def rank_report() -> RankReport:
+    """The report of this process's rank."""
+    global _rank
+    if _rank is None:
+        _rank = RankReport()
+    return _rank
+
+
+def take_report() -> Report | None:
+    """What the rank has measured since the last call; see ``RankReport.take``."""
+    return None if _rank is None else _rank.take()
+
+
+def begin_report() -> None:
+    """Forget what an earlier engine of this process left."""
+    global _rank
+    _rank = None
