@@ -130,3 +130,6 @@ def test_ratio_that_prunes_nothing(
     server = serve(*EAGER, "--kv-channel-prune", "0.005")
     check_served(server, recall_reference, [40, 900], [64] * 2, None)
     assert "prunes no channel of this model, and --kv-quant is none" in server.log_tail(10_000)
+    metrics = server.metrics_text()
+    assert "vllm:num_requests_running" in metrics
+    assert "think_vllm" not in metrics

@@ -21,6 +21,7 @@ from tests.e2e.checks import (
     random_prompts,
     worst_differences,
 )
+from tests.support.metrics import read_metrics, settled_metrics
 from tests.support.models import copy_tokenizer, make_exact_llama, make_llama
 from tests.support.reference import Reference, Thinning
 from tests.support.server import Completion, Server
@@ -45,6 +46,7 @@ class Ranks:
         arguments: Of the server.
         heads: KV heads on one rank.
         layers: Layers of the rank that has most.
+        block_runs: Layers times heads of all ranks of an engine: what a block has runs of.
         engines: Data-parallel ones.
         model: None for the bundled one.
     """
@@ -57,10 +59,12 @@ class Ranks:
         *,
         heads: int,
         layers: int,
+        block_runs: int,
         engines: int = 1,
         model: Path | None = None,
     ) -> None:
         self.plan, self.engines = plan, engines
+        self.block_bytes = plan.layout.run_bytes * block_runs
         self.num_blocks = MAX_MODEL_LEN // plan.block_size + 2
         self.pool_bytes = self.num_blocks * plan.layout.run_bytes * heads * layers
         cores = sorted(os.sched_getaffinity(0))
@@ -84,6 +88,7 @@ class Ranks:
         # The comparison would notice if nothing were thin.
         assert self.longest_difference(reference, done, None) > 10 * TOLERANCE
         self._check_size()
+        self._check_metrics()
         return done
 
     def longest_difference(
@@ -100,13 +105,27 @@ class Ranks:
         size = f'num_gpu_blocks="{self.num_blocks * self.engines}"'
         assert self.server.metric("vllm:cache_config_info", size) > 0
 
+    def _check_metrics(self) -> None:
+        seen = settled_metrics(self.server)
+        spans = seen.total("spans_compacted")
+        # The longest prompt alone has as many.
+        assert spans >= self.plan.rule.prompt_spans(self.lengths[-1])
+        blocks = spans * (self.plan.span_blocks - self.plan.thin_blocks)
+        assert seen.total("blocks_freed") == blocks
+        assert seen.total("freed_bytes") == blocks * self.block_bytes
+        # Of one rank's layers and heads, for every prompt at least.
+        assert seen.value("score_mass_kept_count") >= len(self.lengths)
+        assert seen.total("compaction_seconds") > 0
+        usable = (self.num_blocks - 1) * self.plan.block_size * self.engines
+        assert seen.value("capacity_tokens", kind="dense") == usable
+
 
 def test_tensor_parallel(serve: Callable[..., Server], tmp_path: Path) -> None:
     # One KV head a rank, pruned and coded.
     model = make_exact_llama(tmp_path, head_size=128, num_heads=4, num_kv_heads=2)
     plan, arguments = plan_served(128, kv_channel_prune=0.5, kv_quant="k4v2")
     arguments += [*EAGER, "--tensor-parallel-size", "2"]
-    ranks = Ranks(serve, plan, arguments, heads=1, layers=1, model=model)
+    ranks = Ranks(serve, plan, arguments, heads=1, layers=1, block_runs=2, model=model)
     # Greedy answers of a random model go round in circles: groups of equal tokens.
     ranks.check(Reference(model), frequency_penalty=2.0)
 
@@ -119,7 +138,7 @@ def test_tensor_parallel_with_a_shared_kv_head(
     model = make_llama(tmp_path / "one", head_size=64, num_heads=8, num_kv_heads=1)
     plan, arguments = plan_served(64, kv_channel_prune=0.5)
     arguments += [*EAGER, "--tensor-parallel-size", "2"]
-    ranks = Ranks(serve, plan, arguments, heads=1, layers=2, model=model)
+    ranks = Ranks(serve, plan, arguments, heads=1, layers=2, block_runs=4, model=model)
     done = ranks.check(Reference(repeat_kv_heads(model, tmp_path / "two", 2)))
     # On one device, all query heads choose together.
     assert ranks.longest_difference(Reference(model), done, Thinning.of(plan)) > TOLERANCE
@@ -131,17 +150,28 @@ def test_pipeline_parallel(serve: Callable[..., Server], tmp_path: Path) -> None
     model = make_llama(tmp_path, head_size=64, num_heads=4, num_kv_heads=2, num_layers=3)
     plan, arguments = plan_served(64, kv_channel_prune=0.5)
     arguments += [*FLOAT32, "--pipeline-parallel-size", "2"]
-    ranks = Ranks(serve, plan, arguments, heads=2, layers=2, model=model)
+    ranks = Ranks(serve, plan, arguments, heads=2, layers=2, block_runs=6, model=model)
     ranks.check(Reference(model))
 
 
 def test_data_parallel(serve: Callable[..., Server], recall_reference: Reference) -> None:
+    # Either of two API servers shows the metrics of both engines.
     plan, arguments = plan_served(128, kv_channel_prune=0.5)
-    arguments += [*EAGER, "--data-parallel-size", "2", "--api-server-count", "1"]
-    ranks = Ranks(serve, plan, arguments, heads=2, layers=2, engines=2)
+    arguments += [*EAGER, "--data-parallel-size", "2", "--api-server-count", "2"]
+    ranks = Ranks(serve, plan, arguments, heads=2, layers=2, block_runs=4, engines=2)
     ranks.check(recall_reference)
+    seen = read_metrics(ranks.server)
     for engine in ("0", "1"):
         assert ranks.server.metric("vllm:request_success_total", f'engine="{engine}"') > 0
+        assert seen.value("score_mass_kept_count", engine=engine) > 0
+    # Two at a time, so that nothing is preempted: every span counts once, wherever it was made.
+    prompts = random_prompts([600] * 6, seed=5)
+    spans = len(prompts) * plan.rule.prompt_spans(600)
+    for first in range(0, len(prompts), 2):
+        ranks.server.complete_all(prompts[first : first + 2], [4, 4])
+    after = settled_metrics(ranks.server, seen.total("spans_compacted") + spans)
+    choices = after.value("score_mass_kept_count") - seen.value("score_mass_kept_count")
+    assert choices == len(prompts) * 2 * 2
 
 
 def repeat_kv_heads(model: Path, path: Path, times: int) -> Path:

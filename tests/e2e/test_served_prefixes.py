@@ -4,11 +4,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.e2e.checks import EAGER, TOLERANCE, random_prompts, worst_differences
+from tests.e2e.checks import EAGER, TOLERANCE, plan_served, random_prompts, worst_differences
+from tests.support.metrics import Snapshot, read_metrics, settled_metrics
 from tests.support.prefix_reference import PrefixReference, View
 from tests.support.reference import Reference, Thinning
 from tests.support.server import Completion, Server
+from think_vllm.cli.plan import budget_fields
+from think_vllm.metrics.catalog import SHARE_EDGES
+from think_vllm.models import AttentionLayers
 
 pytestmark = pytest.mark.e2e
 
@@ -99,6 +104,80 @@ class TestThinPrefixes:
         answers = server.complete_all([prompt] * 3, [30] * 3)
         exact = worst_differences(recall_reference, [prompt], answers[:1], HALF)
         assert exact[500] < TOLERANCE
+
+    def test_metrics(self, server: Server, recall_reference: Reference) -> None:
+        plan, _ = plan_served(128, kv_channel_prune=0.5)
+        prompts = random_prompts([40, 230, 700, 1000], seed=16)
+        spans = sum(plan.rule.prompt_spans(len(prompt)) for prompt in prompts)
+        before = read_metrics(server)
+        answers = server.complete_all(prompts, [4] * len(prompts))
+        after = settled_metrics(server, before.total("spans_compacted") + spans)
+
+        def more(counter: str) -> float:
+            return after.total(counter) - before.total(counter)
+
+        # Two layers of two heads.
+        block_bytes = plan.layout.run_bytes * 2 * 2
+        assert (spans, plan.span_blocks - plan.thin_blocks) == (9, 1)
+        assert more("blocks_freed") == spans
+        assert more("freed_bytes") == spans * block_bytes
+        assert more("thin_prefix_hit_tokens") == 0
+        assert more("compaction_seconds") > 0
+        assert after.value("capacity_multiple") == 0
+        # Whole requests of max_model_len; ``think-vllm plan`` counts alike.
+        pool = 256 * 2**20
+        fields = budget_fields(plan, 2, AttentionLayers(2, 0, 0), pool, 2048)
+        assert after.value("capacity_tokens", kind="dense") == fields["plain_tokens"]
+        assert after.value("capacity_tokens", kind="planned") == fields["thin_tokens"]
+        self.check_shares(recall_reference, prompts, answers, before, after)
+        # The same again: all that may be hit is, three spans of 700 tokens and five of 1000.
+        spans_before = after.total("spans_compacted")
+        server.complete_all(prompts[2:], [4] * 2)
+        again = settled_metrics(server, spans_before)
+        hit = again.total("thin_prefix_hit_tokens") - after.total("thin_prefix_hit_tokens")
+        assert hit == (3 + 5) * plan.span_tokens
+
+    def check_shares(
+        self,
+        reference: Reference,
+        prompts: list[list[int]],
+        answers: list[Completion],
+        before: Snapshot,
+        after: Snapshot,
+    ) -> None:
+        """Compare the histogram with shares of the reference's scores, in float64."""
+        shares = []
+        for prompt, answer in zip(prompts, answers, strict=True):
+            reference.logprobs(prompt, answer.tokens, HALF)
+            shares.append(reference.shares.flatten())
+        expected = torch.cat(shares)
+        count = after.value("score_mass_kept_count") - before.value("score_mass_kept_count")
+        assert count == expected.numel() == len(prompts) * 2 * 2
+        total = after.value("score_mass_kept_sum") - before.value("score_mass_kept_sum")
+        # Scores are sums of float32; 63 of 128 channels at random would have half of the mass.
+        assert abs(total - float(expected.sum())) < 1e-5 * count
+        assert expected.mean() > 0.6
+        found = zip(SHARE_EDGES, after.share_buckets(), before.share_buckets(), strict=True)
+        for edge, then, earlier in found:
+            least, most = ((expected <= edge + x).sum() for x in (-1e-5, 1e-5))
+            assert least <= then - earlier <= most
+
+    def test_metrics_while_a_request_runs(self, server: Server) -> None:
+        (prompt,) = random_prompts([1000], seed=17)
+        stream = server.stream(prompt=prompt, max_tokens=1000, ignore_eos=True)
+        # What requests hold is looked up twice a second.
+        held = 0.0
+        for _ in stream:
+            seen = read_metrics(server)
+            held = seen.value("held_tokens", kind="thin")
+            if held:
+                break
+        stream.close()
+        assert held >= 5 * 192
+        assert held % 192 == 0
+        # As many blocks as tokens need, but for one a span.
+        rows = -(-(held + seen.value("held_tokens", kind="dense")) // 48)
+        assert seen.value("capacity_multiple") == rows / (rows - held / 192)
 
 
 def test_dense_prefixes_are_exact(

@@ -13,6 +13,8 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.config import set_current_vllm_config
 from vllm.plugins import load_general_plugins
 from vllm.v1.attention.selector import get_attn_backend
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorProm
+from vllm.v1.metrics.loggers import LoggingStatLogger
 load_general_plugins()
 additional, = sys.argv[2:]
 config = EngineArgs(model=sys.argv[1], enforce_eager=True, dtype="float32",
@@ -25,7 +27,10 @@ print("RESULT" + json.dumps({
     "prefix_caching": config.cache_config.enable_prefix_caching,
     "rswa": config.model_config.rswa_window,
     "ours": sorted(m for m in sys.modules if m.startswith(
-        ("think_vllm.attention", "think_vllm.blocks", "think_vllm.kernels"))),
+        ("think_vllm.attention", "think_vllm.blocks", "think_vllm.kernels",
+         "think_vllm.metrics"))),
+    "wrapped": [kind.__name__ for kind in (KVConnectorProm, LoggingStatLogger)
+                if hasattr(kind.__init__, "__wrapped__")],
 }))
 """
 
@@ -62,6 +67,7 @@ def test_register_leaves_vllm_alone_without_thin_blocks(
         "prefix_caching": True,
         "rswa": None,
         "ours": [],
+        "wrapped": [],
     }
 
 
@@ -77,3 +83,4 @@ def test_register_selects_our_backend_with_thin_blocks(
     assert result["backend"] == "think_vllm.attention.cpu_backend.ThinkCPUBackend"
     assert result["block_size"] == block_size
     assert result["prefix_caching"] is True
+    assert result["wrapped"] == ["KVConnectorProm", "LoggingStatLogger"]

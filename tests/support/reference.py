@@ -165,6 +165,18 @@ def choice_margin(
     return float((1 - best[:, -1] / best[:, -2]).min())
 
 
+def kept_share(
+    query: torch.Tensor, key: torch.Tensor, prompt_len: int, thinning: Thinning
+) -> torch.Tensor:
+    """Share of the scores' sum that kept channels have: float64 [Hk].
+
+    The paper's score is a norm, of which ``channel_scores`` has the square.
+    """
+    score = channel_scores(query, key, prompt_len, thinning).sqrt()
+    kept = kept_channels(query, key, prompt_len, thinning)
+    return (score * kept).sum(dim=1) / score.sum(dim=1)
+
+
 def _code(
     key: torch.Tensor, value: torch.Tensor, kept: torch.Tensor, thinning: Thinning
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -187,6 +199,7 @@ def _code(
 _prompt_len = 0
 _thinning: Thinning | None = None
 _margins: list[float] = []
+_shares: list[torch.Tensor] = []
 
 
 def _attention(
@@ -215,6 +228,7 @@ def _attention(
     )
     if thinning is not None:
         _margins.append(choice_margin(query[0], key[0], _prompt_len, thinning))
+        _shares.append(kept_share(query[0], key[0], _prompt_len, thinning))
     return output.transpose(0, 1)[None].contiguous(), None
 
 
@@ -225,11 +239,13 @@ class Reference:
     """A plain transformers model that scores completions.
 
     ``margin`` is the least ``choice_margin`` of the layers in the last call. Where it is as small
-    as float32 rounds, another order of the same sums may keep another channel.
+    as float32 rounds, another order of the same sums may keep another channel. ``shares`` has its
+    ``kept_share`` of every layer that was thinned: float64 [layers, Hk].
     """
 
     def __init__(self, model: Path, dtype: torch.dtype = torch.float32) -> None:
         self.margin = float("inf")
+        self.shares = torch.zeros(0, 0, dtype=torch.float64)
         self._model = AutoModelForCausalLM.from_pretrained(
             model, dtype=dtype, attn_implementation="think_reference"
         ).eval()
@@ -252,11 +268,14 @@ class Reference:
         global _prompt_len, _thinning
         _prompt_len, _thinning = len(prompt), thinning
         _margins.clear()
+        _shares.clear()
         try:
             logits = self._model(torch.tensor([prompt + completion[:-1]]), use_cache=False).logits
         finally:
             _prompt_len, _thinning = 0, None
         self.margin = min(_margins, default=float("inf"))
+        if _shares:
+            self.shares = torch.stack(_shares)
         found: torch.Tensor = logits[0]
         return found
 

@@ -193,9 +193,13 @@ class Server:
                 raise AssertionError(f"{name} is {seen} after {METRIC_TIMEOUT_S} s, not {value}")
             time.sleep(POLL_S)
 
+    def metrics_text(self) -> str:
+        """All metrics, as Prometheus gets them."""
+        return self._client.get(f"{self.url}/metrics").text
+
     def metric(self, name: str, label: str = "") -> float:
         """Sum of a Prometheus metric over its labels, or over those that hold ``label``."""
-        text = self._client.get(f"{self.url}/metrics").text
+        text = self.metrics_text()
         values = [
             float(line.rsplit(" ", 1)[1])
             for line in text.splitlines()

@@ -9,6 +9,7 @@ from tests.triton.lives import PLANS, Life
 from think_vllm.attention.cuda_backend import ThinkCUDABackend
 from think_vllm.attention.cuda_state import GroupState
 from think_vllm.errors import ThinkError
+from think_vllm.metrics.worker import take_report
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -87,6 +88,10 @@ def test_windows_of_many_prompts_can_be_cut_at_once(device, monkeypatch):
     life.step(r0=1, r1=8, r2=4)
     life.step(r0=1, r1=1, r2=1)
     assert life.engine.builder.state.windows.capacity == 4
+    # Each of the three prompts has ended once, and chosen channels for each head.
+    report = take_report()
+    assert report is not None
+    assert sum(report["shares"][0]) == 3 * life.engine.heads[1]
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -5,14 +5,22 @@ import torch
 from think_vllm.metrics.catalog import SECONDS, Report
 from think_vllm.metrics.shares import ShareHistogram, kept_shares
 
+#: Choices that wait to be counted together, at most: a rank that does not sample is never asked.
+MAX_WAITING = 256
+
 _rank: "RankReport | None" = None
 
 
 class RankReport:
-    """Measurements of the layers of one rank."""
+    """Measurements of the layers of one rank.
+
+    Choices of channels are counted together, once a step: a layer's alone are too few numbers for
+    what it costs to start the dozen operations on a GPU.
+    """
 
     def __init__(self) -> None:
         self._seconds = 0.0
+        self._waiting: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         self._shares: ShareHistogram | None = None
 
     def add_seconds(self, seconds: float) -> None:
@@ -22,10 +30,19 @@ class RankReport:
     def add_choice(
         self, query_energy: torch.Tensor, key_energy: torch.Tensor, channels: torch.Tensor
     ) -> None:
-        """Count choices of channels; see ``kept_shares``."""
+        """Count a layer's choices of channels; see ``kept_shares``. Keeps what it is given."""
+        self._waiting.append((query_energy, key_energy, channels))
+        if len(self._waiting) == MAX_WAITING:
+            self._count_choices()
+
+    def _count_choices(self) -> None:
         if self._shares is None:
-            self._shares = ShareHistogram(query_energy.device)
+            self._shares = ShareHistogram(self._waiting[0][0].device)
+        query_energy, key_energy, channels = (
+            torch.cat(layers) for layers in zip(*self._waiting, strict=True)
+        )
         self._shares.add(kept_shares(query_energy, key_energy, channels))
+        self._waiting.clear()
 
     def take(self) -> Report | None:
         """Hand out what came since the last call; None if nothing did."""
@@ -33,6 +50,8 @@ class RankReport:
         if self._seconds:
             report["counters"] = {SECONDS: self._seconds}
             self._seconds = 0.0
+        if self._waiting:
+            self._count_choices()
         shares = None if self._shares is None else self._shares.take()
         if shares is not None:
             report["shares"] = shares

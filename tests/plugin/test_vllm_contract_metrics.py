@@ -1,0 +1,232 @@
+"""How our metrics join vLLM's; see ``test_vllm_contract.py``."""
+
+import inspect
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from prometheus_client import REGISTRY
+from vllm.config import KVTransferConfig, ModelConfig, ParallelConfig
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
+    KVConnectorLogging,
+    KVConnectorProm,
+    KVConnectorPromMetrics,
+    KVConnectorStats,
+)
+from vllm.distributed.utils import get_pp_indices
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.metrics import ray_wrappers
+from vllm.v1.metrics.loggers import (
+    AggregatedLoggingStatLogger,
+    LoggingStatLogger,
+    PrometheusStatLogger,
+)
+from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
+from vllm.v1.worker.gpu import async_utils
+from vllm.v1.worker.gpu import model_runner as v2
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+from tests.support.contract import check_members, check_parameters, check_source, name_of
+from think_vllm import compat_metrics
+
+OURS = "compat_metrics.py"
+PROM = ["vllm_config", "labelnames", "per_engine_labelvalues"]
+
+
+@pytest.mark.parametrize(
+    ("ours", "function", "parameters"),
+    [
+        (OURS, KVConnectorProm.__init__, ["self", *PROM]),
+        (OURS, KVConnectorProm.observe, ["self", "transfer_stats_data", "engine_idx"]),
+        (OURS, LoggingStatLogger.__init__, ["self", "vllm_config", "engine_index"]),
+        (OURS, GPUModelRunner.sample_tokens, ["self", "grammar_output"]),
+        (OURS, v2.GPUModelRunner.sample_tokens, ["self", "grammar_output"]),
+        (
+            "metrics/prometheus.py",
+            KVConnectorPromMetrics.__init__,
+            ["self", "vllm_config", "metric_types", *PROM[1:]],
+        ),
+        (
+            "metrics/prometheus.py",
+            KVConnectorPromMetrics.observe,
+            ["self", "transfer_stats_data", "engine_idx"],
+        ),
+        ("metrics/log.py", KVConnectorLogging.observe, ["self", "transfer_stats_data"]),
+        ("metrics/log.py", KVConnectorLogging.log, ["self", "log_fn"]),
+        (
+            "metrics/engine.py",
+            get_pp_indices,
+            ["num_hidden_layers", "pp_rank", "pp_size"],
+        ),
+        ("metrics/engine.py", ModelConfig.get_total_num_hidden_layers, ["self"]),
+    ],
+    ids=name_of,
+)
+def test_vllm_signature_is_what_we_rely_on(
+    ours: str, function: Callable[..., Any], parameters: list[str]
+) -> None:
+    check_parameters(ours, function, parameters)
+
+
+@pytest.mark.parametrize(
+    ("ours", "kind", "names"),
+    [
+        (OURS, KVConnectorProm, {"prom_metrics", "_gauge_cls", "_counter_cls", "_histogram_cls"}),
+        (OURS, LoggingStatLogger, {"kv_connector_logging"}),
+        (OURS, GPUModelRunner, {"execute_model_state", "kv_connector_output", "vllm_config"}),
+        (OURS, v2.GPUModelRunner, {"is_last_pp_rank", "vllm_config"}),
+        (OURS, async_utils.AsyncOutput, {"model_runner_output"}),
+        (OURS, ModelRunnerOutput, {"kv_connector_output"}),
+        (OURS, KVConnectorOutput, {"kv_connector_stats"}),
+        (OURS, SchedulerStats, {"kv_connector_stats"}),
+        ("metrics/engine.py", Scheduler, {"running", "kv_cache_manager", "kv_cache_config"}),
+        ("metrics/engine.py", KVCacheManager, {"coordinator"}),
+        ("metrics/engine.py", KVCacheConfig, {"kv_cache_groups", "num_blocks"}),
+        (
+            "metrics/engine.py",
+            ParallelConfig,
+            {"pipeline_parallel_size", "tensor_parallel_size"},
+        ),
+        ("metrics/prometheus.py", type(REGISTRY), {"_collector_to_names"}),
+    ],
+    ids=name_of,
+)
+def test_vllm_members_are_what_we_rely_on(ours: str, kind: Any, names: set[str]) -> None:
+    if kind is type(REGISTRY):
+        kind = REGISTRY  # set in the constructor, which is not vLLM's
+    check_members(ours, kind, names)
+
+
+@pytest.mark.parametrize(
+    ("function", "pieces"),
+    [
+        # From the rank to the scheduler.
+        (
+            GPUModelRunner.sample_tokens,
+            [
+                "if self.execute_model_state is None:",
+                "kv_connector_output = self.kv_connector_output",
+                "self.kv_connector_output = None",
+                "output = ModelRunnerOutput(",
+                "kv_connector_output=kv_connector_output",
+            ],
+        ),
+        (
+            v2.GPUModelRunner.sample_tokens,
+            [
+                "if self.execute_model_state is None:",
+                "return None",
+                "model_runner_output.kv_connector_output = kv_connector_output",
+                "return async_output",
+            ],
+        ),
+        # No connector, so nobody else reads what we send.
+        (
+            Scheduler.update_from_output,
+            [
+                "if kv_connector_output and kv_connector_output.failed_recving",
+                "if kv_connector_output and kv_connector_output.invalid_block_ids",
+                "if kv_connector_output: self._update_from_kv_xfer_finished(",
+                "kv_connector_output.kv_connector_stats if kv_connector_output else None",
+                "if self.connector:",
+                "stats := self.make_stats(",
+                "eco.scheduler_stats = stats",
+            ],
+        ),
+        # From there to one of the API servers.
+        (
+            Scheduler.make_stats,
+            ["if not self.log_stats: return None", "kv_connector_stats.to_dict()"],
+        ),
+        (KVConnectorStats.to_dict, ["return self.data"]),
+        (
+            PrometheusStatLogger.record,
+            [
+                "if scheduler_stats.kv_connector_stats is not None:",
+                "self.kv_connector_prom.observe(scheduler_stats.kv_connector_stats, engine_idx",
+            ],
+        ),
+        (
+            PrometheusStatLogger.__init__,
+            ["self._kv_connector_cls(vllm_config, labelnames, per_engine_labelvalues)"],
+        ),
+        (
+            LoggingStatLogger.record,
+            [
+                "if kv_connector_stats := scheduler_stats.kv_connector_stats:",
+                "self.kv_connector_logging.observe(kv_connector_stats)",
+            ],
+        ),
+        (LoggingStatLogger.log, ["self.kv_connector_logging.log(log_fn=log_fn)"]),
+        (AggregatedLoggingStatLogger.__init__, ["LoggingStatLogger.__init__(self, vllm_config,"]),
+    ],
+    ids=name_of,
+)
+def test_vllm_does_what_we_rely_on(function: Any, pieces: list[str]) -> None:
+    check_source(OURS, function, *pieces)
+
+
+def test_rays_metrics_are_made_as_vllms_own() -> None:
+    assert issubclass(ray_wrappers.RayKVConnectorProm, KVConnectorProm)
+    for kind in (
+        ray_wrappers.RayGaugeWrapper,
+        ray_wrappers.RayCounterWrapper,
+        ray_wrappers.RayHistogramWrapper,
+    ):
+        assert {"name", "documentation", "labelnames"} <= set(inspect.signature(kind).parameters)
+
+
+def test_engines_without_thin_blocks_keep_vllms_objects() -> None:
+    compat_metrics.watch_front_end()
+    compat_metrics.watch_front_end()  # once is enough
+    assert not hasattr(KVConnectorProm.__init__.__wrapped__, "__wrapped__")
+    config: Any = SimpleNamespace(additional_config={}, kv_transfer_config=None)
+    prom = KVConnectorProm(config, ["engine"], {0: ["0"]})
+    assert prom.prom_metrics is None
+
+
+@pytest.mark.parametrize("use_v2", [False, True])
+def test_what_a_rank_measured_is_sent_by_ranks_that_sample(
+    use_v2: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = {"counters": {"compaction_seconds": 1.0}}
+    monkeypatch.setattr(
+        compat_metrics,
+        "_measured",
+        lambda: KVConnectorOutput(kv_connector_stats=KVConnectorStats(data=report)),
+    )
+    runner_class = v2.GPUModelRunner if use_v2 else GPUModelRunner
+
+    def original(runner: Any, grammar_output: Any) -> Any:
+        if use_v2:
+            return SimpleNamespace(model_runner_output=SimpleNamespace(kv_connector_output=None))
+        return SimpleNamespace(kv_connector_output=runner.kv_connector_output)
+
+    monkeypatch.setattr(runner_class, "sample_tokens", original)
+    compat_metrics.watch_runner(SimpleNamespace(use_v2_model_runner=use_v2))  # type: ignore[arg-type]
+
+    def sent(backend: Any, samples: bool) -> Any:
+        attention = SimpleNamespace(backend=backend)
+        runner = SimpleNamespace(
+            vllm_config=SimpleNamespace(attention_config=attention),
+            execute_model_state=object() if samples else None,
+            is_last_pp_rank=samples,
+            kv_connector_output=None,
+        )
+        output = runner_class.sample_tokens(runner, None)
+        found = getattr(output, "model_runner_output", output).kv_connector_output
+        return found and found.kv_connector_stats.to_dict()
+
+    assert sent(AttentionBackendEnum.CUSTOM, True) == report
+    assert sent(AttentionBackendEnum.CUSTOM, False) is None
+    assert sent(None, True) is None
+
+
+def test_connectors_come_from_a_config_that_is_refused() -> None:
+    # The way is free: with one, `prom_metrics` would be a connector's.
+    assert "kv_connector" in vars(KVTransferConfig())
