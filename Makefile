@@ -13,6 +13,7 @@ ARGS ?=
 
 BIN := .venv/bin
 BUNDLED := models/tiny-recall
+CHART := deploy/helm/think-vllm
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
 
 .PHONY: help setup serve test fmt lint type model bench gpu-check clean
@@ -39,9 +40,14 @@ fmt: setup ## Format the code and fix what ruff can fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-lint: setup ## Check format and style, change nothing
+lint: setup ## Check format and style, and files of deployment against their schemas; change nothing
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/hadolint Dockerfile
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec deploy/compose*.yaml
+	$(BIN)/check-jsonschema --schemafile $(CHART)/values.schema.json $(CHART)/values.yaml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/kubernetes-validate --strict --no-warn deploy/kubernetes/*.yaml
 
 type: setup ## Check types
 	$(BIN)/mypy think_vllm

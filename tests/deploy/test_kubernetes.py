@@ -1,0 +1,248 @@
+"""The Helm chart and the manifests made of it."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+from jsonschema import ValidationError, validate
+
+from tests.deploy.conftest import Parse
+from tests.support.chart import CHART, RELEASE, VALUES, install_chart, render_chart
+from tests.support.deploy import DEPLOY, read_yaml
+from think_vllm.config import ThinkConfig, parse_config
+
+MANIFEST = DEPLOY / "kubernetes" / "think-vllm.yaml"
+Objects = dict[str, dict[str, Any]]
+
+
+def by_kind(text: str) -> Objects:
+    return {made["kind"]: made for made in yaml.safe_load_all(text) if made}
+
+
+@pytest.fixture(scope="module")
+def objects() -> Objects:
+    return by_kind(MANIFEST.read_text(encoding="utf-8"))
+
+
+def pod(objects: Objects) -> dict[str, Any]:
+    spec: dict[str, Any] = objects["Deployment"]["spec"]["template"]["spec"]
+    return spec
+
+
+def container(objects: Objects) -> dict[str, Any]:
+    [one] = pod(objects)["containers"]
+    found: dict[str, Any] = one
+    return found
+
+
+def check_schemas(objects: Objects) -> None:
+    known = {kind: made for kind, made in objects.items() if kind != "ServiceMonitor"}
+    for made in known.values():
+        kubernetes_validate.validate(made, "1.31", strict=True)
+
+
+def schema() -> dict[str, Any]:
+    read: dict[str, Any] = json.loads((CHART / "values.schema.json").read_text(encoding="utf-8"))
+    return read
+
+
+def values() -> dict[str, Any]:
+    read: dict[str, Any] = read_yaml(CHART / "values.yaml")
+    return read
+
+
+def leaves(node: dict[str, Any], path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    for name, part in node["properties"].items():
+        if "properties" in part:
+            yield from leaves(part, f"{path}{name}.")
+        else:
+            yield f"{path}{name}", part
+
+
+def test_manifest_fits_the_schemas(objects: Objects) -> None:
+    assert set(objects) == {"Deployment", "Service", "PersistentVolumeClaim"}
+    check_schemas(objects)
+
+
+def test_arguments_are_flags_that_vllm_knows(objects: Objects, parse: Parse) -> None:
+    namespace = parse(container(objects)["args"])
+    assert parse_config(namespace.additional_config["think"]).enabled
+    assert namespace.trust_remote_code is False
+    assert namespace.shutdown_timeout < pod(objects)["terminationGracePeriodSeconds"]
+
+
+def test_probes_ask_the_port_of_the_server(objects: Objects, parse: Parse) -> None:
+    [port] = container(objects)["ports"]
+    assert port["containerPort"] == parse(container(objects)["args"]).port
+    for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+        asked = container(objects)[probe]["httpGet"]
+        assert asked == {"path": "/health", "port": port["name"]}
+    [service] = objects["Service"]["spec"]["ports"]
+    assert service["targetPort"] == port["name"]
+
+
+def test_startup_probe_waits_for_a_model_to_load(objects: Objects) -> None:
+    probe = container(objects)["startupProbe"]
+    waits = probe["failureThreshold"] * probe["periodSeconds"]
+    assert waits == values()["probes"]["startupSeconds"]
+
+
+def test_service_selects_the_pods(objects: Objects) -> None:
+    labels = objects["Deployment"]["spec"]["template"]["metadata"]["labels"]
+    assert objects["Service"]["spec"]["selector"].items() <= labels.items()
+
+
+def test_pod_has_no_privileges(objects: Objects) -> None:
+    context = container(objects)["securityContext"]
+    assert context == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    assert pod(objects)["securityContext"]["runAsNonRoot"] is True
+    assert pod(objects)["automountServiceAccountToken"] is False
+
+
+def test_written_paths_are_volumes(objects: Objects) -> None:
+    mounts = {mount["mountPath"] for mount in container(objects)["volumeMounts"]}
+    assert mounts == {"/cache", "/tmp", "/dev/shm"}
+
+
+def test_secrets_are_references(objects: Objects) -> None:
+    for variable in container(objects)["env"]:
+        assert set(variable) == {"name", "valueFrom"}
+        assert variable["valueFrom"]["secretKeyRef"]["name"] == "think-vllm"
+
+
+def test_image_has_a_version(objects: Objects) -> None:
+    _, _, tag = container(objects)["image"].partition(":")
+    assert tag[:1].isdigit()
+
+
+def test_schema_describes_every_value() -> None:
+    described = dict(leaves(schema()))
+    assert [path for path, part in described.items() if not part.get("description")] == []
+
+
+def test_values_and_schema_have_the_same_names() -> None:
+    given = set()
+
+    def walk(node: dict[str, Any], wanted: dict[str, Any], path: str) -> None:
+        for name, value in node.items():
+            part = wanted["properties"][name]
+            if "properties" in part:
+                walk(value, part, f"{path}{name}.")
+            else:
+                given.add(f"{path}{name}")
+
+    walk(values(), schema(), "")
+    assert given == {path for path, _ in leaves(schema())} - {"global"}
+
+
+def test_schema_has_all_our_settings() -> None:
+    names = set(schema()["properties"]["think"]["properties"]) - {"enabled"}
+    snake = {"kv_" + "".join(f"_{c.lower()}" if c.isupper() else c for c in x) for x in names}
+    assert snake == set(ThinkConfig.model_fields)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"image": {"repository": "x", "tag": "latest", "pullPolicy": "Always"}},
+        {"model": ""},
+        {"extraArgs": ["--api-key=text"]},
+        {"extraArgs": ["--port", "9000"]},
+        {"think": {**values()["think"], "quant": "int8"}},
+        {"think": {**values()["think"], "channelPrune": 0.9}},
+        {"unknown": 1},
+    ],
+    ids=str,
+)
+def test_schema_refuses(wrong: dict[str, Any]) -> None:
+    validate(values(), schema())
+    with pytest.raises(ValidationError):
+        validate(values() | wrong, schema())
+
+
+# What follows asks Helm's engine, whose package needs Python 3.12.
+
+
+def test_manifest_is_the_chart_rendered() -> None:
+    pytest.importorskip("helm_sdkpy")
+    assert by_kind(render_chart(CHART, RELEASE, VALUES)) == by_kind(MANIFEST.read_text("utf-8"))
+
+
+EVERYTHING: dict[str, Any] = {
+    "think": {
+        "channelPrune": 0.4,
+        "quant": "kivi4",
+        "quantGroup": 64,
+        "recentWindow": 64,
+        "observationWindow": 16,
+        "pruneDecode": False,
+        "prefixCache": "dense",
+    },
+    "trustRemoteCode": True,
+    "extraArgs": ["--max-num-seqs=64"],
+    "extraEnv": [{"name": "VLLM_LOGGING_LEVEL", "value": "DEBUG"}],
+    "apiKey": {"existingSecret": "keys"},
+    "huggingFace": {"existingSecret": "hub", "offline": True},
+    "modelVolume": {"existingClaim": "models"},
+    "cache": {"persistent": False},
+    "image": {"pullSecrets": [{"name": "registry"}]},
+    "runtimeClassName": "nvidia",
+    "nodeSelector": {"gpu": "yes"},
+    "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists"}],
+    "podLabels": {"team": "a"},
+    "podAnnotations": {"note": "b"},
+    "serviceMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
+}
+
+
+def test_chart_with_every_value_renders(parse: Parse) -> None:
+    pytest.importorskip("helm_sdkpy")
+    release = install_chart(CHART, "demo", EVERYTHING)
+    made = by_kind(release["manifest"])
+    check_schemas(made)
+    namespace = parse(container(made)["args"])
+    assert parse_config(namespace.additional_config["think"]).model_dump() == {
+        "kv_channel_prune": 0.4,
+        "kv_quant": "kivi4",
+        "kv_quant_group": 64,
+        "kv_recent_window": 64,
+        "kv_observation_window": 16,
+        "kv_prune_decode": False,
+        "kv_prefix_cache": "dense",
+        "kv_prune_prefill": False,
+    }
+    assert namespace.max_num_seqs == 64
+    assert namespace.trust_remote_code is True
+    assert made["ServiceMonitor"]["spec"]["endpoints"][0]["port"] == "http"
+    assert "PersistentVolumeClaim" not in made
+    [test] = release["hooks"]
+    check_schemas({"Pod": yaml.safe_load(test["manifest"])})
+    selected = made["Service"]["spec"]["selector"]
+    assert not selected.items() <= yaml.safe_load(test["manifest"])["metadata"]["labels"].items()
+
+
+def test_chart_passes_early_compaction(parse: Parse) -> None:
+    pytest.importorskip("helm_sdkpy")
+    given = {"think": {"channelPrune": None, "quant": "k4v2", "prunePrefill": True}}
+    namespace = parse(container(by_kind(render_chart(CHART, "demo", given)))["args"])
+    wanted = {"kv_quant": "k4v2", "kv_prune_prefill": True}
+    assert namespace.additional_config["think"] == wanted
+
+
+def test_chart_without_thin_blocks_passes_no_flag_of_ours(parse: Parse) -> None:
+    pytest.importorskip("helm_sdkpy")
+    made = by_kind(render_chart(CHART, "demo", {"think": {"enabled": False}}))
+    assert parse(container(made)["args"]).additional_config == {}
+
+
+def test_chart_refuses_values_that_do_not_fit() -> None:
+    helm = pytest.importorskip("helm_sdkpy")
+    with pytest.raises(helm.HelmError, match="channelPrune"):
+        render_chart(CHART, "demo", {"think": {"channelPrune": 0.9}})
