@@ -12,6 +12,7 @@ from jsonschema import ValidationError, validate
 from tests.deploy.conftest import Parse
 from tests.support.chart import CHART, RELEASE, VALUES, install_chart, render_chart
 from tests.support.deploy import DEPLOY, read_yaml
+from think_vllm import __version__
 from think_vllm.config import ThinkConfig, parse_config
 
 MANIFEST = DEPLOY / "kubernetes" / "think-vllm.yaml"
@@ -165,6 +166,16 @@ def test_schema_refuses(wrong: dict[str, Any]) -> None:
     validate(values(), schema())
     with pytest.raises(ValidationError):
         validate(values() | wrong, schema())
+
+
+def test_production_stack_values_have_flags_that_vllm_knows(parse: Parse) -> None:
+    spec = read_yaml(DEPLOY / "production-stack.yaml")["servingEngineSpec"]
+    [model] = spec["modelSpec"]
+    namespace = parse([model["modelURL"], *model["vllmConfig"]["extraArgs"]])
+    assert parse_config(namespace.additional_config["think"]).enabled
+    assert model["tag"] == __version__
+    assert model["lmcacheConfig"] == {"enabled": False}  # a KV connector, which we refuse
+    assert set(spec["vllmApiKey"]) == {"secretName", "secretKey"}
 
 
 # What follows asks Helm's engine, whose package needs Python 3.12.
