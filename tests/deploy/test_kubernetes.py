@@ -143,10 +143,21 @@ def test_values_and_schema_have_the_same_names() -> None:
     assert given == {path for path, _ in leaves(schema())} - {"global"}
 
 
-def test_schema_has_all_our_settings() -> None:
-    names = set(schema()["properties"]["think"]["properties"]) - {"enabled"}
-    snake = {"kv_" + "".join(f"_{c.lower()}" if c.isupper() else c for c in x) for x in names}
-    assert snake == set(ThinkConfig.model_fields)
+def test_schema_has_all_our_settings_and_their_ranges() -> None:
+    allowed = schema()["properties"]["think"]["properties"]
+    del allowed["enabled"]
+    ours = ThinkConfig.model_json_schema()["properties"]
+    assert {setting(name) for name in allowed} == set(ours)
+    for name, part in allowed.items():
+        for bound in ("minimum", "maximum"):
+            assert part.get(bound) == ours[setting(name)].get(bound), name
+        choices = [choice for choice in part.get("enum", []) if choice is not None]
+        assert choices == ours[setting(name)].get("enum", []), name
+
+
+def setting(name: str) -> str:
+    """What a value of the chart is called in our settings."""
+    return "kv_" + "".join(f"_{c.lower()}" if c.isupper() else c for c in name)
 
 
 @pytest.mark.parametrize(
@@ -191,8 +202,9 @@ EVERYTHING: dict[str, Any] = {
         "channelPrune": 0.4,
         "quant": "kivi4",
         "quantGroup": 64,
-        "recentWindow": 64,
+        "recentWindow": 0,
         "observationWindow": 16,
+        "planContext": 1024,
         "pruneDecode": False,
         "prefixCache": "dense",
     },
@@ -223,8 +235,9 @@ def test_chart_with_every_value_renders(parse: Parse) -> None:
         "kv_channel_prune": 0.4,
         "kv_quant": "kivi4",
         "kv_quant_group": 64,
-        "kv_recent_window": 64,
+        "kv_recent_window": 0,
         "kv_observation_window": 16,
+        "kv_plan_context": 1024,
         "kv_prune_decode": False,
         "kv_prefix_cache": "dense",
         "kv_prune_prefill": False,

@@ -46,11 +46,14 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- if .quantGroup }}
 - --kv-quant-group={{ int .quantGroup }}
 {{- end }}
-{{- if .recentWindow }}
+{{- if not (kindIs "invalid" .recentWindow) }}
 - --kv-recent-window={{ int .recentWindow }}
 {{- end }}
 {{- if .observationWindow }}
 - --kv-observation-window={{ int .observationWindow }}
+{{- end }}
+{{- if .planContext }}
+- --kv-plan-context={{ int .planContext }}
 {{- end }}
 {{- if not .pruneDecode }}
 - --no-kv-prune-decode
