@@ -13,6 +13,8 @@ from think_vllm.loadtest.configuration import DEFAULT_FLAGS
 from think_vllm.loadtest.results import RESULTS_FILE
 from think_vllm.loadtest.scenario import Scenario, known_scenarios, load_scenario
 
+#: Options whose value is flags.
+_QUOTED = ("--config", "--server-args")
 _ONLY_STARTED = ("config", "fp8_cache", "no_plain", "kv_cache_memory_bytes", "server_args")
 
 
@@ -20,6 +22,7 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
         prog="think-vllm bench",
+        allow_abbrev=False,
         description="Load tests with vLLM's own benchmark code: plain vLLM and pruned "
         "configurations in equal KV memory, one server after the other.",
     )
@@ -112,7 +115,18 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     )
     output.add_argument("--note", default="", help="A remark that is kept with the figures.")
     output.add_argument("--no-plots", action="store_true", help="Draw nothing.")
-    return parser.parse_args(list(arguments))
+    return parser.parse_args(_joined(arguments))
+
+
+def _joined(arguments: Sequence[str]) -> list[str]:
+    """Tie flags in quotes to their option; argparse takes a single one for its own."""
+    joined: list[str] = []
+    for word in arguments:
+        if joined and joined[-1] in _QUOTED:
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
 
 
 def chosen_scenarios(options: argparse.Namespace) -> list[Scenario]:

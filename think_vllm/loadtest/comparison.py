@@ -8,7 +8,10 @@ from think_vllm.loadtest.results import Figures, Measurement, Results
 from think_vllm.loadtest.scenario import LoadPoint, Scenario
 
 #: Figures of which multiples of plain vLLM's are given.
-COMPARED = ("running_waiting", "output_tokens_per_s", "median_ttft_ms", "median_itl_ms")
+COMPARED = (
+    *("running_waiting", "output_tokens_per_s"),
+    *("median_ttft_ms", "median_itl_ms", "median_tpot_ms"),
+)
 SUMMED = ("completed", "failed")
 
 Key = tuple[str, str, LoadPoint]

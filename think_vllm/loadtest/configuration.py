@@ -228,9 +228,9 @@ def _label(given: Sequence[str]) -> str:
         piece for flag in given for piece in (flag.split("=", 1) if "=" in flag else [flag])
     )
     for word in words:
-        if word == flag_name("kv_channel_prune"):
+        if _name(word) == flag_name("kv_channel_prune"):
             parts.append(f"prune {next(words, '?')}")
-        elif word == flag_name("kv_quant"):
+        elif _name(word) == flag_name("kv_quant"):
             parts.append(next(words, "?"))
         else:
             rest.append(word)

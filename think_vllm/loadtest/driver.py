@@ -143,6 +143,8 @@ def figures_of(
         p99_ttft_ms=result["p99_ttft_ms"],
         median_itl_ms=result["median_itl_ms"],
         p99_itl_ms=result["p99_itl_ms"],
+        median_tpot_ms=result["median_tpot_ms"],
+        p99_tpot_ms=result["p99_tpot_ms"],
         median_e2el_ms=result["median_e2el_ms"],
         running_mean=occupancy.running_mean,
         running_waiting=occupancy.running_waiting,

@@ -18,7 +18,7 @@ _PANELS: tuple[tuple[str, Callable[[Row], float], bool], ...] = (
     ("output tokens/s", lambda row: row.figures.output_tokens_per_s, False),
     ("running requests", lambda row: row.running, False),
     ("time to first token, median, ms", lambda row: row.figures.median_ttft_ms, True),
-    ("time between tokens, median, ms", lambda row: row.figures.median_itl_ms, True),
+    ("time per output token, median, ms", lambda row: row.figures.median_tpot_ms, True),
 )
 
 

@@ -10,13 +10,16 @@ from think_vllm.loadtest.results import Figures, Results
 
 HEADER = (
     "| load | server | running | of plain | output tok/s | of plain | of fp8 cache | TTFT ms, "
-    "median | p99 | ITL ms, median | p99 | preemptions | cache use | fit |\n"
-    "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+    "median | p99 | ITL ms, median | p99 | TPOT ms, median | p99 | preemptions | cache use "
+    "| fit |\n"
+    "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- "
+    "| --- |"
 )
 LEGEND = (
     "running: mean of vLLM's gauge while others waited and the cache was full; in brackets, while "
     "any ran, as none waited. TTFT: time to first token, waiting included; ITL: time between "
-    "tokens. cache use: mean share of blocks in use, of the same samples. fit: whole requests of "
+    "tokens as the client reads them, 0 for those that it reads at once; TPOT: a request's mean. "
+    "cache use: mean share of blocks in use, of the same samples. fit: whole requests of "
     "the mean length that the cache holds at once, by plan. Times and tokens are those of vLLM's "
     "load generator."
 )
@@ -93,7 +96,7 @@ def progress(figures: Figures) -> str:
     )
     return (
         f"{figures.output_tokens_per_s:.0f} output tok/s, {running}, TTFT "
-        f"{figures.median_ttft_ms:.0f} ms, ITL {figures.median_itl_ms:.1f} ms, "
+        f"{figures.median_ttft_ms:.0f} ms, TPOT {figures.median_tpot_ms:.1f} ms, "
         f"{figures.preemptions} preemptions, {figures.duration_s:.0f} s"
     )
 
@@ -117,6 +120,8 @@ def _line(row: Row, results: Results) -> str:
         f"{figures.p99_ttft_ms:,.0f}",
         f"{figures.median_itl_ms:.1f}",
         f"{figures.p99_itl_ms:.1f}",
+        f"{figures.median_tpot_ms:.1f}",
+        f"{figures.p99_tpot_ms:.1f}",
         f"{figures.preemptions}",
         f"{figures.cache_use_mean:.2f}",
         "-" if capacity is None else f"{capacity}",

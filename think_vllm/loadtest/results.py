@@ -52,6 +52,8 @@ class Figures(_Record):
     p99_ttft_ms: float
     median_itl_ms: float
     p99_itl_ms: float
+    median_tpot_ms: float = Field(description="A request's mean time between tokens.")
+    p99_tpot_ms: float
     median_e2el_ms: float
     running_mean: float = Field(description="Of requests, while any ran.")
     running_waiting: float | None = Field(
