@@ -7,6 +7,7 @@ from typing import Any
 
 from think_vllm.errors import ThinkError
 from think_vllm.loadtest.comparison import Row
+from think_vllm.loadtest.report import load_range
 from think_vllm.loadtest.results import Results
 
 #: Told apart by those who see no red, too.
@@ -116,7 +117,7 @@ def _figure(width: float, height: float) -> Any:
 
 def _finish(figure: Any, title: str, results: Results, path: Path) -> None:
     figure.suptitle(title, fontsize=11)
-    about = f"{results.machine}\n{results.note}".rstrip()
+    about = f"{results.machine}\nload average {load_range(results)}. {results.note}".rstrip()
     figure.text(0.01, -0.01, about, fontsize=6, va="top", wrap=True)
     description = f"{about}\n{results.command}"
     figure.savefig(

@@ -37,7 +37,7 @@ def markdown(results: Results, rows: Sequence[Row], notes: Sequence[str] = ()) -
     memory = results.kv_cache_memory_bytes
     size = "KV cache: not known" if memory is None else f"{memory / 1e6:,.1f} MB of KV cache"
     lines += [f"{results.model}; {size}; rounds: {results.rounds}; seed {results.seed}."]
-    lines += [f"Load average before each load: {_range(results)}. {results.note}".rstrip(), ""]
+    lines += [f"Load average before each load: {load_range(results)}. {results.note}".rstrip(), ""]
     if not results.complete:
         lines += ["**This run did not come to its end.**", ""]
     lines += [f"- {note}" for note in notes] + ([""] if notes else [])
@@ -134,6 +134,7 @@ def _multiple(value: float | None) -> str:
     return "-" if value is None else f"x{value:.2f}"
 
 
-def _range(results: Results) -> str:
+def load_range(results: Results) -> str:
+    """Load averages before the loads: they say whether the machine had other work."""
     loads = [one.load_average for one in results.measurements]
     return f"{min(loads):.1f} to {max(loads):.1f}" if loads else "not known"

@@ -28,7 +28,7 @@ sys.exit(main(["bench", *sys.argv[1:]]))
 """
 #: Of all processes of a run, to find what is left of them.
 MARK = "THINK_VLLM_TEST_RUN"
-DEADLINE_S = 300
+DEADLINE_S = 600
 
 
 def start(model: Path, out: Path, *arguments: str) -> subprocess.Popen[str]:
