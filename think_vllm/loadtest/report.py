@@ -45,7 +45,7 @@ def markdown(results: Results, rows: Sequence[Row], notes: Sequence[str] = ()) -
         table = [row for row in rows if row.scenario == scenario.name]
         lines += [f"## {scenario.name}", "", scenario.description, ""]
         if table:
-            lines += [HEADER, *(_line(row, results) for row in table), ""]
+            lines += [HEADER, *(_line(row, results) for row in table), "", *_hits(table)]
         else:
             lines += ["Nothing was measured.", ""]
     lines += [LEGEND, "", "## Servers", ""]
@@ -127,6 +127,16 @@ def _line(row: Row, results: Results) -> str:
         "-" if capacity is None else f"{capacity}",
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def _hits(rows: Sequence[Row]) -> list[str]:
+    """Shares of prompt tokens found in prefix caches, if there are any."""
+    found = [
+        f"{row.server}, {row.point}: {row.figures.prefix_hit_rate:.3f}"
+        for row in rows
+        if row.figures.prefix_hit_rate is not None
+    ]
+    return [f"Prompt tokens found in the prefix cache: {'; '.join(found)}.", ""] if found else []
 
 
 def _multiple(value: float | None) -> str:

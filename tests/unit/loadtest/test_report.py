@@ -18,7 +18,7 @@ RUN = results(
     measurement("fp8 cache", 8, figures(250, 8.0)),
     measurement("thin", 8, figures(300, 12.0, failed=2)),
     measurement("thin", 8, figures(340, 12.0), turn=1),
-    measurement("thin", 2, figures(90, None)),
+    measurement("thin", 2, figures(90, None, prefix_hit_rate=0.25)),
     note="Alone on the machine.",
 )
 
@@ -37,6 +37,7 @@ def test_markdown_has_a_line_for_each_load() -> None:
     assert "| (2.0) | - | 90 | - | - |" in alone
     for part in (str(RUN.machine), f"`{RUN.command}`", RUN.note, "- compared with x", "10.0 MB"):
         assert part in text
+    assert "found in the prefix cache: thin, 2 at a time: 0.250." in text
     assert "- thin: `think-vllm serve m --thin`" in text
 
 
