@@ -19,7 +19,7 @@ output_tokens: 200
 concurrency: [24]
 num_prompts: 24
 """
-#: 2 layers x 2 heads x 512 bytes of a token: 2,441 tokens, 18 of plain vLLM's blocks and its null block.
+#: 2 layers x 2 heads x 512 bytes of a token: 19 blocks of plain vLLM, one of them its null block.
 POOL_BYTES = 5_000_000
 THIN = "prune 0.5 + k4v2"
 DEADLINE_S = 900
