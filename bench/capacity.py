@@ -31,7 +31,8 @@ from tests.support.server import Server
 from think_vllm.config import ThinkConfig
 from think_vllm.loadtest import server as loadtest
 from think_vllm.loadtest.comparison import ratios_of
-from think_vllm.loadtest.driver import generator_arguments, measure_load, run_generator
+from think_vllm.loadtest.driver import generator_arguments, measure_load
+from think_vllm.loadtest.generator import LoadGenerator
 from think_vllm.loadtest.results import Figures
 from think_vllm.loadtest.scenario import LoadPoint, Scenario
 from think_vllm.planner import BlockPlan, plan_blocks
@@ -121,12 +122,15 @@ def measure(name: str, options: argparse.Namespace) -> Figures:
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "server.log"
         memory = options.memory_mb * 10**6
-        with Server(options.model, arguments, log, kv_cache_bytes=memory) as server:
+        with (
+            Server(options.model, arguments, log, kv_cache_bytes=memory) as server,
+            LoadGenerator() as generator,
+        ):
             loaded = loadtest.Server(server.url, server.model)
             few = generator_arguments(server.model, scenario, LoadPoint(2, concurrency=2), seed=1)
-            run_generator(loaded, few)
+            generator.run(loaded, few)
             [point] = scenario.points()
-            figures = measure_load(loaded, server.model, scenario, point, seed=0)
+            figures = measure_load(generator, loaded, server.model, scenario, point, seed=0)
             if figures.failed:
                 raise RuntimeError(f"{figures.failed} requests failed\n{server.log_tail()}")
             if figures.running_waiting is None:

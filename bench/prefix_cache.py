@@ -33,7 +33,8 @@ from bench.machine import describe_machine
 from tests.support.models import BUNDLED
 from tests.support.server import Server
 from think_vllm.loadtest import server as loadtest
-from think_vllm.loadtest.driver import generator_arguments, run_generator
+from think_vllm.loadtest.driver import generator_arguments
+from think_vllm.loadtest.generator import LoadGenerator
 from think_vllm.loadtest.scenario import LoadPoint, Scenario
 from think_vllm.planner import plan_blocks
 
@@ -101,7 +102,9 @@ def ask(server: Server, options: argparse.Namespace, seed: int) -> float:
     )
     point = LoadPoint(questions, concurrency=options.concurrency)
     arguments = generator_arguments(server.model, scenario, point, seed)
-    failed: float = run_generator(loadtest.Server(server.url, server.model), arguments)["failed"]
+    with LoadGenerator() as generator:
+        loaded = loadtest.Server(server.url, server.model)
+        failed: float = generator.run(loaded, arguments)["failed"]
     return failed
 
 

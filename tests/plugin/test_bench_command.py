@@ -67,6 +67,14 @@ def test_bench_refuses_a_folder_with_results(
     assert "holds the results of another run; name another directory" in capsys.readouterr().err
 
 
+def test_bench_refuses_an_address_that_is_none(
+    recall_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["bench", str(recall_model), "--base-url", "localhost:1", "--no-plots"]
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 2
+    assert "--base-url localhost:1: no OpenAI-compatible server" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("flags", DEFAULT_FLAGS)
 def test_read_engine_plans_what_is_recommended(recall_model: Path, flags: str) -> None:
     engine = read_engine(str(recall_model), flags.split(), "test")

@@ -19,11 +19,12 @@ from think_vllm.loadtest.configuration import (
     shared_flags,
 )
 from think_vllm.loadtest.gauges import cache_of
+from think_vllm.loadtest.generator import LoadGenerator
 from think_vllm.loadtest.interrupts import Interrupted, interruptible
 from think_vllm.loadtest.machine import this_machine
 from think_vllm.loadtest.report import csv_text, markdown
 from think_vllm.loadtest.results import RESULTS_FILE, Results, ServerRecord
-from think_vllm.loadtest.server import ServerError, find_server
+from think_vllm.loadtest.server import find_server
 from think_vllm.loadtest.session import Session, Setup
 from think_vllm.report import plan_fields
 
@@ -107,7 +108,9 @@ class _Run:
         logs = self._make_folder() / "logs"
         logs.mkdir(exist_ok=True)
         setup = Setup(shared, logs, options.start_timeout)
-        Session(results, self._save, _say).run(configurations, engines, setup)
+        with LoadGenerator() as generator:
+            session = Session(generator, results, self._save, _say)
+            session.run(configurations, engines, setup)
 
     def load_running(self) -> None:
         """Load a server that somebody else started."""
@@ -122,11 +125,12 @@ class _Run:
             record.num_blocks = cache.num_blocks
         results.servers.append(record)
         self._make_folder()
-        session = Session(results, self._save, _say)
-        for turn in range(results.rounds):
+        with LoadGenerator() as generator:
+            session = Session(generator, results, self._save, _say)
             try:
-                session.load(server, record, results.scenarios, turn)
-            except (ServerError, OSError) as error:
+                for turn in range(results.rounds):
+                    session.load(server, record, results.scenarios, turn)
+            except OSError as error:
                 raise ThinkError(f"bench: {options.base_url} does not answer: {error}") from None
         results.complete = True
         self._save()

@@ -1,10 +1,5 @@
-"""One load of one server: vLLM's load generator as a program, and gauges sampled meanwhile."""
+"""One load of one server: vLLM's load generator, and gauges sampled meanwhile."""
 
-import json
-import sys
-import tempfile
-import time
-from pathlib import Path
 from typing import Any
 
 from think_vllm.loadtest.gauges import (
@@ -18,7 +13,7 @@ from think_vllm.loadtest.gauges import (
     full_cache,
     occupancy_of,
 )
-from think_vllm.loadtest.process import POLL_S, ProcessGroup
+from think_vllm.loadtest.generator import LoadGenerator
 from think_vllm.loadtest.results import Figures
 from think_vllm.loadtest.scenario import LoadPoint, Scenario
 from think_vllm.loadtest.server import Server
@@ -26,16 +21,18 @@ from think_vllm.loadtest.server import Server
 COUNTERS = (PREEMPTIONS, PREFIX_HITS, PREFIX_QUERIES)
 
 
-class LoadError(RuntimeError):
-    """The load generator failed; the message holds the end of its output."""
-
-
 def measure_load(
-    server: Server, tokenizer: str, scenario: Scenario, point: LoadPoint, seed: int
+    generator: LoadGenerator,
+    server: Server,
+    tokenizer: str,
+    scenario: Scenario,
+    point: LoadPoint,
+    seed: int,
 ) -> Figures:
     """Load a server and look at its gauges meanwhile.
 
     Args:
+        generator: What sends requests.
         server: Already warm.
         tokenizer: Where the load generator finds it.
         scenario: What is sent.
@@ -50,48 +47,13 @@ def measure_load(
     sampler = Sampler(server)
     sampler.start()
     try:
-        result = run_generator(server, generator_arguments(tokenizer, scenario, point, seed))
+        result = generator.run(server, generator_arguments(tokenizer, scenario, point, seed))
     finally:
         samples = sampler.stop()
     after = server.get("/metrics")
     counted = [counter_of(after, name) - counter_of(before, name) for name in COUNTERS]
     full = full_cache(scenario.prompt_tokens, cache_of(before))
     return figures_of(result, occupancy_of(samples, full), counted, len(samples))
-
-
-def run_generator(server: Server, arguments: list[str]) -> dict[str, Any]:
-    """Run vLLM's ``bench serve`` against a server.
-
-    Args:
-        server: Whose end also ends the load.
-        arguments: But for the server's address and model, and where the result goes.
-
-    Returns:
-        The fields of its result file.
-
-    Raises:
-        LoadError: If it fails.
-        ServerError: If the server ends.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "result.json"
-        command = [sys.executable, "-m", "think_vllm.loadtest.generator"]
-        command += ["--backend", "vllm", "--base-url", server.url]
-        command += ["--served-model-name", server.model, *arguments, "--disable-tqdm"]
-        command += ["--save-result", "--result-dir", folder, "--result-filename", result.name]
-        with ProcessGroup(command, Path(folder) / "generator.log") as generator:
-            while (status := generator.exit_status) is None:
-                server.check_alive()
-                time.sleep(POLL_S)
-            # Its requests failed because of that, whatever it says.
-            server.check_alive()
-            if status != 0 or not result.is_file():
-                raise LoadError(
-                    f"vLLM's load generator ended with status {status}; the end of its output:\n"
-                    f"{generator.log_tail()}"
-                )
-        fields: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
-        return fields
 
 
 def generator_arguments(

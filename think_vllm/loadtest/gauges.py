@@ -6,7 +6,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from think_vllm.loadtest.server import Server
+from think_vllm.loadtest.server import Server, ServerError
 
 SAMPLE_S = 0.2
 #: Share of the blocks in use from which on the cache counts as nearly full, if prompts are small.
@@ -166,7 +166,7 @@ class Sampler(threading.Thread):
         while not self._done.wait(SAMPLE_S):
             try:
                 self.samples.append(sample_of(self._server.get("/metrics")))
-            except (OSError, KeyError):
+            except (OSError, KeyError, ServerError):
                 # A busy server may be slow, one that ended is noticed by who runs the load.
                 self.misses += 1
 

@@ -23,13 +23,19 @@ class ProcessGroup:
         command: Program and arguments.
         log: File that gets its output.
         environment: All its variables; None for this process's.
+        takes_input: Whether it is sent lines. Then it learns when this process has ended.
     """
 
     def __init__(
-        self, command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
+        self,
+        command: Sequence[str],
+        log: Path,
+        environment: Mapping[str, str] | None = None,
+        takes_input: bool = False,
     ) -> None:
         self.command = list(command)
         self.log = log
+        self._stdin = subprocess.PIPE if takes_input else subprocess.DEVNULL
         self._environment = None if environment is None else dict(environment)
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -39,7 +45,7 @@ class ProcessGroup:
             with held(), self.log.open("wb") as output:
                 self._process = subprocess.Popen(
                     self.command,
-                    stdin=subprocess.DEVNULL,
+                    stdin=self._stdin,
                     stdout=output,
                     stderr=subprocess.STDOUT,
                     env=self._environment,
@@ -63,6 +69,14 @@ class ProcessGroup:
         """What it ended with; None while it runs."""
         return None if self._process is None else self._process.poll()
 
+    def send(self, line: str) -> None:
+        """Send a line to its standard input; lost if it has ended."""
+        assert self._process is not None
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.write(line.encode("utf-8") + b"\n")
+            self._process.stdin.flush()
+
     def stop(self) -> None:
         """Ask it to end, wait for a while, then kill what is left of the group."""
         process = self._process
@@ -76,6 +90,9 @@ class ProcessGroup:
                     process.wait(timeout=GRACE_S)
             _kill_group(process.pid)
             process.wait()
+            if process.stdin is not None:
+                with suppress(BrokenPipeError):
+                    process.stdin.close()
             self._process = None
 
     def log_tail(self, lines: int = 40) -> str:

@@ -7,6 +7,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Sequence
+from http.client import HTTPException
 from pathlib import Path
 from typing import Self
 
@@ -51,13 +52,22 @@ class Server:
 
         Raises:
             OSError: If it is out of reach, or answers with an error.
+            ServerError: If it has ended.
         """
-        with urllib.request.urlopen(self.url + path, timeout=HTTP_TIMEOUT_S) as answer:
-            body: bytes = answer.read()
+        try:
+            with urllib.request.urlopen(self.url + path, timeout=HTTP_TIMEOUT_S) as answer:
+                body: bytes = answer.read()
+        except (OSError, HTTPException) as error:
+            self.check_alive()
+            raise OSError(f"GET {self.url}{path}: {error}") from error
         return body.decode("utf-8")
 
     def is_healthy(self) -> bool:
-        """Whether it serves."""
+        """Whether it serves.
+
+        Raises:
+            ServerError: If it has ended.
+        """
         try:
             self.get("/health")
         except OSError:
@@ -98,7 +108,6 @@ class StartedServer(Server):
     def _wait_until_healthy(self) -> None:
         deadline = time.monotonic() + self._start_timeout_s
         while not self.is_healthy():
-            self.check_alive()
             if time.monotonic() > deadline:
                 raise ServerError(
                     f"the server is not healthy after {self._start_timeout_s:g} s (give it more "

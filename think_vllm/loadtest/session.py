@@ -10,13 +10,9 @@ from itertools import groupby
 from pathlib import Path
 
 from think_vllm.loadtest.configuration import Configuration, Engine
-from think_vllm.loadtest.driver import (
-    LoadError,
-    generator_arguments,
-    measure_load,
-    run_generator,
-)
+from think_vllm.loadtest.driver import generator_arguments, measure_load
 from think_vllm.loadtest.gauges import cache_of
+from think_vllm.loadtest.generator import LoadError, LoadGenerator
 from think_vllm.loadtest.report import progress
 from think_vllm.loadtest.results import Failure, Measurement, Results, ServerRecord
 from think_vllm.loadtest.scenario import LoadPoint, Scenario
@@ -45,14 +41,20 @@ class Session:
     """Measures servers into the results of a run.
 
     Args:
+        generator: What sends requests.
         results: Of this run; grows.
         save: Called whenever there is something new in them.
         say: Tells a person one line.
     """
 
     def __init__(
-        self, results: Results, save: Callable[[], None], say: Callable[[str], None]
+        self,
+        generator: LoadGenerator,
+        results: Results,
+        save: Callable[[], None],
+        say: Callable[[str], None],
     ) -> None:
+        self._generator = generator
         self._results = results
         self._save = save
         self._say = say
@@ -122,7 +124,8 @@ class Session:
             self._say(f"{who} {record.label}: {scenario.name}, warming up")
             few = scenario.model_copy(update={"num_prefixes": 1})
             try:
-                run_generator(server, generator_arguments(results.model, few, WARM_UP, seed + 99))
+                arguments = generator_arguments(results.model, few, WARM_UP, seed + 99)
+                self._generator.run(server, arguments)
             except LoadError as error:
                 self._fail(record, f"{scenario.name}, warm-up", str(error), who)
                 continue
@@ -131,7 +134,9 @@ class Session:
                 date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
                 load_average = os.getloadavg()[0]
                 try:
-                    figures = measure_load(server, results.model, scenario, point, seed + number)
+                    figures = measure_load(
+                        self._generator, server, results.model, scenario, point, seed + number
+                    )
                 except LoadError as error:
                     self._fail(record, what, str(error), who)
                     continue

@@ -97,7 +97,7 @@ def test_interrupt_in_the_middle_of_a_load_leaves_no_process(
         assert line, said
         said += line
     deadline = time.monotonic() + DEADLINE_S
-    while not any("think_vllm.loadtest.generator" in one for one in survivors(out)):
+    while not any("think_vllm.loadtest.generator_program" in one for one in survivors(out)):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     # The command, the server, its stubborn child, the load generator.
