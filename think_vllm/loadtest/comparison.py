@@ -9,7 +9,7 @@ from think_vllm.loadtest.scenario import LoadPoint, Scenario
 
 #: Figures of which multiples of plain vLLM's are given.
 COMPARED = (
-    *("running_waiting", "output_tokens_per_s"),
+    *("running_waiting", "output_tokens_per_s", "output_tokens_per_processor_s"),
     *("median_ttft_ms", "median_itl_ms", "median_tpot_ms"),
 )
 SUMMED = ("completed", "failed")

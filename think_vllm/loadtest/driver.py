@@ -43,17 +43,18 @@ def measure_load(
         LoadError: If the load generator fails.
         ServerError: If the server ends.
     """
-    before = server.get("/metrics")
+    before, used = server.get("/metrics"), server.processor_s()
     sampler = Sampler(server)
     sampler.start()
     try:
         result = generator.run(server, generator_arguments(tokenizer, scenario, point, seed))
     finally:
         samples = sampler.stop()
-    after = server.get("/metrics")
+    after, used_then = server.get("/metrics"), server.processor_s()
+    processor_s = None if used is None or used_then is None else used_then - used
     counted = [counter_of(after, name) - counter_of(before, name) for name in COUNTERS]
     full = full_cache(scenario.prompt_tokens, cache_of(before))
-    return figures_of(result, occupancy_of(samples, full), counted, len(samples))
+    return figures_of(result, occupancy_of(samples, full), counted, processor_s, len(samples))
 
 
 def generator_arguments(
@@ -81,7 +82,11 @@ def generator_arguments(
 
 
 def figures_of(
-    result: dict[str, Any], occupancy: Occupancy, counted: list[float], samples: int
+    result: dict[str, Any],
+    occupancy: Occupancy,
+    counted: list[float],
+    processor_s: float | None,
+    samples: int,
 ) -> Figures:
     """Put together what the load generator and the gauges say.
 
@@ -89,6 +94,7 @@ def figures_of(
         result: Of the load generator.
         occupancy: Of the gauges.
         counted: What ``COUNTERS`` grew by.
+        processor_s: Processor time of the server; None if unknown.
         samples: How many the gauges gave.
     """
     preemptions, hits, queries = counted
@@ -115,5 +121,6 @@ def figures_of(
         cache_use_peak=occupancy.cache_use_peak,
         preemptions=round(preemptions),
         prefix_hit_rate=hits / queries if queries else None,
+        processor_s=processor_s,
         samples=samples,
     )

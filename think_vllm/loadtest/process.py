@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +14,8 @@ from think_vllm.loadtest.interrupts import held
 
 GRACE_S = 30.0
 POLL_S = 0.1
+#: Of the process itself in user and kernel mode, in /proc/PID/stat behind the name.
+_TIMES = slice(11, 13)
 
 
 class ProcessGroup:
@@ -77,6 +79,12 @@ class ProcessGroup:
             self._process.stdin.write(line.encode("utf-8") + b"\n")
             self._process.stdin.flush()
 
+    def processor_s(self) -> float:
+        """Seconds of processor time that members of the group that still run have used."""
+        assert self._process is not None
+        ticks = sum(int(x) for stat in _stats(self._process.pid) for x in stat[_TIMES])
+        return ticks / os.sysconf("SC_CLK_TCK")
+
     def stop(self) -> None:
         """Ask it to end, wait for a while, then kill what is left of the group."""
         process = self._process
@@ -112,17 +120,16 @@ def _kill_group(group: int) -> None:
             os.killpg(group, signal.SIGKILL)
         except ProcessLookupError:
             return
-        if not _runs(group):
+        if not any(_stats(group)):
             return
         time.sleep(POLL_S)
 
 
-def _runs(group: int) -> bool:
-    """Whether a process of the group is more than a zombie."""
+def _stats(group: int) -> Iterator[list[str]]:
+    """Fields of /proc/PID/stat behind the name, of members of a group that are no zombies."""
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
             # pid (name) state parent group ...; the name may hold spaces and brackets.
             fields = path.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
             if int(fields[2]) == group and fields[0] not in "ZX":
-                return True
-    return False
+                yield fields

@@ -9,19 +9,21 @@ from think_vllm.loadtest.comparison import Row
 from think_vllm.loadtest.results import Figures, Results
 
 HEADER = (
-    "| load | server | running | of plain | output tok/s | of plain | of fp8 cache | TTFT ms, "
+    "| load | server | running | of plain | output tok/s | of plain | of fp8 cache "
+    "| tok/processor s | of plain | TTFT ms, "
     "median | p99 | ITL ms, median | p99 | TPOT ms, median | p99 | preemptions | cache use "
     "| fit |\n"
     "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- "
-    "| --- |"
+    "| --- | --- | --- |"
 )
 LEGEND = (
     "running: mean of vLLM's gauge while others waited and the cache was full; in brackets, while "
-    "any ran, as none waited. TTFT: time to first token, waiting included; ITL: time between "
-    "tokens as the client reads them, 0 for those that it reads at once; TPOT: a request's mean. "
-    "cache use: mean share of blocks in use, of the same samples. fit: whole requests of "
-    "the mean length that the cache holds at once, by plan. Times and tokens are those of vLLM's "
-    "load generator."
+    "any ran, as none waited. tok/processor s: output tokens for each second of processor time of "
+    "the server's processes, spinning included: on a CPU that others use too it says more than "
+    "tok/s, on a GPU nothing. TTFT: time to first token, with waiting; ITL: time between tokens "
+    "as the client reads them, 0 for those that it reads at once; TPOT: a request's mean. cache "
+    "use: mean share of blocks in use, of the same samples. fit: whole requests of the mean length "
+    "that the cache holds at once, by plan. Times and tokens are those of vLLM's load generator."
 )
 
 
@@ -106,6 +108,7 @@ def _line(row: Row, results: Results) -> str:
     rate = f"{figures.output_tokens_per_s:,.0f}"
     if row.slowest != row.fastest:
         rate += f" ({row.slowest:,.0f} to {row.fastest:,.0f})"
+    per_processor_s = figures.output_tokens_per_processor_s
     failed = f"; **{figures.failed} failed**" if figures.failed else ""
     capacity = results.server(row.server).capacity.get(row.scenario)
     cells = [
@@ -116,6 +119,8 @@ def _line(row: Row, results: Results) -> str:
         rate,
         _multiple(row.ratios.get("output_tokens_per_s")),
         _multiple(row.of_fp8_cache),
+        "-" if per_processor_s is None else f"{per_processor_s:,.0f}",
+        _multiple(row.ratios.get("output_tokens_per_processor_s")),
         f"{figures.median_ttft_ms:,.0f}",
         f"{figures.p99_ttft_ms:,.0f}",
         f"{figures.median_itl_ms:.1f}",

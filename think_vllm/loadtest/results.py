@@ -64,7 +64,15 @@ class Figures(_Record):
     cache_use_peak: float
     preemptions: int
     prefix_hit_rate: float | None = Field(description="Of prompt tokens; None without caching.")
+    processor_s: float | None = Field(
+        description="Processor time of all of the server's processes; None if another's."
+    )
     samples: int = Field(description="Of the gauges above.")
+
+    @property
+    def output_tokens_per_processor_s(self) -> float | None:
+        """What does not depend on the share of a machine that a server gets."""
+        return self.output_tokens / self.processor_s if self.processor_s else None
 
 
 class Measurement(_Record):

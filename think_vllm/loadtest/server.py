@@ -47,6 +47,10 @@ class Server:
                 f"{self._group.log_tail()}"
             )
 
+    def processor_s(self) -> float | None:
+        """Seconds of processor time used so far; None if somebody else started it."""
+        return None if self._group is None else self._group.processor_s()
+
     def get(self, path: str) -> str:
         """Body of a GET.
 

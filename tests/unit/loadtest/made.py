@@ -30,7 +30,14 @@ SCENARIO = Scenario(
 
 def figures(tokens: float, running: float | None, **others: Any) -> Figures:
     fields: dict[str, Any] = dict.fromkeys(Figures.model_fields, 1)
-    fields |= {"completed": 8, "failed": 0, "prefix_hit_rate": None, "running_mean": 2.0}
+    fields |= {
+        "completed": 8,
+        "failed": 0,
+        "prefix_hit_rate": None,
+        "output_tokens": 8,
+        "processor_s": 2.0,
+        "running_mean": 2.0,
+    }
     fields |= {"output_tokens_per_s": tokens, "running_waiting": running}
     return Figures.model_validate(fields | others)
 

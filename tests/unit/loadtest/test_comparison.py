@@ -7,7 +7,7 @@ from think_vllm.errors import ThinkError
 from think_vllm.loadtest.comparison import check_comparable, rows_of
 
 RUN = results(
-    measurement("thin", 8, figures(300, 12.0, median_ttft_ms=50)),
+    measurement("thin", 8, figures(300, 12.0, median_ttft_ms=50, processor_s=1.0)),
     measurement("plain", 8, figures(200, 4.0, median_ttft_ms=100)),
     measurement("fp8 cache", 8, figures(240, 8.0)),
     measurement("plain", 2, figures(100, None)),
@@ -21,6 +21,7 @@ def test_rows_of_compares_with_plain_under_the_same_load() -> None:
     assert thin.ratios["output_tokens_per_s"] == 1.5
     assert thin.ratios["running_waiting"] == 3
     assert thin.ratios["median_ttft_ms"] == 0.5
+    assert thin.ratios["output_tokens_per_processor_s"] == 2
     assert thin.of_fp8_cache == 1.25
     assert (thin.running, thin.memory_bound) == (12, True)
     assert rows["plain", 8].ratios["output_tokens_per_s"] == 1

@@ -52,6 +52,7 @@ def test_stop_leaves_no_member_of_the_group(
     with group:
         wait_for_child(group)
         assert group.exit_status is None
+        assert 0 < group.processor_s() < 60
         assert group._process is not None
         number = group._process.pid
         assert len(members(number)) == 2

@@ -28,8 +28,8 @@ def test_markdown_has_a_line_for_each_load() -> None:
     lines = text.splitlines()
     [plain] = [line for line in lines if line.startswith("| 8 at a time | plain |")]
     assert plain == (
-        "| 8 at a time | plain | 4.0 | x1.00 | 200 | x1.00 | x0.80 | 1 | 1 | 1.0 | 1.0 | 1.0 | 1.0 "
-        "| 1 | 0.97 | 3 |"
+        "| 8 at a time | plain | 4.0 | x1.00 | 200 | x1.00 | x0.80 | 4 | x1.00 | 1 | 1 | 1.0 "
+        "| 1.0 | 1.0 | 1.0 | 1 | 0.97 | 3 |"
     )
     [thin] = [line for line in lines if line.startswith("| 8 at a time | thin")]
     assert "thin; **2 failed** | 12.0 | x3.00 | 320 (300 to 340) | x1.60 | x1.28 |" in thin
