@@ -16,16 +16,11 @@ that freed up stay idle until a whole prompt fits.
 """
 
 import argparse
-import json
 import os
 import shlex
-import statistics
-import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -34,12 +29,15 @@ from transformers import AutoConfig
 from bench.machine import describe_machine
 from tests.support.server import Server
 from think_vllm.config import ThinkConfig
+from think_vllm.loadtest import server as loadtest
+from think_vllm.loadtest.comparison import ratios_of
+from think_vllm.loadtest.driver import generator_arguments, measure_load
+from think_vllm.loadtest.generator import LoadGenerator
+from think_vllm.loadtest.results import Figures
+from think_vllm.loadtest.scenario import LoadPoint, Scenario
 from think_vllm.planner import BlockPlan, plan_blocks
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-SAMPLE_SECONDS = 0.1
-#: Share from which on the cache counts as nearly full; a default prompt takes another 4 %.
-FULL_CACHE = 0.9
 VLLM_BLOCK_SIZE = 128  # its default on CPUs
 
 PLAIN = "plain"
@@ -62,43 +60,6 @@ HEADER = (
     "| of fp8 cache | TTFT ms | ITL ms |\n"
     "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
 )
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """One server under load."""
-
-    running: float
-    peak: float
-    preemptions: float
-    tokens_per_second: float
-    median_ttft_ms: float
-    median_itl_ms: float
-
-
-class RunningSampler(threading.Thread):
-    """Samples how many requests run while at least one waits for memory."""
-
-    def __init__(self, server: Server) -> None:
-        super().__init__(daemon=True)
-        self.samples: list[float] = []
-        self._server = server
-        self._done = threading.Event()
-
-    def run(self) -> None:
-        """Sample until told to stop."""
-        was_full = False
-        while not self._done.wait(SAMPLE_SECONDS):
-            usage = self._server.metric("vllm:kv_cache_usage_perc")
-            was_full = was_full or usage >= FULL_CACHE
-            if was_full and self._server.metric("vllm:num_requests_waiting") > 0:
-                self.samples.append(self._server.metric("vllm:num_requests_running"))
-
-    def stop(self) -> list[float]:
-        """End sampling; return the samples."""
-        self._done.set()
-        self.join()
-        return self.samples
 
 
 def server_arguments(name: str) -> list[str]:
@@ -145,54 +106,39 @@ def decode_life_ratio(plan: BlockPlan, prompt: int, output: int) -> float:
     return plain / thin
 
 
-def measure(name: str, options: argparse.Namespace) -> Measurement:
+def measure(name: str, options: argparse.Namespace) -> Figures:
     """Start a server, load it, stop it."""
     # As many sequences as there are requests: only memory keeps one waiting.
     arguments = ["--dtype", options.dtype, "--max-num-seqs", str(options.requests)]
     arguments += ["--no-enable-prefix-caching", *server_arguments(name)]
+    scenario = Scenario(
+        name="capacity",
+        description="All requests at once.",
+        prompt_tokens=options.input_len,
+        output_tokens=options.output_len,
+        concurrency=(options.requests,),
+        num_prompts=options.requests,
+    )
     with tempfile.TemporaryDirectory() as folder:
-        server = Server(
-            options.model,
-            arguments,
-            Path(folder) / "server.log",
-            kv_cache_bytes=options.memory_mb * 10**6,
-        )
-        with server:
-            load(server, options, Path(folder) / "warm-up.json", requests=2)
-            sampler = RunningSampler(server)
-            sampler.start()
-            result = load(server, options, Path(folder) / "load.json", options.requests)
-            samples = sampler.stop()
-            if result["completed"] != options.requests:
-                raise RuntimeError(f"{result['failed']} requests failed\n{server.log_tail()}")
-            if not samples:
+        log = Path(folder) / "server.log"
+        memory = options.memory_mb * 10**6
+        with (
+            Server(options.model, arguments, log, kv_cache_bytes=memory) as server,
+            LoadGenerator() as generator,
+        ):
+            loaded = loadtest.Server(server.url, server.model)
+            few = generator_arguments(server.model, scenario, LoadPoint(2, concurrency=2), seed=1)
+            generator.run(loaded, few)
+            [point] = scenario.points()
+            figures = measure_load(generator, loaded, server.model, scenario, point, seed=0)
+            if figures.failed:
+                raise RuntimeError(f"{figures.failed} requests failed\n{server.log_tail()}")
+            if figures.running_waiting is None:
                 raise RuntimeError(
                     f"{name}: no request ever waited for memory; use more --requests or less "
                     "--memory-mb"
                 )
-            return Measurement(
-                running=statistics.fmean(samples),
-                peak=max(samples),
-                preemptions=server.metric("vllm:num_preemptions_total"),
-                tokens_per_second=result["output_throughput"],
-                median_ttft_ms=result["median_ttft_ms"],
-                median_itl_ms=result["median_itl_ms"],
-            )
-
-
-def load(server: Server, options: argparse.Namespace, out: Path, requests: int) -> dict[str, float]:
-    """Run vLLM's load generator in a process of its own."""
-    command = [sys.executable, "-m", "bench.load_generator"]
-    command += ["--backend", "vllm", "--base-url", server.url, "--model", server.model]
-    command += ["--dataset-name", "random", "--random-input-len", str(options.input_len)]
-    command += ["--random-output-len", str(options.output_len), "--ignore-eos"]
-    command += ["--num-prompts", str(requests), "--seed", "0", "--disable-tqdm"]
-    command += ["--save-result", "--result-dir", str(out.parent), "--result-filename", out.name]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=REPOSITORY)
-    if done.returncode != 0:
-        raise RuntimeError(f"load generator failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
-    result: dict[str, float] = json.loads(out.read_text(encoding="utf-8"))
-    return result
+            return figures
 
 
 def bind_workers(threads: int) -> None:
@@ -203,22 +149,22 @@ def bind_workers(threads: int) -> None:
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores[:threads]))
 
 
-def table_row(name: str, done: dict[str, Measurement], planned: float | None) -> str:
+def table_row(name: str, done: dict[str, Figures], planned: float | None) -> str:
     """One row, compared with what has been measured so far."""
     got, plain, fp8_cache = done[name], done.get(PLAIN), done.get(FP8_CACHE)
-    ratio = got.running / plain.running if plain else None
-    tokens = got.tokens_per_second
+    ratio = ratios_of(got, plain)["running_waiting"] if plain else None
+    tokens = got.output_tokens_per_s
     cells = [
         name,
-        f"{got.running:.1f}",
+        f"{got.running_waiting:.1f}",
         cell(ratio),
         cell(planned),
         cell(ratio / planned if ratio and planned else None),
-        f"{got.peak:.0f}",
-        f"{got.preemptions:.0f}",
+        f"{got.running_peak:.0f}",
+        f"{got.preemptions}",
         f"{tokens:.0f}",
-        cell(tokens / plain.tokens_per_second if plain else None),
-        cell(tokens / fp8_cache.tokens_per_second if fp8_cache else None),
+        cell(tokens / plain.output_tokens_per_s if plain else None),
+        cell(tokens / fp8_cache.output_tokens_per_s if fp8_cache else None),
         f"{got.median_ttft_ms:.0f}",
         f"{got.median_itl_ms:.1f}",
     ]
@@ -262,7 +208,7 @@ def main() -> None:
         f"threads: {options.threads or 'as vLLM chooses'}\n"
     )
     print(HEADER)
-    done: dict[str, Measurement] = {}
+    done: dict[str, Figures] = {}
     # What the others are compared with comes first, in the order given otherwise.
     first = [name for name in VLLM_CONFIGURATIONS if name in options.only]
     for name in [*first, *(name for name in options.only if name not in first)]:

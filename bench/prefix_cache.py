@@ -12,7 +12,6 @@ Run: ``python -m bench.prefix_cache``.
 
 import argparse
 import shlex
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -33,9 +32,12 @@ from bench.capacity import (
 from bench.machine import describe_machine
 from tests.support.models import BUNDLED
 from tests.support.server import Server
+from think_vllm.loadtest import server as loadtest
+from think_vllm.loadtest.driver import generator_arguments
+from think_vllm.loadtest.generator import LoadGenerator
+from think_vllm.loadtest.scenario import LoadPoint, Scenario
 from think_vllm.planner import plan_blocks
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 HEADER = (
     "| server | hit rate | of plain | plan | questions | errors |\n"
     "| --- | --- | --- | --- | --- | --- |"
@@ -85,20 +87,25 @@ def counters(server: Server) -> tuple[float, float]:
 
 def ask(server: Server, options: argparse.Namespace, seed: int) -> float:
     """Run vLLM's load generator in a process of its own; return how many requests failed."""
-    command = [sys.executable, "-m", "bench.load_generator"]
-    command += ["--backend", "vllm", "--base-url", server.url, "--model", server.model]
-    command += ["--dataset-name", "prefix_repetition", "--ignore-eos", "--disable-tqdm"]
-    command += ["--prefix-repetition-prefix-len", str(options.prefix_len)]
-    command += ["--prefix-repetition-suffix-len", str(options.question_len)]
-    command += ["--prefix-repetition-output-len", str(options.answer_len)]
-    command += ["--prefix-repetition-num-prefixes", str(options.tenants)]
-    command += ["--num-prompts", str(options.tenants * options.questions), "--seed", str(seed)]
-    command += ["--max-concurrency", str(options.concurrency)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=REPOSITORY)
-    if done.returncode != 0:
-        raise RuntimeError(f"load generator failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
-    lines = [line for line in done.stdout.splitlines() if "Failed requests" in line]
-    return float(lines[0].rsplit(":", 1)[1]) if lines else 0.0
+    questions = options.tenants * options.questions
+    scenario = Scenario(
+        name="tenants",
+        description="Questions behind system prompts.",
+        dataset="prefix_repetition",
+        prompt_tokens=options.prefix_len + options.question_len,
+        output_tokens=options.answer_len,
+        prefix_tokens=options.prefix_len,
+        num_prefixes=options.tenants,
+        concurrency=(options.concurrency,),
+        num_prompts=questions,
+        prompts_per_place=1000,
+    )
+    point = LoadPoint(questions, concurrency=options.concurrency)
+    arguments = generator_arguments(server.model, scenario, point, seed)
+    with LoadGenerator() as generator:
+        loaded = loadtest.Server(server.url, server.model)
+        failed: float = generator.run(loaded, arguments)["failed"]
+    return failed
 
 
 def planned_ratio(name: str, options: argparse.Namespace) -> float | None:

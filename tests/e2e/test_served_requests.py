@@ -1,6 +1,8 @@
-"""Requests as users send them: the example, chat, streams cut off, prompts too long."""
+"""Requests as users send them: the example, chat, cut off, too long; and a load test."""
 
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -8,9 +10,14 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.support.server import Server
+from tests.support.server import Server, offline_environment
+from tests.unit.loadtest.made import figures, measurement, results
 from think_vllm.cli.serve import example_hint
 from think_vllm.evals.recall import recall_samples
+from think_vllm.loadtest.comparison import rows_of
+from think_vllm.loadtest.machine import this_machine
+from think_vllm.loadtest.results import Results
+from think_vllm.loadtest.scenario import load_scenario
 
 pytestmark = pytest.mark.e2e
 
@@ -83,3 +90,48 @@ def test_streams_cut_off_give_their_blocks_back(server: Server) -> None:
     server.complete([5, 6, 7], 4)
     server.wait_for_metric("vllm:num_requests_running", 0)
     server.wait_for_metric("vllm:kv_cache_usage_perc", 0)
+
+
+def test_bench_loads_a_server_that_runs(server: Server, recall_model: Path, tmp_path: Path) -> None:
+    url = ["--base-url", server.url, "--scenario", "paper"]
+    loads = ["--concurrency", "3", "--num-prompts", "6", "--no-plots"]
+
+    def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "think_vllm.cli.main", "bench", str(recall_model)]
+        return subprocess.run(
+            [*command, *url, *loads, *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=offline_environment(),
+        )
+
+    # What it is compared with: plain vLLM, said to make 1,000,000 tokens per second.
+    made = measurement("plain", 3, figures(1e6, None))
+    plain = results(
+        made.model_copy(update={"scenario": "paper", "num_prompts": 6}),
+        machine=this_machine(),
+        scenarios=[load_scenario("paper").changed(concurrency=(3,), num_prompts=6)],
+    )
+    plain.write(tmp_path / "earlier.json")
+    out = tmp_path / "out"
+    compare = ["--compare", str(tmp_path / "earlier.json")]
+    done = bench("--out", str(out), "--label", "pruned", *compare)
+    assert done.returncode == 0, done.stdout + done.stderr
+    now = Results.read(out / "results.json")
+    [record] = now.servers
+    assert (record.label, record.kind, record.block_size) == ("pruned", "external", 48)
+    [got] = now.measurements
+    assert (got.figures.completed, got.figures.failed) == (6, 0)
+    assert got.figures.output_tokens == 6 * 338
+    [row] = rows_of(now, plain)
+    assert row.ratios["output_tokens_per_s"] == got.figures.output_tokens_per_s / 1e6
+    text = (out / "results.md").read_text(encoding="utf-8")
+    assert f"whether {server.url} has as much KV memory is not checked" in text
+
+    refused = bench("--out", str(out))
+    assert refused.returncode == 2
+    assert "holds the results of another run" in refused.stderr
+    refused = bench("--out", str(tmp_path / "x"), "--scenario", "document-8k")
+    assert refused.returncode == 2
+    assert "has 8448 tokens" in refused.stderr

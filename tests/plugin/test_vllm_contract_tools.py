@@ -1,5 +1,6 @@
 """What the programs beside the server call of vLLM; see ``test_vllm_contract.py``."""
 
+import argparse
 import inspect
 from collections.abc import Callable
 from typing import Any, get_args
@@ -7,12 +8,16 @@ from typing import Any, get_args
 import pytest
 import torch
 from vllm import LLM, SamplingParams
+from vllm.benchmarks.serve import add_cli_args, main
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.platforms import current_platform
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor, RequestLogitsProcessor
 
 from tests.support.contract import check_accepts, check_members, check_parameters, name_of
 from think_vllm.doctor.forced import FORCED_TOKENS, ForcedTokens
+from think_vllm.loadtest.driver import generator_arguments
+from think_vllm.loadtest.scenario import known_scenarios, load_scenario
 
 
 @pytest.mark.parametrize(
@@ -21,6 +26,9 @@ from think_vllm.doctor.forced import FORCED_TOKENS, ForcedTokens
         ("doctor/probe.py", LLM.from_engine_args, ["engine_args"]),
         ("doctor/probe.py", AsyncEngineArgs.add_cli_args, ["parser", "async_args_only"]),
         ("doctor/probe.py", EngineArgs.from_cli_args, ["args"]),
+        ("loadtest/configuration.py", make_arg_parser, ["parser"]),
+        ("loadtest/generator_program.py", add_cli_args, ["parser"]),
+        ("loadtest/generator_program.py", main, ["args"]),
         ("doctor/forced.py", AdapterLogitsProcessor.new_req_logits_processor, ["self", "params"]),
         ("doctor/forced.py", AdapterLogitsProcessor.is_argmax_invariant, ["self"]),
     ],
@@ -54,3 +62,24 @@ def test_forced_tokens_are_forced_in_their_own_request_only() -> None:
         forced = force(so_far, logits.clone())
         assert int(forced.argmax()) == token
         assert torch.isinf(forced).sum() == 3
+
+
+@pytest.mark.parametrize("name", known_scenarios())
+def test_load_generator_takes_what_a_scenario_says(name: str) -> None:
+    parser = argparse.ArgumentParser()
+    add_cli_args(parser)
+    scenario = load_scenario(name)
+    for point in scenario.points():
+        given = parser.parse_args(generator_arguments("model", scenario, point, seed=7))
+        assert (given.model, given.seed, given.ignore_eos) == ("model", 7, True)
+        assert (given.dataset_name, given.num_prompts) == (scenario.dataset, point.num_prompts)
+        assert given.max_concurrency == point.concurrency
+        assert given.request_rate == (point.request_rate or float("inf"))
+        if scenario.dataset == "random":
+            lengths = (given.random_input_len, given.random_output_len)
+            assert float(given.random_range_ratio) == scenario.length_spread
+        else:
+            prefix, suffix = given.prefix_repetition_prefix_len, given.prefix_repetition_suffix_len
+            assert prefix == scenario.prefix_tokens
+            lengths = (prefix + suffix, given.prefix_repetition_output_len)
+        assert lengths == (scenario.prompt_tokens, scenario.output_tokens)

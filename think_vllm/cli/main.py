@@ -12,6 +12,7 @@ commands:
   serve MODEL [flags]   vLLM's OpenAI-compatible server; the arguments of `vllm serve`
   plan MODEL [flags]    the block plan of a model, without starting anything
   doctor MODEL [flags]  go or no-go: machine, model, plan, answers with and without thin blocks
+  bench MODEL [flags]   load tests: plain vLLM and thin blocks in equal memory
 
 `think-vllm COMMAND --help` says more.
 """
@@ -40,6 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from think_vllm.cli.doctor import doctor
 
             return doctor(rest)
+        if command == "bench":
+            from think_vllm.cli.bench import bench
+
+            return bench(rest)
     except ThinkError as error:
         sys.stderr.write(f"think-vllm: error: {error}\n")
         return 2

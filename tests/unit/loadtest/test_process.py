@@ -1,0 +1,118 @@
+"""No process is left, whoever asks to stop, and whenever."""
+
+import os
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from think_vllm.loadtest import process
+from think_vllm.loadtest.interrupts import Interrupted, held, interruptible
+from think_vllm.loadtest.process import ProcessGroup
+
+#: Starts a child that ignores SIGTERM, says so, and waits.
+PARENT = """
+import subprocess, sys, time
+child = "import signal, time; signal.signal(15, signal.SIG_IGN); print('up', flush=True)\\n"
+subprocess.Popen([sys.executable, "-c", child + "time.sleep(600)"])
+time.sleep(600)
+"""
+STUBBORN = "import signal\nsignal.signal(15, signal.SIG_IGN)\n" + PARENT
+
+
+def members(group: int) -> list[int]:
+    """Processes of a group that still run."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            fields = path.read_text(encoding="utf-8").rpartition(")")[2].split()
+            if int(fields[2]) == group and fields[0] not in "ZX":
+                found.append(int(path.parent.name))
+    return found
+
+
+def wait_for_child(group: ProcessGroup) -> None:
+    """Until the child ignores SIGTERM; the log is that of both."""
+    tail = subprocess.Popen(["tail", "-f", "-n", "+1", str(group.log)], stdout=subprocess.PIPE)
+    assert tail.stdout is not None
+    assert tail.stdout.readline() == b"up\n"
+    tail.kill()
+    tail.wait()
+
+
+@pytest.mark.parametrize("program", [PARENT, STUBBORN], ids=["obedient", "stubborn"])
+def test_stop_leaves_no_member_of_the_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str
+) -> None:
+    monkeypatch.setattr(process, "GRACE_S", 0.5)
+    group = ProcessGroup([sys.executable, "-c", program], tmp_path / "log")
+    with group:
+        wait_for_child(group)
+        assert group.exit_status is None
+        assert 0 < group.processor_s() < 60
+        assert group._process is not None
+        number = group._process.pid
+        assert len(members(number)) == 2
+        assert number != os.getpgid(0)
+    assert members(number) == []
+
+
+def test_exit_status_and_log_of_a_program_that_ends(tmp_path: Path) -> None:
+    program = "import sys; print('first'); sys.exit('last words')"
+    with ProcessGroup([sys.executable, "-c", program], tmp_path / "log") as group:
+        assert group._process is not None
+        group._process.wait()
+        assert group.exit_status == 1
+        assert group.log_tail(lines=1) == "last words"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_interruptible_ends_what_runs(tmp_path: Path, number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    group = ProcessGroup([sys.executable, "-c", PARENT], tmp_path / "log")
+    leader = 0
+
+    def interrupted() -> None:
+        nonlocal leader
+        with interruptible(), group:
+            wait_for_child(group)
+            assert group._process is not None
+            leader = group._process.pid
+            signal.raise_signal(number)
+
+    with pytest.raises(Interrupted) as caught:
+        interrupted()
+    assert caught.value.number == number
+    assert leader > 0
+    assert members(leader) == []
+    assert signal.getsignal(number) == before
+
+
+def test_held_delays_a_signal_and_a_second_one_is_ignored() -> None:
+    reached = []
+
+    def interrupted() -> None:
+        with interruptible():
+            with held():
+                signal.raise_signal(signal.SIGTERM)
+                reached.append("rest of the block")
+            reached.append("after it")
+
+    with pytest.raises(Interrupted, match="SIGTERM"):
+        interrupted()
+    assert reached == ["rest of the block"]
+
+    def twice() -> None:
+        with interruptible():
+            try:
+                signal.raise_signal(signal.SIGTERM)
+            finally:
+                signal.raise_signal(signal.SIGINT)
+                reached.append("cleaning up")
+
+    with pytest.raises(Interrupted, match="SIGTERM"):
+        twice()
+    assert reached[-1] == "cleaning up"

@@ -1,0 +1,113 @@
+"""The whole command, vLLM's load generator included, but for servers that only look like vLLM's."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from tests.support.fake_server import LAST_WORDS
+from think_vllm.loadtest.results import Results
+
+#: The command, but for which program its servers are.
+PROGRAM = """
+import sys
+from think_vllm.cli.main import main
+from think_vllm.loadtest import server
+
+def command(model, arguments, port):
+    return [sys.executable, "-m", "tests.support.fake_server", "serve", model, *arguments,
+            "--port", str(port)]
+
+server.server_command = command
+sys.exit(main(["bench", *sys.argv[1:]]))
+"""
+#: Of all processes of a run, to find what is left of them.
+MARK = "THINK_VLLM_TEST_RUN"
+DEADLINE_S = 600
+FAILING = ("--no-plain", "--config", "--block-size 7")
+
+
+def start(model: Path, out: Path, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [
+            *(sys.executable, "-c", PROGRAM, str(model), "--kv-cache-memory-bytes", "10MB"),
+            *("--concurrency", "4", "--num-prompts", "8", "--out", str(out), *arguments),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, MARK: str(out)},
+    )
+
+
+def survivors(out: Path) -> list[str]:
+    """Command lines of processes that a run has left."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            state = (path / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
+            mark = f"{MARK}={out}".encode()
+            if state not in "ZX" and mark in (path / "environ").read_bytes().split(b"\0"):
+                found.append((path / "cmdline").read_text(encoding="utf-8"))
+    return found
+
+
+@pytest.mark.slow
+def test_server_that_fails_is_reported_and_the_others_go_on(
+    recall_model: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    done = start(recall_model, out, *FAILING, "--config", "--enforce-eager", "--no-plots")
+    said, _ = done.communicate(timeout=DEADLINE_S)
+    assert done.returncode == 1, said
+    assert f"--block-size 7: FAILED: the server ended with status 1; the end of {out}/logs" in said
+    assert LAST_WORDS in said
+    results = Results.read(out / "results.json")
+    assert results.complete
+    [failure] = results.failures
+    assert failure.server == "--block-size 7"
+    assert LAST_WORDS in failure.message
+    [measured] = results.measurements
+    assert measured.server == "--enforce-eager"
+    figures = measured.figures
+    assert (figures.completed, figures.failed) == (8, 0)
+    assert figures.output_tokens == 8 * 338
+    assert figures.running_waiting == 3
+    assert LAST_WORDS in (out / "results.md").read_text(encoding="utf-8")
+    assert survivors(out) == []
+
+
+@pytest.mark.slow
+def test_interrupt_in_the_middle_of_a_load_leaves_no_process(
+    recall_model: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    config = ("--config", "--block-size 11", "--num-prompts", "4")
+    run = start(recall_model, out, *config)
+    assert run.stdout is not None
+    # Plain answers; the second server says nothing, so its load lasts.
+    said = ""
+    while "--block-size 11: paper, warming up" not in said:
+        line = run.stdout.readline()
+        assert line, said
+        said += line
+    deadline = time.monotonic() + DEADLINE_S
+    while not any("think_vllm.loadtest.generator_program" in one for one in survivors(out)):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    # The command, the server, its stubborn child, the load generator.
+    assert len(survivors(out)) >= 4
+    run.send_signal(signal.SIGINT)
+    rest, _ = run.communicate(timeout=DEADLINE_S)
+    assert run.returncode == 128 + signal.SIGINT, said + rest
+    assert f"stopped by SIGINT; what was measured is in {out}" in rest
+    assert survivors(out) == []
+    results = Results.read(out / "results.json")
+    assert not results.complete
+    assert [one.server for one in results.measurements] == ["plain"]
+    assert (out / "paper.png").is_file()
