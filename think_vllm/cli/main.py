@@ -11,6 +11,7 @@ USAGE = """usage: think-vllm COMMAND ...
 commands:
   serve MODEL [flags]   vLLM's OpenAI-compatible server; the arguments of `vllm serve`
   plan MODEL [flags]    the block plan of a model, without starting anything
+  eval [flags]          quality of served models, with intervals, on the same prompts
   doctor MODEL [flags]  go or no-go: machine, model, plan, answers with and without thin blocks
 
 `think-vllm COMMAND --help` says more.
@@ -36,6 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from think_vllm.cli.plan import plan
 
             return plan(rest)
+        if command == "eval":
+            from think_vllm.cli.eval import evaluate
+
+            return evaluate(rest)
         if command == "doctor":
             from think_vllm.cli.doctor import doctor
 
