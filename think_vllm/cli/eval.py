@@ -11,9 +11,9 @@ from typing import Any
 from think_vllm.cli.plan import positive_int
 from think_vllm.errors import ThinkError
 from think_vllm.evals.evaluation import Evaluation, Options
-from think_vllm.evals.scoring import METRICS
 from think_vllm.evals.target import running_targets, split_arguments, started_targets
 from think_vllm.evals.tasks import TASKS
+from think_vllm.evals.tasks.longbench import FILE_METRICS
 from think_vllm.loadtest.interrupts import Interrupted, interruptible
 
 _DESCRIPTION = """
@@ -201,7 +201,7 @@ def _add_questions(group: argparse._ArgumentGroup) -> None:
     )
     add(
         "--jsonl-metric",
-        choices=list(METRICS),
+        choices=FILE_METRICS,
         default="f1",
         help="Of sets LongBench lacks. Default: f1.",
     )

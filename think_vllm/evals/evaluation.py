@@ -1,6 +1,7 @@
 """One evaluation: questions made once, asked of one server after the other, reported."""
 
 import os
+import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -10,7 +11,13 @@ from typing import Any
 from think_vllm.errors import ThinkError
 from think_vllm.evals.bars import draw_bars
 from think_vllm.evals.client import Asker, Card, Endpoint, read_card
-from think_vllm.evals.harness import HarnessTable, find_harness, harness_command, run_harness
+from think_vllm.evals.harness import (
+    PROGRAM,
+    HarnessTable,
+    find_harness,
+    harness_command,
+    run_harness,
+)
 from think_vllm.evals.heatmap import draw_heatmaps
 from think_vllm.evals.pictures import check_pictures
 from think_vllm.evals.provenance import collect_provenance
@@ -136,7 +143,9 @@ class Evaluation:
             )
         extra = tuple(options.extra.items())
         asker = Asker(endpoint, card.model, options.chat, extra)
-        results = ask_all(asker, self._questions, options.concurrency, target.label)
+        results = []
+        if self._questions:
+            results = ask_all(asker, self._questions, options.concurrency, target.label)
         flags = target.flags
         if flags is not None:
             flags = (*options.server_arguments, *flags)
@@ -155,6 +164,7 @@ class Evaluation:
                 max_model_len=card.max_model_len,
                 further=options.harness_arguments,
             )
+            sys.stderr.write(f"{target.label}: {PROGRAM}, log in {output}\n")
             self._tables.append(run_harness(command, target.label, output))
 
     def _make_questions(self, endpoint: Endpoint, card: Card) -> list[Question]:

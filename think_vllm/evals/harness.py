@@ -7,7 +7,6 @@ show what thin blocks cost, and the report says so. Tasks that generate can.
 
 import json
 import math
-import os
 import shlex
 import shutil
 import subprocess
@@ -21,6 +20,9 @@ from think_vllm.errors import ThinkError
 from think_vllm.evals.stats import NORMAL_95, Estimate
 
 PROGRAM = "lm_eval"
+LOG_FILE = "lm_eval.log"
+#: Of the log of a run that failed, in its error.
+_TAIL_LINES = 20
 INSTALL = "pip install 'lm-eval[api]'"
 
 
@@ -108,8 +110,6 @@ def harness_command(
         "model": model,
         "base_url": f"{url}/v1/chat/completions" if chat else f"{url}/v1/completions",
         "num_concurrent": str(concurrency),
-        # A request that fails should be seen, not be tried until it works.
-        "max_retries": "1",
         "tokenized_requests": "False",
         "tokenizer_backend": "None" if tokenizer is None else "huggingface",
     }
@@ -130,25 +130,27 @@ def harness_command(
 
 
 def run_harness(command: Sequence[str], label: str, output: Path) -> HarnessTable:
-    """Run it, its output on this one's, and read what it found.
+    """Run it and read what it found.
 
     Args:
         command: As `harness_command` makes it.
         label: The server's.
-        output: Directory of its results; new.
+        output: Directory of its results and its log; new.
 
     Raises:
         ThinkError: If it fails, or leaves no results.
     """
     output.mkdir(parents=True, exist_ok=True)
-    # Standard output is the report's.
-    finished = subprocess.run(
-        command, check=False, stdin=subprocess.DEVNULL, stdout=sys.stderr, env=dict(os.environ)
-    )
+    path = output / LOG_FILE
+    with path.open("wb") as log:
+        finished = subprocess.run(
+            command, check=False, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+        )
     if finished.returncode:
+        tail = path.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL_LINES:]
         raise ThinkError(
-            f"eval: --harness: {shlex.join(command)} ended with status {finished.returncode}; "
-            "what it printed says why"
+            f"eval: --harness: {shlex.join(command)} ended with status {finished.returncode}; the "
+            f"end of {path}:\n" + "\n".join(tail)
         )
     files = sorted(output.rglob("results_*.json"))
     if not files:

@@ -17,6 +17,8 @@ from think_vllm.evals.recall import (
 from think_vllm.evals.scoring import QUESTION_MARK
 from think_vllm.evals.tasks.haystack import Frame, Hay, hide
 
+#: The question mark, the digits and the stop mark, which ends the answer.
+_ANSWER_TOKENS = ANSWER_TOKENS + 1
 #: One record for so many tokens of a prompt, which makes about half of them records.
 TOKENS_PER_RECORD = 20
 
@@ -24,6 +26,7 @@ TOKENS_PER_RECORD = 20
 def recall(rng: random.Random, frame: Frame) -> Question:
     """Records and filler shuffled, one record asked for: the task that the model learned."""
     try:
+        # Its own count has the question mark in the prompt, so that the sum is the same.
         sample = recall_prompt(rng, frame.length, _num_records(frame))
     except ValueError as error:
         raise ThinkError(f"eval: recall: {error}; --lengths is too short for it") from None
@@ -54,8 +57,7 @@ def _needle(task: str, rng: random.Random, frame: Frame, num_records: int) -> Qu
         # Last, so that the depth counts the other records as well.
         return " ".join([*hide(text, [(depth, asked.statement)]), question])
 
-    # The question mark is the first token of the answer, its stop mark the last.
-    prompt, used = frame.fill(task, build, frame.answer_tokens(ANSWER_TOKENS))
+    prompt, used = frame.fill(task, build, frame.answer_tokens(_ANSWER_TOKENS))
     _check_words(task, prompt, used)
     return _question(task, prompt, asked.code, frame, used)
 
@@ -86,7 +88,7 @@ def _question(task: str, prompt: str, code: str, frame: Frame, used: int) -> Que
         prompt=prompt,
         answers=(code,),
         metric="recall",
-        max_tokens=frame.answer_tokens(ANSWER_TOKENS),
+        max_tokens=frame.answer_tokens(_ANSWER_TOKENS),
         length=frame.length,
         depth=frame.depth,
         prompt_tokens=used,
