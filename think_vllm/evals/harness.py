@@ -168,7 +168,8 @@ def _lines(found: dict[str, Any]) -> Iterator[HarnessLine]:
             if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
                 continue
             error = metrics.get(f"{metric}_stderr,{filters}")
-            known = isinstance(error, int | float) and math.isfinite(error)
+            # At 0 and 1 all samples are equal: an interval of no width would be a lie.
+            known = isinstance(error, int | float) and math.isfinite(error) and error > 0
             margin = NORMAL_95 * error if known else None
             yield HarnessLine(
                 task,
