@@ -19,6 +19,7 @@ class FakeApi:
         models: Names that it serves.
         max_model_len: Tokens of a request that it claims to take.
         key: That it asks for; None for none.
+        port: 0 for any.
     """
 
     def __init__(
@@ -27,6 +28,7 @@ class FakeApi:
         models: tuple[str, ...] = ("fake",),
         max_model_len: int | None = 4096,
         key: str | None = None,
+        port: int = 0,
     ) -> None:
         self.requests: list[tuple[str, dict[str, Any]]] = []
         self._vocabulary: list[str] = []
@@ -43,6 +45,8 @@ class FakeApi:
                 elif self.path == "/v1/models":
                     cards = [{"id": name, "max_model_len": max_model_len} for name in models]
                     self._send(200, {"data": cards})
+                elif self.path == "/health":
+                    self._send(200, {})
                 elif self.path == "/version":
                     self._send(200, {"version": "1.2.3"})
                 else:
@@ -78,7 +82,7 @@ class FakeApi:
                 self.end_headers()
                 self.wfile.write(data)
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 

@@ -1,5 +1,6 @@
 """An OpenAI-compatible server, as its client sees it: plain HTTP with JSON, nothing else."""
 
+import http.client
 import json
 import time
 import urllib.error
@@ -96,8 +97,8 @@ class Endpoint:
             raise RequestError(f"HTTP {error.code}: {said}", error.code) from None
         except ValueError as error:
             raise RequestError(f"no JSON came back: {error}") from None
-        except OSError as error:
-            raise RequestError(f"no answer: {error}") from None
+        except (OSError, http.client.HTTPException) as error:
+            raise RequestError(f"no answer: {error!r}") from None
 
 
 @dataclass(frozen=True)

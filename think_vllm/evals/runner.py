@@ -52,14 +52,12 @@ def ask_all(
         progress.add(result)
         return result
 
-    with ThreadPoolExecutor(concurrency) as pool:
-        futures = [pool.submit(ask, question) for question in questions]
-        try:
-            results = [future.result() for future in futures]
-        except BaseException:
-            # Otherwise the pool asks all that is left before anybody hears of it.
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    pool = ThreadPoolExecutor(concurrency)
+    try:
+        results = list(pool.map(ask, questions))
+    finally:
+        # Whoever stops this must not wait for the questions that are left, or for a slow answer.
+        pool.shutdown(wait=False, cancel_futures=True)
     progress.end()
     return results
 

@@ -181,6 +181,68 @@ def test_tokenizer_on_disk_replaces_the_servers(tmp_path, recall_model):
     assert results["by_task"][0]["figures"][0]["mean"]["value"] == 1
 
 
+def test_long_files_are_cut_by_the_server(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    context = " ".join(f"w{i}" for i in range(3000))
+    row = {"input": "Who?", "context": context, "answers": ["w0 w2999"], "dataset": "mine"}
+    rows.write_text(json.dumps(row), encoding="utf-8")
+    with FakeApi(
+        lambda prompt: f"{prompt.split()[0]} {prompt.split()[-2]}", max_model_len=900
+    ) as api:
+        status, results, answers = evaluate(
+            tmp_path, "--base-url", api.url, "--jsonl", str(rows), "--jsonl-metric", "any",
+            "--no-plots",
+        )  # fmt: skip
+    assert status == 0
+    assert answers[0]["prompt_tokens"] == 900 - 64
+    assert results["by_task"][0]["figures"][0]["mean"]["value"] == 1
+
+
+#: What is started in place of vLLM: a fake that forgets more with one flag, and dies with another.
+SERVER = """
+import sys, threading
+from tests.support.fake_api import FakeApi, read_recall
+from tests.unit.evals.test_evaluation import forgetful
+if "--die" in sys.argv:
+    sys.exit("the reason")
+reply = forgetful if "--thin" in sys.argv else read_recall
+FakeApi(reply, port=int(sys.argv[-1])).__enter__()
+"""
+
+
+def fake_command(model, arguments, port):
+    return [sys.executable, "-c", SERVER, model, *arguments, str(port)]
+
+
+def test_serve_starts_one_server_after_the_other(tmp_path, monkeypatch):
+    monkeypatch.setattr("think_vllm.loadtest.server.server_command", fake_command)
+    status, results, answers = evaluate(
+        tmp_path, "--serve", "m", "--config", "--thin 1", "--server-args", "--all 2",
+        "--tasks", "recall", "--no-plots", *CELLS,
+    )  # fmt: skip
+    assert status == 0
+    servers = [(server["label"], server["url"], server["flags"]) for server in results["servers"]]
+    assert servers == [
+        ("plain", None, ["--all", "2"]),
+        ("thin 1", None, ["--all", "2", "--thin", "1"]),
+    ]
+    plain, thin = results["by_task"][0]["figures"]
+    assert plain["mean"]["value"] == 1
+    assert thin["difference"]["worse"] == sum(line["score"] == 0 for line in answers) > 0
+    assert (tmp_path / "server-1.log").is_file()
+
+
+def test_serve_reports_the_servers_before_one_that_fails(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("think_vllm.loadtest.server.server_command", fake_command)
+    status, results, _ = evaluate(
+        tmp_path, "--serve", "m", "--config", "--die now", "--tasks", "recall", "--no-plots", *CELLS
+    )
+    assert status == 2
+    assert "eval: die now: the server ended with status 1" in (error := capsys.readouterr().err)
+    assert "the reason" in error
+    assert [server["label"] for server in results["servers"]] == ["plain"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
