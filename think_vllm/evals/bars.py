@@ -28,12 +28,16 @@ def draw_bars(tasks: Sequence[Group], directory: Path) -> Path:
         values = [0.0 if mean is None else mean.value for mean in means]
         panel.bar(places, values, width, label=label)
         for place, mean in zip(places, means, strict=True):
-            if mean is not None and mean.low is not None and mean.high is not None:
+            if mean is None:
+                # No bar would look like a score of 0.
+                panel.text(place, 0.02, "no answer", rotation=90, ha="center", fontsize=8)
+            elif mean.low is not None and mean.high is not None:
                 panel.plot([place, place], [mean.low, mean.high], color="black", linewidth=1)
     panel.set_xticks(range(len(tasks)), [group.task for group in tasks], rotation=20, ha="right")
     panel.set_ylim(0, 1.02)
     panel.set_ylabel("mean score, 95 % interval")
-    panel.legend(fontsize=8, loc="lower right")
+    # Bars may be anywhere in the panel.
+    figure.legend(fontsize=8, loc="outside upper center", ncols=min(4, len(labels)))
     path = directory / BARS_FILE
     save(figure, path)
     return path

@@ -6,6 +6,9 @@ from pathlib import Path
 from think_vllm.evals.pictures import new_figure, save
 from think_vllm.evals.summary import Group
 
+#: Scores below this are drawn in colours that want white letters.
+_DARK = 0.6
+
 
 def draw_heatmaps(cells: Sequence[Group], directory: Path) -> list[Path]:
     """Draw one picture for each task on the grid.
@@ -42,12 +45,14 @@ def _draw(task: str, cells: Sequence[Group], path: Path) -> None:
             ]
             for depth in depths
         ]
-        image = panel.imshow(values, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+        image = panel.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
         for row, line in enumerate(values):
             for column, value in enumerate(line):
                 # Nobody answered where there is no number.
                 text = f"{value:.2f}" if value == value else "-"
-                panel.text(column, row, text, ha="center", va="center", fontsize=8)
+                # Low values are dark.
+                color = "white" if value < _DARK else "black"
+                panel.text(column, row, text, ha="center", va="center", fontsize=8, color=color)
         panel.set_title(label, fontsize=9)
         panel.set_xticks(range(len(lengths)), [str(length) for length in lengths])
         panel.set_yticks(range(len(depths)), [f"{100 * depth:.0f} %" for depth in depths])
