@@ -150,7 +150,7 @@ def _add_servers(group: argparse._ArgumentGroup) -> None:
         action="append",
         default=[],
         metavar="FLAGS",
-        help="Flags of a server, in quotes.",
+        help="Flags of a server, in quotes; a single one as --config=--FLAG.",
     )
     add(
         "--plain",
