@@ -1,17 +1,16 @@
 """Rows of the quality table: exact match of recall answers, with intervals."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from think_vllm.evals.recall import CODE_DIGITS, RecallSample
+from think_vllm.evals.stats import wilson_interval
 
 HEADER = (
     "| measured on | keys pruned | format | channels by | thin | right | 95 % interval "
     "| record thin: right |\n"
     "| --- | --- | --- | --- | --- | --- | --- | --- |"
 )
-NORMAL_95 = 1.959964  # two-sided 95 % quantile of the normal distribution
 
 
 @dataclass(frozen=True)
@@ -29,15 +28,6 @@ class Setting:
     ratio: float
     format: str
     policy: str
-
-
-def wilson_interval(hits: int, count: int) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927): sound at 0 and at 1, unlike the normal one."""
-    square = NORMAL_95**2
-    share = hits / count
-    middle = share + square / (2 * count)
-    half = NORMAL_95 * math.sqrt(share * (1 - share) / count + square / (4 * count**2))
-    return (middle - half) / (1 + square / count), (middle + half) / (1 + square / count)
 
 
 def table_row(

@@ -1,5 +1,6 @@
 """Requests as users send them: the example, chat, cut off, too long; and a load test."""
 
+import json
 import random
 import subprocess
 import sys
@@ -9,11 +10,16 @@ from pathlib import Path
 
 import httpx
 import pytest
+import vllm
 
 from tests.support.server import Server, offline_environment
 from tests.unit.loadtest.made import figures, measurement, results
+from think_vllm.cli.main import main
 from think_vllm.cli.serve import example_hint
 from think_vllm.evals.recall import recall_samples
+from think_vllm.evals.stats import wilson_interval
+from think_vllm.evals.tasks import make_questions
+from think_vllm.evals.tasks.haystack import Frame
 from think_vllm.loadtest.comparison import rows_of
 from think_vllm.loadtest.machine import this_machine
 from think_vllm.loadtest.results import Results
@@ -135,3 +141,66 @@ def test_bench_loads_a_server_that_runs(server: Server, recall_model: Path, tmp_
     refused = bench("--out", str(tmp_path / "x"), "--scenario", "document-8k")
     assert refused.returncode == 2
     assert "has 8448 tokens" in refused.stderr
+
+
+def test_eval_counts_what_the_server_answers(server: Server, tmp_path: Path) -> None:
+    # Twice the same server: there is no difference to be found.
+    arguments = ["--base-url", server.url, "--label", "one", "--base-url", server.url]
+    arguments += ["--label", "two", "--tasks", "recall-keys", "--lengths", "600", "1900"]
+    arguments += ["--depths", "0", "60", "--samples", "6", "--seed", "8", "--out", str(tmp_path)]
+    assert main(["eval", *arguments]) == 0
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+
+    questions = make_questions(
+        ["recall-keys"], [600, 1900], [0.0, 0.6], 6, 8, Frame(0, None, count_tokens), threads=1
+    )
+    body = {"max_tokens": 6, "temperature": 0}
+    right = {}
+    for question in questions:
+        assert question.prompt_tokens is not None
+        answer = server.ask(prompt=question.prompt, **body)
+        assert answer["usage"]["prompt_tokens"] == question.prompt_tokens
+        text = answer["choices"][0]["text"].strip()
+        cell = right.setdefault((question.length, question.depth), [])
+        cell.append(text.startswith(f"? {question.answers[0]}"))
+
+    assert [(cell["length"], cell["depth"]) for cell in results["by_cell"]] == list(right)
+    for cell in results["by_cell"]:
+        expected = right[cell["length"], cell["depth"]]
+        for figure in cell["figures"]:
+            assert figure["mean"]["value"] == pytest.approx(sum(expected) / len(expected))
+    one, two = results["by_task"][0]["figures"]
+    hits = sum(map(sum, right.values()))
+    assert hits >= 22
+    assert [one["mean"]["low"], one["mean"]["high"]] == list(wilson_interval(hits, 24))
+    assert (two["difference"]["better"], two["difference"]["worse"]) == (0, 0)
+    report = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert f"| recall-keys | two | 24 | 0 | 0 | {hits / 24:.3f} [" in report
+    assert (tmp_path / "heatmap-recall-keys.png").is_file()
+    assert results["servers"][0]["version"] == vllm.__version__
+
+
+def test_eval_counts_requests_that_the_server_refuses(server: Server, tmp_path: Path) -> None:
+    arguments = [
+        "--base-url",
+        server.url,
+        "--tasks",
+        "recall",
+        "--lengths",
+        "300",
+        "--samples",
+        "3",
+    ]
+    # No such field value: refused with status 400, request by request.
+    arguments += ["--extra-body", '{"temperature": -1}', "--chat", "--no-plots"]
+    assert main(["eval", *arguments, "--out", str(tmp_path)]) == 1
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    (figure,) = results["by_task"][0]["figures"]
+    assert (figure["asked"], figure["failed"], figure["mean"]) == (3, 3, None)
+    lines = (tmp_path / "answers.jsonl").read_text(encoding="utf-8").splitlines()
+    assert all("HTTP 400" in json.loads(line)["error"] for line in lines)
+
+
+def count_tokens(text: str) -> int:
+    """Tokens of a prompt of the bundled model."""
+    return 1 + len(text.split())

@@ -13,6 +13,7 @@ commands:
   plan MODEL [flags]    the block plan of a model, without starting anything
   doctor MODEL [flags]  go or no-go: machine, model, plan, answers with and without thin blocks
   bench MODEL [flags]   load tests: plain vLLM and thin blocks in equal memory
+  eval [flags]          quality of served models, with intervals, on the same prompts
 
 `think-vllm COMMAND --help` says more.
 """
@@ -45,6 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from think_vllm.cli.bench import bench
 
             return bench(rest)
+        if command == "eval":
+            from think_vllm.cli.eval import evaluate
+
+            return evaluate(rest)
     except ThinkError as error:
         sys.stderr.write(f"think-vllm: error: {error}\n")
         return 2

@@ -38,11 +38,11 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 _TEMPLATE_WORDS: Final = ("the", "code", "of", "is", "what", "?", STOP)
-_ADJECTIVES: Final = _words(
+ADJECTIVES: Final = _words(
     "old quiet green narrow bright distant gentle heavy hollow little lonely modest painted pale "
     "patient plain rusty silver sleepy small steady tall warm young"
 )
-_NOUNS: Final = _words(
+NOUNS: Final = _words(
     "mill river garden barn bell bench boat bridge candle castle chapel cliff cottage farmer field "
     "fisher fountain gate harbor hill horse island keeper ladder lake lantern library market "
     "meadow miller mountain orchard painter path pond road sailor shepherd stable station teacher "
@@ -62,8 +62,8 @@ VOCABULARY: Final[tuple[str, ...]] = (
     *_TEMPLATE_WORDS,
     *DIGITS,
     *KEYS,
-    *_ADJECTIVES,
-    *_NOUNS,
+    *ADJECTIVES,
+    *NOUNS,
     *_VERBS,
     *_PREPOSITIONS,
 )
@@ -148,8 +148,8 @@ def draw_records(rng: random.Random, num_records: int) -> list[Record]:
 
 def draw_filler(rng: random.Random) -> str:
     """Draw a sentence without information, of 6 to `MAX_FILLER_TOKENS` tokens."""
-    subject, target, place = rng.sample(_NOUNS, 3)
-    adjective = f"{rng.choice(_ADJECTIVES)} " if rng.random() < 0.5 else ""
+    subject, target, place = rng.sample(NOUNS, 3)
+    adjective = f"{rng.choice(ADJECTIVES)} " if rng.random() < 0.5 else ""
     sentence = f"the {adjective}{subject} {rng.choice(_VERBS)} the {target}"
     if rng.random() < 0.5:
         sentence += f" {rng.choice(_PREPOSITIONS)} the {place}"

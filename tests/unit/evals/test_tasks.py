@@ -1,0 +1,212 @@
+import random
+import re
+from dataclasses import replace
+
+import pytest
+
+from think_vllm.errors import ThinkError
+from think_vllm.evals.recall import RECORD_TOKENS
+from think_vllm.evals.scoring import score
+from think_vllm.evals.tasks import TASKS, check_tasks, make_questions
+from think_vllm.evals.tasks.haystack import Frame, as_english, hide, read_sentences
+
+ON_GRID = [name for name, task in TASKS.items() if task.has_depth]
+LENGTHS = (700, 2048)
+
+
+def count_words(text: str) -> int:
+    """Tokens of the bundled model: one a word, and the first one."""
+    return 1 + len(text.split())
+
+
+FRAME = Frame(length=0, depth=None, count=count_words)
+
+
+def make(names, lengths=LENGTHS, depths=(0.0, 0.3, 1.0), samples=3, seed=0, frame=FRAME):
+    return make_questions(names, lengths, depths, samples, seed, frame, threads=2)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_make_questions_fills_every_length(name):
+    for question in make([name]):
+        assert question.prompt_tokens == count_words(question.prompt)
+        total = question.prompt_tokens + question.max_tokens
+        # One sentence, or one pair of documents, does not fit any more.
+        longest_unit = 60 if name == "people" else 20
+        assert question.length - longest_unit < total <= question.length
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_make_questions_asks_every_cell(name):
+    cells = [(q.length, q.depth, q.number) for q in make([name])]
+    depths = (0.0, 0.3, 1.0) if TASKS[name].has_depth else (None,)
+    assert cells == [(n, d, i) for n in LENGTHS for d in depths for i in range(3)]
+
+
+def test_make_questions_is_made_by_its_seed():
+    assert make(list(TASKS)) == make(list(TASKS))
+    prompts = {q.prompt for seed in (0, 1) for q in make(list(TASKS), seed=seed)}
+    assert len(prompts) == 2 * len(make(list(TASKS)))
+
+
+@pytest.mark.parametrize("name", ON_GRID)
+def test_fact_is_where_it_should_be(name):
+    for question in make([name], depths=(0.0, 0.1, 0.5, 0.77, 1.0)):
+        text, fact = _text_and_fact(question)
+        before, _, after = text.partition(fact)
+        words = len(before.split()), len(after.split())
+        # Sentences and records have 10 words at most, so the nearest seam is 5 away.
+        assert abs(words[0] - question.depth * sum(words)) <= RECORD_TOKENS / 2
+
+
+@pytest.mark.parametrize("name", ["needle", "multi-key", "multi-value", "multi-query", "people"])
+def test_answers_are_told_once(name):
+    for question in make([name]):
+        for answer in question.answers:
+            assert len(re.findall(rf"\b{answer}\b", question.prompt)) == 1
+        assert score(question, " and ".join(question.answers)) == 1.0
+        # The question itself holds no answer.
+        assert score(question, question.prompt.rpartition("\n\n")[2]) == 0.0
+
+
+@pytest.mark.parametrize("name", ["recall", "recall-needle", "recall-keys"])
+def test_recall_asks_for_a_record_told_once(name):
+    for question in make([name]):
+        key = question.prompt.split()[-1]
+        told = f"the code of {key} is {question.answers[0]} ."
+        assert question.prompt.count(told) == 1
+        assert question.prompt.count(f" {key} is") == 1
+        assert question.prompt.endswith(f"what is the code of {key}")
+        records = question.prompt.count(" is ") - 1
+        assert records == (1 if name == "recall-needle" else question.length // 20)
+
+
+def test_recall_refuses_other_tokenizers():
+    frame = replace(FRAME, count=lambda text: len(text) // 2)
+    with pytest.raises(ThinkError, match="this is not the bundled model"):
+        make(["recall-needle"], lengths=(4000,), frame=frame)
+
+
+def test_multi_value_and_query_ask_for_all():
+    for question in make(["multi-value", "multi-query"]):
+        assert len(set(question.answers)) == 4
+        assert score(question, question.answers[0]) == 0.25
+        assert not question.is_binary
+
+
+def test_multi_key_distracts_with_other_keys():
+    for question in make(["multi-key"]):
+        told = re.findall(r"numbers of the ([\w-]+) is (\d+)\.", question.prompt)
+        assert len(dict(told)) == 4
+        (asked,) = re.findall(r"What is the secret number of the ([\w-]+)\?", question.prompt)
+        assert question.answers == (dict(told)[asked],)
+
+
+def test_variables_follow_the_assignments():
+    for question in make(["variables"]):
+        values: dict[str, str] = {}
+        for name, source in re.findall(r"VAR (\w+) = (?:VAR )?(\w+)\.", question.prompt):
+            # A source was assigned before, or is a number.
+            values[name] = source if source.isdigit() else values[source]
+        (asked,) = re.findall(r"have the value (\d+)", question.prompt)
+        assert len(values) == 10
+        right = {name for name, value in values.items() if value == asked}
+        assert right == set(question.answers)
+        assert len(right) == 5
+
+
+@pytest.mark.parametrize(("name", "top"), [("common-words", 5), ("frequent-words", 3)])
+def test_words_asked_for_are_the_most_frequent(name, top):
+    for question in make([name], lengths=(700, 4000)):
+        body = question.prompt.split("\n\n")[1]
+        words = re.findall(r"[a-z]+", body)
+        times = sorted(((words.count(word), word) for word in set(words)), reverse=True)
+        assert {word for _, word in times[:top]} == set(question.answers)
+        assert times[top - 1][0] > times[top][0]
+
+
+def test_people_lead_to_the_town_over_a_place():
+    for question in make(["people"]):
+        (name,) = re.findall(r"does (.+) work\?", question.prompt)
+        (place,) = re.findall(rf"{name}, a \w+ born in \d+, works at the (.+)\.", question.prompt)
+        (town,) = re.findall(rf"The {place} is a \w+ in the town of (\w+)\.", question.prompt)
+        assert question.answers == (town,)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_too_short_a_length_is_refused(name):
+    with pytest.raises(ThinkError, match=r"--lengths .*is too short for it"):
+        make([name], lengths=(11,))
+
+
+def test_chat_prompts_begin_no_answer():
+    for question in make(["needle", "people"], frame=replace(FRAME, chat=True)):
+        assert question.prompt.endswith("?")
+        assert "Answer:" not in question.prompt
+
+
+def test_max_tokens_is_reserved():
+    (question,) = make(["needle"], (700,), (0.5,), samples=1, frame=replace(FRAME, max_tokens=300))
+    assert question.max_tokens == 300
+    assert 380 < question.prompt_tokens <= 400
+
+
+def test_haystack_is_cut_into_sentences(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("One is here.  Two\nis 1234567 there! Three? " * 3, encoding="utf-8")
+    sentences = read_sentences(path)
+    assert sentences[:3] == ("One is here.", "Two is 1234567 there!", "Three?")
+    for question in make(["needle"], frame=replace(FRAME, sentences=sentences)):
+        assert "Two is 1234567 there! Three? One is here." in question.prompt
+
+
+@pytest.mark.parametrize("name", ["needle", "variables"])
+def test_haystack_is_cleaned_of_what_is_asked(name):
+    # The same seed draws the same numbers, which this text happens to hold.
+    (before,) = make([name], (700,), (0.5,), samples=1)
+    number = re.findall(r"\d{5,}", before.prompt)[0]
+    sentences = (f"It cost {number} pounds.", "It was worth it.")
+    (question,) = make([name], (700,), (0.5,), samples=1, frame=replace(FRAME, sentences=sentences))
+    assert question.answers == before.answers
+    assert "It was worth it." in question.prompt
+    assert f"It cost {number} pounds." not in question.prompt
+
+
+def test_hide_keeps_the_order_of_one_place():
+    sentences = ["a b", "c d"]
+    hidden = hide(sentences, [(0.5, "x"), (0.5, "y"), (1.0, "z"), (0.0, "w")])
+    assert hidden == ["w", "a b", "x", "y", "c d", "z"]
+    assert hide([], [(0.5, "x")]) == ["x"]
+
+
+def test_fill_stops_at_the_longest_prompt_that_fits():
+    rng = random.Random(0)
+    for room in range(10, 400, 7):
+        sizes = [rng.randrange(1, 12) for _ in range(500)]
+
+        def build(count: int, sizes: list[int] = sizes) -> str:
+            return " ".join(["w"] * sum(sizes[:count]))
+
+        frame = replace(FRAME, length=room + 3)
+        _, used = frame.fill("task", build, 3)
+        fits = [1 + sum(sizes[:n]) for n in range(500) if 1 + sum(sizes[:n]) <= room]
+        assert used == max(fits)
+
+
+def test_check_tasks_names_those_there_are():
+    with pytest.raises(ThinkError, match="needles is no task; there are needle,"):
+        check_tasks(["needle", "needles"])
+
+
+def test_as_english_writes_a_sentence():
+    assert as_english("the old mill visits the pond .") == "The old mill visits the pond."
+
+
+def _text_and_fact(question):
+    if question.metric == "recall":
+        key = question.prompt.split()[-1]
+        text = question.prompt.rpartition(" what is the code of")[0]
+        return text, f"the code of {key} is {question.answers[0]} ."
+    text = question.prompt.split("\n\n")[1]
+    (fact,) = re.findall(rf"One of the secret numbers[^.]*{question.answers[0]}\.", text)
+    return text, fact
