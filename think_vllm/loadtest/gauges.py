@@ -163,12 +163,14 @@ class Sampler(threading.Thread):
 
     def run(self) -> None:
         """Sample until told to stop."""
-        while not self._done.wait(SAMPLE_S):
+        is_done = False
+        while not is_done:  # once at least, however short the load
             try:
                 self.samples.append(sample_of(self._server.get("/metrics")))
             except (OSError, KeyError, ServerError):
                 # A busy server may be slow, one that ended is noticed by who runs the load.
                 self.misses += 1
+            is_done = self._done.wait(SAMPLE_S)
 
     def stop(self) -> list[Sample]:
         """End sampling; return the samples."""
