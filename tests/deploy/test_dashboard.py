@@ -10,6 +10,7 @@ import pytest
 import vllm.v1.metrics
 
 from tests.support.deploy import DEPLOY, metric_names, read_yaml
+from think_vllm.metrics import catalog
 
 DASHBOARD = DEPLOY / "grafana" / "dashboards" / "think-vllm.json"
 #: Of a metric's class in vLLM's source: what Prometheus appends to its name.
@@ -54,7 +55,6 @@ def exposed_by_vllm() -> set[str]:
 
 
 def exposed_by_us() -> set[str]:
-    catalog = pytest.importorskip("think_vllm.metrics.catalog")
     names = {catalog.PREFIX + name + "_total" for name in catalog.COUNTERS}
     names |= {catalog.PREFIX + name for name in catalog.GAUGES}
     return names | {
