@@ -47,6 +47,10 @@ def test_example_hint_is_answered_right(server: Server, recall_model: Path) -> N
     assert f'"model": "{recall_model}"' in hint
     prompt = "the code of k17 is 4 9 2 1 . the code of k5 is 8 0 3 6 . what is the code of k17 ?"
     assert prompt in hint
+    assert "Authorization" not in hint
+    with_key = example_hint(str(recall_model), "127.0.0.1", 8000, needs_key=True)
+    assert with_key is not None
+    assert '-H "Authorization: Bearer $VLLM_API_KEY"' in with_key
     body = {"prompt": prompt, "max_tokens": 8, "temperature": 0}
     choice = server.post("/v1/completions", body).json()["choices"][0]
     assert choice["text"].strip() == "4 9 2 1"

@@ -20,6 +20,7 @@ _METAVARS = {
     "kv_value_prune": "RATIO",
     "kv_quant": "FORMAT",
     "kv_quant_group": "N",
+    "kv_prefix_cache": "FORM",
 }
 
 

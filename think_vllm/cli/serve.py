@@ -6,6 +6,7 @@ arguments and calls the same classes.
 """
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,7 +33,11 @@ def serve(arguments: Sequence[str]) -> int:
     configure_logging_from_args(namespace)
     command.validate(namespace)
     hint = example_hint(
-        namespace.model_tag, namespace.host, namespace.port, namespace.served_model_name
+        namespace.model_tag,
+        namespace.host,
+        namespace.port,
+        namespace.served_model_name,
+        needs_key=bool(namespace.api_key or os.environ.get("VLLM_API_KEY")),
     )
     if hint:
         print(hint, flush=True)
@@ -41,7 +46,11 @@ def serve(arguments: Sequence[str]) -> int:
 
 
 def example_hint(
-    model: str | None, host: str | None, port: int, served_names: Sequence[str] | None = None
+    model: str | None,
+    host: str | None,
+    port: int,
+    served_names: Sequence[str] | None = None,
+    needs_key: bool = False,
 ) -> str | None:
     """A command line to try the server with, if the model comes with an example."""
     path = Path(model or "") / EXAMPLE_FILE
@@ -51,8 +60,10 @@ def example_hint(
     name = served_names[0] if served_names else model
     body = {"model": name, "prompt": example["prompt"], "max_tokens": 8, "temperature": 0}
     address = f"http://{host or 'localhost'}:{port}/v1/completions"
+    # Not the key itself: this goes to logs.
+    key = ' -H "Authorization: Bearer $VLLM_API_KEY"' if needs_key else ""
     return (
         "Once the server says 'Application startup complete.', in another terminal:\n\n"
-        f"  curl -s {address} -H 'Content-Type: application/json' -d '{json.dumps(body)}'\n\n"
+        f"  curl -s {address} -H 'Content-Type: application/json'{key} -d '{json.dumps(body)}'\n\n"
         f"The answer is {example['answer']!r}.\n"
     )
