@@ -7,7 +7,7 @@ import multiprocessing
 from typing import TYPE_CHECKING, Any
 
 from think_vllm import VLLM_SERIES, __version__, compat, compat_metrics
-from think_vllm.config import ThinkConfig, config_from_additional
+from think_vllm.config import ThinkConfig, config_from_additional, prune_flags
 from think_vllm.errors import WAY_OUT, ThinkError
 from think_vllm.models import attention_layers, check_model, window_summary
 from think_vllm.planner import BlockPlan, plan_blocks
@@ -38,9 +38,9 @@ def activate(vllm_config: VllmConfig) -> None:
     plan = plan_engine(config, vllm_config)
     if plan is None:
         logger.info(
-            "think-vllm: --kv-channel-prune %g prunes no channel of this model, and --kv-quant is "
-            "none; thin KV blocks are off",
-            config.kv_channel_prune,
+            "think-vllm: %s prunes no channel of this model, and --kv-quant is none; thin KV blocks "
+            "are off",
+            prune_flags(config),
         )
         return
     cache_config = vllm_config.cache_config

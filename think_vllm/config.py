@@ -30,6 +30,12 @@ class ThinkConfig(BaseModel):
         le=MAX_PRUNE_RATIO,
         description="Fraction of each KV head's key channels that is pruned. 0 prunes nothing.",
     )
+    kv_value_prune: float = Field(
+        default=0.0,
+        ge=0.0,
+        le=MAX_PRUNE_RATIO,
+        description="Fraction of each KV head's value channels that is pruned. 0 prunes nothing.",
+    )
     kv_quant: Literal["none", "fp8", "kivi4", "k4v2", "kivi2"] = Field(
         default="none",
         description="Format of old keys and values: float8 e4m3, KIVI's 4 or 2 bits, or k4v2: "
@@ -77,7 +83,7 @@ class ThinkConfig(BaseModel):
     @property
     def enabled(self) -> bool:
         """Whether anything is to be pruned or quantized."""
-        return self.kv_channel_prune > 0.0 or self.kv_quant != "none"
+        return max(self.kv_channel_prune, self.kv_value_prune) > 0.0 or self.kv_quant != "none"
 
     @property
     def format(self) -> BlockFormat:
@@ -127,14 +133,23 @@ def flag_name(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
+def prune_flags(config: ThinkConfig) -> str:
+    """The flags that ask for fewer channels, as they were given."""
+    keys = f"--kv-channel-prune {config.kv_channel_prune:g}"
+    if not config.kv_value_prune:
+        return keys
+    values = f"--kv-value-prune {config.kv_value_prune:g}"
+    return f"{keys} {values}" if config.kv_channel_prune else values
+
+
 def _check_together(config: ThinkConfig) -> None:
     """Refuse settings that were given and mean nothing beside the others."""
     given = [name for name in ThinkConfig.model_fields if name in config.model_fields_set]
-    if given and not {"kv_channel_prune", "kv_quant"}.intersection(given):
+    if given and not {"kv_channel_prune", "kv_value_prune", "kv_quant"}.intersection(given):
         flags = ", ".join(map(flag_name, given))
         raise ThinkError(
-            f"{flags} given without --kv-channel-prune RATIO or --kv-quant FORMAT; give one of "
-            "them too"
+            f"{flags} given without --kv-channel-prune RATIO or --kv-quant FORMAT (or "
+            "--kv-value-prune RATIO); give one of them too"
         )
     if config.kv_prune_prefill and config.kv_prefix_cache == "dense":
         raise ThinkError(

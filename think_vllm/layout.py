@@ -10,14 +10,16 @@ kinds live in such a run::
                   values [N, D]   token-major      at D * N * itemsize
 
     thin block    keys   [C, t]   channel-major    at 0
-                  values [t, D]   token-major      behind the keys
+                  values [t, V]   token-major      behind the keys
                   table  [C]      uint8            behind the values; absent if C = D
+                  table  [V]      uint8            behind that; absent if V = D
                   (unused up to the end of the run)
 
-``D`` is the head size, ``N`` the block size in tokens, ``C <= D`` the kept key channels and
-``t > N`` the tokens of a thin block. ``table[i]`` is the channel that key row ``i`` holds,
-ascending: a thin block describes itself, per KV head. The dense form is the one that vLLM's
-CPU kernels (``vec``/``vec16``) store and read, so they serve dense blocks as they are.
+``D`` is the head size, ``N`` the block size in tokens, ``C <= D`` the kept key channels,
+``V <= D`` the kept value channels and ``t > N`` the tokens of a thin block. The tables say which
+channel a row of keys, or a column of values, holds, ascending: a thin block describes itself, per
+KV head. The dense form is the one that vLLM's CPU kernels (``vec``/``vec16``) store and read, so
+they serve dense blocks as they are.
 
 Keys and values of a thin block are each a coded matrix ``[R, X]``, rows contiguous::
 
@@ -28,14 +30,18 @@ Keys and values of a thin block are each a coded matrix ``[R, X]``, rows contigu
     int2     scales   float16 [G, R]      element = zero[x // g, r] + code * scale[x // g, r]
              zeros    float16 [G, R]      G = ceil(X / g) groups of g elements of a row
 
-Every part but the table starts on a multiple of 16 bytes. The last thin block of a span may
+Every part but the tables starts on a multiple of 16 bytes. The last thin block of a span may
 hold fewer tokens than ``t``; rows keep their length, what lies behind its tokens is undefined.
+Kernels read rows in vectors of 16 columns, and what they read behind the last row of pruned
+values lies within the run too.
 
 Worked examples, bf16, D = 128. Pruned by half, N = 48, C = 63, t = 64: run 24,576 B; keys
 0..8,063; values 8,064..24,447; table 24,448..24,510; 65 B unused. The same with 4-bit keys
 and 2-bit values in groups of 32, N = 16, C = 64, t = 92: run 8,192 B; key codes 0..2,943,
 scales to 3,327, zeros to 3,711; value codes to 6,655, scales to 7,391, zeros to 8,127; table
-8,128..8,191; nothing unused.
+8,128..8,191; nothing unused. Both kinds of channels pruned by half, plain, N = 32, C = 63, V = 64,
+t = 64: run 16,384 B; keys 0..8,063; values 8,064..16,255; key table 16,256..16,318; value table
+16,319..16,382; 1 B unused.
 """
 
 from dataclasses import dataclass
@@ -46,8 +52,10 @@ from think_vllm.formats import FORMATS, BlockFormat, Coding
 
 #: Parts start on a multiple of this, so that vector loads never straddle an element.
 ALIGN_BYTES = 16
-#: A channel number is one byte in the table.
+#: A channel number is one byte in a table.
 MAX_HEAD_SIZE = 256
+#: Columns that kernels read at a time.
+VECTOR_COLUMNS = 16
 
 
 def align_up(num_bytes: int, alignment: int = ALIGN_BYTES) -> int:
@@ -141,13 +149,14 @@ class ThinLayout:
     """Byte offsets inside the run of a thin block.
 
     Args:
-        head_size: Channels of a value, and of a key before pruning.
+        head_size: Channels of a key and of a value before pruning.
         key_channels: Kept key channels.
         block_tokens: Tokens that the thin block holds.
         block_size: Tokens that the same bytes hold densely.
         itemsize: Bytes of an element of the cache.
         format: How keys and values are coded.
         group: Elements that share a scale, for integer codings.
+        value_channels: Kept value channels; None for all.
 
     Raises:
         ThinkError: If the contents do not fit the run.
@@ -160,18 +169,22 @@ class ThinLayout:
     itemsize: int
     format: BlockFormat = FORMATS["none"]
     group: int = 32
+    value_channels: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.key_channels <= self.head_size <= MAX_HEAD_SIZE:
-            raise ThinkError(
-                f"ThinLayout: key_channels={self.key_channels}, head_size={self.head_size}; "
-                f"need 0 < key_channels <= head_size <= {MAX_HEAD_SIZE}"
-            )
+        for name in ("key_channels", "value_columns"):
+            if not 0 < getattr(self, name) <= self.head_size <= MAX_HEAD_SIZE:
+                raise ThinkError(
+                    f"ThinLayout: {name}={getattr(self, name)}, head_size={self.head_size}; "
+                    f"need 0 < {name} <= head_size <= {MAX_HEAD_SIZE}"
+                )
         if self.used_bytes > self.run_bytes:
+            values = f" and {self.value_channels} value channels" if self.has_value_table else ""
             raise ThinkError(
                 f"ThinLayout: {self.block_tokens} tokens with {self.key_channels} of "
-                f"{self.head_size} key channels ({self.format.name}) take {self.used_bytes} "
-                f"bytes, a block has {self.run_bytes}; keep fewer channels or fewer tokens"
+                f"{self.head_size} key channels{values} ({self.format.name}) take "
+                f"{self.used_bytes} bytes, a block has {self.run_bytes}; keep fewer channels or "
+                "fewer tokens"
             )
 
     @property
@@ -186,13 +199,18 @@ class ThinLayout:
             self.format.keys, self.key_channels, self.block_tokens, self.group, self.itemsize, 0
         )
 
+    @property
+    def value_columns(self) -> int:
+        """``V``: kept value channels."""
+        return self.head_size if self.value_channels is None else self.value_channels
+
     @cached_property
     def values(self) -> MatrixLayout:
-        """Values ``[t, D]``."""
+        """Values ``[t, V]``."""
         return MatrixLayout(
             self.format.values,
             self.block_tokens,
-            self.head_size,
+            self.value_columns,
             self.group,
             self.itemsize,
             align_up(self.keys.end),
@@ -200,18 +218,33 @@ class ThinLayout:
 
     @property
     def has_table(self) -> bool:
-        """Whether channels were pruned, so that a table says which are kept."""
+        """Whether key channels were pruned, so that a table says which are kept."""
         return self.key_channels < self.head_size
 
     @property
+    def has_value_table(self) -> bool:
+        """Whether value channels were pruned, so that a table says which are kept."""
+        return self.value_columns < self.head_size
+
+    @property
     def table_offset(self) -> int:
-        """Byte at which the channel table starts."""
+        """Byte at which the table of key channels starts."""
         return self.values.end
+
+    @property
+    def value_table_offset(self) -> int:
+        """Byte at which the table of value channels starts: behind that of key channels."""
+        return self.table_offset + (self.key_channels if self.has_table else 0)
 
     @property
     def used_bytes(self) -> int:
         """Bytes of the run up to the end of its contents, padding between parts included."""
-        return self.table_offset + (self.key_channels if self.has_table else 0)
+        if not self.has_value_table:
+            return self.value_table_offset
+        bits = self.values.coding.element_bits(self.itemsize)
+        read = align_up(self.value_columns, VECTOR_COLUMNS) * bits // 8
+        last_row = self.values.offset + (self.block_tokens - 1) * self.values.row_bytes
+        return max(self.value_table_offset + self.value_columns, last_row + read)
 
 
 def max_key_channels(
@@ -221,6 +254,7 @@ def max_key_channels(
     itemsize: int,
     format: BlockFormat = FORMATS["none"],
     group: int = 32,
+    value_channels: int | None = None,
 ) -> int:
     """Largest number of key channels with which ``block_tokens`` tokens fit a block.
 
@@ -230,7 +264,10 @@ def max_key_channels(
 
     def fits(channels: int) -> bool:
         try:
-            ThinLayout(head_size, channels, block_tokens, block_size, itemsize, format, group)
+            ThinLayout(
+                head_size, channels, block_tokens, block_size, itemsize, format, group,
+                value_channels,
+            )  # fmt: skip
         except ThinkError:
             return False
         return True

@@ -68,8 +68,11 @@ def plan_fields(plan: BlockPlan) -> dict[str, Any]:
     return {
         "head_size": plan.head_size,
         "key_channels": plan.key_channels,
+        "value_channels": plan.value_channels,
         "requested_ratio": plan.requested_ratio,
         "actual_ratio": plan.actual_ratio,
+        "requested_value_ratio": plan.config.kv_value_prune,
+        "actual_value_ratio": plan.actual_value_ratio,
         "kv_quant": plan.format.name,
         "kv_quant_group": plan.config.kv_quant_group if plan.format.has_groups else None,
         "block_size": plan.block_size,
@@ -95,12 +98,19 @@ def plan_fields(plan: BlockPlan) -> dict[str, Any]:
 
 
 def _channels(plan: BlockPlan) -> str:
-    if not plan.prunes:
-        return f"key channels all {plan.head_size}"
-    return (
-        f"key channels {plan.key_channels} of {plan.head_size} (pruned: {plan.actual_ratio:.3f}, "
-        f"requested {plan.requested_ratio:g})"
-    )
+    keys = f"key channels all {plan.head_size}"
+    if plan.prunes_keys:
+        kept = f"{plan.key_channels} of {plan.head_size}"
+        keys = f"key channels {kept} {_ratios(plan.actual_ratio, plan.requested_ratio)}"
+    if not plan.prunes_values:
+        return keys
+    kept = f"{plan.value_channels} of {plan.head_size}"
+    ratios = _ratios(plan.actual_value_ratio, plan.config.kv_value_prune)
+    return f"{keys}, value channels {kept} {ratios}"
+
+
+def _ratios(actual: float, requested: float) -> str:
+    return f"(pruned: {actual:.3f}, requested {requested:g})"
 
 
 def _codings(plan: BlockPlan) -> str:

@@ -31,7 +31,7 @@ def make_plan(name: str, **settings: Any) -> BlockPlan:
             **settings,
         }
     )
-    return BlockPlan(config, 64, channels, 16, span_blocks, thin_blocks, tokens, 4)
+    return BlockPlan(config, 64, channels, 64, 16, span_blocks, thin_blocks, tokens, 4)
 
 
 class Life:

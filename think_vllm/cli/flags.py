@@ -15,7 +15,12 @@ from think_vllm.config import (
 )
 from think_vllm.errors import ThinkError
 
-_METAVARS = {"kv_channel_prune": "RATIO", "kv_quant": "FORMAT", "kv_quant_group": "N"}
+_METAVARS = {
+    "kv_channel_prune": "RATIO",
+    "kv_value_prune": "RATIO",
+    "kv_quant": "FORMAT",
+    "kv_quant_group": "N",
+}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -42,8 +47,8 @@ def declare_flags(parser: argparse.ArgumentParser) -> None:
     """Add the bare options, without moving them anywhere."""
     group = parser.add_argument_group(
         "think-vllm",
-        "Thin KV blocks: pruned key channels (ThinK, arXiv 2407.21018), quantized keys and values "
-        "(KIVI, arXiv 2402.02750), or both.",
+        "Thin KV blocks: pruned channels of keys and values (ThinK, arXiv 2407.21018), quantized "
+        "keys and values (KIVI, arXiv 2402.02750), or both.",
     )
     for name, field in ThinkConfig.model_fields.items():
         group.add_argument(flag_name(name), default=None, **_options(name, field))
@@ -59,7 +64,7 @@ def _options(name: str, field: FieldInfo) -> dict[str, Any]:
         choices = get_args(field.annotation)
         text += f" One of {', '.join(map(str, choices))}."
         return {**options, "type": type(choices[0]), "choices": choices, "help": text}
-    if name == "kv_channel_prune":
+    if _METAVARS.get(name) == "RATIO":
         text += f" At most {MAX_PRUNE_RATIO}."
     return {**options, "type": field.annotation, "help": text}
 

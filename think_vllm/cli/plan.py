@@ -8,7 +8,7 @@ from typing import Any
 
 from think_vllm.capacity import PoolShape, pool_capacity
 from think_vllm.cli.flags import declare_flags, take_flags
-from think_vllm.config import parse_config
+from think_vllm.config import parse_config, prune_flags
 from think_vllm.errors import ThinkError
 from think_vllm.models import AttentionLayers, attention_layers, check_model, window_summary
 from think_vllm.planner import BlockPlan, plan_blocks, pruned_channels
@@ -28,7 +28,9 @@ def plan(arguments: Sequence[str]) -> int:
     settings = take_flags(namespace)
     config = parse_config(settings)
     if not settings:
-        parser.error("--kv-channel-prune RATIO or --kv-quant FORMAT is needed")
+        parser.error(
+            "--kv-channel-prune RATIO or --kv-quant FORMAT is needed (or --kv-value-prune RATIO)"
+        )
     model_config, ranks = _engine_shape(namespace)
 
     check_model(model_config)
@@ -40,7 +42,7 @@ def plan(arguments: Sequence[str]) -> int:
     )
     if made is None:
         raise ThinkError(
-            f"--kv-channel-prune {config.kv_channel_prune:g} prunes no channel at head size "
+            f"{prune_flags(config)} prunes no channel at head size "
             f"{model_config.get_head_size()}, and --kv-quant is none; nothing to plan. Give a "
             "larger ratio, or --kv-quant FORMAT"
         )
@@ -209,10 +211,14 @@ def _text(model: str, made: BlockPlan, fields: dict[str, Any]) -> list[str]:
         f"{fields['thin_requests']} thin ({fields['plain_tokens']} and "
         f"{fields['thin_tokens']} tokens)"
     )
-    wanted = made.head_size - pruned_channels(made.requested_ratio, made.head_size)
-    if made.key_channels != wanted:
-        lines.append(
-            f"  {wanted} channels were asked for; blocks are whole, and {made.key_channels} is the "
-            "most that fits"
-        )
+    for kind, ratio, kept in (
+        ("", made.requested_ratio, made.key_channels),
+        ("value ", made.config.kv_value_prune, made.value_channels),
+    ):
+        wanted = made.head_size - pruned_channels(ratio, made.head_size)
+        if kept != wanted:
+            lines.append(
+                f"  {wanted} {kind}channels were asked for; blocks are whole, and {kept} is the "
+                "most that fits"
+            )
     return lines

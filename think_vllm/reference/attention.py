@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from think_vllm.planner import BlockPlan
-from think_vllm.reference.compaction import dense_tokens, read_thin
+from think_vllm.reference.compaction import dense_tokens, read_thin, split_channels
 
 
 def gather_context(
@@ -16,7 +16,7 @@ def gather_context(
     thin_spans: int,
     plan: BlockPlan,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Read a request's context at full width, pruned key channels being zero.
+    """Read a request's context at full width, pruned channels being zero.
 
     Returns:
         Keys and values, both ``[Hk, seq_len, D]`` float64.
@@ -32,8 +32,9 @@ def gather_context(
             count = min(plan.thin_block_tokens, start + plan.span_tokens - first)
             for head in range(num_heads):
                 thin_keys, thin_values, table = read_thin(kv_cache, block, head, count, plan)
-                keys[head, first : first + count, table.long()] = thin_keys.T
-                values[head, first : first + count] = thin_values
+                of_keys, of_values = split_channels(table, plan)
+                keys[head, first : first + count, of_keys] = thin_keys.T
+                values[head, first : first + count, of_values] = thin_values
     start = thin_spans * plan.span_tokens
     if seq_len > start:
         blocks = block_table[request, start // plan.block_size : -(-seq_len // plan.block_size)]

@@ -43,16 +43,26 @@ def read_thin(
     """Read one head's part of a thin block that holds ``count`` tokens.
 
     Returns:
-        Keys ``[C, count]`` and values ``[count, D]``, float64, and the channel table ``[C]``
+        Keys ``[C, count]`` and values ``[count, V]``, float64, and the kept channels ``[K]``
         uint8.
     """
     run, layout = thin_run(kv_cache, block, head), plan.layout
     keys = read_matrix(run, layout.keys, plan.key_channels, count, kv_cache.dtype)
-    values = read_matrix(run, layout.values, count, plan.head_size, kv_cache.dtype)
-    if not layout.has_table:
-        return keys, values, torch.arange(plan.head_size, dtype=torch.uint8)
-    table = run[layout.table_offset : layout.table_offset + plan.key_channels].clone()
+    values = read_matrix(run, layout.values, count, plan.value_channels, kv_cache.dtype)
+    table = torch.arange(plan.key_channels, dtype=torch.uint8)
+    if layout.has_table:
+        table = run[layout.table_offset :][: plan.key_channels].clone()
+    if layout.has_value_table:
+        table = torch.cat([table, run[layout.value_table_offset :][: plan.value_channels]])
     return keys, values, table
+
+
+def split_channels(table: torch.Tensor, plan: BlockPlan) -> tuple[torch.Tensor, torch.Tensor]:
+    """Kept channels ``[..., K]`` uint8 -> those of keys ``[..., C]`` and of values, int64."""
+    keys, values = table.long().split((plan.key_channels, table.shape[-1] - plan.key_channels), -1)
+    if not plan.prunes_values:
+        values = torch.arange(plan.head_size).expand(*table.shape[:-1], -1)
+    return keys, values
 
 
 def write_thin(
@@ -71,15 +81,17 @@ def write_thin(
         block: Block number.
         head: KV head.
         keys: ``[C, count]`` of the cache's dtype.
-        values: ``[count, D]`` of the cache's dtype.
-        table: ``[C]`` uint8, ascending.
+        values: ``[count, V]`` of the cache's dtype.
+        table: ``[K]`` uint8. Kept channels of keys, then of values if some are pruned; ascending.
         plan: How blocks are laid out.
     """
     run, layout = thin_run(kv_cache, block, head), plan.layout
     write_matrix(run, keys, layout.keys)
     write_matrix(run, values, layout.values)
     if layout.has_table:
-        run[layout.table_offset : layout.table_offset + plan.key_channels] = table
+        run[layout.table_offset :][: plan.key_channels] = table[: plan.key_channels]
+    if layout.has_value_table:
+        run[layout.value_table_offset :][: plan.value_channels] = table[plan.key_channels :]
 
 
 def compact_spans_ref(
@@ -100,7 +112,8 @@ def compact_spans_ref(
         block_table: ``[num_requests, W]`` int32.
         request: ``[n]``. Row of the block table.
         span: ``[n]``. Span of that request.
-        channels: ``[n, Hk, C]`` uint8. Kept channels, ascending.
+        channels: ``[n, Hk, K]`` uint8. Kept channels of keys, then of values if some are pruned;
+            ascending.
         plan: How blocks are laid out.
     """
     for index, (row, number) in enumerate(zip(request, span, strict=True)):
@@ -111,8 +124,9 @@ def compact_spans_ref(
             tokens = slice(k * plan.thin_block_tokens, (k + 1) * plan.thin_block_tokens)
             for head in range(kv_cache.shape[1]):
                 table = channels[index, head]
-                kept = keys[head, tokens][:, table.long()].T
-                write_thin(kv_cache, block, head, kept, values[head, tokens], table, plan)
+                of_keys, of_values = split_channels(table, plan)
+                kept = keys[head, tokens][:, of_keys].T, values[head, tokens][:, of_values]
+                write_thin(kv_cache, block, head, *kept, table, plan)
 
 
 def read_channels_ref(
@@ -122,7 +136,7 @@ def read_channels_ref(
     span: Sequence[int],
     plan: BlockPlan,
 ) -> torch.Tensor:
-    """Read the channel tables of spans: ``[n, Hk, C]`` uint8. Arguments as above."""
+    """Read the channel tables of spans: ``[n, Hk, K]`` uint8. Arguments as above."""
     tables = []
     for row, number in zip(request, span, strict=True):
         block = int(block_table[int(row), int(number) * plan.span_blocks])

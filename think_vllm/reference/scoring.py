@@ -4,6 +4,13 @@ Source: ThinK, arXiv 2407.21018, section 3.2: channel ``i`` of a head scores
 ``||Q_obs[:, i] K[:, i]^T||_F = ||Q_obs[:, i]|| * ||K[:, i]||``. The square, a mean instead of a
 sum, and the mean over the query heads of a group (kvpress's form for grouped-query attention)
 leave the order unchanged for one query head per KV head.
+
+The paper outlines the same for values, and its authors' code has none of it. The score here is what
+channel ``i`` adds to the outputs of the observed queries: ``||softmax(Q_obs K^T) V[:, i]||_F``, again
+squared, averaged, and averaged over a group. A query's row of that product is its attention output,
+which the forward pass has made anyway. So value channels are scored by ``query_energy_ref`` of the
+outputs in place of the queries, and nobody forms the weights a second time; ``value_energy_ref`` is
+the long way.
 """
 
 from collections.abc import Sequence
@@ -72,10 +79,61 @@ def select_channels_ref(
     Returns:
         ``[n, Hk, C]`` uint8, ascending; of equal scores the lower channel is kept.
     """
-    score = query_energy * key_energy
-    kept = torch.empty(*score.shape[:2], key_channels, dtype=torch.uint8)
+    return top_channels_ref(query_energy * key_energy, key_channels)
+
+
+def value_energy_ref(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scale: float,
+    logits_soft_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Mean square of what each value channel adds to the outputs of a context's last queries.
+
+    Args:
+        query: ``[tokens, Hq, D]``. The last ones of the context.
+        keys: ``[Hk, S, D]``. All of it.
+        values: ``[Hk, S, D]``.
+        scale: Factor on ``q . k``.
+        logits_soft_cap: As for ``decode_attention_ref``, and so for ``sinks``.
+        sinks: ``[Hq]``.
+
+    Returns:
+        ``[Hk, D]`` float64.
+    """
+    num_tokens, num_heads, head_size = query.shape
+    num_kv_heads, length = keys.shape[:2]
+    group = num_heads // num_kv_heads
+    energy = torch.zeros(num_kv_heads, head_size, dtype=torch.float64)
+    for head in range(num_heads):
+        kv_head = head // group
+        for token in range(num_tokens):
+            seen = length - num_tokens + token + 1
+            scores = keys[kv_head, :seen].double() @ query[token, head].double() * scale
+            if logits_soft_cap > 0:
+                scores = logits_soft_cap * torch.tanh(scores / logits_soft_cap)
+            if sinks is not None:
+                scores = torch.cat([scores, sinks[head : head + 1].double()])
+            weights = torch.softmax(scores, dim=0)[:seen]
+            energy[kv_head] += (weights @ values[kv_head, :seen].double()).square()
+    return energy / (num_tokens * group)
+
+
+def top_channels_ref(score: torch.Tensor, count: int) -> torch.Tensor:
+    """Keep the channels with the highest scores.
+
+    Args:
+        score: ``[n, Hk, D]``.
+        count: How many are kept.
+
+    Returns:
+        ``[n, Hk, count]`` uint8, ascending; of equal scores the lower channel is kept.
+    """
+    kept = torch.empty(*score.shape[:2], count, dtype=torch.uint8)
     for n in range(score.shape[0]):
         for head in range(score.shape[1]):
             ranked = sorted(range(score.shape[2]), key=lambda i: (-float(score[n, head, i]), i))
-            kept[n, head] = torch.tensor(sorted(ranked[:key_channels]), dtype=torch.uint8)
+            kept[n, head] = torch.tensor(sorted(ranked[:count]), dtype=torch.uint8)
     return kept
