@@ -16,7 +16,7 @@ ROUNDING = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 SUMMATION = 4e-6
 
 
-#: Every format, with and without pruning.
+#: Every format, with and without pruned keys.
 FORMATS = [
     (quant, ratio)
     for quant in ("none", "fp8", "kivi4", "k4v2", "kivi2")
@@ -32,8 +32,14 @@ def make_plan(
     ratio: float = 0.5,
     quant: str = "none",
     group: int = 32,
+    value_ratio: float = 0.0,
 ) -> BlockPlan:
-    settings = {"kv_channel_prune": ratio, "kv_quant": quant, "kv_quant_group": group}
+    settings = {
+        "kv_channel_prune": ratio,
+        "kv_value_prune": value_ratio,
+        "kv_quant": quant,
+        "kv_quant_group": group,
+    }
     config = ThinkConfig.model_validate(settings)
     plan = plan_blocks(config, head_size, dtype.itemsize, block_size)
     assert plan is not None
@@ -116,9 +122,12 @@ def make_case(
 
 
 def random_channels(plan: BlockPlan, num_kv_heads: int, generator: torch.Generator) -> torch.Tensor:
-    """Kept channels of one span: ``[Hk, C]`` uint8, ascending."""
-    order = torch.rand(num_kv_heads, plan.head_size, generator=generator).argsort(dim=1)
-    return order[:, : plan.key_channels].sort(dim=1).values.to(torch.uint8)
+    """Kept channels of one span: ``[Hk, K]`` uint8, those of keys and of values ascending."""
+    kept = []
+    for count in (plan.key_channels, plan.value_channels)[: 1 + plan.prunes_values]:
+        order = torch.rand(num_kv_heads, plan.head_size, generator=generator).argsort(dim=1)
+        kept.append(order[:, :count].sort(dim=1).values.to(torch.uint8))
+    return torch.cat(kept, dim=1)
 
 
 def fill_dense_block(kv_cache, block, count, plan, random):
@@ -137,5 +146,5 @@ def fill_thin_block(kv_cache, block, index, table, plan, random):
     count = min(plan.thin_block_tokens, plan.span_tokens - index * plan.thin_block_tokens)
     for head in range(kv_cache.shape[1]):
         thin_run(kv_cache, block, head).fill_(0xFF)
-        keys, values = random(plan.key_channels, count), random(count, plan.head_size)
+        keys, values = random(plan.key_channels, count), random(count, plan.value_channels)
         write_thin(kv_cache, block, head, keys, values, table[head], plan)

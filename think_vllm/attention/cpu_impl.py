@@ -22,7 +22,12 @@ from think_vllm.attention.step import Ends, Observation
 from think_vllm.errors import WAY_OUT, ThinkError
 from think_vllm.kernels.cpu.compaction import compact_spans, read_channels
 from think_vllm.kernels.cpu.decode import decode_attention
-from think_vllm.kernels.cpu.scoring import add_query_energy, key_energy, select_channels
+from think_vllm.kernels.cpu.scoring import (
+    add_query_energy,
+    key_energy,
+    select_channels,
+    top_channels,
+)
 from think_vllm.metrics.worker import rank_report
 from think_vllm.selection import remember_plan
 
@@ -92,11 +97,11 @@ class ThinkCPUImpl(CPUAttentionBackendImpl):
         if metadata.context is not None:
             self._attend(query, kv_cache, metadata, metadata.context, output)
         step = metadata.step
-        energies = self._observe(query, metadata, step.observations)
+        energies = self._observe(query, output, metadata, step.observations)
         if step.prompt_ends is not None:
             self._end(kv_cache, metadata, step.prompt_ends, energies)
         if step.chunk_ends is not None:
-            energies = self._observe(query, metadata, step.chunk_ends.observations)
+            energies = self._observe(query, output, metadata, step.chunk_ends.observations)
             self._end(kv_cache, metadata, step.chunk_ends, energies)
         for wave in metadata.waves:
             self._compact_due(kv_cache, metadata, wave)
@@ -126,17 +131,25 @@ class ThinkCPUImpl(CPUAttentionBackendImpl):
             output[where] = answer
 
     def _observe(
-        self, query: torch.Tensor, metadata: ThinkCPUMetadata, observations: list[Observation]
+        self,
+        query: torch.Tensor,
+        output: torch.Tensor,
+        metadata: ThinkCPUMetadata,
+        observations: list[Observation],
     ) -> list[torch.Tensor]:
-        """Add up observation windows; return those that end here."""
+        """Add up observation windows; return those that end here, float32 [1 or 2, Hk, D]."""
+        # Queries score key channels; what attention has answered them scores value channels.
+        sources = [query, output] if self.plan.prunes_values else [query]
         finished = []
         for seen in observations:
             if seen.resume_position is None:
-                energy = torch.zeros(self.num_kv_heads, self.head_size, dtype=torch.float32)
+                shape = (len(sources), self.num_kv_heads, self.head_size)
+                energy = torch.zeros(shape, dtype=torch.float32)
             else:
                 block = self._block(metadata, seen.request, seen.resume_position)
                 energy = self.state.take_energy(block)
-            add_query_energy(query, seen.begin, seen.end, energy)
+            for source, total in zip(sources, energy, strict=True):
+                add_query_energy(source, seen.begin, seen.end, total)
             if seen.keep_position is None:
                 finished.append(energy)
             else:
@@ -177,22 +190,27 @@ class ThinkCPUImpl(CPUAttentionBackendImpl):
         ends: Ends,
         energies: list[torch.Tensor],
     ) -> torch.Tensor:
-        """Channels that are kept from here on: uint8 [n, Hk, C]."""
+        """Channels that are kept from here on: uint8 [n, Hk, K]."""
+        channels = self._all_channels(ends.request.size)
         if not self.plan.prunes:
-            return self._all_channels(ends.request.size)
-        observed = torch.from_numpy(ends.num_observed).view(-1, 1, 1)
-        query = torch.stack(energies) / observed
-        key = key_energy(
-            kv_cache,
-            metadata.block_table,
-            ends.request.astype(np.int32),
-            ends.num_tokens.astype(np.int32),
-            self.plan,
-            (ends.first_span * self.plan.span_blocks).astype(np.int32),
-        )
-        channels = select_channels(query, key, self.plan.key_channels)
-        rank_report().add_choice(query, key, channels)
-        return channels
+            return channels
+        observed = torch.from_numpy(ends.num_observed).view(-1, 1, 1, 1)
+        energy = torch.stack(energies) / observed
+        if self.plan.prunes_keys:
+            query = energy[:, 0]
+            key = key_energy(
+                kv_cache,
+                metadata.block_table,
+                ends.request.astype(np.int32),
+                ends.num_tokens.astype(np.int32),
+                self.plan,
+                (ends.first_span * self.plan.span_blocks).astype(np.int32),
+            )
+            channels = select_channels(query, key, self.plan.key_channels)
+            rank_report().add_choice(query, key, channels)
+        if not self.plan.prunes_values:
+            return channels
+        return torch.cat([channels, top_channels(energy[:, 1], self.plan.value_channels)], dim=2)
 
     def _all_channels(self, count: int) -> torch.Tensor:
         every = torch.arange(self.head_size, dtype=torch.uint8)
@@ -214,10 +232,10 @@ class ThinkCPUImpl(CPUAttentionBackendImpl):
     def _due_channels(
         self, kv_cache: torch.Tensor, metadata: ThinkCPUMetadata, wave: WaveRows
     ) -> torch.Tensor:
-        """Channels of due spans, those of their request: uint8 [n, Hk, C]."""
+        """Channels of due spans, those of their request: uint8 [n, Hk, K]."""
         if not self.plan.prunes:
             return self._all_channels(wave.due_span.size)
-        shape = (wave.due_span.size, self.num_kv_heads, self.plan.key_channels)
+        shape = (wave.due_span.size, self.num_kv_heads, self.plan.kept_channels)
         channels = torch.empty(shape, dtype=torch.uint8)
         kept = wave.due_kept
         if not kept.all():

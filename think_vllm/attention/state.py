@@ -21,7 +21,7 @@ class LayerState:
 
         Args:
             block: Block of the last position that was added.
-            energy: float32 [Hk, D].
+            energy: float32 [1 or 2, Hk, D].
         """
         self._energy[block] = energy
 
@@ -38,7 +38,7 @@ class LayerState:
 
         Args:
             block: Block of the prompt's last position.
-            channels: uint8 [Hk, C].
+            channels: uint8 [Hk, K].
         """
         self._channels[block] = channels
 

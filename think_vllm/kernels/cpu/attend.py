@@ -18,6 +18,7 @@ from think_vllm.kernels.cpu.splits import (
     plan_splits,
     whole_lanes,
 )
+from think_vllm.kernels.cpu.sums import sum_dense_values, sum_kept_values, sum_thin_values
 from think_vllm.kernels.cpu.threads import fetch_add
 from think_vllm.kernels.cpu.tiles import add_products
 
@@ -37,6 +38,7 @@ class Scratch(NamedTuple):
     scores: Any  # [G, split_columns]
     runs: Any  # offsets of the split's blocks
     tokens: Any  # and the tokens in them
+    kept: Any  # sums over kept value channels [G, V in whole lanes]
     folded: Any  # for add_matrix
 
 
@@ -99,6 +101,7 @@ def _work(
         np.empty(sizes.group * sizes.split_columns, np.float32),
         np.empty(split_blocks, np.int64),
         np.empty(split_blocks, np.int64),
+        np.empty(sizes.group * whole_lanes(shape.value_channels), np.float32),
         np.empty((sizes.group + 2) * longest, np.float32),
     )
     num_items = len(row_of_split) * shape.kv_heads
@@ -118,11 +121,16 @@ def _work(
         if thin:
             _score_thin(cache, keys, begin, count, scratch, shape, sizes)
             _soften(count, cap, head, scratch, partials, sizes)
-            _sum_thin_values(cache, values, count, start, scratch, partials, shape, sizes)
+            if shape.value_channels_offset >= 0:
+                sum_kept_values(
+                    cache, values, begin, count, start, scratch, partials, shape, sizes
+                )
+            else:
+                sum_thin_values(cache, values, count, start, scratch, partials, shape, sizes)
         else:
             _score_dense(cache, count, scratch, shape, sizes)
             _soften(count, cap, head, scratch, partials, sizes)
-            _sum_dense_values(cache, count, start, scratch, partials, shape, sizes)
+            sum_dense_values(cache, count, start, scratch, partials, shape, sizes)
         if fetch_add(counters, 1 + row * shape.kv_heads + kv_head) == end - first - 1:
             _combine(first, end, row, kv_head, inputs.sinks, partials, out, shape, sizes)
         item = fetch_add(counters, 0)
@@ -208,44 +216,6 @@ def _soften(count: int, cap: Any, first_head: int, scratch: Any, partials: Any, 
         top = row_max(row)
         partials.tops[first_head + head] = top
         partials.totals[first_head + head] = exp_row(row, top)
-
-
-@njit
-def _sum_thin_values(
-    cache: Any,
-    values: Any,
-    count: int,
-    start: int,
-    scratch: Any,
-    partials: Any,
-    shape: Any,
-    sizes: Any,
-) -> None:
-    """Weighted sums [G, D] of thin blocks' values."""
-    x = 0
-    for i in range(count):
-        add_matrix(
-            partials.sums, start, shape.head_size, scratch.scores, x, sizes.split_columns,
-            cache, scratch.runs[i], scratch.runs[min(i + 1, count - 1)], values,
-            shape.itemsize, scratch.tokens[i], sizes.group, shape.head_size, scratch.folded,
-        )  # fmt: skip
-        x += whole_lanes(scratch.tokens[i])
-
-
-@njit
-def _sum_dense_values(
-    cache: Any, count: int, start: int, scratch: Any, partials: Any, shape: Any, sizes: Any
-) -> None:
-    """Weighted sums [G, D] of dense blocks' values."""
-    x = 0
-    for i in range(count):
-        values = scratch.runs[i] + shape.head_size * shape.block_size
-        add_products(
-            partials.sums, start, shape.head_size, scratch.scores, x, sizes.split_columns,
-            cache.elements, values, shape.head_size, scratch.tokens[i], sizes.group,
-            shape.head_size, scratch.runs[min(i + 1, count - 1)] - scratch.runs[i],
-        )  # fmt: skip
-        x += whole_lanes(scratch.tokens[i])
 
 
 @njit

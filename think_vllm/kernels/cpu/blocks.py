@@ -74,7 +74,10 @@ class BlockShape(NamedTuple):
     thin_blocks: int
     thin_tokens: int
     key_channels: int
-    channels_offset: int  # bytes; of the channel table, -1 if there is none
+    value_channels: int
+    kept_channels: int
+    channels_offset: int  # bytes; of the table of key channels, -1 if there is none
+    value_channels_offset: int  # bytes; of the table of value channels, -1 if there is none
 
 
 Matrix = PlainMatrix | Fp8Matrix | Int4Matrix | Int2Matrix
@@ -107,7 +110,10 @@ def view_blocks(kv_cache: torch.Tensor, block_table: torch.Tensor, plan: BlockPl
         thin_blocks=plan.thin_blocks,
         thin_tokens=plan.thin_block_tokens,
         key_channels=plan.key_channels,
+        value_channels=plan.value_channels,
+        kept_channels=plan.kept_channels,
         channels_offset=layout.table_offset if layout.has_table else -1,
+        value_channels_offset=layout.value_table_offset if layout.has_value_table else -1,
     )
     return Blocks(cache, shape, _matrix(layout.keys), _matrix(layout.values))
 

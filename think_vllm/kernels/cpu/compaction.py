@@ -34,7 +34,8 @@ def compact_spans(
         block_table: ``[num_requests, W]`` int32.
         request: ``[n]`` int32. Row of the block table.
         span: ``[n]`` int32. Span of that request; no two tasks may share a block.
-        channels: ``[n, Hk, C]`` uint8. Kept channels, ascending; all if nothing is pruned.
+        channels: ``[n, Hk, K]`` uint8. Kept channels of keys, all if none is pruned, then of values
+            if some are pruned; ascending.
         plan: How blocks are laid out.
 
     Raises:
@@ -44,15 +45,16 @@ def compact_spans(
     check_cache(who, kv_cache, block_table, plan)
     check_tasks(who, request, span, "span")
     num_tasks, num_kv_heads = len(request), kv_cache.shape[1]
-    expected = (num_tasks, num_kv_heads, plan.key_channels)
+    expected = (num_tasks, num_kv_heads, plan.kept_channels)
     if channels.shape != expected or channels.dtype != torch.uint8:
         raise ValueError(
             f"{who}: channels is {channels.dtype} {tuple(channels.shape)}; expected uint8 "
-            f"[tasks, Hk, plan.key_channels] = {expected}"
+            f"[tasks, Hk, plan.kept_channels] = {expected}"
         )
     if num_tasks == 0:
         return
-    moved = num_tasks * num_kv_heads * plan.span_tokens * (plan.key_channels + plan.head_size)
+    channels_moved = plan.key_channels + plan.value_channels
+    moved = num_tasks * num_kv_heads * plan.span_tokens * channels_moved
     _compact(
         choose_threads(moved),
         flat_elements(block_table),
@@ -70,7 +72,7 @@ def read_channels(
     span: npt.NDArray[np.int32],
     plan: BlockPlan,
 ) -> torch.Tensor:
-    """Read the channel tables of thin spans, from each span's first block; all if none is pruned.
+    """Read the channel tables of thin spans, from each span's first block.
 
     Args:
         kv_cache: ``[num_blocks, Hk, N, 2 * D]``; stride of dim 0 is free.
@@ -80,7 +82,7 @@ def read_channels(
         plan: How blocks are laid out.
 
     Returns:
-        ``[n, Hk, C]`` uint8, a copy.
+        ``[n, Hk, K]`` uint8, a copy. As ``compact_spans`` takes them.
 
     Raises:
         ValueError: If shapes or dtypes do not fit each other.
@@ -90,12 +92,15 @@ def read_channels(
     check_tasks(who, request, span, "span")
     entry = np.asarray(span, np.int64) * plan.span_blocks
     blocks = block_table[torch.from_numpy(np.asarray(request, np.int64)), torch.from_numpy(entry)]
-    if not plan.layout.has_table:
-        every = torch.arange(plan.head_size, dtype=torch.uint8)
-        return every.repeat(len(blocks), kv_cache.shape[1], 1)
+    every = torch.arange(plan.head_size, dtype=torch.uint8)
+    every = every.repeat(len(blocks), kv_cache.shape[1], 1)
+    if not plan.prunes:
+        return every
+    stored = plan.kept_channels if plan.prunes_keys else plan.value_channels
     start = plan.layout.table_offset
     runs = kv_cache.flatten(2).view(torch.uint8)
-    return runs[:, :, start : start + plan.key_channels][blocks.long()]
+    tables = runs[:, :, start : start + stored][blocks.long()]
+    return tables if plan.prunes_keys else torch.cat([every, tables], dim=2)
 
 
 @kernel(parallel=True)
@@ -129,8 +134,9 @@ def _work(
 ) -> None:
     """Draw (task, KV head) items until there are none left."""
     span_tokens = shape.span_blocks * shape.block_size
-    # Sources are overwritten, so a span passes through scratch: keys [C, s * N], values after.
-    size = span_tokens * (shape.key_channels + shape.head_size)
+    # Sources are overwritten, so a span passes through scratch: keys [C, s * N], then values
+    # [s * N, V].
+    size = span_tokens * (shape.key_channels + shape.value_channels)
     scratch = np.empty(size, cache.elements.dtype)
     floats = np.empty(max(shape.thin_tokens, shape.head_size), np.float32)
     num_items = len(request) * shape.kv_heads
@@ -138,7 +144,7 @@ def _work(
     while item < num_items:
         task, kv_head = item // shape.kv_heads, item % shape.kv_heads
         entry = request[task] * shape.table_stride + span[task] * shape.span_blocks
-        kept = item * shape.key_channels
+        kept = item * shape.kept_channels
         _take_span(cache, table, entry, kv_head, channels, kept, scratch, shape)
         for k in range(shape.thin_blocks):
             run = table[entry + k] * shape.block_stride + kv_head * shape.run_stride
@@ -165,7 +171,25 @@ def _take_span(
         for i in range(C):
             channel = np.int64(channels[kept + i])
             copy_elements(scratch, i * span_tokens + b * N, kv, run + channel * N, N)
-        copy_elements(scratch, C * span_tokens + b * N * D, kv, run + D * N, N * D)
+        if shape.value_channels_offset >= 0:
+            at = C * span_tokens + b * N * shape.value_channels
+            _take_values(scratch, at, kv, run + D * N, channels, kept + C, shape)
+        else:
+            copy_elements(scratch, C * span_tokens + b * N * D, kv, run + D * N, N * D)
+
+
+@njit
+def _take_values(
+    scratch: Any, at: int, kv: Any, start: int, channels: Any, kept: int, shape: Any
+) -> None:
+    """The values of a dense block -> scratch, kept channels only."""
+    V = shape.value_channels
+    table = channels[kept : kept + V]
+    for token in range(shape.block_size):
+        whole = kv[start + token * shape.head_size : start + (token + 1) * shape.head_size]
+        taken = scratch[at + token * V : at + (token + 1) * V]
+        for i in range(V):
+            taken[i] = whole[table[i]]
 
 
 @njit
@@ -182,14 +206,18 @@ def _put_block(
     values: Any,
 ) -> None:
     """Scratch -> the span's ``k``-th thin block."""
-    D, C = shape.head_size, shape.key_channels
+    C, V = shape.key_channels, shape.value_channels
     span_tokens = shape.span_blocks * shape.block_size
     first = k * shape.thin_tokens
     count = min(shape.thin_tokens, span_tokens - first)
     put_matrix(cache, run, keys, shape.itemsize, scratch, first, span_tokens, C, count, floats)
-    start = C * span_tokens + first * D
-    put_matrix(cache, run, values, shape.itemsize, scratch, start, D, count, D, floats)
+    start = C * span_tokens + first * V
+    put_matrix(cache, run, values, shape.itemsize, scratch, start, V, count, V, floats)
     if shape.channels_offset >= 0:
         table_at = run * shape.itemsize + shape.channels_offset
         for i in range(C):
             cache.bytes[table_at + i] = channels[kept + i]
+    if shape.value_channels_offset >= 0:
+        table_at = run * shape.itemsize + shape.value_channels_offset
+        for i in range(V):
+            cache.bytes[table_at + i] = channels[kept + C + i]

@@ -5,7 +5,12 @@ import torch
 
 from think_vllm.kernels.cpu.compaction import compact_spans
 from think_vllm.kernels.cpu.decode import DecodeRows, decode_attention
-from think_vllm.kernels.cpu.scoring import add_query_energy, key_energy, select_channels
+from think_vllm.kernels.cpu.scoring import (
+    add_query_energy,
+    key_energy,
+    select_channels,
+    top_channels,
+)
 from think_vllm.planner import BlockPlan
 
 
@@ -34,8 +39,12 @@ def warm_up(dtype: torch.dtype, num_heads: int, num_kv_heads: int, plan: BlockPl
     if plan.prunes:
         query_energy = torch.zeros(num_kv_heads, plan.head_size, dtype=torch.float32)
         add_query_energy(query, 0, 1, query_energy)
+    if plan.prunes_keys:
         energy = key_energy(kv_cache, block_table, request, lengths, plan)
         channels = select_channels(query_energy.unsqueeze(0), energy, plan.key_channels)
+    if plan.prunes_values:
+        values = top_channels(query_energy.unsqueeze(0), plan.value_channels)
+        channels = torch.cat([channels, values], dim=2)
     compact_spans(kv_cache, block_table, request, request, channels, plan)
     rows = DecodeRows(request=request, seq_len=lengths, thin_spans=np.ones(1, np.int32))
     decode_attention(
