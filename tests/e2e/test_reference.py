@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.e2e.checks import plan_served
-from tests.support.reference import Thinning, kept_channels, thin_attention
+from tests.support.reference import Thinning, kept_channels, kept_value_channels, thin_attention
 from think_vllm.formats import FORMATS
 from think_vllm.reference.attention import decode_attention_ref
 from think_vllm.reference.compaction import compact_spans_ref
@@ -23,22 +23,36 @@ def random_tokens(num_tokens: int) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("ratio", "quant", "group", "block_size"),
+    ("ratio", "value_ratio", "quant", "group", "block_size"),
     [
-        (0.5, "none", 32, None),
-        (0.0, "fp8", 32, 64),  # 3 thin blocks of a span, the last one shorter
-        (0.5, "fp8", 32, None),
-        (0.4, "kivi4", 64, None),
-        (0.0, "k4v2", 32, None),
-        (0.5, "kivi2", 32, None),
+        (0.5, 0.0, "none", 32, None),
+        (0.0, 0.0, "fp8", 32, 64),  # 3 thin blocks of a span, the last one shorter
+        (0.5, 0.0, "fp8", 32, None),
+        (0.4, 0.0, "kivi4", 64, None),
+        (0.0, 0.0, "k4v2", 32, None),
+        (0.5, 0.0, "kivi2", 32, None),
+        (0.0, 0.3, "none", 32, None),
+        (0.5, 0.3, "none", 32, None),
+        (0.0, 0.3, "fp8", 32, None),
+        (0.5, 0.3, "k4v2", 32, None),
     ],
 )
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_both_references_attend_alike(
-    ratio: float, quant: str, group: int, block_size: int | None, softcap: float | None
+    ratio: float,
+    value_ratio: float,
+    quant: str,
+    group: int,
+    block_size: int | None,
+    softcap: float | None,
 ) -> None:
     plan, _ = plan_served(
-        HEAD_SIZE, block_size, kv_channel_prune=ratio, kv_quant=quant, kv_quant_group=group
+        HEAD_SIZE,
+        block_size,
+        kv_channel_prune=ratio,
+        kv_value_prune=value_ratio,
+        kv_quant=quant,
+        kv_quant_group=group,
     )
     thinning = Thinning.of(plan)
     prompt_len = plan.span_tokens + 40  # one span of the prompt, one filled while decoding
@@ -58,8 +72,12 @@ def test_both_references_attend_alike(
         values = halves[block, :, 1].view(KV_HEADS, plan.block_size, HEAD_SIZE)
         keys[:, :, slot], values[:, slot] = key[:, token], value[:, token]
     table = torch.arange(blocks, dtype=torch.int32)[None]
-    kept = kept_channels(query, key, prompt_len, thinning)
-    channels = torch.stack([row.nonzero()[:, 0].to(torch.uint8) for row in kept])[None]
+    kept = [kept_channels(query, key, prompt_len, thinning)]
+    if plan.prunes_values:
+        kept.append(kept_value_channels(output[:, :prompt_len], KV_HEADS, thinning))
+    channels = torch.cat(
+        [torch.stack([row.nonzero()[:, 0].to(torch.uint8) for row in rows]) for rows in kept], dim=1
+    )[None]
 
     thin = 0
     # The first query past the prompt, both sides of a due position, and some between.
@@ -86,10 +104,13 @@ def test_both_references_attend_alike(
         ("k4v2", {"format": FORMATS["kivi4"]}),
         ("kivi2", {"format": FORMATS["k4v2"]}),
         ("kivi2", {"recent_window": 0}),
+        ("none", {"value_channels": None}),
+        ("none", {"value_channels": 40}),
     ],
 )
 def test_every_setting_shows(quant: str, change: dict[str, Any]) -> None:
-    plan, _ = plan_served(HEAD_SIZE, kv_quant=quant)
+    values = 0.3 if "value_channels" in change else 0.0
+    plan, _ = plan_served(HEAD_SIZE, kv_quant=quant, kv_value_prune=values)
     thinning = Thinning.of(plan)
     prompt_len = plan.span_tokens + 16
     query, key, value = random_tokens(2 * plan.span_tokens)

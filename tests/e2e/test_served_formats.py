@@ -37,6 +37,7 @@ class Case:
     Args:
         quant: Its format.
         ratio: Of pruned key channels.
+        value_ratio: Of pruned value channels.
         group: Of integer codings.
         block_size: None for the planner's choice.
         heads: Head size, query heads and KV heads of the model.
@@ -46,6 +47,7 @@ class Case:
 
     quant: str
     ratio: float = 0.0
+    value_ratio: float = 0.0
     group: int = 32
     block_size: int | None = None
     heads: tuple[int, int, int] = (128, 4, 2)
@@ -68,6 +70,8 @@ CASES = {
     "kivi4-small-chunks": Case("kivi4", arguments=(*EAGER, "--max-num-batched-tokens", "64")),
     "k4v2-group-64": Case("k4v2", group=64),
     "kivi2-compiled": Case("kivi2", arguments=FLOAT32),
+    # 44 of 64 value channels in groups of 32, and half of the key channels.
+    "k4v2-values": Case("k4v2", 0.5, 0.3, heads=(64, 4, 2)),
 }
 
 
@@ -82,6 +86,8 @@ def test_served_logprobs_equal_the_reference(
     settings: dict[str, float | str] = {"kv_quant": case.quant}
     if case.ratio:
         settings["kv_channel_prune"] = case.ratio
+    if case.value_ratio:
+        settings["kv_value_prune"] = case.value_ratio
     if case.group != 32:
         settings["kv_quant_group"] = case.group
     plan, arguments = plan_served(head_size, case.block_size, **settings)

@@ -56,6 +56,28 @@ class TestWholeChunks:
         assert unpruned[1000] > 10 * TOLERANCE
 
 
+class TestValueChannels:
+    """All key channels are kept, and 88 of 128 value channels: 7 blocks of 48 tokens become 6."""
+
+    THINNING = Thinning(key_channels=128, span_tokens=336, value_channels=88)
+
+    @pytest.fixture(scope="class")
+    def server(self, serve: Callable[..., Server]) -> Server:
+        # Chunks of 100 tokens cut observation windows.
+        return serve(*EAGER, "--kv-value-prune", "0.3", "--max-num-batched-tokens", "100")
+
+    def test_prompts_and_decoded_spans(self, server: Server, recall_reference: Reference) -> None:
+        lengths = [5, 40, 367, 368, 369, 510, 700, 1000]
+        counts = [380, 340, 8, 8, 8, 220, 24, 24]
+        check_served(server, recall_reference, lengths, counts, self.THINNING)
+
+    def test_pruning_changes_the_answer(self, server: Server, recall_reference: Reference) -> None:
+        prompts = random_prompts([1000])
+        completions = server.complete_all(prompts, [24])
+        unpruned = worst_differences(recall_reference, prompts, completions, None)
+        assert unpruned[1000] > 10 * TOLERANCE
+
+
 def test_small_chunks(serve: Callable[..., Server], recall_reference: Reference) -> None:
     # 64 tokens a step, shared by all: windows are cut in every place.
     server = serve(*PRUNED, "--max-num-batched-tokens", "64")

@@ -1,9 +1,8 @@
 """The truth: a plain transformers model in float32 whose old keys and values are thinned.
 
 Independent of the package's own code for scores, selection, spans and thin blocks: one causal
-forward pass over prompt and completion, in which a query past the prompt sees the keys of thin
-spans with their pruned channels set to zero, and keys and values as they come back from their
-coding. Only the rules of a coding itself are the package's (``reference/quantization.py``).
+forward pass over prompt and completion, in which a query past the prompt sees the keys and values of
+thin spans with their pruned channels set to zero, and as they come back from their coding. Only the rules of a coding itself are the package's (``reference/quantization.py``).
 """
 
 from collections.abc import Iterator
@@ -33,6 +32,7 @@ class Thinning:
         group: Elements that share a scale, for integer codings.
         thin_block_tokens: Tokens that are coded together; the last ones of a span may be fewer.
             None for a whole span.
+        value_channels: Kept value channels of a head. None for all.
     """
 
     key_channels: int
@@ -43,6 +43,7 @@ class Thinning:
     format: BlockFormat = FORMATS["none"]
     group: int = 32
     thin_block_tokens: int | None = None
+    value_channels: int | None = None
 
     @classmethod
     def of(cls, plan: BlockPlan) -> Self:
@@ -56,6 +57,7 @@ class Thinning:
             format=plan.config.format,
             group=plan.config.kv_quant_group,
             thin_block_tokens=plan.thin_block_tokens,
+            value_channels=plan.value_channels if plan.prunes_values else None,
         )
 
     def thin_blocks(self, num_tokens: int) -> Iterator[slice]:
@@ -116,7 +118,14 @@ def thin_attention(
     thin_heads = heads
     if thinning is not None:
         kept = kept_channels(query, key, prompt_len, thinning)
-        thin_heads = [x.repeat_interleave(group, dim=0) for x in _code(key, value, kept, thinning)]
+        # What the prompt's last queries were answered: they see nothing thin.
+        answers = output[:, :prompt_len]
+        if answers.shape[1] < prompt_len:
+            seen = [x[:, :prompt_len] for x in (query, key, value)]
+            answers = thin_attention(*seen, scaling, prompt_len, None, window, softcap, sinks)
+        kept_values = kept_value_channels(answers, key.shape[0], thinning)
+        thin_pair = _code(key, value, kept, kept_values, thinning)
+        thin_heads = [x.repeat_interleave(group, dim=0) for x in thin_pair]
         scores = torch.where(thin, query[:, dense:] @ thin_heads[0].transpose(1, 2), scores)
     scores = scores * scaling
     if softcap is not None:
@@ -154,14 +163,40 @@ def kept_channels(
     return kept.scatter_(1, score.topk(thinning.key_channels, dim=1).indices, True)
 
 
+def value_scores(answers: torch.Tensor, num_kv_heads: int, thinning: Thinning) -> torch.Tensor:
+    """What each value channel adds to the answers of the observation window: float64 [Hk, D].
+
+    Args:
+        answers: [Hq, n, D]. Attention's output for the prompt: weights times values.
+        num_kv_heads: ``Hk``.
+        thinning: For the window.
+    """
+    energy = answers[:, -thinning.observation_window :].double().square().mean(dim=1)
+    return energy.view(num_kv_heads, -1, energy.shape[-1]).mean(dim=1)
+
+
+def kept_value_channels(
+    answers: torch.Tensor, num_kv_heads: int, thinning: Thinning
+) -> torch.Tensor:
+    """Value channels that are kept, as for keys: bool [Hk, D]."""
+    score = value_scores(answers, num_kv_heads, thinning)
+    count = score.shape[1] if thinning.value_channels is None else thinning.value_channels
+    kept = torch.zeros_like(score, dtype=torch.bool)
+    return kept.scatter_(1, score.topk(count, dim=1).indices, True)
+
+
 def choice_margin(
     query: torch.Tensor, key: torch.Tensor, prompt_len: int, thinning: Thinning
 ) -> float:
     """How much the least kept channel of any head scores over the best pruned one, relatively."""
-    score = channel_scores(query, key, prompt_len, thinning)
-    if thinning.key_channels == score.shape[1]:
+    return margin_of(channel_scores(query, key, prompt_len, thinning), thinning.key_channels)
+
+
+def margin_of(score: torch.Tensor, count: int) -> float:
+    """``choice_margin`` of scores [Hk, D], of which ``count`` are kept."""
+    if count == score.shape[1]:
         return float("inf")
-    best = score.topk(thinning.key_channels + 1, dim=1).values
+    best = score.topk(count + 1, dim=1).values
     return float((1 - best[:, -1] / best[:, -2]).min())
 
 
@@ -178,10 +213,14 @@ def kept_share(
 
 
 def _code(
-    key: torch.Tensor, value: torch.Tensor, kept: torch.Tensor, thinning: Thinning
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kept: torch.Tensor,
+    kept_values: torch.Tensor,
+    thinning: Thinning,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values as thin blocks hand them back, [Hk, n, D]; dense behind the last span."""
-    thin_key, thin_value = key * kept[:, None, :], value.clone()
+    thin_key, thin_value = key * kept[:, None, :], value * kept_values[:, None, :]
     codings = thinning.format
     if codings is FORMATS["none"]:
         return thin_key, thin_value
@@ -191,8 +230,10 @@ def _code(
             matrix = key[head, tokens][:, channels].T.contiguous()
             read = code_and_back(matrix, codings.keys, thinning.group).float()
             thin_key[head, tokens.start : tokens.stop, channels] = read.T
-            read = code_and_back(value[head, tokens], codings.values, thinning.group).float()
-            thin_value[head, tokens] = read
+            channels = kept_values[head].nonzero()[:, 0]
+            matrix = value[head, tokens][:, channels].contiguous()
+            read = code_and_back(matrix, codings.values, thinning.group).float()
+            thin_value[head, tokens.start : tokens.stop, channels] = read
     return thin_key, thin_value
 
 
@@ -229,6 +270,9 @@ def _attention(
     if thinning is not None:
         _margins.append(choice_margin(query[0], key[0], _prompt_len, thinning))
         _shares.append(kept_share(query[0], key[0], _prompt_len, thinning))
+        if thinning.value_channels is not None:
+            score = value_scores(output[:, :_prompt_len], key.shape[1], thinning)
+            _margins.append(margin_of(score, thinning.value_channels))
     return output.transpose(0, 1)[None].contiguous(), None
 
 
