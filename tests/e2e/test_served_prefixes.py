@@ -20,6 +20,8 @@ pytestmark = pytest.mark.e2e
 #: 0.5 at head size 128 in float32: 63 channels, 4 blocks of 48 tokens become 3.
 HALF = Thinning(key_channels=63, span_tokens=192)
 PRUNED = (*EAGER, "--kv-channel-prune", "0.5", "--max-num-batched-tokens", "2048")
+#: With 0.3 of the value channels too: 64 and 88 channels, 5 blocks of 48 tokens become 3.
+BOTH = Thinning(key_channels=64, span_tokens=240, value_channels=88)
 HITS = "vllm:prefix_cache_hits_total"
 
 
@@ -35,8 +37,10 @@ def worst(
     return max(abs(a - b) for a, b in zip(expected, completion.logprobs, strict=True))
 
 
-def view_of(prompt: list[int], completion: Completion, **hit: object) -> View:
-    return View(HALF, len(prompt), len(prompt) + len(completion.tokens) - 1, **hit)
+def view_of(
+    prompt: list[int], completion: Completion, thinning: Thinning = HALF, **hit: object
+) -> View:
+    return View(thinning, len(prompt), len(prompt) + len(completion.tokens) - 1, **hit)
 
 
 def hit_of(server: Server, prompt: list[int], max_tokens: int) -> tuple[Completion, int]:
@@ -183,9 +187,9 @@ class TestThinPrefixes:
 def test_dense_prefixes_are_exact(
     serve: Callable[..., Server], recall_reference: Reference
 ) -> None:
-    server = serve(*PRUNED, "--kv-prefix-cache", "dense")
+    server = serve(*PRUNED, "--kv-value-prune", "0.3", "--kv-prefix-cache", "dense")
     donor, other = random_prompts([1000, 150], seed=21)
-    left, hit = hit_of(server, donor, 400)  # two more spans fill up and are compacted
+    left, hit = hit_of(server, donor, 500)  # two more spans fill up and are compacted
     assert hit == 0
     prompt = donor[:900] + other
     answer, hit = hit_of(server, prompt, 300)
@@ -195,7 +199,7 @@ def test_dense_prefixes_are_exact(
     again, hit = hit_of(server, conversation, 100)
     assert hit == 1000 // 48 * 48
     for tokens, completion in ((donor, left), (prompt, answer), (conversation, again)):
-        differences = worst_differences(recall_reference, [tokens], [completion], HALF)
+        differences = worst_differences(recall_reference, [tokens], [completion], BOTH)
         assert all(x < TOLERANCE for x in differences.values()), differences
     server.wait_for_metric("vllm:kv_cache_usage_perc", 0)
 
@@ -207,13 +211,23 @@ def test_prompts_pruned_at_chunk_ends(
     chunk, pool = 256, 36 * 196_608
     arguments = ("--kv-prune-prefill", "--max-num-batched-tokens", str(chunk))
     server = serve(
-        *EAGER, "--kv-channel-prune", "0.5", *arguments, "--max-model-len", "2048",
-        "--no-async-scheduling",
+        *EAGER, "--kv-channel-prune", "0.5", "--kv-value-prune", "0.3", *arguments,
+        "--max-model-len", "2048", "--no-async-scheduling",
         kv_cache_bytes=pool,
     )  # fmt: skip
     for length in (200, 700, 1900):
         (prompt,) = random_prompts([length], seed=length)
         completion = server.complete(prompt, 60)
-        view = view_of(prompt, completion)
+        view = view_of(prompt, completion, BOTH)
         view.chunk_starts = range(0, length, chunk)
         assert worst(prefix_reference, prompt, completion, view) < TOLERANCE
+    # Spans of the last one come thin from the cache, tables and all.
+    (other,) = random_prompts([100], seed=1)
+    hitting = prompt[:700] + other
+    answer, hit = hit_of(server, hitting, 40)
+    assert hit == 2 * 240
+    hit_view = view_of(
+        hitting, answer, BOTH, cached=view, cached_spans=2, cached_tokens=hit,
+        chunk_starts=range(hit, len(hitting), chunk),
+    )  # fmt: skip
+    assert worst(prefix_reference, hitting, answer, hit_view) < TOLERANCE

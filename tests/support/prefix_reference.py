@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, AutoModelForCausalLM
 
-from tests.support.reference import Thinning, kept_channels
+from tests.support.reference import Thinning, kept_channels, kept_value_channels
 
-#: Per layer, the channels that each token keeps once it is thin: bool [Hk, n, D].
+#: Per layer, the channels that each token's key and value keep once it is thin: bool [2, Hk, n, D].
 Kept = list[torch.Tensor]
 
 
@@ -61,14 +61,25 @@ class View:
             thin[: self.cached_tokens] = self.cached.thin_tokens()[: self.cached_tokens]
         return thin
 
-    def choose(self, query: torch.Tensor, key: torch.Tensor, layer: int) -> torch.Tensor:
-        """Channels of one layer: bool [Hk, n, D]."""
-        span = self.thinning.span_tokens
-        kept = torch.ones(key.shape[0], self.num_tokens, key.shape[2], dtype=torch.bool)
+    def choose(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
+        layer: int,
+    ) -> torch.Tensor:
+        """Channels of one layer: bool [2, Hk, n, D]."""
+        span, heads = self.thinning.span_tokens, key.shape[0]
+        kept = torch.ones(2, heads, self.num_tokens, key.shape[2], dtype=torch.bool)
         first = self.cached_spans
         if self.cached is not None:
-            kept[:, : first * span] = self.cached.kept[layer][:, : first * span]
+            kept[:, :, : first * span] = self.cached.kept[layer][:, :, : first * span]
+        answers, thin = torch.zeros_like(query), self.thin_tokens()
         for start, end in pairwise([*self.chunk_starts, self.prompt_len]):
+            if self.thinning.value_channels is not None:
+                seen = attend(query, key, value, kept, thin, scaling)
+                answers[:, start:end] = seen[:, start:end]
             last = self.spans(end)
             if last > first or end == self.prompt_len:
                 # Scored by the chunk's last queries over the keys that are dense by then. What is
@@ -78,14 +89,40 @@ class View:
                     self.thinning.key_channels,
                     span,
                     observation_window=min(self.thinning.observation_window, end - begin),
+                    value_channels=self.thinning.value_channels,
                 )
                 chosen = kept_channels(
                     query[:, first * span :], key[:, first * span :], end - first * span, window
                 )
+                values = kept_value_channels(answers[:, :end], heads, window)
                 if last > first or (end == self.prompt_len and last == self.cached_spans):
-                    kept[:, first * span :] = chosen[:, None]
+                    kept[:, :, first * span :] = torch.stack([chosen, values])[:, :, None]
                 first = last
         return kept
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kept: torch.Tensor,
+    thin_tokens: torch.Tensor,
+    scaling: float,
+) -> torch.Tensor:
+    """Causal attention [Hq, n, D] in which each query sees so many tokens thin."""
+    group = query.shape[0] // key.shape[0]
+    position = torch.arange(query.shape[1])
+    thin = position[None, :] < thin_tokens[:, None]
+    dense = [x.repeat_interleave(group, 0) for x in (key, value)]
+    pruned = [(x * k).repeat_interleave(group, 0) for x, k in zip((key, value), kept, strict=True)]
+    scores = torch.where(
+        thin, query @ pruned[0].transpose(1, 2), query @ dense[0].transpose(1, 2)
+    )
+    scores = scores * scaling
+    scores = scores.masked_fill(position[None, :] > position[:, None], float("-inf"))
+    weights = scores.softmax(-1)
+    seen_thin = weights.masked_fill(~thin, 0.0) @ pruned[1]
+    return weights.masked_fill(thin, 0.0) @ dense[1] + seen_thin
 
 
 _view: View | None = None
@@ -103,16 +140,9 @@ def _attention(
     """Attention in the form that transformers calls, of one sequence: query [1, Hq, n, D]."""
     assert _view is not None
     query, key, value = query[0], key[0], value[0]
-    group = query.shape[0] // key.shape[0]
-    kept = _view.choose(query, key, module.layer_idx)
+    kept = _view.choose(query, key, value, scaling, module.layer_idx)
     _view.kept.append(kept)
-    position = torch.arange(query.shape[1])
-    thin = position[None, :] < _view.thin_tokens()[:, None]
-    dense_scores = query @ key.repeat_interleave(group, 0).transpose(1, 2)
-    thin_scores = query @ (key * kept).repeat_interleave(group, 0).transpose(1, 2)
-    scores = torch.where(thin, thin_scores, dense_scores) * scaling
-    scores = scores.masked_fill(position[None, :] > position[:, None], float("-inf"))
-    output = scores.softmax(-1) @ value.repeat_interleave(group, 0)
+    output = attend(query, key, value, kept, _view.thin_tokens(), scaling)
     return output.transpose(0, 1)[None].contiguous(), None
 
 
