@@ -66,8 +66,11 @@ def think_kernel(
     spans = plan.rule.prompt_spans(context - queries + 1) if thin else 0
     if spans:
         request = np.repeat(np.arange(num_seqs), spans)
-        ranked = torch.rand(num_seqs * spans, num_kv_heads, head_size).argsort(dim=-1)
-        channels = ranked[..., : plan.key_channels].sort(dim=-1).values.to(torch.uint8)
+        kept = []
+        for count_kept in (plan.key_channels, plan.value_channels)[: 1 + plan.prunes_values]:
+            ranked = torch.rand(num_seqs * spans, num_kv_heads, head_size).argsort(dim=-1)
+            kept.append(ranked[..., :count_kept].sort(dim=-1).values.to(torch.uint8))
+        channels = torch.cat(kept, dim=-1)
         span = np.tile(np.arange(spans), num_seqs)
         compact_spans(cache, table, request, span, channels, plan)
     rows = DecodeRows(
@@ -94,6 +97,7 @@ def main() -> None:
     parser.add_argument("--head-size", type=int, default=128)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--ratios", type=float, nargs="*", default=[0.0, 0.4, 0.5])
+    parser.add_argument("--value-ratio", type=float, default=0.0, help="of value channels")
     parser.add_argument("--formats", nargs="*", choices=FORMATS, default=list(FORMATS))
     parser.add_argument("--rounds", type=int, default=31)
     options = parser.parse_args()
@@ -105,11 +109,15 @@ def main() -> None:
     kernels["vLLM, fp8 cache"] = vllm_kernel(query, count, *shape, "fp8")
     for name in options.formats:
         for ratio in options.ratios:
-            config = ThinkConfig.model_validate({"kv_channel_prune": ratio, "kv_quant": name})
+            values = options.value_ratio
+            config = ThinkConfig.model_validate(
+                {"kv_channel_prune": ratio, "kv_value_prune": values, "kv_quant": name}
+            )
             plan = plan_blocks(config, options.head_size, dtype.itemsize)
             if plan is None:
                 continue
-            title = f"{name}, {ratio:g} ({plan.span_blocks} blocks of {plan.block_size} -> "
+            pruned = f"{ratio:g}, values {values:g}" if values else f"{ratio:g}"
+            title = f"{name}, {pruned} ({plan.span_blocks} blocks of {plan.block_size} -> "
             title += f"{plan.thin_blocks})"
             kernels[title] = think_kernel(query, count, *shape, plan, True)
             if name == "none":

@@ -36,20 +36,22 @@ from think_vllm.formats import FORMATS
 from think_vllm.planner import BlockPlan, plan_blocks
 
 RATIOS = (0.0, 0.4, 0.5, 0.6)
+VALUE_RATIOS = (0.0, 0.3, 0.5, 0.7)
 QUESTION_MARK = "?"
 VLLM_FP8 = "vllm-fp8"
 
 
 def served_settings() -> list[Setting]:
-    """Plain vLLM, its fp8 cache, and every combination of ratio and format."""
+    """Plain vLLM, its fp8 cache, and every combination of ratios and format."""
     return [
         Setting("served", 0.0, "none", "think"),
         Setting("served", 0.0, VLLM_FP8, "think"),
         *(
-            Setting("served", ratio, format_, "think")
+            Setting("served", ratio, format_, "think", value_ratio)
+            for value_ratio in VALUE_RATIOS
             for ratio in RATIOS
             for format_ in FORMATS
-            if ratio or format_ != "none"
+            if ratio or value_ratio or format_ != "none"
         ),
     ]
 
@@ -59,6 +61,8 @@ def server_arguments(setting: Setting, group: int) -> list[str]:
     if setting.format == VLLM_FP8:
         return ["--kv-cache-dtype", "fp8"]
     flags = ["--kv-channel-prune", f"{setting.ratio:g}"] if setting.ratio else []
+    if setting.value_ratio:
+        flags += ["--kv-value-prune", f"{setting.value_ratio:g}"]
     if setting.format != "none":
         flags += ["--kv-quant", setting.format]
     if FORMATS[setting.format].has_groups:
@@ -73,6 +77,7 @@ def plan_of(setting: Setting, options: argparse.Namespace) -> BlockPlan | None:
     config = ThinkConfig.model_validate(
         {
             "kv_channel_prune": setting.ratio,
+            "kv_value_prune": setting.value_ratio,
             "kv_quant": setting.format,
             "kv_quant_group": options.group,
         }
@@ -115,7 +120,11 @@ def rows(samples: Sequence[RecallSample], options: argparse.Namespace) -> Iterat
     """Yield the rows that were asked for."""
     if "served" in options.only:
         for setting in served_settings():
-            if setting.format in options.formats and setting.ratio in options.ratios:
+            if (
+                setting.format in options.formats
+                and setting.ratio in options.ratios
+                and setting.value_ratio in options.value_ratios
+            ):
                 yield served_row(setting, samples, options)
     if "simulated" in options.only:
         formats = [name for name in SIMULATED_FORMATS if name in options.formats]
@@ -144,6 +153,10 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, default=8, help="prompts at once")
     formats = [*FORMATS, VLLM_FP8]
     parser.add_argument("--ratios", nargs="+", type=float, choices=RATIOS, default=RATIOS)
+    parser.add_argument(
+        "--value-ratios", nargs="+", type=float, choices=VALUE_RATIOS, default=[0.0],
+        help="of value channels; served only",
+    )  # fmt: skip
     parser.add_argument("--formats", nargs="+", choices=formats, default=formats)
     kinds = ["served", "simulated"]
     parser.add_argument("--only", nargs="+", choices=kinds, default=kinds)

@@ -38,8 +38,8 @@ def activate(vllm_config: VllmConfig) -> None:
     plan = plan_engine(config, vllm_config)
     if plan is None:
         logger.info(
-            "think-vllm: %s prunes no channel of this model, and --kv-quant is none; thin KV blocks "
-            "are off",
+            "think-vllm: %s prunes no channel of this model, and --kv-quant is none; thin KV "
+            "blocks are off",
             prune_flags(config),
         )
         return
@@ -186,7 +186,7 @@ def check_engine(vllm_config: VllmConfig) -> None:
         if present:
             raise ThinkError(
                 f"thin KV blocks do not support {name} yet: {reason}; {way_out}, or serve without "
-                "--kv-channel-prune and --kv-quant"
+                "--kv-channel-prune, --kv-value-prune and --kv-quant"
             )
 
 
@@ -203,7 +203,8 @@ def check_device(vllm_config: VllmConfig) -> None:
         if vllm_config.use_v2_model_runner:
             raise ThinkError(
                 "thin KV blocks do not support vLLM's model runner V2 on CPUs yet; set "
-                "VLLM_USE_V2_MODEL_RUNNER=0, or serve without --kv-channel-prune and --kv-quant"
+                "VLLM_USE_V2_MODEL_RUNNER=0, or serve without --kv-channel-prune, "
+                "--kv-value-prune and --kv-quant"
             )
         return
     if not current_platform.is_cuda():
@@ -240,7 +241,7 @@ def check_device(vllm_config: VllmConfig) -> None:
         if present:
             raise ThinkError(
                 f"thin KV blocks do not support {name} yet; {way_out}, or serve without "
-                "--kv-channel-prune and --kv-quant"
+                "--kv-channel-prune, --kv-value-prune and --kv-quant"
             )
 
 
@@ -264,7 +265,7 @@ def check_windows(vllm_config: VllmConfig) -> None:
         raise ThinkError(
             "thin KV blocks do not support --disable-hybrid-kv-cache-manager with sliding-window "
             "layers, which it would give the blocks of full ones; leave it out, or serve without "
-            "--kv-channel-prune and --kv-quant"
+            "--kv-channel-prune, --kv-value-prune and --kv-quant"
         )
 
 

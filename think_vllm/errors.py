@@ -1,7 +1,7 @@
 """The one exception of this package that a user is meant to read."""
 
 #: How to serve what thin blocks cannot.
-WAY_OUT = "Serve this model without --kv-channel-prune and --kv-quant"
+WAY_OUT = "Serve this model without --kv-channel-prune, --kv-value-prune and --kv-quant"
 
 
 class ThinkError(ValueError):

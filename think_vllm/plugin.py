@@ -24,7 +24,8 @@ def register() -> None:
     import vllm
 
     logger.warning(
-        "think-vllm %s extends vLLM %s.*, this is vLLM %s: --kv-channel-prune and --kv-quant "
+        "think-vllm %s extends vLLM %s.*, this is vLLM %s: --kv-channel-prune, "
+        "--kv-value-prune and --kv-quant "
         "are off",
         __version__,
         VLLM_SERIES,

@@ -16,6 +16,9 @@ from think_vllm.planner import plan_blocks
 FIELDS = {
     "head_size",
     "key_channels",
+    "value_channels",
+    "requested_value_ratio",
+    "actual_value_ratio",
     "requested_ratio",
     "actual_ratio",
     "block_size",

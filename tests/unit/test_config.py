@@ -15,6 +15,7 @@ from think_vllm.formats import FORMATS, GROUP_SIZES
         ({"kv_channel_prune": 0.81}, "--kv-channel-prune is 0.81: .*less than or equal to 0.8"),
         ({"kv_channel_prune": -0.1}, "--kv-channel-prune is -0.1: .*greater than or equal to 0"),
         ({"kv_channel_prune": "half"}, "--kv-channel-prune is 'half'"),
+        ({"kv_value_prune": 0.9}, "--kv-value-prune is 0.9: .*less than or equal to 0.8"),
         ({"kv_recent_window": -1}, "--kv-recent-window is -1"),
         ({"kv_observation_window": 0}, "--kv-observation-window is 0"),
         ({"kv_quant": "int8"}, "--kv-quant is 'int8': Input should be 'none', 'fp8', 'kivi4'"),

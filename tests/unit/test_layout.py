@@ -144,6 +144,50 @@ def test_content_bytes_leave_padding_out(format: str, keys: int, values: int) ->
     assert (layout.keys.content_bytes, layout.values.content_bytes) == (keys, values)
 
 
+@pytest.mark.parametrize(
+    ("layout", "values", "tables", "used"),
+    [
+        # values: offset and end; where the tables of keys and of values start.
+        # The worked example of layout.py: values 64 * 64 * 2 = 8,192
+        (ThinLayout(128, 63, 64, 32, 2, value_channels=64), (8_064, 16_256), (16_256, 16_319), 16_383),
+        # All key channels: 128 * 56 * 2 = 14,336, then 56 * 88 * 2 = 9,856, and one table
+        (ThinLayout(128, 128, 56, 48, 2, value_channels=88), (14_336, 24_192), (24_192, 24_192), 24_280),
+        # fp8: 61 * 112 = 6,832; values 112 * 44 = 4,928 behind a scale, and their own
+        (
+            ThinLayout(64, 61, 112, 96, 2, FORMATS["fp8"], value_channels=44),
+            (6_848, 11_780),
+            (11_780, 11_841),
+            11_885,
+        ),
+        # Values 224 rows of 88 * 2 / 8 = 22 B, and 3 groups, the last one of 24 channels
+        (
+            ThinLayout(128, 61, 224, 32, 2, FORMATS["k4v2"], 32, 88),
+            (8_560, 16_176),
+            (16_176, 16_237),
+            16_325,
+        ),
+        # A vector of 16 columns of the last row ends 24 B behind its 4 values, table or not
+        (ThinLayout(16, 16, 17, 16, 2, value_channels=4), (544, 680), (680, 680), 704),
+    ],
+    ids=["plain", "keys-whole", "fp8", "k4v2", "read-behind"],
+)  # fmt: skip
+def test_layout_with_pruned_values_has_the_bytes_counted_by_hand(
+    layout: ThinLayout, values: tuple[int, int], tables: tuple[int, int], used: int
+) -> None:
+    assert (layout.values.offset, layout.values.end) == values
+    assert (layout.table_offset, layout.value_table_offset) == tables
+    assert layout.used_bytes == used
+    assert layout.has_value_table
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_keeping_all_values_is_the_layout_without_a_table(format: str) -> None:
+    rest = (128, 64, 92, 80, 2, FORMATS[format], 32)
+    layout, other = ThinLayout(*rest), ThinLayout(*rest, value_channels=128)
+    assert (layout.values, layout.used_bytes) == (other.values, other.used_bytes)
+    assert not other.has_value_table
+
+
 def test_dense_layout_splits_a_run_in_half() -> None:
     layout = DenseLayout(head_size=128, block_size=48, itemsize=2)
     assert (layout.run_bytes, layout.values_offset) == (24_576, 12_288)
@@ -154,6 +198,10 @@ def test_thin_layout_refuses_what_does_not_fit() -> None:
         ThinLayout(128, 64, 64, 48, 2)
     with pytest.raises(ThinkError, match=r"65 of 128 key channels \(k4v2\) take 82\d\d bytes"):
         ThinLayout(128, 65, 92, 16, 2, FORMATS["k4v2"])
+    with pytest.raises(ThinkError, match=r"64 of 128 key channels and 68 value channels \(none\)"):
+        ThinLayout(128, 64, 64, 32, 2, value_channels=68)
+    with pytest.raises(ThinkError, match="value_columns=129, head_size=128"):
+        ThinLayout(128, 64, 64, 48, 2, value_channels=129)
 
 
 FITTING = {

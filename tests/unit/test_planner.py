@@ -9,6 +9,7 @@ from think_vllm.errors import ThinkError
 from think_vllm.formats import FORMATS, GROUP_SIZES
 from think_vllm.planner import (
     BLOCK_SIZES,
+    CHANNEL_ALIGNMENT,
     CHANNEL_TOLERANCE,
     MAX_SPAN_TOKENS,
     TOKEN_ALIGNMENT,
@@ -27,8 +28,14 @@ def make(
     quant: str = "none",
     group: int = 32,
     itemsize: int = 2,
+    value_ratio: float = 0.0,
 ) -> BlockPlan:
-    settings = {"kv_channel_prune": ratio, "kv_quant": quant, "kv_quant_group": group}
+    settings = {
+        "kv_channel_prune": ratio,
+        "kv_value_prune": value_ratio,
+        "kv_quant": quant,
+        "kv_quant_group": group,
+    }
     config = ThinkConfig.model_validate(settings)
     plan = plan_blocks(config, head_size, itemsize, block_size)
     assert plan is not None
@@ -101,6 +108,35 @@ def test_plan_blocks_bf16_head_128_is_worth_what_is_promised(
     assert 0 <= plan.waste < 0.1
 
 
+@pytest.mark.parametrize(
+    ("ratio", "value_ratio", "quant", "value_channels", "expected", "capacity"),
+    [
+        (0.0, 0.3, "none", 88, (128, 48, 7, 6, 56), 7 / 6),
+        # 64 and a table would not fit 3 blocks of 64 tokens
+        (0.0, 0.5, "none", 60, (128, 48, 4, 3, 64), 4 / 3),
+        (0.5, 0.3, "none", 88, (64, 48, 5, 3, 80), 5 / 3),
+        (0.5, 0.5, "none", 64, (63, 32, 2, 1, 64), 2.0),
+        (0.0, 0.3, "fp8", 88, (128, 48, 7, 3, 112), 7 / 3),
+        (0.5, 0.3, "k4v2", 88, (61, 32, 7, 1, 224), 7.0),
+    ],
+)
+def test_plan_blocks_with_pruned_values(
+    ratio: float,
+    value_ratio: float,
+    quant: str,
+    value_channels: int,
+    expected: tuple[int, ...],
+    capacity: float,
+) -> None:
+    plan = make(ratio, quant=quant, value_ratio=value_ratio)
+    assert (plan.value_channels, shape(plan)) == (value_channels, expected)
+    assert plan.capacity_multiple == pytest.approx(capacity)
+    assert plan.prunes
+    assert plan.prunes_keys == (ratio > 0)
+    assert plan.kept_channels == plan.key_channels + value_channels
+    assert plan.observation_window == 32
+
+
 def test_waste_is_what_a_hand_counts() -> None:
     # 17 blocks of 16 tokens become 3 of 92, all 8,192 bytes of each in use: 4 of 276 tokens
     # are missing.
@@ -128,25 +164,31 @@ PLANS = {
     "head_size": st.sampled_from([64, 96, 128, 192, 256]),
     "itemsize": st.sampled_from([2, 4]),
     "group": st.sampled_from(GROUP_SIZES),
+    "value_percent": st.sampled_from([0, 0, 20, 30, 45, 50, 80]),
 }
 
 
 @given(**PLANS)
 @settings(max_examples=80, deadline=None, derandomize=True)
 def test_plan_blocks_holds_for_all_formats(
-    quant: str, percent: int, head_size: int, itemsize: int, group: int
+    quant: str, percent: int, head_size: int, itemsize: int, group: int, value_percent: int
 ) -> None:
     ratio = percent / 100
     config = ThinkConfig.model_validate(
-        {"kv_channel_prune": ratio, "kv_quant": quant, "kv_quant_group": group}
+        {
+            "kv_channel_prune": ratio,
+            "kv_value_prune": value_percent / 100,
+            "kv_quant": quant,
+            "kv_quant_group": group,
+        }
     )
     try:
         plan = plan_blocks(config, head_size, itemsize)
     except ThinkError:
-        assert (quant == "none" and percent < 20) or head_size % group
+        assert (quant == "none" and max(percent, value_percent) < 20) or head_size % group
         return
     if plan is None:
-        assert (quant, percent) == ("none", 0)
+        assert (quant, percent, value_percent) == ("none", 0, 0)
         return
     # Workers plan for the block size that the first process has chosen.
     assert plan_blocks(config, head_size, itemsize, plan.block_size) == plan
@@ -154,7 +196,12 @@ def test_plan_blocks_holds_for_all_formats(
     wanted = head_size - pruned_channels(ratio, head_size)
     tolerated = max(1, round(CHANNEL_TOLERANCE * head_size)) if percent else 0
     assert wanted - tolerated <= plan.key_channels <= wanted
-    assert plan.prunes == plan.layout.has_table == (percent > 0)
+    assert plan.prunes_keys == plan.layout.has_table == (percent > 0)
+    wanted = head_size - pruned_channels(value_percent / 100, head_size)
+    tolerated = CHANNEL_ALIGNMENT if value_percent else 0
+    assert wanted - tolerated <= plan.value_channels <= wanted
+    assert plan.value_channels % CHANNEL_ALIGNMENT == 0
+    assert plan.prunes_values == plan.layout.has_value_table == (value_percent > 0)
     assert plan.layout.used_bytes <= plan.layout.run_bytes
     assert plan.capacity_multiple > 1
     assert plan.span_tokens <= MAX_SPAN_TOKENS
@@ -206,6 +253,11 @@ def test_plan_blocks_names_the_smallest_ratio_that_frees_a_block(percent: float)
     with pytest.raises(ThinkError, match=r"smallest ratio that does is 0\.08,"):
         make(percent / 100)
     assert make(0.08).capacity_multiple > 1
+
+
+def test_plan_blocks_names_the_smallest_ratio_of_values() -> None:
+    with pytest.raises(ThinkError, match=r"--kv-value-prune 0\.05 .* that does is 0\.\d+, or leave"):
+        make(0.0, value_ratio=0.05)
 
 
 def test_plan_blocks_refuses_a_block_size_that_no_plan_fits() -> None:

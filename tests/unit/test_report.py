@@ -32,6 +32,16 @@ def make(**settings: object) -> BlockPlan:
             "key channels 64 of 128 (pruned: 0.500, requested 0.5); keys 4-bit, values 2-bit in "
             "groups of 32 (k4v2)",
         ),
+        (
+            {"kv_value_prune": 0.3, "kv_quant": "fp8"},
+            "key channels all 128, value channels 88 of 128 (pruned: 0.312, requested 0.3); keys "
+            "and values fp8",
+        ),
+        (
+            {"kv_channel_prune": 0.5, "kv_value_prune": 0.5},
+            "key channels 63 of 128 (pruned: 0.508, requested 0.5), value channels 64 of 128 "
+            "(pruned: 0.500, requested 0.5); keys and values as computed",
+        ),
     ],
 )
 def test_plan_summary_says_what_is_kept_and_how(settings: dict[str, object], expected: str) -> None:
@@ -66,6 +76,7 @@ def test_context_hint_is_given_where_it_pays() -> None:
         ({"kv_quant": "fp8"}, None),
         ({"kv_quant": "kivi2"}, 32),
         ({"kv_quant": "kivi2", "kv_quant_group": 128}, 128),
+        ({"kv_value_prune": 0.5}, None),
     ],
 )
 def test_plan_fields_are_json_and_name_a_group_where_there_is_one(

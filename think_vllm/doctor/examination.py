@@ -99,7 +99,9 @@ class Examination:
                 vllm_config = engine_args.create_engine_config()
             config = config_from_additional(vllm_config.additional_config)
             if config is None:
-                raise ThinkError("no thin blocks: --kv-channel-prune or --kv-quant is needed")
+                raise ThinkError(
+                    "no thin blocks: --kv-channel-prune, --kv-value-prune or --kv-quant is needed"
+                )
             plan = plan_engine(config, vllm_config)
         except (ThinkError, OSError, ValueError) as error:
             yield Finding(Level.BAD, "model", " ".join(str(error).split()))
