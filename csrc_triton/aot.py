@@ -149,11 +149,17 @@ def _number(pattern: str, log: str) -> int:
 
 
 def make_plans(
-    formats: Sequence[str], dtype: torch.dtype, head_size: int, ratio: float
+    formats: Sequence[str],
+    dtype: torch.dtype,
+    head_size: int,
+    ratio: float,
+    value_ratio: float = 0.0,
 ) -> Iterator[BlockPlan]:
     """A plan for every format that has one."""
     for name in formats:
-        config = ThinkConfig.model_validate({"kv_channel_prune": ratio, "kv_quant": name})
+        config = ThinkConfig.model_validate(
+            {"kv_channel_prune": ratio, "kv_value_prune": value_ratio, "kv_quant": name}
+        )
         plan = plan_blocks(config, head_size, dtype.itemsize)
         if plan is not None:
             yield plan
@@ -167,7 +173,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"])
     parser.add_argument("--module", nargs="+", choices=MODULES, default=list(MODULES))
     parser.add_argument("--head-size", type=int, default=HEAD_SIZE)
-    parser.add_argument("--ratio", type=float, default=0.5, help="share of channels to prune")
+    parser.add_argument("--ratio", type=float, default=0.5, help="share of key channels to prune")
+    parser.add_argument("--value-ratio", type=float, default=0.0, help="the same of values")
     chosen = parser.parse_args(arguments)
     line = "{:<24}{:<8}{:<10}{:>6}{:>7}{:>11}{:>8}{:>8}{:>9}\n"
     write = sys.stdout.write
@@ -176,7 +183,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ))  # fmt: skip
     for dtype_name in chosen.dtype:
         dtype, seen = DTYPES[dtype_name], set()
-        for plan in make_plans(chosen.format, dtype, chosen.head_size, chosen.ratio):
+        for plan in make_plans(
+            chosen.format, dtype, chosen.head_size, chosen.ratio, chosen.value_ratio
+        ):
             for case in cases(plan, dtype, chosen.module):
                 key = (case.kernel.__name__, repr(case[1:]))
                 for capability in chosen.capability if key not in seen else ():

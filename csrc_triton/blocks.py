@@ -13,11 +13,12 @@ from think_vllm.planner import BlockPlan
 #: D head size, N tokens of a dense block, SPAN and THIN blocks of a span before and after,
 #: T tokens of a thin block, C kept key channels; KEY_BITS and VALUE_BITS of a code (0: elements of
 #: the cache's dtype, 8: e4m3), GROUP elements per scale; then byte offsets from the start of a run
-#: (``*_ROW``: bytes of a row of codes; TABLE is -1 if no channel was pruned).
+#: (``*_ROW``: bytes of a row of codes; TABLE is -1 if no key channel was pruned); V kept value
+#: channels, and where their table is, -1 if none was pruned.
 LAYOUT_NAMES = (
     "D", "N", "SPAN", "THIN", "T", "C", "KEY_BITS", "VALUE_BITS", "GROUP",
     "KEY_ROW", "KEY_SCALES", "KEY_ZEROS",
-    "VALUES", "VALUE_ROW", "VALUE_SCALES", "VALUE_ZEROS", "TABLE",
+    "VALUES", "VALUE_ROW", "VALUE_SCALES", "VALUE_ZEROS", "TABLE", "V", "VALUE_TABLE",
 )  # fmt: skip
 
 
@@ -32,6 +33,7 @@ def layout_constants(plan: BlockPlan) -> dict[str, int]:
         keys.row_bytes, keys.scales_offset, keys.zeros_offset,
         values.offset, values.row_bytes, values.scales_offset, values.zeros_offset,
         layout.table_offset if layout.has_table else -1,
+        plan.value_channels, layout.value_table_offset if layout.has_value_table else -1,
     )  # fmt: skip
     return dict(zip(LAYOUT_NAMES, numbers, strict=True))
 

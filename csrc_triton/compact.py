@@ -76,11 +76,12 @@ def compact_spans(
         request: ``[n]`` int32. Row of the block table.
         span: ``[n]`` int32. Span of that request; tasks whose span is negative are skipped, and
             no two others may share a block.
-        channels: ``[n, Hk, C]`` uint8, with ``layers`` ``[L, n, Hk, C]``. Kept channels,
-            ascending. Not read, and may be None, if the plan prunes nothing.
+        channels: ``[n, Hk, K]`` uint8, with ``layers`` ``[L, n, Hk, K]``. Kept channels of keys,
+            all if none is pruned, then of values if some are pruned; ascending. Not read, and may
+            be None, if the plan prunes nothing.
         plan: How blocks are laid out.
         active: ``[n]`` bool or int32. Tasks that are not 0 are skipped otherwise; None for all.
-        inherit: Take the table of the request's span before, and ``channels`` for first spans
+        inherit: Take the tables of the request's span before, and ``channels`` for first spans
             only. The span before must not be compacted by the same call.
         layers: ``[L]`` int64. Addresses of caches like ``kv_cache``, that of every layer to be
             compacted in this one launch; None for ``kv_cache`` alone.
@@ -99,8 +100,10 @@ def compact_spans(
         check_tensor(who, "layers", layers, torch.int64, (num_layers,), device)
     if plan.prunes:
         if channels is None:
-            raise ValueError(f"{who}: channels is None; the plan keeps {plan.key_channels} of them")
-        expected = (num_tasks, num_heads, plan.key_channels)
+            raise ValueError(
+                f"{who}: channels is None; the plan keeps {plan.kept_channels} of them"
+            )
+        expected = (num_tasks, num_heads, plan.kept_channels)
         expected = expected if layers is None else (num_layers, *expected)
         check_tensor(who, "channels", channels, torch.uint8, expected, device)
     if active is not None:
@@ -144,7 +147,7 @@ def read_channels(
     span: torch.Tensor,
     plan: BlockPlan,
 ) -> torch.Tensor:
-    """Read the channel tables of thin spans, from each span's first block; all if none is pruned.
+    """Read the channel tables of thin spans, from each span's first block.
 
     Args:
         kv_cache: ``[num_blocks, Hk, N, 2 * D]``; stride of dim 0 is free.
@@ -154,7 +157,7 @@ def read_channels(
         plan: How blocks are laid out.
 
     Returns:
-        ``[n, Hk, C]`` uint8, a copy.
+        ``[n, Hk, K]`` uint8, a copy. As ``compact_spans`` takes them.
 
     Raises:
         ValueError: If shapes, dtypes or devices do not fit each other.
@@ -162,14 +165,17 @@ def read_channels(
     who = "read_channels"
     check_cache(who, kv_cache, block_table, plan)
     check_tasks(who, request, "span", span, kv_cache.device)
-    if not plan.layout.has_table:
-        every = torch.arange(plan.head_size, dtype=torch.uint8, device=kv_cache.device)
-        return every.repeat(request.numel(), kv_cache.shape[1], 1)
+    every = torch.arange(plan.head_size, dtype=torch.uint8, device=kv_cache.device)
+    every = every.repeat(request.numel(), kv_cache.shape[1], 1)
+    if not plan.prunes:
+        return every
     entry = span.clamp(min=0).long() * plan.span_blocks
     blocks = block_table[request.long(), entry].long()
+    stored = plan.kept_channels if plan.prunes_keys else plan.value_channels
     start = plan.layout.table_offset
     runs = kv_cache.flatten(2).view(torch.uint8)
-    return runs[:, :, start : start + plan.key_channels][blocks]
+    tables = runs[:, :, start : start + stored][blocks]
+    return tables if plan.prunes_keys else torch.cat([every, tables], dim=2)
 
 
 def _constants(plan: BlockPlan, dtype: torch.dtype) -> dict[str, object]:
@@ -189,14 +195,15 @@ def compact_kernel(
     C: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, GROUP: tl.constexpr,
     KEY_ROW: tl.constexpr, KEY_SCALES: tl.constexpr, KEY_ZEROS: tl.constexpr,
     VALUES: tl.constexpr, VALUE_ROW: tl.constexpr, VALUE_SCALES: tl.constexpr,
-    VALUE_ZEROS: tl.constexpr, TABLE: tl.constexpr, DTYPE: tl.constexpr, TASKS: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, WORDS: tl.constexpr, LAYERED: tl.constexpr,
-    INHERIT: tl.constexpr,
+    VALUE_ZEROS: tl.constexpr, TABLE: tl.constexpr, V: tl.constexpr, VALUE_TABLE: tl.constexpr,
+    DTYPE: tl.constexpr, TASKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    WORDS: tl.constexpr, LAYERED: tl.constexpr, INHERIT: tl.constexpr,
 ):  # fmt: skip
     """Programs share out (due task, layer, KV head) items."""
     RUN: tl.constexpr = 2 * N * D * (DTYPE.primitive_bitwidth // 8)
     KEY_COLUMNS: tl.constexpr = GROUP if (KEY_BITS == 2 or KEY_BITS == 4) else COLUMNS
     VALUE_COLUMNS: tl.constexpr = GROUP if (VALUE_BITS == 2 or VALUE_BITS == 4) else COLUMNS
+    KEPT: tl.constexpr = C + (V if VALUE_TABLE >= 0 else 0)
     aside = workspace_ptr + tl.program_id(0).to(tl.int64) * RUN
     per_task = num_heads * num_layers
     for start in range(0, num_tasks, TASKS):
@@ -215,12 +222,16 @@ def compact_kernel(
             span = tl.load(span_ptr + task)
             request = tl.load(request_ptr + task).to(tl.int64)
             entries = table_ptr + request * table_stride + span * SPAN
-            kept = channel_ptr + ((layer * num_tasks + task).to(tl.int64) * num_heads + head) * C
-            earlier = kept
-            if INHERIT and TABLE >= 0:
+            item_of_layers = (layer * num_tasks + task).to(tl.int64) * num_heads + head
+            kept = channel_ptr + item_of_layers * KEPT
+            key_table, value_table = kept, kept + C
+            if INHERIT and (TABLE >= 0 or VALUE_TABLE >= 0):
                 block = tl.load(entries - SPAN, mask=span > 0, other=0)
-                earlier = find_run(base, block, head, block_stride, head_stride) + TABLE
-                earlier = tl.where(span > 0, earlier, kept)
+                earlier = find_run(base, block, head, block_stride, head_stride)
+                if TABLE >= 0:
+                    key_table = tl.where(span > 0, earlier + TABLE, key_table)
+                if VALUE_TABLE >= 0:
+                    value_table = tl.where(span > 0, earlier + VALUE_TABLE, value_table)
             for k in range(THIN):
                 run = find_run(base, tl.load(entries + k), head, block_stride, head_stride)
                 # Are there tokens in this block that are still to be read?
@@ -233,19 +244,22 @@ def compact_kernel(
                 tl.debug_barrier()
                 count = tl.minimum(T, SPAN * N - k * T)
                 code_matrix(
-                    run, base, aside, entries, earlier, k, head, block_stride, head_stride,
+                    run, base, aside, entries, key_table, k, head, block_stride, head_stride,
                     C, count, True, D, N, T, C, 0, KEY_ROW, KEY_SCALES, KEY_ZEROS, KEY_BITS,
                     GROUP, TABLE, DTYPE, ROWS, KEY_COLUMNS,
                 )  # fmt: skip
                 code_matrix(
-                    run, base, aside, entries, earlier, k, head, block_stride, head_stride,
-                    count, D, False, D, N, T, T, VALUES, VALUE_ROW, VALUE_SCALES, VALUE_ZEROS,
-                    VALUE_BITS, GROUP, TABLE, DTYPE, ROWS, VALUE_COLUMNS,
+                    run, base, aside, entries, value_table, k, head, block_stride, head_stride,
+                    count, V, False, D, N, T, T, VALUES, VALUE_ROW, VALUE_SCALES, VALUE_ZEROS,
+                    VALUE_BITS, GROUP, VALUE_TABLE, DTYPE, ROWS, VALUE_COLUMNS,
                 )  # fmt: skip
+                row = tl.arange(0, 256)
                 if TABLE >= 0:
-                    row = tl.arange(0, 256)
-                    table = tl.load(earlier + row, mask=row < C)
+                    table = tl.load(key_table + row, mask=row < C)
                     tl.store(run + TABLE + row, table, mask=row < C)
+                if VALUE_TABLE >= 0:
+                    table = tl.load(value_table + row, mask=row < V)
+                    tl.store(run + VALUE_TABLE + row, table, mask=row < V)
                 # The next block must not be set aside before all threads have read this one.
                 tl.debug_barrier()
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from csrc_triton.aot import AotCase
 from csrc_triton.blocks import cache_bytes, cache_strides, check_cache, element_type
 from csrc_triton.decode import attention_constants, check_rows, launch_options
-from csrc_triton.matrices import in_order, parts_of
+from csrc_triton.matrices import in_order, output_parts
 from csrc_triton.tiles import attend_dense, attend_thin
 from think_vllm.planner import BlockPlan
 
@@ -127,14 +127,14 @@ def _attend(
     out_ptr, scale, cap, query_stride, query_head_stride, out_stride, out_head_stride,
     table_stride, block_stride, head_stride,
     HAS_THIN: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, D_PAD: tl.constexpr,
-    C_PAD: tl.constexpr, TILE: tl.constexpr,
+    C_PAD: tl.constexpr, V_PAD: tl.constexpr, TILE: tl.constexpr,
     DENSE_BLOCKS: tl.constexpr, N_PAD: tl.constexpr,
     DTYPE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, CAPPED: tl.constexpr,
     D: tl.constexpr, N: tl.constexpr, SPAN: tl.constexpr, THIN: tl.constexpr, T: tl.constexpr,
     C: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, GROUP: tl.constexpr,
     KEY_ROW: tl.constexpr, KEY_SCALES: tl.constexpr, KEY_ZEROS: tl.constexpr,
     VALUES: tl.constexpr, VALUE_ROW: tl.constexpr, VALUE_SCALES: tl.constexpr,
-    VALUE_ZEROS: tl.constexpr, TABLE: tl.constexpr,
+    VALUE_ZEROS: tl.constexpr, TABLE: tl.constexpr, V: tl.constexpr, VALUE_TABLE: tl.constexpr,
 ):  # fmt: skip
     """A tile of query rows of one request and KV head."""
     tile, index, kv_head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -163,12 +163,12 @@ def _attend(
         top, total, sums = attend_thin(
             top, total, sums, query_at, row_mask, kv_ptr, table, kv_head, 0, thin_spans * THIN,
             scale, cap, block_stride, head_stride,
-            C_PAD, D_PAD, TILE, DTYPE, DOT, PRECISION, CAPPED,
+            C_PAD, V_PAD, D_PAD, TILE, DTYPE, DOT, PRECISION, CAPPED,
             D, N, SPAN, THIN, T, C, KEY_BITS, VALUE_BITS, GROUP, KEY_ROW, KEY_SCALES, KEY_ZEROS,
-            VALUES, VALUE_ROW, VALUE_SCALES, VALUE_ZEROS, TABLE,
+            VALUES, VALUE_ROW, VALUE_SCALES, VALUE_ZEROS, TABLE, V, VALUE_TABLE,
         )  # fmt: skip
-        if parts_of(VALUE_BITS) > 1:
-            sums = in_order(sums, parts_of(VALUE_BITS))
+        if output_parts(VALUE_BITS, VALUE_TABLE) > 1:
+            sums = in_order(sums, output_parts(VALUE_BITS, VALUE_TABLE))
     top, total, sums = attend_dense(
         top, total, sums, query_at, row_mask, position, kv_ptr, table, kv_head,
         begin, tl.cdiv(end, N), end, scale, cap, block_stride, head_stride,

@@ -20,7 +20,7 @@ from csrc_triton.blocks import (
     layout_constants,
 )
 from csrc_triton.dots import dot_constants
-from csrc_triton.matrices import column_of, parts_of
+from csrc_triton.matrices import column_of, output_parts
 from csrc_triton.tiles import attend_dense, attend_thin
 from think_vllm.planner import BlockPlan
 
@@ -170,10 +170,13 @@ def attention_constants(
 ) -> dict[str, Any]:
     """What the attention kernels, this one and ``context.py``'s, know at compile time."""
     padded = triton.next_power_of_2(plan.block_size)
+    # A tile of integer values has whole groups.
+    least = plan.config.kv_quant_group if plan.format.values.is_integer else 16
     return {
         "G": group,
         "D_PAD": triton.next_power_of_2(plan.head_size),
         "C_PAD": max(16, triton.next_power_of_2(plan.key_channels)),
+        "V_PAD": max(least, triton.next_power_of_2(plan.value_channels)),
         "TILE": INTEGER_TILE if plan.format.keys.is_integer else PLAIN_TILE,
         "N_PAD": padded,
         "DENSE_BLOCKS": max(1, DENSE_TILE // padded),
@@ -239,13 +242,13 @@ def _attend(
     query_ptr, kv_ptr, table_ptr, request_ptr, seq_len_ptr, thin_spans_ptr, partial_ptr,
     scale, cap, query_stride, query_head_stride, table_stride, block_stride, head_stride, splits,
     G: tl.constexpr, ROWS: tl.constexpr, D_PAD: tl.constexpr, C_PAD: tl.constexpr,
-    TILE: tl.constexpr, DENSE_BLOCKS: tl.constexpr, N_PAD: tl.constexpr,
+    V_PAD: tl.constexpr, TILE: tl.constexpr, DENSE_BLOCKS: tl.constexpr, N_PAD: tl.constexpr,
     DTYPE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, CAPPED: tl.constexpr,
     D: tl.constexpr, N: tl.constexpr, SPAN: tl.constexpr, THIN: tl.constexpr, T: tl.constexpr,
     C: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, GROUP: tl.constexpr,
     KEY_ROW: tl.constexpr, KEY_SCALES: tl.constexpr, KEY_ZEROS: tl.constexpr,
     VALUES: tl.constexpr, VALUE_ROW: tl.constexpr, VALUE_SCALES: tl.constexpr,
-    VALUE_ZEROS: tl.constexpr, TABLE: tl.constexpr,
+    VALUE_ZEROS: tl.constexpr, TABLE: tl.constexpr, V: tl.constexpr, VALUE_TABLE: tl.constexpr,
 ):  # fmt: skip
     """One split of one row and KV head: sums [G, D], maxima and totals [G]."""
     row, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -277,11 +280,12 @@ def _attend(
             top, total, sums, query_at, head_mask, kv_ptr, table, kv_head,
             begin, tl.minimum(begin + per_split, thin_blocks),
             scale, cap, block_stride, head_stride,
-            C_PAD, D_PAD, TILE, DTYPE, DOT, PRECISION, CAPPED,
+            C_PAD, V_PAD, D_PAD, TILE, DTYPE, DOT, PRECISION, CAPPED,
             D, N, SPAN, THIN, T, C, KEY_BITS, VALUE_BITS, GROUP, KEY_ROW, KEY_SCALES, KEY_ZEROS,
-            VALUES, VALUE_ROW, VALUE_SCALES, VALUE_ZEROS, TABLE,
+            VALUES, VALUE_ROW, VALUE_SCALES, VALUE_ZEROS, TABLE, V, VALUE_TABLE,
         )  # fmt: skip
-        channels = column_of(tl.arange(0, D_PAD), D_PAD, parts_of(VALUE_BITS))
+        parts: tl.constexpr = output_parts(VALUE_BITS, VALUE_TABLE)
+        channels = column_of(tl.arange(0, D_PAD), D_PAD, parts)
         mask = head_mask[:, None] & (channels < D)[None, :]
         tl.store(partial[:, None] + channels[None, :], sums, mask=mask)
     else:

@@ -22,14 +22,14 @@ def code_matrix(
     ZEROS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, TABLE: tl.constexpr,
     DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Gather the keys ``[C, tokens]`` or values ``[tokens, D]`` of a thin block, and write them.
+    """Gather the keys ``[C, tokens]`` or values ``[tokens, V]`` of a thin block, and write them.
 
     Args:
         run: Byte pointer to the run of the thin block.
         base: Byte pointer to the cache.
         aside: Byte pointer to what ``run`` held.
         entries: Pointer to the span's block numbers.
-        table: Pointer to the kept channels, if TABLE is not negative.
+        table: Pointer to the kept channels, of keys or of values, if TABLE is not negative.
         k: Which of the span's thin blocks it is.
         head: KV head.
         block_stride: Bytes between blocks.
@@ -103,6 +103,9 @@ def load_tile(
             channel = tl.load(table + tile_rows, mask=row_mask, other=0).to(tl.int32)
         pointer = (element_pointer(runs, SIZE) + place)[None, :] + (channel * N)[:, None]
     else:
+        channel = tile_columns
+        if TABLE >= 0:
+            channel = tl.load(table + tile_columns, mask=column_mask, other=0).to(tl.int32)
         pointer = (element_pointer(runs, SIZE) + (D * N + place * D))[:, None]
-        pointer += tile_columns[None, :]
+        pointer += channel[None, :]
     return load_bits(pointer, row_mask[:, None] & column_mask[None, :])

@@ -117,21 +117,55 @@ def spread(groups, COLUMNS: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constex
 @triton.jit
 def load_values(
     run, tokens, token_mask,
-    D: tl.constexpr, D_PAD: tl.constexpr, T: tl.constexpr, BITS: tl.constexpr,
+    V: tl.constexpr, V_PAD: tl.constexpr, T: tl.constexpr, BITS: tl.constexpr,
     GROUP: tl.constexpr, OFFSET: tl.constexpr, ROW: tl.constexpr, SCALES: tl.constexpr,
     ZEROS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Values of a thin block as float32 ``[tokens, D_PAD]``, channels in byte order.
+    """Values of a thin block as float32 ``[tokens, V_PAD]``, kept channels in byte order.
 
-    e4m3 values come without their scale. Channels behind D are rubbish for integer codes, else 0.
+    e4m3 values come without their scale. Columns behind V are rubbish for integer codes, else 0.
     """
     PARTS: tl.constexpr = parts_of(BITS)
-    values = load_codes(run + OFFSET, tokens, token_mask, 0, D_PAD, D, ROW, BITS, DTYPE)
+    values = load_codes(run + OFFSET, tokens, token_mask, 0, V_PAD, V, ROW, BITS, DTYPE)
     if PARTS > 1:
-        groups = tl.arange(0, D_PAD // GROUP)
+        groups = tl.arange(0, V_PAD // GROUP)
         index = groups[None, :] * T + tokens[:, None]
-        mask = token_mask[:, None] & (groups * GROUP < D)[None, :]
+        mask = token_mask[:, None] & (groups * GROUP < V)[None, :]
         scales = load_halves(run + SCALES, index, mask)
         zeros = load_halves(run + ZEROS, index, mask)
-        values = values * spread(scales, D_PAD, PARTS, GROUP) + spread(zeros, D_PAD, PARTS, GROUP)
+        values = values * spread(scales, V_PAD, PARTS, GROUP) + spread(zeros, V_PAD, PARTS, GROUP)
     return values
+
+
+@triton.jit
+def scatter_channels(
+    kept, table, V: tl.constexpr, D_PAD: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    """Columns of kept channels ``[R, V_PAD]``, in byte order -> all channels ``[R, D_PAD]``, in order.
+
+    Pruned channels are 0.
+
+    Args:
+        kept: What is known of each kept channel.
+        table: Byte pointer to the kept channels, ascending.
+        V: Kept channels.
+        D_PAD: Channels, rounded up.
+        BITS: Of the codes whose order ``kept`` has.
+    """
+    ROWS: tl.constexpr = kept.shape[0]
+    V_PAD: tl.constexpr = kept.shape[1]
+    PARTS: tl.constexpr = parts_of(BITS)
+    index = tl.arange(0, V_PAD)
+    channel = tl.load(table + index, mask=index < V, other=0).to(tl.int32)
+    held = tl.histogram(channel, D_PAD, mask=index < V)
+    column = tl.maximum(tl.cumsum(held, axis=0) - 1, 0)
+    # The inverse of ``column_of``.
+    place = column // PARTS + column % PARTS * (V_PAD // PARTS)
+    found = tl.gather(kept, tl.broadcast_to(place[None, :], [ROWS, D_PAD]), axis=1)
+    return tl.where((held > 0)[None, :], found, 0.0)
+
+
+@triton.jit
+def output_parts(VALUE_BITS: tl.constexpr, VALUE_TABLE: tl.constexpr):
+    """``parts_of`` the order that sums over values have: of their codes, unless scattered."""
+    return 1 if VALUE_TABLE >= 0 else parts_of(VALUE_BITS)

@@ -1,8 +1,9 @@
-"""Score key channels and choose those that are kept.
+"""Score channels and choose those that are kept.
 
-Source: ThinK, arXiv 2407.21018, section 3.2: a channel scores the norm of its observed queries
+Source: ThinK, arXiv 2407.21018, section 3.2: a key channel scores the norm of its observed queries
 times the norm of its keys. Means of squares rank channels alike; with grouped queries the
-mean runs over the heads of the group as well. Sums run in an order that depends on nothing but
+mean runs over the heads of the group as well. A value channel scores the norm of the observed
+queries' outputs; see ``think_vllm/reference/scoring.py``. Sums run in an order that depends on nothing but
 the prompt itself, so the same prompt chooses the same channels in any batch.
 """
 
@@ -106,7 +107,8 @@ def add_query_energy(
     Tokens are added in order, so a window that arrives in chunks adds up to the same bits.
 
     Args:
-        query: ``[tokens, Hq, D]`` bf16, fp16 or fp32; strides of dims 0 and 1 are free.
+        query: ``[tokens, Hq, D]`` bf16, fp16 or fp32; strides of dims 0 and 1 are free. Queries; or
+            the outputs of attention, for value channels.
         begin: ``[n]`` int32. First token.
         end: ``[n]`` int32. Token behind the last.
         energy: ``[n, Hk, D]`` float32. Gains per token the mean over the heads of a group of the
@@ -176,8 +178,13 @@ def select_channels(
         raise ValueError(
             f"select_channels: key_channels is {key_channels}; expected 1 to {key_energy.shape[2]}"
         )
-    ranked = torch.argsort(query_energy * key_energy, dim=2, descending=True, stable=True)
-    return ranked[:, :, :key_channels].sort(dim=2).values.to(torch.uint8)
+    return top_channels(query_energy * key_energy, key_channels)
+
+
+def top_channels(score: torch.Tensor, count: int) -> torch.Tensor:
+    """Keep the channels with the highest scores, ``[n, Hk, D]``; otherwise ``select_channels``."""
+    ranked = torch.argsort(score, dim=2, descending=True, stable=True)
+    return ranked[:, :, :count].sort(dim=2).values.to(torch.uint8)
 
 
 def _chunk_blocks(plan: BlockPlan) -> int:

@@ -2,7 +2,8 @@
 
 Rows are query heads of one KV head, of one token or of several, so that every key and value is
 read once for all of them. Both loops carry a running softmax: ``top`` and ``total`` [ROWS] and
-``sums`` [ROWS, D_PAD]. Thin blocks leave the channels of ``sums`` in byte order (``column_of``).
+``sums`` [ROWS, D_PAD]. Thin blocks leave the channels of ``sums`` in byte order (``column_of``),
+unless some were pruned: sums over a block's kept channels are scattered, in order.
 """
 
 import triton
@@ -18,6 +19,7 @@ from csrc_triton.matrices import (
     load_scale,
     load_values,
     parts_of,
+    scatter_channels,
 )
 
 
@@ -43,13 +45,13 @@ def weigh(scores, live, top, total, scale, cap, CAPPED: tl.constexpr):
 def attend_thin(
     top, total, sums, query_at, row_mask, kv_ptr, table, kv_head, begin, end,
     scale, cap, block_stride, head_stride,
-    C_PAD: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr,
+    C_PAD: tl.constexpr, V_PAD: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr,
     DTYPE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, CAPPED: tl.constexpr,
     D: tl.constexpr, N: tl.constexpr, SPAN: tl.constexpr, THIN: tl.constexpr, T: tl.constexpr,
     C: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, GROUP: tl.constexpr,
     KEY_ROW: tl.constexpr, KEY_SCALES: tl.constexpr, KEY_ZEROS: tl.constexpr,
     VALUES: tl.constexpr, VALUE_ROW: tl.constexpr, VALUE_SCALES: tl.constexpr,
-    VALUE_ZEROS: tl.constexpr, TABLE: tl.constexpr,
+    VALUE_ZEROS: tl.constexpr, TABLE: tl.constexpr, V: tl.constexpr, VALUE_TABLE: tl.constexpr,
 ):  # fmt: skip
     """Attend to thin blocks ``begin .. end - 1`` of a request, counted from its first one.
 
@@ -76,6 +78,9 @@ def attend_thin(
         if KEY_BITS == 8:
             factor = scale * load_scale(run + KEY_SCALES)
         count = tl.minimum(T, SPAN * N - k * T)
+        if VALUE_TABLE >= 0:
+            kept_sums = tl.zeros((sums.shape[0], V_PAD), tl.float32)
+            faded = tl.full((sums.shape[0],), 1.0, tl.float32)
         for first in range(0, count, TILE):
             tokens = first + column_of(tl.arange(0, TILE), TILE, KEY_PARTS)
             live = tokens < count
@@ -95,14 +100,21 @@ def attend_thin(
                 scores, live[None, :], top, total, factor, cap, CAPPED
             )
             values = load_values(
-                run, tokens, live, D, D_PAD, T, VALUE_BITS, GROUP, VALUES, VALUE_ROW,
+                run, tokens, live, V, V_PAD, T, VALUE_BITS, GROUP, VALUES, VALUE_ROW,
                 VALUE_SCALES, VALUE_ZEROS, DTYPE,
             )  # fmt: skip
             added = dot(weights, values, DTYPE, DOT, PRECISION)
             if VALUE_BITS == 8:
                 # Not into the weights: small ones would lose their digits in float16.
                 added = added * load_scale(run + VALUE_SCALES)
-            sums = sums * older[:, None] + added
+            if VALUE_TABLE >= 0:
+                kept_sums = kept_sums * older[:, None] + added
+                faded *= older
+            else:
+                sums = sums * older[:, None] + added
+        if VALUE_TABLE >= 0:
+            found = scatter_channels(kept_sums, run + VALUE_TABLE, V, D_PAD, VALUE_BITS)
+            sums = sums * faded[:, None] + found
     return top, total, sums
 
 

@@ -115,9 +115,7 @@ def attend(
     thin = position[None, :] < thin_tokens[:, None]
     dense = [x.repeat_interleave(group, 0) for x in (key, value)]
     pruned = [(x * k).repeat_interleave(group, 0) for x, k in zip((key, value), kept, strict=True)]
-    scores = torch.where(
-        thin, query @ pruned[0].transpose(1, 2), query @ dense[0].transpose(1, 2)
-    )
+    scores = torch.where(thin, query @ pruned[0].transpose(1, 2), query @ dense[0].transpose(1, 2))
     scores = scores * scaling
     scores = scores.masked_fill(position[None, :] > position[:, None], float("-inf"))
     weights = scores.softmax(-1)

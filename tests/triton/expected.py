@@ -14,6 +14,7 @@ from think_vllm.reference.scoring import (
     key_energy_ref,
     query_energy_ref,
     select_channels_ref,
+    top_channels_ref,
 )
 
 SCALE = 0.2
@@ -56,7 +57,7 @@ class Expected:
 
     Args:
         output: [layers, total, Hq, D] float64. Of tokens that it computed.
-        channels: Per layer and span, those that the span keeps: [1, Hk, C].
+        channels: Per layer and span, those that the span keeps: [1, Hk, K].
     """
 
     output: torch.Tensor
@@ -134,12 +135,17 @@ class _Life:
         return self.out, self.channels
 
     def _choose(self, end, window):
-        first = len(self.channels) * self.plan.span_blocks
-        return select_channels_ref(
-            query_energy_ref(self.query[end - window : end], self.kv_cache.shape[1])[None],
+        first, observed = len(self.channels) * self.plan.span_blocks, slice(end - window, end)
+        channels = select_channels_ref(
+            query_energy_ref(self.query[observed], self.kv_cache.shape[1])[None],
             key_energy_ref(self.kv_cache, self.table, [0], [end], self.plan, [first]),
             self.plan.key_channels,
         )
+        if self.plan.prunes_values:
+            score = query_energy_ref(self.out[observed], self.kv_cache.shape[1])[None]
+            values = top_channels_ref(score, self.plan.value_channels)
+            channels = torch.cat([channels, values], dim=2)
+        return channels
 
     def _compact(self, count, channels):
         for span in range(len(self.channels), count):

@@ -10,28 +10,32 @@ from tests.triton.expected import Expected, Request, expect, make_request
 from think_vllm.config import ThinkConfig
 from think_vllm.planner import BlockPlan
 
-#: Format, ratio, blocks of a span before and after, tokens of a thin block, kept channels, heads.
+#: Format, blocks of a span before and after, tokens of a thin block, kept channels of keys and of
+#: values, heads.
 PLANS = {
-    "none-0.5": ("none", 0.5, 5, 4, 20, 32, (4, 2)),
-    "fp8": ("fp8", 0.0, 2, 1, 32, 64, (2, 1)),
-    "k4v2-0.5": ("k4v2", 0.5, 3, 1, 48, 32, (2, 1)),
+    "none-0.5": ("none", 5, 4, 20, 32, 64, (4, 2)),
+    "fp8": ("fp8", 2, 1, 32, 64, 64, (2, 1)),
+    "k4v2-0.5": ("k4v2", 3, 1, 48, 32, 64, (2, 1)),
+    "none-0.5-values-0.3": ("none", 3, 2, 24, 32, 44, (4, 2)),
+    "k4v2-values-0.5": ("k4v2", 3, 1, 48, 64, 28, (2, 1)),
 }
 #: Float32 sums in another order, of values of about 1.
 TOLERANCE = 2e-5
 
 
 def make_plan(name: str, **settings: Any) -> BlockPlan:
-    quant, ratio, span_blocks, thin_blocks, tokens, channels, _ = PLANS[name]
+    quant, span_blocks, thin_blocks, tokens, channels, value_channels, _ = PLANS[name]
     config = ThinkConfig.model_validate(
         {
-            "kv_channel_prune": ratio,
+            "kv_channel_prune": 1 - channels / 64,
+            "kv_value_prune": 1 - value_channels / 64,
             "kv_quant": quant,
             "kv_recent_window": 12,
             "kv_observation_window": 10,
             **settings,
         }
     )
-    return BlockPlan(config, 64, channels, 64, 16, span_blocks, thin_blocks, tokens, 4)
+    return BlockPlan(config, 64, channels, value_channels, 16, span_blocks, thin_blocks, tokens, 4)
 
 
 class Life:

@@ -6,7 +6,10 @@ import torch
 from tests.triton.lives import Life
 
 
-@pytest.mark.parametrize(("name", "version"), [("k4v2-0.5", 1), ("k4v2-0.5", 2), ("fp8", 2)])
+@pytest.mark.parametrize(
+    ("name", "version"),
+    [("k4v2-0.5", 1), ("k4v2-0.5", 2), ("fp8", 2), ("k4v2-values-0.5", 2)],
+)
 def test_prompts_behind_cached_thin_spans(name, version, device):
     life = Life(name, version, device, graphs=True)
     engine, span, due = life.engine, life.plan.span_tokens, life.rule.due_position
@@ -40,9 +43,9 @@ def test_prompts_behind_cached_thin_spans(name, version, device):
     assert (own.cached_spans, more.cached_spans) == (1, 0)
 
 
-@pytest.mark.parametrize("version", [1, 2])
-def test_prompts_can_be_compacted_a_step_after_their_end(version, device):
-    life = Life("k4v2-0.5", version, device, layers=2, graphs=True, kv_prefix_cache="dense")
+@pytest.mark.parametrize(("name", "version"), [("k4v2-0.5", 1), ("k4v2-values-0.5", 2)])
+def test_prompts_can_be_compacted_a_step_after_their_end(name, version, device):
+    life = Life(name, version, device, layers=2, graphs=True, kv_prefix_cache="dense")
     engine, due = life.engine, life.rule.due_position
     one = life.add("one", due(2) - 2, due(2) + 2)
     two = life.add("two", due(0) - 2, due(0) + 2)  # too short for a span
@@ -69,9 +72,9 @@ def test_prompts_can_be_compacted_a_step_after_their_end(version, device):
     life.step(one=1, two=two.total - two.prompt_len)
 
 
-@pytest.mark.parametrize("version", [1, 2])
-def test_chunks_of_prompts_can_be_compacted(version, device):
-    life = Life("k4v2-0.5", version, device, graphs=True, kv_prune_prefill=True)
+@pytest.mark.parametrize(("name", "version"), [("k4v2-0.5", 1), ("k4v2-values-0.5", 2)])
+def test_chunks_of_prompts_can_be_compacted(name, version, device):
+    life = Life(name, version, device, graphs=True, kv_prune_prefill=True)
     engine, span, due = life.engine, life.plan.span_tokens, life.rule.due_position
     length, total = due(2) - 2, due(2) + 2
     # All spans of this prompt are made at the ends of its chunks, so those that fill while it

@@ -51,7 +51,7 @@ def test_group_state_keeps_what_it_holds_when_it_grows():
     assert state.channels.shape == (2, 2, 2, 32)
     assert (state.channels[1, 0] == 7).all()
     assert not state.channels[:, 1].any()
-    assert state.energy.shape == (2, GroupState.CUT_WINDOWS, 2, 64)
+    assert state.energy.shape == (2, GroupState.CUT_WINDOWS, 1, 2, 64)
 
 
 def test_to_device_sends_every_tensor_at_an_aligned_place():
@@ -80,6 +80,9 @@ def test_to_device_sends_every_tensor_at_an_aligned_place():
         assert tensor.storage_offset() % 4 == 0
 
 
-@pytest.mark.parametrize(("quant", "ratio"), [("none", 0.5), ("fp8", 0.0)])
-def test_warm_up_gives_kernels_what_they_take(quant, ratio, device):
-    warm_up(make_plan(64, torch.float16, ratio=ratio, quant=quant), (4, 2), torch.float16, device)
+@pytest.mark.parametrize(
+    ("quant", "ratio", "value_ratio"), [("none", 0.5, 0.0), ("fp8", 0.0, 0.0), ("kivi4", 0.0, 0.4)]
+)
+def test_warm_up_gives_kernels_what_they_take(quant, ratio, value_ratio, device):
+    plan = make_plan(64, torch.float16, ratio=ratio, quant=quant, value_ratio=value_ratio)
+    warm_up(plan, (4, 2), torch.float16, device)

@@ -186,9 +186,13 @@ def test_compact_spans_shares_out_more_tasks_than_programs(device, monkeypatch):
 @pytest.mark.parametrize(("quant", "ratio"), [("none", 0.5), ("fp8", 0.0)])
 def test_compact_spans_of_all_layers_inherits_tables(device, quant, ratio):
     plan = make_plan(32, BF16, 16, ratio, quant)
+    check_inherited(plan, make_channels(plan, LAYERS, 2), device)
+
+
+def check_inherited(plan, channels, device):
+    """Compact all layers in one launch; ``channels`` [L, 2, Hk, K] are read for first spans only."""
     layers, block_table = make_cache(plan, BF16, 2, 2)
     make_usual(layers)
-    channels = make_channels(plan, LAYERS, 2)
     expected, actual = layers.clone(), on_device(layers, device)
     table, request = block_table.to(device), int32([0, 1], device)
     addresses = torch.tensor([layer.data_ptr() for layer in actual], device=device)

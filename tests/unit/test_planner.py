@@ -256,7 +256,9 @@ def test_plan_blocks_names_the_smallest_ratio_that_frees_a_block(percent: float)
 
 
 def test_plan_blocks_names_the_smallest_ratio_of_values() -> None:
-    with pytest.raises(ThinkError, match=r"--kv-value-prune 0\.05 .* that does is 0\.\d+, or leave"):
+    with pytest.raises(
+        ThinkError, match=r"--kv-value-prune 0\.05 .* that does is 0\.\d+, or leave"
+    ):
         make(0.0, value_ratio=0.05)
 
 

@@ -81,9 +81,10 @@ class ThinkCUDAMetadataBuilder(AttentionMetadataBuilder[ThinkCUDAMetadata]):
             layer_names,
             kv_cache_spec.num_kv_heads,
             kv_cache_spec.head_size,
-            self.plan.key_channels,
+            self.plan.kept_channels,
             rows,
             device,
+            sources=1 + self.plan.prunes_values,
         )
         self._workspace = compact_workspace(self.plan, device)
         self._addresses: tuple[int, ...] = ()

@@ -11,7 +11,7 @@ from vllm.v1.attention.backend import AttentionImpl
 from csrc_triton.compact import compact_spans
 from csrc_triton.context import context_attention
 from csrc_triton.decode import decode_attention
-from csrc_triton.scores import add_query_energy, key_energy, select_channels
+from csrc_triton.scores import add_query_energy, key_energy, select_channels, top_channels
 from csrc_triton.store import store_dense
 from think_vllm.attention.cuda_builder import ThinkCUDAMetadata
 from think_vllm.attention.cuda_flash import flash_prompts, load_flash
@@ -133,7 +133,7 @@ class ThinkCUDAImpl(AttentionImpl[ThinkCUDAMetadata]):
         ):
             energy = None
             if observed is not None:
-                energy = self._observe(query, observed, metadata.state.energy[index])
+                energy = self._observe(query, output, observed, metadata.state.energy[index])
             if ended is not None:
                 self._end(kv_cache, metadata, ended, energy, index)
         for wave in parts.waves:
@@ -187,15 +187,20 @@ class ThinkCUDAImpl(AttentionImpl[ThinkCUDAMetadata]):
         if isinstance(where, torch.Tensor):
             output[where] = answer
 
-    def _observe(self, query: torch.Tensor, observed: Observed, kept: torch.Tensor) -> torch.Tensor:
-        """Add up the observation windows; return the complete ones, float32 [n, Hk, D]."""
-        energy = kept.new_zeros(observed.begin.numel(), *kept.shape[1:])
+    def _observe(
+        self, query: torch.Tensor, output: torch.Tensor, observed: Observed, kept: torch.Tensor
+    ) -> torch.Tensor:
+        """Add up observation windows; return the complete ones, float32 [1 or 2, n, Hk, D]."""
+        # Queries score key channels; what attention has answered them scores value channels.
+        sources = [query, output] if self.plan.prunes_values else [query]
+        energy = kept.new_zeros(len(sources), observed.begin.numel(), *kept.shape[2:])
         if observed.resumed is not None:
-            energy[observed.resumed.index] = kept[observed.resumed.slot]
-        add_query_energy(query, observed.begin, observed.end, energy)
+            energy[:, observed.resumed.index] = kept[observed.resumed.slot].transpose(0, 1)
+        for source, total in zip(sources, energy, strict=True):
+            add_query_energy(source, observed.begin, observed.end, total)
         if observed.kept is not None:
-            kept[observed.kept.slot] = energy[observed.kept.index]
-        return energy[observed.ended]
+            kept[observed.kept.slot] = energy[:, observed.kept.index].transpose(0, 1)
+        return energy[:, observed.ended]
 
     def _end(
         self,
@@ -208,18 +213,7 @@ class ThinkCUDAImpl(AttentionImpl[ThinkCUDAMetadata]):
         """Choose the channels of prompts or chunks that end here, and compact their spans."""
         channels = None
         if energy is not None:
-            # A sum stands for the mean over the window: the order of channels is the same.
-            keys = key_energy(
-                kv_cache,
-                metadata.block_table,
-                ended.request,
-                ended.num_tokens,
-                self.plan,
-                ended.max_tokens,
-                ended.first_block,
-            )
-            channels = select_channels(energy, keys, self.plan.key_channels)
-            rank_report().add_choice(energy, keys, channels)
+            channels = self._choose_channels(kv_cache, metadata, ended, energy)
             if ended.kept is not None:
                 metadata.state.channels[index, ended.kept.slot] = channels[ended.kept.index]
             channels = channels[ended.span_end]
@@ -232,6 +226,34 @@ class ThinkCUDAImpl(AttentionImpl[ThinkCUDAMetadata]):
             self.plan,
             workspace=metadata.workspace,
         )
+
+    def _choose_channels(
+        self,
+        kv_cache: torch.Tensor,
+        metadata: ThinkCUDAMetadata,
+        ended: EndedParts,
+        energy: torch.Tensor,
+    ) -> torch.Tensor:
+        """Channels that are kept from here on: uint8 [n, Hk, K]."""
+        # A sum stands for the mean over the window: the order of channels is the same.
+        channels = torch.arange(self.head_size, dtype=torch.uint8, device=energy.device)
+        channels = channels.repeat(*energy.shape[1:3], 1)
+        if self.plan.prunes_keys:
+            keys = key_energy(
+                kv_cache,
+                metadata.block_table,
+                ended.request,
+                ended.num_tokens,
+                self.plan,
+                ended.max_tokens,
+                ended.first_block,
+            )
+            channels = select_channels(energy[0], keys, self.plan.key_channels)
+            rank_report().add_choice(energy[0], keys, channels)
+        if self.plan.prunes_values:
+            values = top_channels(energy[1], self.plan.value_channels)
+            channels = torch.cat([channels, values], dim=2)
+        return channels
 
     def _compact(
         self, kv_cache: torch.Tensor, metadata: ThinkCUDAMetadata, index: int, due: DueSpans

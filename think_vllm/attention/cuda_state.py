@@ -65,9 +65,10 @@ class GroupState:
         layer_names: The layers.
         num_kv_heads: ``Hk``.
         head_size: ``D``.
-        key_channels: ``C``.
+        kept_channels: ``K``.
         num_requests: Requests that run at once.
         device: Where it is kept.
+        sources: What windows sum up: queries, and outputs if value channels are pruned.
     """
 
     #: Prompts whose observation window is cut by the end of a step: rarely more than one or two.
@@ -78,26 +79,28 @@ class GroupState:
         layer_names: list[str],
         num_kv_heads: int,
         head_size: int,
-        key_channels: int,
+        kept_channels: int,
         num_requests: int,
         device: torch.device,
+        sources: int = 1,
     ) -> None:
         self.index = {name: index for index, name in enumerate(layer_names)}
         self.windows = RequestSlots(self.CUT_WINDOWS)
         self.requests = RequestSlots(num_requests)
         layers = len(layer_names)
-        #: Squared queries of cut windows so far: float32 [layers, windows, Hk, D].
+        #: Squares of cut windows so far: float32 [layers, windows, sources, Hk, D].
         self.energy = torch.zeros(
             layers,
             self.windows.capacity,
+            sources,
             num_kv_heads,
             head_size,
             dtype=torch.float32,
             device=device,
         )
-        #: Channels that prompts' ends have chosen: uint8 [layers, requests, Hk, C].
+        #: Channels that prompts' ends have chosen: uint8 [layers, requests, Hk, K].
         self.channels = torch.zeros(
-            layers, num_requests, num_kv_heads, key_channels, dtype=torch.uint8, device=device
+            layers, num_requests, num_kv_heads, kept_channels, dtype=torch.uint8, device=device
         )
 
     def grow(self) -> None:

@@ -5,7 +5,7 @@ import torch
 from csrc_triton.compact import compact_spans
 from csrc_triton.context import context_attention
 from csrc_triton.decode import decode_attention
-from csrc_triton.scores import add_query_energy, key_energy, select_channels
+from csrc_triton.scores import add_query_energy, key_energy, select_channels, top_channels
 from csrc_triton.store import store_dense
 from think_vllm.planner import BlockPlan
 
@@ -63,8 +63,13 @@ def _warm_up(
         size = (requests, heads[1], plan.head_size)
         energy = torch.zeros(size, dtype=torch.float32, device=device)
         add_query_energy(query, request, request + 1, energy)
-        keys = key_energy(kv_cache, table, request, one, plan, max_tokens=1)
-        channels = select_channels(energy, keys, plan.key_channels)
+        channels = torch.arange(plan.head_size, dtype=torch.uint8, device=device)
+        channels = channels.repeat(requests, heads[1], 1)
+        if plan.prunes_keys:
+            keys = key_energy(kv_cache, table, request, one, plan, max_tokens=1)
+            channels = select_channels(energy, keys, plan.key_channels)
+        if plan.prunes_values:
+            channels = torch.cat([channels, top_channels(energy, plan.value_channels)], dim=2)
     compact_spans(kv_cache, table, request, none, channels, plan)
     layers = torch.tensor([kv_cache.data_ptr()], dtype=torch.int64, device=device)
     layered = None if channels is None else channels[None]

@@ -122,9 +122,7 @@ def _work(
             _score_thin(cache, keys, begin, count, scratch, shape, sizes)
             _soften(count, cap, head, scratch, partials, sizes)
             if shape.value_channels_offset >= 0:
-                sum_kept_values(
-                    cache, values, begin, count, start, scratch, partials, shape, sizes
-                )
+                sum_kept_values(cache, values, begin, count, start, scratch, partials, shape, sizes)
             else:
                 sum_thin_values(cache, values, count, start, scratch, partials, shape, sizes)
         else:
