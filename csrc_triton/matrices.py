@@ -141,9 +141,9 @@ def load_values(
 def scatter_channels(
     kept, table, V: tl.constexpr, D_PAD: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
-    """Columns of kept channels ``[R, V_PAD]``, in byte order -> all channels ``[R, D_PAD]``, in order.
+    """Columns of kept channels ``[R, V_PAD]``, in byte order -> all channels ``[R, D_PAD]``.
 
-    Pruned channels are 0.
+    Those are in order, and 0 where a channel was pruned.
 
     Args:
         kept: What is known of each kept channel.

@@ -24,9 +24,8 @@ def register() -> None:
     import vllm
 
     logger.warning(
-        "think-vllm %s extends vLLM %s.*, this is vLLM %s: --kv-channel-prune, "
-        "--kv-value-prune and --kv-quant "
-        "are off",
+        "think-vllm %s extends vLLM %s.*, this is vLLM %s: --kv-channel-prune, --kv-value-prune "
+        "and --kv-quant are off",
         __version__,
         VLLM_SERIES,
         vllm.__version__,

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from tests.e2e.checks import plan_served
-from tests.support.reference import Thinning, kept_channels, kept_value_channels, thin_attention
+from tests.support.channels import kept_channels, kept_value_channels
+from tests.support.reference import Thinning, thin_attention
 from think_vllm.formats import FORMATS
 from think_vllm.reference.attention import decode_attention_ref
 from think_vllm.reference.compaction import compact_spans_ref

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, AutoModelForCausalLM
 
-from tests.support.reference import Thinning, kept_channels, kept_value_channels
+from tests.support.channels import kept_channels, kept_value_channels
+from tests.support.reference import Thinning
 
 #: Per layer, the channels that each token's key and value keep once it is thin: bool [2, Hk, n, D].
 Kept = list[torch.Tensor]

@@ -1,8 +1,9 @@
 """The truth: a plain transformers model in float32 whose old keys and values are thinned.
 
 Independent of the package's own code for scores, selection, spans and thin blocks: one causal
-forward pass over prompt and completion, in which a query past the prompt sees the keys and values of
-thin spans with their pruned channels set to zero, and as they come back from their coding. Only the rules of a coding itself are the package's (``reference/quantization.py``).
+forward pass over prompt and completion, in which a query past the prompt sees the keys and values
+of thin spans with their pruned channels set to zero, and as they come back from their coding. Only
+the rules of a coding itself are the package's (``reference/quantization.py``).
 """
 
 from collections.abc import Iterator
@@ -13,6 +14,14 @@ from typing import Any, Self
 import torch
 from transformers import AttentionInterface, AutoModelForCausalLM
 
+from tests.support.channels import (
+    choice_margin,
+    kept_channels,
+    kept_share,
+    kept_value_channels,
+    margin_of,
+    value_scores,
+)
 from think_vllm.formats import FORMATS, BlockFormat
 from think_vllm.planner import BlockPlan
 from think_vllm.reference.quantization import code_and_back
@@ -141,75 +150,6 @@ def thin_attention(
     rest = weights.masked_fill(thin, 0.0) @ heads[1]
     rest = rest + weights.masked_fill(~thin, 0.0) @ thin_heads[1]
     return torch.cat([output, rest], dim=1)
-
-
-def channel_scores(
-    query: torch.Tensor, key: torch.Tensor, prompt_len: int, thinning: Thinning
-) -> torch.Tensor:
-    """ThinK's score of each channel: float64 [Hk, D]."""
-    group = query.shape[0] // key.shape[0]
-    window = query[:, max(0, prompt_len - thinning.observation_window) : prompt_len].double()
-    energy = window.square().mean(dim=1)  # [Hq, D]
-    energy = energy.view(-1, group, energy.shape[-1]).mean(dim=1)  # [Hk, D]
-    return energy * key[:, :prompt_len].double().square().mean(dim=1)
-
-
-def kept_channels(
-    query: torch.Tensor, key: torch.Tensor, prompt_len: int, thinning: Thinning
-) -> torch.Tensor:
-    """ThinK's choice: bool [Hk, D], true for kept channels."""
-    score = channel_scores(query, key, prompt_len, thinning)
-    kept = torch.zeros_like(score, dtype=torch.bool)
-    return kept.scatter_(1, score.topk(thinning.key_channels, dim=1).indices, True)
-
-
-def value_scores(answers: torch.Tensor, num_kv_heads: int, thinning: Thinning) -> torch.Tensor:
-    """What each value channel adds to the answers of the observation window: float64 [Hk, D].
-
-    Args:
-        answers: [Hq, n, D]. Attention's output for the prompt: weights times values.
-        num_kv_heads: ``Hk``.
-        thinning: For the window.
-    """
-    energy = answers[:, -thinning.observation_window :].double().square().mean(dim=1)
-    return energy.view(num_kv_heads, -1, energy.shape[-1]).mean(dim=1)
-
-
-def kept_value_channels(
-    answers: torch.Tensor, num_kv_heads: int, thinning: Thinning
-) -> torch.Tensor:
-    """Value channels that are kept, as for keys: bool [Hk, D]."""
-    score = value_scores(answers, num_kv_heads, thinning)
-    count = score.shape[1] if thinning.value_channels is None else thinning.value_channels
-    kept = torch.zeros_like(score, dtype=torch.bool)
-    return kept.scatter_(1, score.topk(count, dim=1).indices, True)
-
-
-def choice_margin(
-    query: torch.Tensor, key: torch.Tensor, prompt_len: int, thinning: Thinning
-) -> float:
-    """How much the least kept channel of any head scores over the best pruned one, relatively."""
-    return margin_of(channel_scores(query, key, prompt_len, thinning), thinning.key_channels)
-
-
-def margin_of(score: torch.Tensor, count: int) -> float:
-    """``choice_margin`` of scores [Hk, D], of which ``count`` are kept."""
-    if count == score.shape[1]:
-        return float("inf")
-    best = score.topk(count + 1, dim=1).values
-    return float((1 - best[:, -1] / best[:, -2]).min())
-
-
-def kept_share(
-    query: torch.Tensor, key: torch.Tensor, prompt_len: int, thinning: Thinning
-) -> torch.Tensor:
-    """Share of the scores' sum that kept channels have: float64 [Hk].
-
-    The paper's score is a norm, of which ``channel_scores`` has the square.
-    """
-    score = channel_scores(query, key, prompt_len, thinning).sqrt()
-    kept = kept_channels(query, key, prompt_len, thinning)
-    return (score * kept).sum(dim=1) / score.sum(dim=1)
 
 
 def _code(

@@ -190,7 +190,7 @@ def test_compact_spans_of_all_layers_inherits_tables(device, quant, ratio):
 
 
 def check_inherited(plan, channels, device):
-    """Compact all layers in one launch; ``channels`` [L, 2, Hk, K] are read for first spans only."""
+    """Compact all layers in one launch; ``channels`` [L, 2, Hk, K] are for first spans only."""
     layers, block_table = make_cache(plan, BF16, 2, 2)
     make_usual(layers)
     expected, actual = layers.clone(), on_device(layers, device)

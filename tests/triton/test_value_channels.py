@@ -44,8 +44,12 @@ def test_compact_spans_is_bit_exact(device, dtype, kind, quant, ratio, value_rat
 
 @pytest.mark.parametrize(
     ("head_size", "block_size", "ratio", "value_ratio", "quant", "group"),
-    [(80, 48, 0.5, 0.3, "none", 32), (96, 32, 0.0, 0.4, "k4v2", 32), (128, 16, 0.5, 0.3, "kivi2", 64)],
-)  # fmt: skip
+    [
+        (80, 48, 0.5, 0.3, "none", 32),
+        (96, 32, 0.0, 0.4, "k4v2", 32),
+        (128, 16, 0.5, 0.3, "kivi2", 64),
+    ],
+)
 def test_compact_spans_of_odd_sizes(
     device, head_size, block_size, ratio, value_ratio, quant, group
 ):

@@ -149,9 +149,19 @@ def test_content_bytes_leave_padding_out(format: str, keys: int, values: int) ->
     [
         # values: offset and end; where the tables of keys and of values start.
         # The worked example of layout.py: values 64 * 64 * 2 = 8,192
-        (ThinLayout(128, 63, 64, 32, 2, value_channels=64), (8_064, 16_256), (16_256, 16_319), 16_383),
+        (
+            ThinLayout(128, 63, 64, 32, 2, value_channels=64),
+            (8_064, 16_256),
+            (16_256, 16_319),
+            16_383,
+        ),
         # All key channels: 128 * 56 * 2 = 14,336, then 56 * 88 * 2 = 9,856, and one table
-        (ThinLayout(128, 128, 56, 48, 2, value_channels=88), (14_336, 24_192), (24_192, 24_192), 24_280),
+        (
+            ThinLayout(128, 128, 56, 48, 2, value_channels=88),
+            (14_336, 24_192),
+            (24_192, 24_192),
+            24_280,
+        ),
         # fp8: 61 * 112 = 6,832; values 112 * 44 = 4,928 behind a scale, and their own
         (
             ThinLayout(64, 61, 112, 96, 2, FORMATS["fp8"], value_channels=44),
@@ -170,7 +180,7 @@ def test_content_bytes_leave_padding_out(format: str, keys: int, values: int) ->
         (ThinLayout(16, 16, 17, 16, 2, value_channels=4), (544, 680), (680, 680), 704),
     ],
     ids=["plain", "keys-whole", "fp8", "k4v2", "read-behind"],
-)  # fmt: skip
+)
 def test_layout_with_pruned_values_has_the_bytes_counted_by_hand(
     layout: ThinLayout, values: tuple[int, int], tables: tuple[int, int], used: int
 ) -> None:

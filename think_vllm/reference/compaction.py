@@ -59,7 +59,8 @@ def read_thin(
 
 def split_channels(table: torch.Tensor, plan: BlockPlan) -> tuple[torch.Tensor, torch.Tensor]:
     """Kept channels ``[..., K]`` uint8 -> those of keys ``[..., C]`` and of values, int64."""
-    keys, values = table.long().split((plan.key_channels, table.shape[-1] - plan.key_channels), -1)
+    keys = table[..., : plan.key_channels].long()
+    values = table[..., plan.key_channels :].long()
     if not plan.prunes_values:
         values = torch.arange(plan.head_size).expand(*table.shape[:-1], -1)
     return keys, values
