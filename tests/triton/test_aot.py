@@ -15,7 +15,7 @@ SCRIPT = """
 import sys, torch
 from csrc_triton import aot
 
-plan = next(aot.make_plans([sys.argv[1]], torch.bfloat16, 64, 0.5))
+plan = next(aot.make_plans([sys.argv[1]], torch.bfloat16, 64, 0.5, float(sys.argv[3])))
 for case in aot.cases(plan, torch.bfloat16, ["store", "scores", "compact"]):
     # As Triton specializes a launch with one task of one head.
     ones = {name: 1 for name, kind in case.signature.items() if kind == "i32"}
@@ -41,9 +41,11 @@ def run(
     )
 
 
-@pytest.mark.parametrize(("quant", "capability"), [("fp8", 90), ("k4v2", 80)])
-def test_kernels_compile(quant: str, capability: int) -> None:
-    made = run("-c", SCRIPT, quant, str(capability))
+@pytest.mark.parametrize(
+    ("quant", "capability", "value_ratio"), [("fp8", 90, 0.0), ("k4v2", 80, 0.3)]
+)
+def test_kernels_compile(quant: str, capability: int, value_ratio: float) -> None:
+    made = run("-c", SCRIPT, quant, str(capability), str(value_ratio))
     assert made.returncode == 0, made.stderr
     taken = re.findall(r"^(\w+_kernel) (\d+) (\d+)$", made.stdout, re.MULTILINE)
     names = {name for name, _, _ in taken}
@@ -73,6 +75,15 @@ def test_every_kernel_fits_the_registers_of_both_gpus() -> None:
     # Decode, context over dense blocks, context behind thin ones; five formats; two GPUs.
     assert len(attention) == 3 * 5 * 2
     assert [row for row in rows if int(row["spills"])] == []
+
+
+def test_attention_over_pruned_values_compiles() -> None:
+    options = ("--module", "decode", "--format", "k4v2", "--capability", "80")
+    printed = run("-m", "csrc_triton.aot", *options, "--value-ratio", "0.3")
+    assert printed.returncode == 0, printed.stderr
+    heading, *lines = (line.split() for line in printed.stdout.splitlines())
+    spills = {line[0]: int(line[heading.index("spills")]) for line in lines}
+    assert spills == {"_attend": 0, "_combine": 0}
 
 
 def test_table() -> None:
