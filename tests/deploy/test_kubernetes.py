@@ -200,6 +200,7 @@ def test_manifest_is_the_chart_rendered() -> None:
 EVERYTHING: dict[str, Any] = {
     "think": {
         "channelPrune": 0.4,
+        "valuePrune": 0.2,
         "quant": "kivi4",
         "quantGroup": 64,
         "recentWindow": 0,
@@ -233,6 +234,7 @@ def test_chart_with_every_value_renders(parse: Parse) -> None:
     namespace = parse(container(made)["args"])
     assert parse_config(namespace.additional_config["think"]).model_dump() == {
         "kv_channel_prune": 0.4,
+        "kv_value_prune": 0.2,
         "kv_quant": "kivi4",
         "kv_quant_group": 64,
         "kv_recent_window": 0,

@@ -197,7 +197,8 @@ class ThinkCPUImpl(CPUAttentionBackendImpl):
         observed = torch.from_numpy(ends.num_observed).view(-1, 1, 1, 1)
         energy = torch.stack(energies) / observed
         if self.plan.prunes_keys:
-            keys = key_energy(
+            query = energy[:, 0]
+            key = key_energy(
                 kv_cache,
                 metadata.block_table,
                 ends.request.astype(np.int32),
@@ -205,8 +206,8 @@ class ThinkCPUImpl(CPUAttentionBackendImpl):
                 self.plan,
                 (ends.first_span * self.plan.span_blocks).astype(np.int32),
             )
-            channels = select_channels(energy[:, 0], keys, self.plan.key_channels)
-            rank_report().add_choice(energy[:, 0], keys, channels)
+            channels = select_channels(query, key, self.plan.key_channels)
+            rank_report().add_choice(query, key, channels)
         if not self.plan.prunes_values:
             return channels
         return torch.cat([channels, top_channels(energy[:, 1], self.plan.value_channels)], dim=2)

@@ -101,7 +101,7 @@ def make_configurations(
     for text in flags:
         given = split_flags(text, "--config")
         _refuse(given, text)
-        ours = {flag_name("kv_channel_prune"), flag_name("kv_quant")}
+        ours = {*map(flag_name, ("kv_channel_prune", "kv_value_prune", "kv_quant"))}
         kind: Kind = "thin" if ours.intersection(map(_name, given)) else "other"
         made.append(Configuration(_label(given), kind, given))
     labels = [one.label for one in made]
@@ -230,6 +230,8 @@ def _label(given: Sequence[str]) -> str:
     for word in words:
         if _name(word) == flag_name("kv_channel_prune"):
             parts.append(f"prune {next(words, '?')}")
+        elif _name(word) == flag_name("kv_value_prune"):
+            parts.append(f"values {next(words, '?')}")
         elif _name(word) == flag_name("kv_quant"):
             parts.append(next(words, "?"))
         else:

@@ -40,6 +40,9 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- if .channelPrune }}
 - --kv-channel-prune={{ .channelPrune }}
 {{- end }}
+{{- if .valuePrune }}
+- --kv-value-prune={{ .valuePrune }}
+{{- end }}
 {{- if ne .quant "none" }}
 - --kv-quant={{ .quant }}
 {{- end }}
