@@ -3,6 +3,7 @@
 import argparse
 import datetime
 import logging
+import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,6 +52,12 @@ def bench(arguments: Sequence[str]) -> int:
         scenarios=scenarios,
     )
     run = _Run(options, results)
+    busy = os.getloadavg()[0]
+    if busy > results.machine.cores / 2:
+        _say(
+            f"the machine has other work (load average {busy:.1f}, {results.machine.cores} cores): "
+            "times will depend on it; compare running requests, or come back later"
+        )
     try:
         with interruptible():
             if options.base_url:

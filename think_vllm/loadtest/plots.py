@@ -84,10 +84,12 @@ def _draw_scenario(results: Results, title: str, rows: Sequence[Row], path: Path
 
 
 def _draw_summary(results: Results, rows: Sequence[Row], path: Path) -> None:
-    """Bars: multiples of plain vLLM's tokens per second and running requests."""
+    """Bars: multiples of plain vLLM's running requests and rates."""
     scenarios = [one.name for one in results.scenarios if any(r.scenario == one.name for r in rows)]
-    panels = (("output tokens/s", "output_tokens_per_s"), ("running requests", "running_waiting"))
-    figure = _figure(10, 1.6 + 0.36 * len(results.servers) * len(scenarios))
+    panels = [("running requests", "running_waiting"), ("output tokens/s", "output_tokens_per_s")]
+    if results.machine.device == "cpu" and any(row.figures.processor_s for row in rows):
+        panels.append(("output tokens per processor second", "output_tokens_per_processor_s"))
+    figure = _figure(3 + 3.5 * len(panels), 1.6 + 0.36 * len(results.servers) * len(scenarios))
     axes = figure.subplots(1, len(panels), sharey=True)
     for axis, (name, field) in zip(axes, panels, strict=True):
         labels: list[tuple[int, str]] = []
@@ -100,8 +102,8 @@ def _draw_summary(results: Results, rows: Sequence[Row], path: Path) -> None:
             axis.text(multiple or 0, place, f" x{multiple:.2f}" if multiple else " -", va="center")
         axis.set_yticks([place for place, _ in labels], [text for _, text in labels])
         axis.axvline(1, color="black", linewidth=0.8)
-        axis.margins(x=0.15)
-        axis.set_title(f"{name}, of plain vLLM's", fontsize=10)
+        axis.margins(x=0.25)
+        axis.set_title(f"{name},\nof plain vLLM's", fontsize=10)
     axes[0].invert_yaxis()
     memory = results.kv_cache_memory_bytes
     size = f" ({memory / 1e6:g} MB of KV cache)" if memory else ""
