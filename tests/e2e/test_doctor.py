@@ -33,6 +33,8 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     # Engines in child processes are not to interpret kernels.
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    # The command sets it, and what it sets here would silence the servers of later tests.
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
 
 
 def test_figures_are_those_of_the_reference(
