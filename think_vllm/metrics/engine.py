@@ -1,7 +1,7 @@
 """What one engine reports of its pool: counts of its block managers, and what requests hold.
 
 Counts are kept by the managers, when something happens. What requests hold changes with every
-step, so it is looked up twice a second at most, and when the last request ends.
+step, so it is looked up ten times a second at most, and when the last request ends.
 """
 
 import time
@@ -26,7 +26,7 @@ from think_vllm.metrics.catalog import (
 from think_vllm.models import attention_layers
 
 #: Least time between two looks at what running requests hold.
-LOOK_SECONDS = 0.5
+LOOK_SECONDS = 0.1
 
 Gauges = dict[str, dict[str, float]]
 
