@@ -100,14 +100,16 @@ class TestThinPrefixes:
         assert server.metric(HITS) - before == len(prompts) * 768
         server.wait_for_metric("vllm:kv_cache_usage_perc", 0)
 
-    def test_prompts_of_one_step_are_exact(
+    def test_first_of_equal_prompts_is_exact(
         self, server: Server, recall_reference: Reference
     ) -> None:
-        # None of them has anything that another could hit before they are computed.
+        # Those of its step are, too; whichever comes a step later may hit what it left.
         (prompt,) = random_prompts([500], seed=14)
         answers = server.complete_all([prompt] * 3, [30] * 3)
-        exact = worst_differences(recall_reference, [prompt], answers[:1], HALF)
-        assert exact[500] < TOLERANCE
+        found = [
+            worst_differences(recall_reference, [prompt], [answer], HALF)[500] for answer in answers
+        ]
+        assert min(found) < TOLERANCE, found
 
     def test_metrics(self, server: Server, recall_reference: Reference) -> None:
         plan, _ = plan_served(128, kv_channel_prune=0.5)
