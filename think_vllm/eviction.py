@@ -14,8 +14,9 @@ from think_vllm.planner import BlockPlan
 #: Neighbours along the prompt over which SnapKV averages its scores: its authors' setting for
 #: LongBench.
 POOLING_TOKENS = 7
-#: Scores that are held at once, per KV head: 16 MiB of float32.
-TILE_SCORES = 1 << 22
+#: Scores that are held at once, of one KV head: what stays in a core's cache. GPUs want fewer,
+#: larger pieces: 64 MiB of float32.
+TILE_SCORES, GPU_TILE_SCORES = 1 << 19, 1 << 24
 
 
 def split_runs(kv_cache: torch.Tensor, plan: BlockPlan) -> tuple[torch.Tensor, torch.Tensor]:
@@ -64,7 +65,8 @@ def add_attention(
     group, seen = num_heads // num_kv_heads, first + count
     keys, _ = split_runs(kv_cache, plan)
     position = torch.arange(seen, device=query.device)
-    tile = max(1, TILE_SCORES // (group * seen))
+    held = TILE_SCORES if query.device.type == "cpu" else GPU_TILE_SCORES
+    tile = max(1, held // (group * seen))
     for head in range(num_kv_heads):
         chosen = slice(head * group, (head + 1) * group)
         key = keys[blocks, head].transpose(0, 1).reshape(head_size, -1).float()
