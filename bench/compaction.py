@@ -1,6 +1,7 @@
 """What the end of a prompt costs in one layer, beside vLLM's attention over that prompt.
 
-Attention is only part of a prefill, so the share printed is an upper bound.
+Attention is only part of a prefill, so the share printed is an upper bound. With ``--evict``
+tokens are chosen and packed as well; h2o scores the whole prompt.
 Run: ``python -m bench.compaction``.
 """
 
@@ -14,6 +15,8 @@ import torch
 
 from bench.machine import describe_machine
 from tests.support.vllm_kernel import vllm_attention
+from think_vllm.attention.cpu_evict import CPUEvictor
+from think_vllm.attention.evicting import Pack, Watched
 from think_vllm.config import ThinkConfig
 from think_vllm.kernels.cpu.compaction import compact_spans
 from think_vllm.kernels.cpu.scoring import add_query_energy, key_energy, select_channels
@@ -44,6 +47,23 @@ class EndOfPrompt:
         compact_spans(self.cache, self.table, span * 0, span, many, plan)
 
 
+class EvictedPrompt(EndOfPrompt):
+    """Scores and choice of tokens and channels, and packing, of one prompt in one layer."""
+
+    def run(self) -> None:
+        """The work of ``ThinkCPUImpl`` at a prompt's end and in the step behind it."""
+        plan, tokens, rule = self.plan, self.tokens, self.plan.rule
+        energy = torch.zeros(self.kv_heads, plan.head_size)
+        add_query_energy(self.query, tokens - 32, tokens, energy)
+        first = tokens - 32 if plan.config.kv_evict == "snapkv" else 0
+        evictor = CPUEvictor(plan, plan.head_size**-0.5, 0.0, None)
+        seen = Watched("one", 0, first, tokens, first, tokens, True)
+        evictor.watch(self.query, self.cache, self.table, [seen], {0: energy[None]}, {"one"})
+        assert rule.budget_spans is not None
+        pack = Pack("one", 0, tokens, rule.evicted_spans(tokens), rule.budget_spans)
+        evictor.pack(self.cache, self.table, [pack])
+
+
 def prompt_attention(query: torch.Tensor, kv_heads: int) -> Callable[[], None]:
     """Set up vLLM's attention over the same prompt."""
     tokens, _, head_size = query.shape
@@ -61,27 +81,44 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--ratio", type=float, default=0.5)
+    parser.add_argument("--evict", default="none", choices=["none", "snapkv", "h2o"])
+    parser.add_argument("--budget", type=int, default=512, help="--kv-evict-budget, with --evict")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="one thread's time, for a machine that is busy"
+    )
     parser.add_argument("--rounds", type=int, default=21)
     options = parser.parse_args()
-    plan = plan_blocks(ThinkConfig(kv_channel_prune=options.ratio), 128, 2)
+    clock = time.perf_counter
+    if options.cpu_time:
+        # Before there are threads that wait for work by spinning.
+        torch.set_num_threads(1)
+        clock = time.process_time
+    config = ThinkConfig(
+        kv_channel_prune=options.ratio, kv_evict=options.evict, kv_evict_budget=options.budget
+    )
+    plan = plan_blocks(config, 128, 2)
     if plan is None:
         parser.error("--ratio prunes nothing")
-    end = EndOfPrompt(options.tokens, options.heads, options.kv_heads, plan)
+    if config.evicts and not plan.rule.evicted_spans(options.tokens):
+        parser.error("--budget evicts nothing of a prompt of so many --tokens")
+    end = (EvictedPrompt if config.evicts else EndOfPrompt)(
+        options.tokens, options.heads, options.kv_heads, plan
+    )
     attention = prompt_attention(end.query, options.kv_heads)
     pairs = []
     for round_ in range(options.rounds + 3):
         times = []
         for work in (end.run, attention):
-            start = time.perf_counter()
+            start = clock()
             work()
-            times.append(1e3 * (time.perf_counter() - start))
+            times.append(1e3 * (clock() - start))
         if round_ >= 3:
             pairs.append(times)
     print(describe_machine())
     print(
-        f"{options.tokens} tokens, {options.heads}/{options.kv_heads} heads of 128, bf16: end of "
-        f"prompt {statistics.median(a for a, _ in pairs):.2f} ms, vLLM's attention "
-        f"{statistics.median(b for _, b in pairs):.1f} ms, share "
+        f"{options.tokens} tokens, {options.heads}/{options.kv_heads} heads of 128, bf16, evict "
+        f"{options.evict}: end of prompt {statistics.median(a for a, _ in pairs):.2f} ms, vLLM's "
+        f"attention {statistics.median(b for _, b in pairs):.1f} ms, share "
         f"{100 * statistics.median(a / b for a, b in pairs):.1f} %"
     )
 

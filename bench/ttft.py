@@ -34,6 +34,8 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=25)
     parser.add_argument("--ratio", default="0.5")
     parser.add_argument("--quant", default="none", choices=FORMATS)
+    parser.add_argument("--evict", default="none", choices=["none", "snapkv", "h2o"])
+    parser.add_argument("--budget", default="512", help="--kv-evict-budget, with --evict")
     parser.add_argument("--dtype", default="bfloat16")
     options = parser.parse_args()
     rng = random.Random(0)
@@ -48,6 +50,8 @@ def main() -> None:
         common += ["--max-model-len", "2048", "--max-num-batched-tokens", "2048"]
         plain = stack.enter_context(Server(model, common, folder / "plain.log"))
         flags = [*common, "--kv-channel-prune", options.ratio, "--kv-quant", options.quant]
+        if options.evict != "none":
+            flags += ["--kv-evict", options.evict, "--kv-evict-budget", options.budget]
         pruned = stack.enter_context(Server(model, flags, folder / "pruned.log"))
         times: list[tuple[float, float]] = []
         for pair in range(options.pairs + 3):

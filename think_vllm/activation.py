@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from think_vllm import VLLM_SERIES, __version__, compat, compat_metrics
 from think_vllm.config import ThinkConfig, config_from_additional, prune_flags
-from think_vllm.errors import WAY_OUT, ThinkError
+from think_vllm.errors import FLAGS, WAY_OUT, ThinkError
 from think_vllm.models import attention_layers, check_model, window_summary
 from think_vllm.planner import BlockPlan, plan_blocks
 from think_vllm.report import context_hint, plan_summary
@@ -47,6 +47,13 @@ def activate(vllm_config: VllmConfig) -> None:
     # Before it is ours. When vLLM validates a config again, the hint has been given.
     user_block_size = cache_config.block_size if cache_config.user_specified_block_size else None
     compat.fix_block_size(cache_config, plan.block_size)
+    if config.kv_evict == "h2o" and cache_config.enable_prefix_caching:
+        # A prompt whose beginning came from the cache would choose by half of its queries.
+        cache_config.enable_prefix_caching = False
+        logger.info(
+            "think-vllm: --kv-evict h2o adds up all queries of a prompt, so each is computed "
+            "whole; prefix caching is off"
+        )
     compat.claim_custom_backend(vllm_config)
     compat.refuse_growing_prompts()
     compat_metrics.watch_front_end()
@@ -186,7 +193,7 @@ def check_engine(vllm_config: VllmConfig) -> None:
         if present:
             raise ThinkError(
                 f"thin KV blocks do not support {name} yet: {reason}; {way_out}, or serve without "
-                "--kv-channel-prune, --kv-value-prune and --kv-quant"
+                f"{FLAGS}"
             )
 
 
@@ -203,8 +210,7 @@ def check_device(vllm_config: VllmConfig) -> None:
         if vllm_config.use_v2_model_runner:
             raise ThinkError(
                 "thin KV blocks do not support vLLM's model runner V2 on CPUs yet; set "
-                "VLLM_USE_V2_MODEL_RUNNER=0, or serve without --kv-channel-prune, "
-                "--kv-value-prune and --kv-quant"
+                f"VLLM_USE_V2_MODEL_RUNNER=0, or serve without {FLAGS}"
             )
         return
     if not current_platform.is_cuda():
@@ -240,8 +246,7 @@ def check_device(vllm_config: VllmConfig) -> None:
     ):
         if present:
             raise ThinkError(
-                f"thin KV blocks do not support {name} yet; {way_out}, or serve without "
-                "--kv-channel-prune, --kv-value-prune and --kv-quant"
+                f"thin KV blocks do not support {name} yet; {way_out}, or serve without {FLAGS}"
             )
 
 
@@ -265,7 +270,7 @@ def check_windows(vllm_config: VllmConfig) -> None:
         raise ThinkError(
             "thin KV blocks do not support --disable-hybrid-kv-cache-manager with sliding-window "
             "layers, which it would give the blocks of full ones; leave it out, or serve without "
-            "--kv-channel-prune, --kv-value-prune and --kv-quant"
+            f"{FLAGS}"
         )
 
 

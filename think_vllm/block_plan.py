@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import cached_property
 
+from think_vllm.budget import kept_tokens
 from think_vllm.config import ThinkConfig
 from think_vllm.formats import BlockFormat
 from think_vllm.layout import ThinLayout
@@ -57,11 +58,24 @@ class BlockPlan:
             span_blocks=self.span_blocks,
             thin_blocks=self.thin_blocks,
             recent_window=self.config.kv_recent_window,
-            prune_decode=self.config.kv_prune_decode,
+            # What is only evicted has nothing to gain from spans that fill while decoding.
+            prune_decode=self.config.kv_prune_decode and self.thin_blocks < self.span_blocks,
             prune_prefill=self.config.kv_prune_prefill,
             delay_prompt=self.config.kv_prefix_cache == "dense"
             and not self.config.kv_prune_prefill,
+            budget_spans=self.budget_spans,
         )
+
+    @property
+    def budget_spans(self) -> int | None:
+        """Spans that the kept old tokens of a prompt fill at most; None without eviction."""
+        tokens = self.block_size * self.span_blocks
+        return self.config.kv_evict_budget // tokens if self.config.evicts else None
+
+    @property
+    def choosing_window(self) -> int:
+        """Last prompt tokens that choose channels, or tokens to keep."""
+        return self.config.kv_observation_window if self.prunes or self.config.evicts else 0
 
     @property
     def observation_window(self) -> int:
@@ -152,11 +166,12 @@ class BlockPlan:
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that a request of ``num_tokens`` tokens holds once its prompt has ended.
 
-        Counts a context that is all prompt, or all compacted as it grew.
+        Counts a context that is all prompt, or, without eviction, all compacted as it grew.
         """
         spans = self.rule.prompt_spans(num_tokens)
         dense = -(-num_tokens // self.block_size)
-        return dense - spans * (self.span_blocks - self.thin_blocks)
+        evicted = self.rule.evicted_spans(num_tokens)
+        return dense - spans * (self.span_blocks - self.thin_blocks) - evicted * self.thin_blocks
 
     def effective_multiple(self, num_tokens: int) -> float:
         """Requests of ``num_tokens`` tokens that fit where one dense request fits.
@@ -164,5 +179,7 @@ class BlockPlan:
         The recent window and, on average, half a span stay dense.
         """
         dense_tail = min(num_tokens, self.config.kv_recent_window + self.span_tokens / 2)
-        thin = (num_tokens - dense_tail) / self.capacity_multiple
-        return num_tokens / (thin + dense_tail)
+        old = num_tokens - dense_tail
+        if self.config.evicts:
+            old = min(old, kept_tokens(self))
+        return num_tokens / (old / self.capacity_multiple + dense_tail)

@@ -40,6 +40,8 @@ vLLM; subclasses of its classes call a few private methods that they inherit.
     batches of single tokens of which some are the last of a prompt. Channels are chosen after such
     a token, so these batches, rare as they are, must run without a full graph. Until
     ``CommonAttentionMetadata`` carries all three, and backends can refuse a batch for full graphs.
+    On CPUs V1's is wrapped with ``--kv-evict`` alone: what a layer remembers of a prompt while it
+    is computed is too much to leave behind when its request goes away.
 ``InputBatch.block_table`` (V1) and ``SchedulerOutput.scheduled_new_reqs`` (V2) are read there
     because they are what the host has of a request's blocks. V2 keeps none of them, so the number
     of such spans is remembered from the step that admits a request; it readmits preempted requests

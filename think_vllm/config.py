@@ -19,7 +19,7 @@ class ThinkConfig(BaseModel):
     """Settings of thin blocks. Field names are the flags' names.
 
     Sources: ThinK, arXiv 2407.21018 (section 3 and its authors' defaults: windows of 32); KIVI,
-    arXiv 2402.02750 (groups of 32).
+    arXiv 2402.02750 (groups of 32); SnapKV, arXiv 2404.14469; H2O, arXiv 2306.14048.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -71,6 +71,17 @@ class ThinkConfig(BaseModel):
         description="What prefix caching keeps of old tokens: thin blocks, which take less memory "
         "and make a hit approximate, or copies of dense ones, which leave it exact.",
     )
+    kv_evict: Literal["none", "snapkv", "h2o"] = Field(
+        default="none",
+        description="Which old tokens of a long prompt each KV head keeps: those that the prompt's "
+        "last queries attend to most (snapkv), or all its queries together (h2o).",
+    )
+    kv_evict_budget: int = Field(
+        default=1024,
+        ge=1,
+        le=1_048_576,
+        description="Old tokens of a prompt that each KV head keeps at most, in whole spans.",
+    )
 
     kv_plan_context: int = Field(
         default=8192,
@@ -82,8 +93,14 @@ class ThinkConfig(BaseModel):
 
     @property
     def enabled(self) -> bool:
-        """Whether anything is to be pruned or quantized."""
-        return max(self.kv_channel_prune, self.kv_value_prune) > 0.0 or self.kv_quant != "none"
+        """Whether anything is to be pruned, quantized or evicted."""
+        pruned = max(self.kv_channel_prune, self.kv_value_prune) > 0.0
+        return pruned or self.kv_quant != "none" or self.evicts
+
+    @property
+    def evicts(self) -> bool:
+        """Whether old tokens of long prompts are left out."""
+        return self.kv_evict != "none"
 
     @property
     def format(self) -> BlockFormat:
@@ -145,12 +162,14 @@ def prune_flags(config: ThinkConfig) -> str:
 def _check_together(config: ThinkConfig) -> None:
     """Refuse settings that were given and mean nothing beside the others."""
     given = [name for name in ThinkConfig.model_fields if name in config.model_fields_set]
-    if given and not {"kv_channel_prune", "kv_value_prune", "kv_quant"}.intersection(given):
+    enabling = {"kv_channel_prune", "kv_value_prune", "kv_quant", "kv_evict"}
+    if given and not enabling.intersection(given):
         flags = ", ".join(map(flag_name, given))
         raise ThinkError(
             f"{flags} given without --kv-channel-prune RATIO or --kv-quant FORMAT (or "
             "--kv-value-prune RATIO); give one of them too"
         )
+    _check_eviction(config, given)
     if config.kv_prune_prefill and config.kv_prefix_cache == "dense":
         raise ThinkError(
             "--kv-prune-prefill prunes prompts while they are computed, so there are no exact "
@@ -167,6 +186,28 @@ def _check_together(config: ThinkConfig) -> None:
             f"--kv-quant-group is {config.kv_quant_group}, but --kv-quant is {config.kv_quant}, "
             f"which has no groups; leave --kv-quant-group out, or use --kv-quant "
             f"{' or '.join(grouped)}"
+        )
+
+
+def _check_eviction(config: ThinkConfig, given: list[str]) -> None:
+    """Refuse what eviction cannot be combined with."""
+    who = f"--kv-evict {config.kv_evict}"
+    if not config.evicts:
+        if "kv_evict_budget" in given:
+            raise ThinkError(
+                f"--kv-evict-budget is {config.kv_evict_budget}, but nothing is evicted; give "
+                "--kv-evict snapkv or --kv-evict h2o too, or leave it out"
+            )
+    elif config.kv_prune_prefill:
+        raise ThinkError(
+            f"{who} chooses tokens once a prompt has ended, --kv-prune-prefill compacts them "
+            "before; leave one of them out"
+        )
+    elif "kv_prefix_cache" in given and config.kv_prefix_cache == "thin":
+        raise ThinkError(
+            f"{who} keeps what a prompt's own queries ask for, and another prompt with the same "
+            "beginning asks for other tokens, so --kv-prefix-cache thin has nothing to share; use "
+            "--kv-prefix-cache dense, or leave it out"
         )
 
 

@@ -1,7 +1,9 @@
 """The one exception of this package that a user is meant to read."""
 
+#: What turns thin blocks on.
+FLAGS = "--kv-channel-prune, --kv-value-prune, --kv-quant and --kv-evict"
 #: How to serve what thin blocks cannot.
-WAY_OUT = "Serve this model without --kv-channel-prune, --kv-value-prune and --kv-quant"
+WAY_OUT = f"Serve this model without {FLAGS}"
 
 
 class ThinkError(ValueError):

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from think_vllm.block_plan import BlockPlan
+from think_vllm.budget import fit_budget, kept_tokens
 from think_vllm.config import ThinkConfig
 from think_vllm.errors import WAY_OUT, ThinkError
 from think_vllm.formats import GROUP_SIZES
@@ -59,7 +60,7 @@ def plan_blocks(
 
     Returns:
         The plan, or None if the ratios are too small to prune a single channel and nothing is
-        quantized.
+        quantized nor evicted.
 
     Raises:
         ThinkError: If no plan fits, with the nearest settings that do.
@@ -70,8 +71,10 @@ def plan_blocks(
             f"channel tables hold one byte per channel, so at most {MAX_HEAD_SIZE} is possible. "
             f"{WAY_OUT}"
         )
-    ratio = max(config.kv_channel_prune, config.kv_value_prune)
-    if pruned_channels(ratio, head_size) == 0 and config.kv_quant == "none":
+    if config.evicts:
+        # Thin spans that hold what one prompt asked for are of no use to another.
+        config = config.model_copy(update={"kv_prefix_cache": "dense"})
+    elif not _shrinks(config, head_size):
         return None
     for name, value, way_out in (
         ("the model's head size", head_size, WAY_OUT),
@@ -87,12 +90,18 @@ def plan_blocks(
     candidates = [plan for size in sizes for plan in _plans(config, head_size, itemsize, size)]
     if not candidates:
         raise ThinkError(_no_plan(config, head_size, itemsize, block_size, block_sizes))
-    best = _best(candidates)
+    best = _best(fit_budget(candidates))
     if block_size is None:
         # Among plans for its block size alone another one may win; whoever plans again for the
         # chosen block size, as every worker does, must come to the same plan.
         return plan_blocks(config, head_size, itemsize, best.block_size, block_sizes)
     return best
+
+
+def _shrinks(config: ThinkConfig, head_size: int) -> bool:
+    """Whether anything of a token goes."""
+    ratio = max(config.kv_channel_prune, config.kv_value_prune)
+    return pruned_channels(ratio, head_size) > 0 or config.kv_quant != "none"
 
 
 def _check_groups(config: ThinkConfig, head_size: int) -> None:
@@ -119,6 +128,11 @@ def _plans(
     wanted = head_size - pruned
     # Whoever asks for no pruning gets none.
     least = wanted - (max(1, round(CHANNEL_TOLERANCE * head_size)) if pruned else 0)
+    if not _shrinks(config, head_size):
+        # Only evicted: a thin block is a dense one, byte by byte.
+        sizes = (head_size, head_size, head_size, block_size, 1, 1, block_size, itemsize)
+        yield BlockPlan(config, *sizes)
+        return
     for value_channels in _value_channels(config.kv_value_prune, head_size):
         for plan in _spans(config, head_size, itemsize, block_size, wanted, value_channels):
             if plan.key_channels >= max(1, least):
@@ -190,8 +204,11 @@ def _savings(plan: BlockPlan) -> float:
     On average half a span is not full yet, nor half a block. The recent window is left out:
     it is the same for every candidate, and a plan should not change with it.
     """
-    context = plan.config.kv_plan_context
-    dense_tail = min(context, plan.span_tokens / 2)
+    context = float(plan.config.kv_plan_context)
+    dense_tail = plan.span_tokens / 2
+    if plan.config.evicts:
+        context = min(context, kept_tokens(plan) + dense_tail)
+    dense_tail = min(context, dense_tail)
     thin = (context - dense_tail) / plan.capacity_multiple
     return context / (thin + dense_tail + plan.block_size / 2)
 

@@ -8,6 +8,7 @@ import contextlib
 import logging
 
 from think_vllm import VLLM_SERIES, __version__, compat
+from think_vllm.errors import FLAGS
 
 # A child of vLLM's logger, so that vLLM's handlers and levels apply.
 logger = logging.getLogger("vllm.think_vllm")
@@ -24,11 +25,11 @@ def register() -> None:
     import vllm
 
     logger.warning(
-        "think-vllm %s extends vLLM %s.*, this is vLLM %s: --kv-channel-prune, --kv-value-prune "
-        "and --kv-quant are off",
+        "think-vllm %s extends vLLM %s.*, this is vLLM %s: %s are off",
         __version__,
         VLLM_SERIES,
         vllm.__version__,
+        FLAGS,
     )
     # Its platform class may have other hooks; whoever does not use the flags must not notice.
     with contextlib.suppress(AttributeError, ImportError):

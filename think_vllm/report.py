@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from think_vllm.budget import kept_tokens
 from think_vllm.config import ThinkConfig
 from think_vllm.formats import Coding
 from think_vllm.planner import BlockPlan, plan_blocks
@@ -31,6 +32,7 @@ def plan_summary(plan: BlockPlan) -> list[str]:
         f"{'compacted too' if plan.config.kv_prune_decode else 'stay dense'}, "
         f"{'at the end of every chunk of a prompt, ' if plan.config.kv_prune_prefill else ''}"
         f"prefixes cached {prefixes})",
+        *_eviction(plan),
         f"bytes per token and KV head: {dense:.0f} dense, {thin:.1f} thin (keys "
         f"{plan.key_bytes_per_token_head:.1f}, values {plan.value_bytes_per_token_head:.1f}, "
         f"waste {100 * plan.waste:.1f} %): x{plan.capacity_multiple:.3f}; whole requests "
@@ -87,6 +89,8 @@ def plan_fields(plan: BlockPlan) -> dict[str, Any]:
         "prune_prefill": plan.config.kv_prune_prefill,
         "prefix_cache": plan.config.kv_prefix_cache,
         "plan_context": plan.config.kv_plan_context,
+        "evict": plan.config.kv_evict,
+        "evict_budget": kept_tokens(plan) if plan.config.evicts else None,
         "dense_bytes_per_token_head": plan.dense_bytes_per_token_head,
         "thin_bytes_per_token_head": plan.thin_bytes_per_token_head,
         "key_bytes_per_token_head": plan.key_bytes_per_token_head,
@@ -95,6 +99,15 @@ def plan_fields(plan: BlockPlan) -> dict[str, Any]:
         "capacity_multiple": plan.capacity_multiple,
         **{f"effective_multiple_{k}k": plan.effective_multiple(1024 * k) for k in CONTEXTS},
     }
+
+
+def _eviction(plan: BlockPlan) -> list[str]:
+    if not plan.config.evicts:
+        return []
+    return [
+        f"each KV head keeps {kept_tokens(plan)} old tokens of a prompt at most (budget "
+        f"{plan.config.kv_evict_budget}, {plan.config.kv_evict}); what is decoded is not evicted"
+    ]
 
 
 def _channels(plan: BlockPlan) -> str:

@@ -15,6 +15,10 @@ For a query at position ``p`` (so ``p`` tokens come before it) of a request whos
 
 The prompt's spans are compacted in the forward pass that ends the prompt; with ``delay_prompt`` in
 the next one, so that the scheduler can have their dense blocks copied in between.
+
+With a budget, a prompt of more spans keeps as many of its old tokens as ``budget_spans`` spans
+hold, and has them in its last ones. The spans before these are empty: they count as thin, nobody
+reads them, and all their blocks come back.
 """
 
 import sys
@@ -38,6 +42,7 @@ class SpanRule:
         prune_decode: Whether spans that fill while decoding are compacted too.
         prune_prefill: Whether spans are compacted at the end of each chunk of a prompt.
         delay_prompt: Whether a prompt's spans are compacted one step after its end.
+        budget_spans: Spans that a prompt keeps at most; None for all.
     """
 
     block_size: int
@@ -47,15 +52,35 @@ class SpanRule:
     prune_decode: bool
     prune_prefill: bool = False
     delay_prompt: bool = False
+    budget_spans: int | None = None
 
     @property
     def span_tokens(self) -> int:
         """Tokens of a span."""
         return self.block_size * self.span_blocks
 
+    @property
+    def shrinks(self) -> bool:
+        """Whether a span takes fewer blocks once it is thin."""
+        return self.thin_blocks < self.span_blocks
+
     def prompt_spans(self, prompt_len: int) -> int:
         """Spans that the end of a prompt of ``prompt_len`` tokens compacts."""
         return max(0, prompt_len - self.recent_window) // self.span_tokens
+
+    def evicted_spans(self, prompt_len: int) -> int:
+        """Leading spans that are empty once they are thin."""
+        if self.budget_spans is None:
+            return 0
+        return max(0, self.prompt_spans(prompt_len) - self.budget_spans)
+
+    def evicted_spans_array(self, prompt_lens: IntArray) -> IntArray:
+        """``evicted_spans`` over an array."""
+        if self.budget_spans is None:
+            return np.zeros_like(prompt_lens)
+        spans = np.maximum(0, prompt_lens - self.recent_window) // self.span_tokens
+        evicted: IntArray = np.maximum(0, spans - self.budget_spans)
+        return evicted
 
     def thin_spans(self, prompt_len: int, position: int, computed: int = 0, cached: int = 0) -> int:
         """Thin spans of a request as its query at ``position`` sees them.

@@ -20,7 +20,8 @@ pytestmark = pytest.mark.e2e
 HEAD_SIZE = 64
 FULL, WINDOW = "full_attention", "sliding_attention"
 
-FAMILIES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
+#: Model type, its settings, further arguments, and settings of thin blocks beside the ratio.
+FAMILIES: dict[str, tuple[str, dict[str, Any], tuple[str, ...], dict[str, Any]]] = {
     # A cap on scores that they reach, and prompts in small chunks.
     "gemma2": (
         "gemma2",
@@ -32,6 +33,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
             "attn_logit_softcapping": 5.0,
         },
         ("--max-num-batched-tokens", "96"),
+        {},
     ),
     # Rotary positions that differ by kind of layer, and norms of queries and keys.
     "gemma3": (
@@ -43,8 +45,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
             "query_pre_attn_scalar": 64,
         },
         (),
+        {},
     ),
-    # Attention sinks.
+    # Attention sinks; the longest prompt loses tokens of its full layer.
     "gpt-oss": (
         "gpt_oss",
         {
@@ -55,17 +58,20 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
             "num_experts_per_tok": 2,
         },
         (),
+        {"kv_evict": "snapkv", "kv_evict_budget": 400},
     ),
 }
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
 def test_served_logprobs_equal_the_reference(
-    serve: Callable[..., Server], tmp_path: Path, family: tuple[str, dict[str, Any], tuple[str]]
+    serve: Callable[..., Server],
+    tmp_path: Path,
+    family: tuple[str, dict[str, Any], tuple[str, ...], dict[str, Any]],
 ) -> None:
-    model_type, settings, arguments = family
+    model_type, settings, arguments, thin_settings = family
     model = make_model(tmp_path, model_type, head_dim=HEAD_SIZE, **settings)
-    plan, flags = plan_served(HEAD_SIZE, kv_channel_prune=0.5)
+    plan, flags = plan_served(HEAD_SIZE, kv_channel_prune=0.5, **thin_settings)
     server = serve(*EAGER, *flags, *arguments, model=model)
     span = plan.span_tokens
     lengths = [30, 150, span + 31, span + 32, 700]

@@ -55,7 +55,7 @@ def refused(capsys: pytest.CaptureFixture[str], model: Path, *arguments: str) ->
         ),
         (
             ["--kv-quant", "fp8", "--kv-offloading-size", "1"],
-            "or serve without --kv-channel-prune, --kv-value-prune and --kv-quant",
+            "or serve without --kv-channel-prune, --kv-value-prune, --kv-quant and --kv-evict",
         ),
         (["--kv-quant", "k4v2", "--block-size", "24"], "--block-size is 24"),
         (

@@ -227,10 +227,14 @@ def test_vllm_runner_v2_is_what_we_watch() -> None:
 
 def test_vllm_runner_v1_is_what_we_watch() -> None:
     from vllm.v1.worker.block_table import BlockTable, MultiGroupBlockTable
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
     from vllm.v1.worker.gpu_input_batch import InputBatch
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     parameters = names(GPUModelRunner._determine_batch_execution_and_padding)
+    # On CPUs, too, where eviction asks whose rows a step has.
+    assert issubclass(CPUModelRunner, GPUModelRunner)
+    assert "_determine_batch_execution_and_padding" not in vars(CPUModelRunner)
     assert "force_uniform_decode" in parameters
     run, dummy = tight(GPUModelRunner.execute_model), tight(GPUModelRunner._dummy_run)
     assert "force_uniform_decode" not in run

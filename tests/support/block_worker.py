@@ -41,6 +41,7 @@ class Row:
     thin: int
     exact: bool
     hit: int
+    prompt_len: int = 0
 
 
 @dataclass
@@ -64,6 +65,7 @@ class Worker:
     def run(self, name: str, prompt_len: int, start: int, count: int) -> None:
         """One chunk: store, then for each query compact what is due and read."""
         row, rule = self.rows[name], self.rule
+        row.prompt_len = prompt_len
         cached = self._cached(row, start)
         for position in range(start, start + count):
             index, offset = divmod(position, BLOCK)
@@ -95,27 +97,48 @@ class Worker:
 
     def _compact(self, row: Row, name: str, target: int) -> None:
         rule = self.rule
-        for span in range(row.thin, target):
-            first = span * rule.span_blocks
-            for index in range(first, first + rule.span_blocks):
+        evicted, prompt_spans = self._packed(row)
+        if evicted and row.thin < prompt_spans <= target:
+            # All old tokens are read before the first is written.
+            for index in range(prompt_spans * rule.span_blocks):
                 self._check_dense(row, index, (index + 1) * BLOCK)
-            tokens = tuple(row.tokens[: (span + 1) * rule.span_tokens])
-            for j in range(rule.thin_blocks):
-                self.memory[row.blocks[first + j]] = Thin(tokens, name, j)
+            for span in range(evicted, prompt_spans):
+                self._write_thin(row, name, span, prompt_spans)
+            row.thin = prompt_spans
+        for span in range(row.thin, target):
             row.thin = span + 1
+            if rule.shrinks:
+                first = span * rule.span_blocks
+                for index in range(first, first + rule.span_blocks):
+                    self._check_dense(row, index, (index + 1) * BLOCK)
+                self._write_thin(row, name, span, span + 1)
+
+    def _write_thin(self, row: Row, name: str, span: int, num_spans: int) -> None:
+        """Write a span that holds tokens of the first ``num_spans`` spans."""
+        rule = self.rule
+        tokens = tuple(row.tokens[: num_spans * rule.span_tokens])
+        for j in range(rule.thin_blocks):
+            self.memory[row.blocks[span * rule.span_blocks + j]] = Thin(tokens, name, j)
+
+    def _packed(self, row: Row) -> tuple[int, int]:
+        """Empty spans of a request past its prompt, and the spans that are packed then."""
+        return self.rule.evicted_spans(row.prompt_len), self.rule.prompt_spans(row.prompt_len)
 
     def _read(self, row: Row, position: int) -> None:
         rule = self.rule
-        for span in range(row.thin):
+        evicted, prompt_spans = self._packed(row) if row.thin else (0, 0)
+        dense_from = row.thin if rule.shrinks or evicted else 0
+        for span in range(evicted, dense_from):
             first = span * rule.span_blocks
             held = [self.memory[row.blocks[first + j]] for j in range(rule.thin_blocks)]
-            tokens = tuple(row.tokens[: (span + 1) * rule.span_tokens])
+            end = max(span + 1, prompt_spans if evicted else 0)
+            tokens = tuple(row.tokens[: end * rule.span_tokens])
             for j, content in enumerate(held):
                 assert isinstance(content, Thin), content
                 assert (content.tokens, content.number) == (tokens, j)
             # Blocks of two versions are two choices of channels.
             assert len({content.version for content in held}) == 1
-        for index in range(row.thin * rule.span_blocks, position // BLOCK + 1):
+        for index in range(dense_from * rule.span_blocks, position // BLOCK + 1):
             self._check_dense(row, index, min(position + 1, (index + 1) * BLOCK))
 
     def _check_dense(self, row: Row, index: int, end: int) -> None:

@@ -11,21 +11,33 @@ if TYPE_CHECKING:
 
 
 def channel_scores(
-    query: torch.Tensor, key: torch.Tensor, prompt_len: int, thinning: Thinning
+    query: torch.Tensor,
+    key: torch.Tensor,
+    prompt_len: int,
+    thinning: Thinning,
+    tokens: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """ThinK's score of each channel: float64 [Hk, D]."""
+    """ThinK's score of each channel over the ``tokens`` that are kept: float64 [Hk, D]."""
     group = query.shape[0] // key.shape[0]
     window = query[:, max(0, prompt_len - thinning.observation_window) : prompt_len].double()
     energy = window.square().mean(dim=1)  # [Hq, D]
     energy = energy.view(-1, group, energy.shape[-1]).mean(dim=1)  # [Hk, D]
-    return energy * key[:, :prompt_len].double().square().mean(dim=1)
+    squares = key[:, :prompt_len].double().square()
+    if tokens is None:
+        return energy * squares.mean(dim=1)
+    counted = tokens[:, :prompt_len, None].double()
+    return energy * ((squares * counted).sum(dim=1) / counted.sum(dim=1))
 
 
 def kept_channels(
-    query: torch.Tensor, key: torch.Tensor, prompt_len: int, thinning: Thinning
+    query: torch.Tensor,
+    key: torch.Tensor,
+    prompt_len: int,
+    thinning: Thinning,
+    tokens: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """ThinK's choice: bool [Hk, D], true for kept channels."""
-    score = channel_scores(query, key, prompt_len, thinning)
+    """ThinK's choice over the ``tokens`` that are kept: bool [Hk, D], true for kept channels."""
+    score = channel_scores(query, key, prompt_len, thinning, tokens)
     kept = torch.zeros_like(score, dtype=torch.bool)
     return kept.scatter_(1, score.topk(thinning.key_channels, dim=1).indices, True)
 

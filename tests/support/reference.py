@@ -22,6 +22,7 @@ from tests.support.channels import (
     margin_of,
     value_scores,
 )
+from tests.support.eviction_reference import best_tokens, token_margin, token_scores
 from think_vllm.formats import FORMATS, BlockFormat
 from think_vllm.planner import BlockPlan
 from think_vllm.reference.quantization import code_and_back
@@ -42,6 +43,8 @@ class Thinning:
         thin_block_tokens: Tokens that are coded together; the last ones of a span may be fewer.
             None for a whole span.
         value_channels: Kept value channels of a head. None for all.
+        evict: How tokens are chosen; None to keep them all.
+        kept_tokens: Old tokens of a prompt that each head keeps at most.
     """
 
     key_channels: int
@@ -53,6 +56,8 @@ class Thinning:
     group: int = 32
     thin_block_tokens: int | None = None
     value_channels: int | None = None
+    evict: str | None = None
+    kept_tokens: int = 0
 
     @classmethod
     def of(cls, plan: BlockPlan) -> Self:
@@ -62,12 +67,23 @@ class Thinning:
             span_tokens=plan.span_blocks * plan.block_size,
             recent_window=plan.config.kv_recent_window,
             observation_window=plan.config.kv_observation_window,
-            prune_decode=plan.config.kv_prune_decode,
+            # Nothing happens to decoded tokens of a plan that only evicts.
+            prune_decode=plan.config.kv_prune_decode and plan.thin_blocks < plan.span_blocks,
+            evict=plan.config.kv_evict if plan.config.evicts else None,
+            kept_tokens=plan.config.kv_evict_budget // plan.span_tokens * plan.span_tokens,
             format=plan.config.format,
             group=plan.config.kv_quant_group,
             thin_block_tokens=plan.thin_block_tokens,
             value_channels=plan.value_channels if plan.prunes_values else None,
         )
+
+    def old_tokens(self, prompt_len: int) -> int:
+        """Tokens of a prompt that its end makes thin."""
+        return max(0, prompt_len - self.recent_window) // self.span_tokens * self.span_tokens
+
+    def evicts(self, prompt_len: int) -> bool:
+        """Whether a prompt has more old tokens than are kept."""
+        return self.evict is not None and self.old_tokens(prompt_len) > self.kept_tokens
 
     def thin_blocks(self, num_tokens: int) -> Iterator[slice]:
         """Tokens of each thin block of the full spans among ``num_tokens`` tokens."""
@@ -125,21 +141,24 @@ def thin_attention(
     thin = position[None, :] < thin_tokens[dense:, None]
     scores = query[:, dense:] @ heads[0].transpose(1, 2)
     thin_heads = heads
+    hidden = (position[None, :] > position[dense:, None])[None]
     if thinning is not None:
-        kept = kept_channels(query, key, prompt_len, thinning)
+        tokens = kept_tokens(query, key, scaling, prompt_len, thinning, softcap, sinks)
+        kept = kept_channels(query, key, prompt_len, thinning, tokens)
         # What the prompt's last queries were answered: they see nothing thin.
         answers = output[:, :prompt_len]
         if answers.shape[1] < prompt_len:
             seen = [x[:, :prompt_len] for x in (query, key, value)]
             answers = thin_attention(*seen, scaling, prompt_len, None, window, softcap, sinks)
         kept_values = kept_value_channels(answers, key.shape[0], thinning)
-        thin_pair = _code(key, value, kept, kept_values, thinning)
+        thin_pair = _code(key, value, kept, kept_values, thinning, tokens)
         thin_heads = [x.repeat_interleave(group, dim=0) for x in thin_pair]
+        evicted = ~tokens.repeat_interleave(group, dim=0)[:, None, :]
+        hidden = hidden | (evicted & (position[dense:, None] >= prompt_len)[None])
         scores = torch.where(thin, query[:, dense:] @ thin_heads[0].transpose(1, 2), scores)
     scores = scores * scaling
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    hidden = position[None, :] > position[dense:, None]
     if window is not None:
         hidden |= position[None, :] <= position[dense:, None] - window
     scores = scores.masked_fill(hidden, float("-inf"))
@@ -152,28 +171,55 @@ def thin_attention(
     return torch.cat([output, rest], dim=1)
 
 
+def kept_tokens(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    scaling: float,
+    prompt_len: int,
+    thinning: Thinning,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Tokens that are not evicted: bool [Hk, n]."""
+    kept = torch.ones(key.shape[:2], dtype=torch.bool)
+    if thinning.evict is None or not thinning.evicts(prompt_len):
+        return kept
+    old = thinning.old_tokens(prompt_len)
+    parts = query[:, :prompt_len], key[:, :prompt_len], scaling, thinning.evict
+    scores = token_scores(*parts, thinning.observation_window, old, softcap, sinks)
+    _margins.append(token_margin(scores, thinning.kept_tokens))
+    kept[:, :old] = best_tokens(scores, thinning.kept_tokens)
+    return kept
+
+
 def _code(
     key: torch.Tensor,
     value: torch.Tensor,
     kept: torch.Tensor,
     kept_values: torch.Tensor,
     thinning: Thinning,
+    tokens: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values as thin blocks hand them back, [Hk, n, D]; dense behind the last span."""
+    """Keys and values as thin blocks hand them back, [Hk, n, D]; dense behind the last span.
+
+    The ``tokens`` that a head keeps are coded as if there had been no others.
+    """
     thin_key, thin_value = key * kept[:, None, :], value * kept_values[:, None, :]
     codings = thinning.format
     if codings is FORMATS["none"]:
         return thin_key, thin_value
-    for tokens in thinning.thin_blocks(key.shape[1]):
-        for head in range(key.shape[0]):
-            channels = kept[head].nonzero()[:, 0]
-            matrix = key[head, tokens][:, channels].T.contiguous()
+    for head in range(key.shape[0]):
+        channels = kept[head].nonzero()[:, 0]
+        held = tokens[head].nonzero()[:, 0]
+        for part in thinning.thin_blocks(len(held)):
+            rows = held[part]
+            matrix = key[head, rows][:, channels].T.contiguous()
             read = code_and_back(matrix, codings.keys, thinning.group).float()
-            thin_key[head, tokens.start : tokens.stop, channels] = read.T
-            channels = kept_values[head].nonzero()[:, 0]
-            matrix = value[head, tokens][:, channels].contiguous()
+            thin_key[head, rows[:, None], channels] = read.T
+            of_values = kept_values[head].nonzero()[:, 0]
+            matrix = value[head, rows][:, of_values].contiguous()
             read = code_and_back(matrix, codings.values, thinning.group).float()
-            thin_value[head, tokens.start : tokens.stop, channels] = read
+            thin_value[head, rows[:, None], of_values] = read
     return thin_key, thin_value
 
 

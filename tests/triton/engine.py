@@ -174,10 +174,12 @@ class Engine:
     def _allocate(self, request: Request, tokens: int) -> None:
         rule = self.plan.rule
         freeable = rule.freeable_spans(request.prompt_len, request.computed, request.cached_spans)
+        evicted = rule.evicted_spans(request.prompt_len)
         for span in range(request.freed_spans, freeable):
             first = span * rule.span_blocks
+            kept = 0 if span < evicted else rule.thin_blocks
             # The worker's rows keep the numbers of blocks that are gone.
-            self._release(request, range(first + rule.thin_blocks, first + rule.span_blocks))
+            self._release(request, range(first + kept, first + rule.span_blocks))
         request.freed_spans = max(request.freed_spans, freeable)
         while len(request.blocks) * self.plan.block_size < request.computed + tokens:
             request.blocks.append(self._take())

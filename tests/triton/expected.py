@@ -10,6 +10,12 @@ import torch
 from think_vllm.planner import BlockPlan
 from think_vllm.reference.attention import gather_context
 from think_vllm.reference.compaction import compact_spans_ref, dense_tokens
+from think_vllm.reference.eviction import (
+    attention_sums_ref,
+    choose_tokens_ref,
+    gather_tokens_ref,
+    pool_ref,
+)
 from think_vllm.reference.scoring import (
     key_energy_ref,
     query_energy_ref,
@@ -115,6 +121,7 @@ class _Life:
         self.channels: list[torch.Tensor] = []
         self.out = torch.zeros(query.shape, dtype=torch.float64)
         self.context_spans, self.context = -1, []
+        self.evicted = 0
 
     def run(self, start, cached, borders):
         rule, length = self.plan.rule, self.prompt_len
@@ -125,6 +132,8 @@ class _Life:
             window = min(self.plan.config.kv_observation_window, end - begin)
             if end == length:
                 window = min(self.plan.config.kv_observation_window, length)
+            if end == length and rule.evicted_spans(length):
+                self._pack()
             chosen = self._choose(end, window)
             self._compact(rule.thin_spans(length, end, end, len(cached)), chosen)
         # A span takes the channels of the one before it, if this prompt has made that.
@@ -135,7 +144,8 @@ class _Life:
         return self.out, self.channels
 
     def _choose(self, end, window):
-        first, observed = len(self.channels) * self.plan.span_blocks, slice(end - window, end)
+        first = max(self.evicted, len(self.channels)) * self.plan.span_blocks
+        observed = slice(end - window, end)
         channels = select_channels_ref(
             query_energy_ref(self.query[observed], self.kv_cache.shape[1])[None],
             key_energy_ref(self.kv_cache, self.table, [0], [end], self.plan, [first]),
@@ -147,9 +157,26 @@ class _Life:
             channels = torch.cat([channels, values], dim=2)
         return channels
 
+    def _pack(self):
+        """Put each head's tokens, still dense, in the place of the prompt's last old ones."""
+        rule, length, config = self.plan.rule, self.prompt_len, self.plan.config
+        self.evicted, spans = rule.evicted_spans(length), rule.prompt_spans(length)
+        old, kept = spans * rule.span_tokens, rule.budget_spans * rule.span_tokens
+        keys, _ = dense_tokens(self.kv_cache, range(len(self.kv_cache)), length)
+        first = max(0, length - config.kv_observation_window) if config.kv_evict == "snapkv" else 0
+        scores = attention_sums_ref(self.query[first:length], keys, first, SCALE)
+        if config.kv_evict == "snapkv":
+            scores = pool_ref(scores, max(old, first))
+        tokens = choose_tokens_ref(scores[:, :old], kept)
+        blocks = list(range(spans * rule.span_blocks))
+        packed = gather_tokens_ref(self.kv_cache, blocks, tokens, self.plan)
+        self.kv_cache[self.evicted * rule.span_blocks : len(blocks)] = packed
+        self.kv_cache[: self.evicted * rule.span_blocks] = 0
+
     def _compact(self, count, channels):
         for span in range(len(self.channels), count):
-            compact_spans_ref(self.kv_cache, self.table, [0], [span], channels, self.plan)
+            if span >= self.evicted and self.plan.rule.shrinks:
+                compact_spans_ref(self.kv_cache, self.table, [0], [span], channels, self.plan)
             self.channels.append(channels)
 
     def _attend(self, begin, end):
@@ -162,6 +189,7 @@ class _Life:
         keys, values = self.context
         scores = torch.einsum("qhd,hkd->qhk", self.query[begin:end].double(), keys) * SCALE
         later = torch.arange(total) > torch.arange(begin, end)[:, None]
+        later |= torch.arange(total) < self.evicted * self.plan.span_tokens
         scores.masked_fill_(later[:, None], -torch.inf)
         self.out[begin:end] = torch.einsum("qhk,hkd->qhd", scores.softmax(2), values)
 

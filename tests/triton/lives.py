@@ -19,12 +19,15 @@ PLANS = {
     "none-0.5-values-0.3": ("none", 3, 2, 24, 32, 44, (4, 2)),
     "k4v2-values-0.5": ("k4v2", 3, 1, 48, 64, 28, (2, 1)),
 }
+#: Of a plan that only evicts.
+EVICTED_ONLY = ("none", 1, 1, 16, 64, 64, (4, 2))
 #: Float32 sums in another order, of values of about 1.
 TOLERANCE = 2e-5
 
 
 def make_plan(name: str, **settings: Any) -> BlockPlan:
-    quant, span_blocks, thin_blocks, tokens, channels, value_channels, _ = PLANS[name]
+    shape = PLANS.get(name, EVICTED_ONLY)
+    quant, span_blocks, thin_blocks, tokens, channels, value_channels, _ = shape
     config = ThinkConfig.model_validate(
         {
             "kv_channel_prune": 1 - channels / 64,
@@ -53,7 +56,9 @@ class Life:
         options = {key: value for key, value in settings.items() if key not in config}
         self.plan = make_plan(name, **config)
         self.rule = self.plan.rule
-        self.engine = Engine(self.plan, PLANS[name][-1], version, device, **options)
+        self.engine = Engine(
+            self.plan, PLANS.get(name, EVICTED_ONLY)[-1], version, device, **options
+        )
         self.expected: dict[str, Expected] = {}
 
     def add(

@@ -44,6 +44,24 @@ from think_vllm.formats import FORMATS, GROUP_SIZES
             {"kv_channel_prune": 0.5, "kv_quant_group": 64},
             "--kv-quant is none, which has no groups; leave --kv-quant-group out",
         ),
+        ({"kv_evict": "streaming"}, "--kv-evict is 'streaming': Input should be 'none', 'snapkv'"),
+        (
+            {"kv_evict": "snapkv", "kv_evict_budget": 0},
+            "--kv-evict-budget is 0: .*than or equal to 1",
+        ),
+        (
+            {"kv_quant": "fp8", "kv_evict_budget": 512},
+            "--kv-evict-budget is 512, but nothing is evicted; give --kv-evict snapkv",
+        ),
+        ({"kv_evict_budget": 512}, "--kv-evict-budget given without"),
+        (
+            {"kv_evict": "h2o", "kv_channel_prune": 0.5, "kv_prune_prefill": True},
+            "--kv-evict h2o chooses tokens once a prompt has ended, --kv-prune-prefill compacts",
+        ),
+        (
+            {"kv_evict": "snapkv", "kv_prefix_cache": "thin"},
+            "--kv-evict snapkv keeps .* use --kv-prefix-cache dense, or leave it out",
+        ),
         ({"kv_chanel_prune": 0.5}, "unknown setting kv_chanel_prune=0.5; known are kv_channel"),
     ],
 )
@@ -87,7 +105,13 @@ def test_config_from_additional_reads_a_format_without_a_ratio() -> None:
 
 def test_parse_config_takes_what_it_gave() -> None:
     # The flags travel to every process this way, and each of them checks them again.
-    for settings in ({"kv_quant": "fp8"}, {"kv_channel_prune": 0.5}, {"kv_quant": "kivi2"}):
+    for settings in (
+        {"kv_quant": "fp8"},
+        {"kv_channel_prune": 0.5},
+        {"kv_quant": "kivi2"},
+        {"kv_evict": "h2o"},
+        {"kv_evict": "snapkv", "kv_evict_budget": 300, "kv_prefix_cache": "dense"},
+    ):
         config = parse_config(settings)
         assert parse_config(config.model_dump(exclude_unset=True)) == config
 

@@ -10,25 +10,30 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.kernels.helpers import make_plan
+from think_vllm import compat_rows
 from think_vllm.attention.cpu_builder import ThinkCPUMetadata, ThinkCPUMetadataBuilder
+from think_vllm.config import ThinkConfig
+from think_vllm.planner import BlockPlan, plan_blocks
 
 PLAN = make_plan(128, torch.bfloat16, 48)
 SPAN = PLAN.rule.span_tokens
 RECENT = PLAN.rule.recent_window
 
 
-def make_builder() -> ThinkCPUMetadataBuilder:
+def make_builder(plan: BlockPlan = PLAN) -> ThinkCPUMetadataBuilder:
     builder = object.__new__(ThinkCPUMetadataBuilder)
-    builder.plan, builder.thin, builder._scratch = PLAN, True, None
+    builder.plan, builder.thin, builder._scratch = plan, True, None
     builder._every_row = np.arange(16, dtype=np.int32)
     builder._no_spans = np.zeros(16, np.int32)
     builder._may_hit_thin = True
     return builder
 
 
-def decode_step(seq_len: list[int], prompt_len: list[int], cached: list[int]) -> Any:
+def decode_step(
+    seq_len: list[int], prompt_len: list[int], cached: list[int], width: int = 80
+) -> Any:
     count = len(seq_len)
-    table = torch.arange(1, 1 + count * 80, dtype=torch.int32).view(count, 80)
+    table = torch.arange(1, 1 + count * width, dtype=torch.int32).view(count, width)
     for row, spans in enumerate(cached):
         for span in range(spans):
             table[
@@ -70,6 +75,53 @@ def test_decode_step_is_built_alike(requests: list[tuple[int, int, int]]) -> Non
         assert rows_of(short) == rows_of(long)
         assert short.step.prefill is None
         assert long.context is None
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    requests=st.lists(LENGTHS, min_size=1, max_size=6),
+    ratio=st.sampled_from([0.0, 0.5]),
+    budget=st.sampled_from([256, 500]),
+)
+def test_decode_step_of_evicted_prompts_is_built_alike(
+    requests: list[tuple[int, int, int]], ratio: float, budget: int
+) -> None:
+    config = ThinkConfig(kv_channel_prune=ratio, kv_evict="snapkv", kv_evict_budget=budget)
+    plan = plan_blocks(config, 128, 2)
+    assert plan is not None
+    rule = plan.rule
+    prompt_len = [prompt for prompt, _, _ in requests]
+    # The first query past a prompt comes with the packing.
+    seq_len = [prompt + 1 + decoded for prompt, decoded, _ in requests]
+    common = decode_step(
+        seq_len, prompt_len, [0] * len(requests), width=3000 // plan.block_size + 1
+    )
+    builder = make_builder(plan)
+    builder._may_hit_thin = False
+    short = builder._build_decode(common)
+    common.max_query_len = 2
+    names = [f"r{i}" for i in range(len(requests))]
+    known = compat_rows.StepRows(names, np.array(prompt_len), np.zeros(len(names), np.int64), names)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compat_rows, "_step_rows", known)
+        long = builder.build(0, common)
+    due = [(n - 1 - rule.recent_window) % rule.span_tokens == 0 for n in seq_len]
+    if short is None:
+        assert any(due)
+        assert rule.prune_decode
+        return
+    assert rows_of(short) == rows_of(long)
+    table = short.wave_table
+    assert torch.equal(table, long.wave_table)
+    (wave,) = short.waves
+    rows = zip(
+        wave.queries.rows.request, wave.queries.rows.seq_len, seq_len, prompt_len, strict=True
+    )
+    for i, (entry, seen, length, prompt) in enumerate(rows):
+        evicted = rule.evicted_spans(prompt)
+        assert seen == length - evicted * rule.span_tokens
+        first = common.block_table_tensor[i, evicted * rule.span_blocks]
+        assert table[entry, 0] == first
 
 
 @pytest.mark.parametrize("decoded", [0, -5])

@@ -47,20 +47,26 @@ FORMS = st.fixed_dictionaries(
         "spans": st.sampled_from([(2, 1), (3, 2), (4, 3), (4, 1)]),
         "prune_decode": st.booleans(),
         "observation_window": st.sampled_from([0, 3, 9]),
-        "mode": st.sampled_from(["thin", "dense", "prefill", "off"]),
+        "mode": st.sampled_from(["thin", "dense", "prefill", "off", "evict", "evict-uncached"]),
         "in_flight_tokens": st.sampled_from([40, 120]),
+        "budget_spans": st.integers(1, 3),
     }
 )
 
 
 def form_spec(form: dict[str, Any]) -> ThinKVCacheSpec:
     form = dict(form)
-    spans, mode = form.pop("spans"), form.pop("mode")
+    spans, mode, budget = form.pop("spans"), form.pop("mode"), form.pop("budget_spans")
+    evicts = mode.startswith("evict")
+    if evicts and form["observation_window"] == 9:
+        # Nothing but eviction: a thin block is a dense one.
+        spans, form["prune_decode"] = (1, 1), False
     return make_spec(
         span_blocks=spans[0],
         thin_blocks=spans[1],
         thin_prefixes=mode in ("thin", "prefill"),
-        delay_prompt=mode == "dense",
+        delay_prompt=mode == "dense" or evicts,
+        budget_spans=budget if evicts else None,
         prune_prefill=mode == "prefill",
         **form,
     )
@@ -84,7 +90,8 @@ def drive(engine: Engine, actions: list[tuple[Any, ...]]) -> None:
 def test_manager_frees_nothing_that_the_worker_reads_and_leaks_nothing(
     actions: list[tuple[Any, ...]], lag: int, form: dict[str, Any]
 ) -> None:
-    drive(Engine(form_spec(form), lag, caching=form["mode"] != "off"), actions)
+    caching = form["mode"] not in ("off", "evict-uncached")
+    drive(Engine(form_spec(form), lag, caching=caching), actions)
 
 
 @settings(max_examples=200, deadline=None)
@@ -97,7 +104,9 @@ def test_manager_frees_nothing_that_the_worker_reads_and_leaks_nothing(
 def test_manager_beside_groups_with_a_window(
     actions: list[tuple[Any, ...]], lag: int, form: dict[str, Any], thin_groups: int
 ) -> None:
-    spec = form_spec({**form, "mode": "dense"})
+    # Thin spans are not shared beside windows; nor are those of evicted prompts.
+    mode = form["mode"] if form["mode"] == "evict" else "dense"
+    spec = form_spec({**form, "mode": mode})
     others = [spec] * (thin_groups - 1) + [WINDOW]
     num_blocks = 30 * (thin_groups + 1)
     drive(Engine(spec, lag, caching=True, others=others, num_blocks=num_blocks), actions)
@@ -143,6 +152,39 @@ def test_manager_holds_what_the_plan_says() -> None:
     engine.step(1)  # the next allocation frees their tails
     held = NUM_BLOCKS - 1 - engine.free_blocks
     assert held == 11 - 3
+
+
+@pytest.mark.parametrize("spans", [(3, 2), (1, 1)])
+def test_manager_gives_all_blocks_of_evicted_spans_back(spans: tuple[int, int]) -> None:
+    span_blocks, thin_blocks = spans
+    shape = {"span_blocks": span_blocks, "thin_blocks": thin_blocks, "budget_spans": 1}
+    spec = make_spec(**shape, delay_prompt=True, prune_decode=span_blocks > 1)
+    engine = Engine(spec, lag=0)
+    engine.arrive(prompt_len=41, max_tokens=8)
+    engine.step(41)
+    engine.step(1)  # compacts: (41 - 5) // 4 blocks of the prompt are old
+    assert NUM_BLOCKS - 1 - engine.free_blocks == 11
+    engine.step(1)
+    old = 36 // 4 // span_blocks * span_blocks
+    assert NUM_BLOCKS - 1 - engine.free_blocks == 11 - old + thin_blocks
+    engine.finish()
+    assert engine.free_blocks == NUM_BLOCKS - 1
+
+
+def test_manager_frees_what_is_kept_is_noticed() -> None:
+    """The model of the worker sees a manager that takes a kept span for an empty one."""
+
+    class Greedy(SpanRule):
+        def evicted_spans(self, prompt_len: int) -> int:
+            return self.prompt_spans(prompt_len)
+
+    engine = Engine(make_spec(budget_spans=1, delay_prompt=True), lag=0)
+    manager = engine.manager.coordinator.single_type_managers[0]
+    manager.rule = Greedy(4, 3, 2, 5, True, delay_prompt=True, budget_spans=1)
+    for _ in range(4):
+        engine.arrive(prompt_len=41, max_tokens=20)
+    with pytest.raises(AssertionError):
+        engine.finish()
 
 
 def test_manager_frees_too_early_is_noticed() -> None:

@@ -68,6 +68,20 @@ def test_report_counts_tokens_hit_thin() -> None:
         assert reports.take()["counters"].get(HITS, 0) == hit
 
 
+def test_report_counts_evicted_spans() -> None:
+    engine = Engine(make_spec(budget_spans=1, delay_prompt=True), lag=0)
+    reports = Reports(engine)
+    engine.arrive(41, 8)
+    for count in (41, 1, 1):
+        engine.step(count)
+    reports.now += LOOK_SECONDS
+    report = reports.take()
+    # 3 old spans of 3 blocks: two are empty, and one gives a block back.
+    assert (report["counters"][SPANS], report["counters"][BLOCKS]) == (3, 7)
+    assert report["gauges"][HELD] == {"dense": 43 - 36, "thin": 12}
+    assert report["gauges"][MULTIPLE] == {"": 11 / 4}
+
+
 def test_report_goes_along_with_that_of_a_rank() -> None:
     engine = Engine(make_spec(), lag=0)
     reports = Reports(engine)

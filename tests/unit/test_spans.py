@@ -18,6 +18,7 @@ RULES = st.builds(
     prune_decode=st.booleans(),
     prune_prefill=st.booleans(),
     delay_prompt=st.booleans(),
+    budget_spans=st.sampled_from([None, 1, 2]),
 )
 
 
@@ -103,3 +104,13 @@ def test_due_position_is_the_first_that_sees_the_span_thin() -> None:
     rule = SpanRule(48, 4, 3, 32, True)
     assert rule.due_position(0) == 224
     assert [rule.thin_spans(100, p) for p in (223, 224, 415, 416)] == [0, 1, 1, 2]
+
+
+@given(rule=RULES, prompt_len=st.integers(1, 60))
+def test_evicted_spans_leaves_the_budget(rule: SpanRule, prompt_len: int) -> None:
+    evicted = rule.evicted_spans(prompt_len)
+    spans = rule.prompt_spans(prompt_len)
+    assert spans - evicted == (
+        spans if rule.budget_spans is None else min(spans, rule.budget_spans)
+    )
+    assert rule.evicted_spans_array(np.array([prompt_len] * 2)).tolist() == [evicted] * 2

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Container
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,13 +15,16 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
-from think_vllm import compat, compat_metrics
+from think_vllm import compat, compat_metrics, compat_rows
 from think_vllm.attention.cpu_dense import dense_isa
+from think_vllm.attention.cpu_evict import skip_evicted
 from think_vllm.attention.cpu_scratch import BLOCK_SIZE, PromptScratch
+from think_vllm.attention.evicting import Pack, Watched, take_packs, watch
 from think_vllm.attention.sorting import leading_thin_spans, sort_step
 from think_vllm.attention.step import Int32Array, Int64Array, Prefill, Step, Wave
 from think_vllm.blocks.spec import ThinKVCacheSpec
 from think_vllm.errors import ThinkError
+from think_vllm.eviction import table_of_entries
 from think_vllm.kernels.cpu.decode import DecodeRows
 from think_vllm.kernels.cpu.warmup import warm_up
 from think_vllm.selection import selected_engine
@@ -55,12 +59,14 @@ class WaveRows:
         due_span: int32 [n]. That span.
         due_kept: bool [n]. Whether its channels were kept at the prompt's end.
         queries: The wave's queries.
+        packs: Prompts to pack before that.
     """
 
     due_request: Int32Array
     due_span: Int32Array
     due_kept: npt.NDArray[np.bool_]
     queries: QueryRows
+    packs: list[Pack] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,9 @@ class ThinkCPUMetadata:
         prefill: The step's prompt queries that see dense blocks only, in at most two parts.
         context: Its other prompt queries, None for none.
         waves: The step's waves.
+        wave_table: The block table that their queries' rows are of.
+        watched: Prompt queries that choose tokens.
+        known: Ids of the requests that the runner knows.
     """
 
     step: Step
@@ -100,6 +109,9 @@ class ThinkCPUMetadata:
     prefill: list[PrefillPart]
     context: QueryRows | None
     waves: list[WaveRows]
+    wave_table: torch.Tensor
+    watched: list[Watched] = field(default_factory=list)
+    known: Container[str] = ()
 
 
 class ThinkCPUMetadataBuilder(CPUAttentionMetadataBuilder):
@@ -139,6 +151,8 @@ class ThinkCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         self._may_hit_thin = bool(
             vllm_config.cache_config.enable_prefix_caching and kv_cache_spec.thin_prefixes
         )
+        if self.plan.config.evicts:
+            compat_rows.watch_runner(vllm_config, None)
         # Here, because vLLM builds this before it reports healthy: nothing compiles later.
         warm_up(self.dtype, self.num_heads, self.num_kv_heads, self.plan)
 
@@ -168,14 +182,48 @@ class ThinkCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             leading_thin_spans(self.plan.rule, common.block_table_tensor.numpy(), computed),
         )
         dense, context = _split_prefill(step.prefill)
-        return ThinkCPUMetadata(
+        metadata = ThinkCPUMetadata(
             step=step,
             block_table=common.block_table_tensor,
             prompt_lens=prompt_lens,
             prefill=self._build_prefill(common, dense),
             context=context,
-            waves=[_wave_rows(wave) for wave in step.waves],
+            waves=[] if self.plan.config.evicts else [_wave_rows(wave) for wave in step.waves],
+            wave_table=common.block_table_tensor,
         )
+        return self._evict(metadata) if self.plan.config.evicts else metadata
+
+    def _evict(self, metadata: ThinkCPUMetadata) -> ThinkCPUMetadata:
+        """Add what eviction has to do in a step."""
+        rule, prompt_lens, found = self.plan.rule, metadata.prompt_lens, compat_rows.step_rows()
+        if found is None:
+            raise RuntimeError("think-vllm: a step of requests that no model runner has announced")
+        packs = [
+            take_packs(rule, wave, prompt_lens, found.request_ids) for wave in metadata.step.waves
+        ]
+        waves = [
+            replace(_wave_rows(wave), packs=packed)
+            for wave, packed in zip(metadata.step.waves, packs, strict=True)
+        ]
+        window = self.plan.config.kv_observation_window
+        return replace(
+            metadata,
+            waves=[replace(wave, queries=self._skip(wave.queries, metadata)) for wave in waves],
+            wave_table=table_of_entries(metadata.block_table),
+            watched=watch(
+                rule,
+                window if self.plan.config.kv_evict == "snapkv" else None,
+                metadata.step.prefill,
+                prompt_lens,
+                found.request_ids,
+            ),
+            known=found.known,
+        )
+
+    def _skip(self, queries: QueryRows, metadata: ThinkCPUMetadata) -> QueryRows:
+        stride = metadata.block_table.stride(0)
+        rows = skip_evicted(self.plan.rule, queries.rows, metadata.prompt_lens, stride)
+        return replace(queries, rows=rows)
 
     def _build_decode(self, common: CommonAttentionMetadata) -> ThinkCPUMetadata | None:
         """The common step, in few operations: one query per request, and no span is due.
@@ -184,16 +232,19 @@ class ThinkCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             What ``sort_step`` would lead to; None for any other step.
         """
         rule = self.plan.rule
-        if common.max_query_len != 1 or not rule.prune_decode:
+        if common.max_query_len != 1 or not (rule.prune_decode or rule.budget_spans):
             return None
         seq_len = common.seq_lens.numpy()
         prompt_len = compat.prompt_lens(common).numpy()
         # The first query past a prompt is at position P, so it has P + 1 tokens.
         if (seq_len <= prompt_len + rule.delay_prompt).any():
             return None
-        spans, rest = np.divmod(seq_len - (1 + rule.recent_window), rule.span_tokens)
-        if not rest.all():
-            return None  # a position that a span is due at
+        if rule.prune_decode:
+            spans, rest = np.divmod(seq_len - (1 + rule.recent_window), rule.span_tokens)
+            if not rest.all():
+                return None  # a position that a span is due at
+        else:
+            spans = np.maximum(0, prompt_len - rule.recent_window) // rule.span_tokens
         block_table, least = common.block_table_tensor, self._no_spans[: seq_len.size]
         if self._may_hit_thin:
             computed = seq_len.astype(np.int64) - 1
@@ -203,9 +254,13 @@ class ThinkCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             seq_len=seq_len.astype(np.int32, copy=False),
             thin_spans=np.maximum(spans, least).astype(np.int32, copy=False),
         )
+        table = block_table
+        if rule.budget_spans is not None:
+            rows = skip_evicted(rule, rows, prompt_len, block_table.stride(0))
+            table = table_of_entries(block_table)
         queries = QueryRows(slice(0, seq_len.size), rows)
         wave = WaveRows(_NONE_DUE, _NONE_DUE, _NONE_KEPT, queries)
-        return ThinkCPUMetadata(_NOTHING_ELSE, block_table, prompt_len, [], None, [wave])
+        return ThinkCPUMetadata(_NOTHING_ELSE, block_table, prompt_len, [], None, [wave], table)
 
     def _build_prefill(
         self, common: CommonAttentionMetadata, prefill: Prefill | None

@@ -17,6 +17,7 @@ from think_vllm.attention.cpu_builder import (
     WaveRows,
 )
 from think_vllm.attention.cpu_dense import clear_tail
+from think_vllm.attention.cpu_evict import CPUEvictor
 from think_vllm.attention.state import LayerState
 from think_vllm.attention.step import Ends, Observation
 from think_vllm.errors import WAY_OUT, ThinkError
@@ -49,6 +50,10 @@ class ThinkCPUImpl(CPUAttentionBackendImpl):
         # vLLM builds layers with their engine's config at hand, and asks for specs without it.
         self.plan = remember_plan(get_current_vllm_config())
         self.state = LayerState()
+        self.evictor = None
+        if self.plan.config.evicts:
+            cap = self.logits_soft_cap or 0.0
+            self.evictor = CPUEvictor(self.plan, self.scale, cap, self.sinks)
 
     def forward(
         self,
@@ -98,15 +103,40 @@ class ThinkCPUImpl(CPUAttentionBackendImpl):
             self._attend(query, kv_cache, metadata, metadata.context, output)
         step = metadata.step
         energies = self._observe(query, output, metadata, step.observations)
+        if metadata.watched:
+            self._watch(query, kv_cache, metadata, energies)
         if step.prompt_ends is not None:
             self._end(kv_cache, metadata, step.prompt_ends, energies)
         if step.chunk_ends is not None:
             energies = self._observe(query, output, metadata, step.chunk_ends.observations)
             self._end(kv_cache, metadata, step.chunk_ends, energies)
         for wave in metadata.waves:
+            if self.evictor is not None and wave.packs:
+                begin = time.perf_counter()
+                self.evictor.pack(kv_cache, metadata.block_table, wave.packs)
+                rank_report().add_seconds(time.perf_counter() - begin)
             self._compact_due(kv_cache, metadata, wave)
             self._attend(query, kv_cache, metadata, wave.queries, output)
         return output
+
+    def _watch(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: ThinkCPUMetadata,
+        energies: list[torch.Tensor],
+    ) -> None:
+        """Let the evictor see prompt queries, and the observation windows that end here."""
+        assert self.evictor is not None
+        begin = time.perf_counter()
+        ends, means = metadata.step.prompt_ends, {}
+        if ends is not None and energies:
+            rows = zip(ends.request, ends.num_observed, energies, strict=True)
+            means = {int(row): energy / int(observed) for row, observed, energy in rows}
+        self.evictor.watch(
+            query, kv_cache, metadata.block_table, metadata.watched, means, metadata.known
+        )
+        rank_report().add_seconds(time.perf_counter() - begin)
 
     def _prefill(
         self,
@@ -207,7 +237,12 @@ class ThinkCPUImpl(CPUAttentionBackendImpl):
                 (ends.first_span * self.plan.span_blocks).astype(np.int32),
             )
             channels = select_channels(query, key, self.plan.key_channels)
-            rank_report().add_choice(query, key, channels)
+            choice = [query, key, channels]
+            if self.evictor is not None:
+                # Where tokens are evicted, channels are chosen once more, for those that are kept.
+                evicted = self.plan.rule.evicted_spans_array(ends.num_tokens)
+                choice = [part[torch.from_numpy(evicted == 0)] for part in choice]
+            rank_report().add_choice(*choice)
         if not self.plan.prunes_values:
             return channels
         return torch.cat([channels, top_channels(energy[:, 1], self.plan.value_channels)], dim=2)
@@ -220,7 +255,7 @@ class ThinkCPUImpl(CPUAttentionBackendImpl):
         self, kv_cache: torch.Tensor, metadata: ThinkCPUMetadata, wave: WaveRows
     ) -> None:
         """Compact spans that have fallen due, with their request's channels."""
-        if not wave.due_request.size:
+        if not wave.due_request.size or not self.plan.rule.shrinks:
             return
         begin = time.perf_counter()
         channels = self._due_channels(kv_cache, metadata, wave)
@@ -265,7 +300,7 @@ class ThinkCPUImpl(CPUAttentionBackendImpl):
         decode_attention(
             query[queries.tokens],
             kv_cache,
-            metadata.block_table,
+            metadata.wave_table,
             queries.rows,
             self.plan,
             self.scale,

@@ -10,7 +10,8 @@ they are, and spans that are due are compacted here, ahead of the graph.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -25,14 +26,17 @@ from vllm.v1.attention.backend import (
 
 from csrc_triton.compact import compact_spans, compact_workspace
 from think_vllm import compat_metrics, compat_rows
+from think_vllm.attention.cuda_evict import EmptySpans, skip_evicted
 from think_vllm.attention.cuda_parts import DueSpans, Rows, StepParts, WaveParts, to_device
 from think_vllm.attention.cuda_state import GroupState
 from think_vllm.attention.cuda_step import StepSlots, due_spans, keeps_channels, step_parts
 from think_vllm.attention.cuda_warmup import warm_up
+from think_vllm.attention.evicting import Pack, take_packs, watch
 from think_vllm.attention.sorting import leading_thin_spans, sort_step
-from think_vllm.attention.step import Int32Array, Int64Array, Prefill, Step
+from think_vllm.attention.step import Int64Array, Prefill, Step
 from think_vllm.blocks.spec import ThinKVCacheSpec
 from think_vllm.errors import ThinkError
+from think_vllm.eviction import table_of_entries
 from think_vllm.selection import selected_engine
 
 
@@ -46,6 +50,8 @@ class ThinkCUDAMetadata:
         state: What layers remember of requests.
         workspace: For compaction.
         parts: The sorted step.
+        wave_table: The block table that rows of queries past their prompts are of.
+        known: Ids of the requests that the runner knows.
     """
 
     block_table: torch.Tensor
@@ -53,6 +59,8 @@ class ThinkCUDAMetadata:
     state: GroupState
     workspace: torch.Tensor
     parts: StepParts
+    wave_table: torch.Tensor
+    known: Container[str] = ()
 
 
 class ThinkCUDAMetadataBuilder(AttentionMetadataBuilder[ThinkCUDAMetadata]):
@@ -92,6 +100,7 @@ class ThinkCUDAMetadataBuilder(AttentionMetadataBuilder[ThinkCUDAMetadata]):
         self._request = torch.arange(rows, dtype=torch.int32, device=device)
         self._thin_spans = torch.zeros(rows, dtype=torch.int32, device=device)
         self._thin_spans_sent = np.zeros(rows, np.int32)
+        self._empty = EmptySpans(rows, device) if self.plan.config.evicts else None
         if device.type == "cuda":
             # Here, because vLLM builds this before it reports healthy.
             impl = vllm_config.compilation_config.static_forward_context[layer_names[0]].impl
@@ -122,22 +131,32 @@ class ThinkCUDAMetadataBuilder(AttentionMetadataBuilder[ThinkCUDAMetadata]):
             rows.prompt_lens,
             rows.cached_spans,
         )
-        slots = self._find_slots(step, rows)
+        packs = [
+            take_packs(self.plan.rule, wave, rows.prompt_lens, rows.request_ids)
+            for wave in step.waves
+        ]
+        slots = self._find_slots(step, rows, packs)
         if _is_decode(step, count, query_start):
             (wave,) = step.waves
+            self._pack(common.block_table_tensor, _packing(packs[0], slots))
             self._compact(common.block_table_tensor, due_spans(wave, slots))
-            return self._decode(common, wave.thin_spans.astype(np.int32))
-        return self._step(common, step, slots)
+            evicted = self.plan.rule.evicted_spans_array(rows.prompt_lens)
+            return self._decode(common, wave.thin_spans, evicted)
+        metadata = self._step(common, step, slots, rows, packs)
+        return replace(metadata, known=rows.known)
 
     def build_for_cudagraph_capture(
         self, common_attn_metadata: CommonAttentionMetadata
     ) -> ThinkCUDAMetadata:
         """Rows of a graph of single-token queries; vLLM fills in which, when it replays it."""
-        return self._decode(common_attn_metadata, np.zeros(0, np.int32))
+        none = np.zeros(0, np.int64)
+        return self._decode(common_attn_metadata, none, none)
 
     def _metadata(self, common: CommonAttentionMetadata, parts: StepParts) -> ThinkCUDAMetadata:
+        table = common.block_table_tensor
         return ThinkCUDAMetadata(
-            block_table=common.block_table_tensor,
+            wave_table=table if self._empty is None else table_of_entries(table),
+            block_table=table,
             max_context=common.max_seq_len,
             state=self.state,
             workspace=self._workspace,
@@ -145,33 +164,73 @@ class ThinkCUDAMetadataBuilder(AttentionMetadataBuilder[ThinkCUDAMetadata]):
         )
 
     def _step(
-        self, common: CommonAttentionMetadata, step: Step, slots: StepSlots
+        self,
+        common: CommonAttentionMetadata,
+        step: Step,
+        slots: StepSlots,
+        rows: compat_rows.StepRows | None = None,
+        packs: Sequence[list[Pack]] = (),
     ) -> ThinkCUDAMetadata:
         """Any step that is not a batch of single queries past their prompts."""
-        return self._metadata(
-            common, to_device(step_parts(step, slots, self.plan.rule), self.device)
+        parts = step_parts(step, slots, self.plan.rule)
+        if self._empty is not None and rows is not None:
+            parts = self._evict(common, step, slots, rows, packs, parts)
+        return self._metadata(common, to_device(parts, self.device))
+
+    def _evict(
+        self,
+        common: CommonAttentionMetadata,
+        step: Step,
+        slots: StepSlots,
+        rows: compat_rows.StepRows,
+        packs: Sequence[list[Pack]],
+        parts: StepParts,
+    ) -> StepParts:
+        """Add what eviction has to do in a step, still on the host."""
+        rule, config = self.plan.rule, self.plan.config
+        stride = common.block_table_tensor.stride(0)
+        window = config.kv_observation_window if config.kv_evict == "snapkv" else None
+        ends = step.prompt_ends
+        waves = []
+        for wave, packed in zip(parts.waves, packs, strict=True):
+            packing = _packing(packed, slots)
+            wave = replace(wave, packs=packing.packs, pack_slots=packing.pack_slots)
+            waves.append(skip_evicted(rule, wave, rows.prompt_lens, stride))
+        return replace(
+            parts,
+            waves=waves,
+            watched=watch(rule, window, step.prefill, rows.prompt_lens, rows.request_ids),
+            ended_rows=[] if ends is None else ends.request.tolist(),
         )
 
-    def _decode(self, common: CommonAttentionMetadata, thin_spans: Int32Array) -> ThinkCUDAMetadata:
+    def _decode(
+        self, common: CommonAttentionMetadata, thin_spans: Int64Array, evicted: Int64Array
+    ) -> ThinkCUDAMetadata:
         """One query per request, padding rows behind them."""
         count = common.num_reqs
         wanted = np.zeros(count, np.int32)
-        wanted[: thin_spans.size] = thin_spans
+        wanted[: thin_spans.size] = thin_spans - evicted
         # Spans fall due once in a hundred steps or so.
         if not np.array_equal(wanted, self._thin_spans_sent[:count]):
             self._thin_spans_sent[:count] = wanted
             async_tensor_h2d(wanted, out=self._thin_spans[:count])
+        request, seq_len = self._request[:count], common.seq_lens[:count]
+        if self._empty is not None:
+            stride = common.block_table_tensor.stride(0)
+            request, seq_len = self._empty.skip(self.plan.rule, evicted, seq_len, stride)
         rows = Rows(
             tokens=slice(0, count),
-            request=self._request[:count],
-            seq_len=common.seq_lens[:count],
+            request=request,
+            seq_len=seq_len,
             thin_spans=self._thin_spans[:count],
         )
         return self._metadata(
             common, StepParts([], None, None, None, None, [WaveParts(None, rows, None)])
         )
 
-    def _find_slots(self, step: Step, rows: compat_rows.StepRows) -> StepSlots:
+    def _find_slots(
+        self, step: Step, rows: compat_rows.StepRows, packs: Sequence[list[Pack]]
+    ) -> StepSlots:
         slots = StepSlots()
         if not self.plan.prunes:
             return slots
@@ -187,11 +246,22 @@ class ThinkCUDAMetadataBuilder(AttentionMetadataBuilder[ThinkCUDAMetadata]):
             if ends is not None:
                 for row in ends.request[keeps_channels(ends)].tolist():
                     slots.requests[row] = state.requests.give(ids[row], known)
-        for wave in step.waves:
+        for wave, packed in zip(step.waves, packs, strict=True):
+            for pack in packed:
+                slots.requests[pack.row] = state.requests.give(pack.request, known)
             for row in wave.due_request:
                 slots.requests[row] = state.requests.get(ids[row])
         state.grow()
         return slots
+
+    def _pack(self, block_table: torch.Tensor, wave: WaveParts) -> None:
+        """Pack what is kept of prompts in all layers, ahead of a graph."""
+        if not wave.packs:
+            return
+        context = self.vllm_config.compilation_config.static_forward_context
+        for name, index in self.state.index.items():
+            layer = context[name]
+            layer.impl.pack(layer.kv_cache, block_table, wave, self.state, index)
 
     def _compact(self, block_table: torch.Tensor, due: DueSpans | None) -> None:
         """Compact due spans in all layers, in one launch."""
@@ -216,6 +286,11 @@ class ThinkCUDAMetadataBuilder(AttentionMetadataBuilder[ThinkCUDAMetadata]):
             layers=self._layers,
             workspace=self._workspace,
         )
+
+
+def _packing(packs: list[Pack], slots: StepSlots) -> WaveParts:
+    """The packs of a wave, and where their channels are kept."""
+    return WaveParts(None, None, None, packs, [slots.requests.get(pack.row, 0) for pack in packs])
 
 
 def _is_decode(step: Step, count: int, query_start: Int64Array) -> bool:

@@ -14,8 +14,17 @@ from csrc_triton.decode import decode_attention
 from csrc_triton.scores import add_query_energy, key_energy, select_channels, top_channels
 from csrc_triton.store import store_dense
 from think_vllm.attention.cuda_builder import ThinkCUDAMetadata
+from think_vllm.attention.cuda_evict import CUDAEvictor
 from think_vllm.attention.cuda_flash import flash_prompts, load_flash
-from think_vllm.attention.cuda_parts import Chunks, DueSpans, EndedParts, Observed, Rows
+from think_vllm.attention.cuda_parts import (
+    Chunks,
+    DueSpans,
+    EndedParts,
+    Observed,
+    Rows,
+    WaveParts,
+)
+from think_vllm.attention.cuda_state import GroupState
 from think_vllm.errors import WAY_OUT, ThinkError
 from think_vllm.metrics.worker import rank_report
 from think_vllm.selection import remember_plan
@@ -67,6 +76,9 @@ class ThinkCUDAImpl(AttentionImpl[ThinkCUDAMetadata]):
         self.logits_soft_cap = logits_soft_cap or 0.0
         # vLLM builds layers with their engine's config at hand, and asks for specs without it.
         self.plan = remember_plan(get_current_vllm_config())
+        self.evictor = None
+        if self.plan.config.evicts:
+            self.evictor = CUDAEvictor(self.plan, self.scale, self.logits_soft_cap, None)
         self._flash = load_flash(head_size, self.logits_soft_cap)
 
     def do_kv_cache_update(
@@ -124,26 +136,71 @@ class ThinkCUDAImpl(AttentionImpl[ThinkCUDAMetadata]):
         metadata: ThinkCUDAMetadata = attn_metadata
         parts = metadata.parts
         for chunks in parts.prompts:
-            self._attend_chunks(query, key, value, kv_cache, metadata, chunks, output)
+            table = metadata.block_table
+            self._attend_chunks(query, key, value, kv_cache, table, chunks, output)
         # Only steps of prompts and of resumed requests have state to see to here.
         index = metadata.state.index[layer.layer_name]
-        for observed, ended in (
-            (parts.observed, parts.prompt_ends),
-            (parts.chunk_observed, parts.chunk_ends),
+        for watched, observed, ended in (
+            (parts.watched, parts.observed, parts.prompt_ends),
+            ([], parts.chunk_observed, parts.chunk_ends),
         ):
             energy = None
             if observed is not None:
                 energy = self._observe(query, output, observed, metadata.state.energy[index])
+            if watched:
+                self._watch(query, kv_cache, metadata, energy)
             if ended is not None:
                 self._end(kv_cache, metadata, ended, energy, index)
         for wave in parts.waves:
+            if wave.packs:
+                self.pack(kv_cache, metadata.block_table, wave, metadata.state, index)
             if wave.due is not None:
                 self._compact(kv_cache, metadata, index, wave.due)
             if wave.rows is not None:
                 self._attend_rows(query, kv_cache, metadata, wave.rows, output)
             if wave.chunks is not None:
-                self._attend_chunks(query, key, value, kv_cache, metadata, wave.chunks, output)
+                table = metadata.wave_table
+                self._attend_chunks(query, key, value, kv_cache, table, wave.chunks, output)
         return output
+
+    def _watch(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: ThinkCUDAMetadata,
+        energy: torch.Tensor | None,
+    ) -> None:
+        """Let the evictor see prompt queries, and the observation windows that end here."""
+        assert self.evictor is not None
+        parts, ended = metadata.parts, {}
+        if energy is not None:
+            # A sum stands for the mean over the window: the order of channels is the same.
+            ended = dict(zip(parts.ended_rows, energy.transpose(0, 1), strict=True))
+        table = metadata.block_table
+        self.evictor.watch(query, kv_cache, table, parts.watched, ended, metadata.known)
+
+    def pack(
+        self,
+        kv_cache: torch.Tensor,
+        block_table: torch.Tensor,
+        wave: WaveParts,
+        state: GroupState,
+        index: int,
+    ) -> None:
+        """Pack what is kept of prompts, and keep their channels for spans that fall due later.
+
+        Args:
+            kv_cache: [num_blocks, Hk, N, 2 * D]. Written.
+            block_table: int32 [num_reqs, width].
+            wave: With the prompts.
+            state: Of the layers. Written.
+            index: Of this layer.
+        """
+        assert self.evictor is not None
+        chosen = self.evictor.pack(kv_cache, block_table, wave.packs)
+        for slot, channels in zip(wave.pack_slots, chosen, strict=True):
+            if channels is not None:
+                state.channels[index, slot] = channels
 
     def _attend_chunks(
         self,
@@ -151,7 +208,7 @@ class ThinkCUDAImpl(AttentionImpl[ThinkCUDAMetadata]):
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,
-        metadata: ThinkCUDAMetadata,
+        block_table: torch.Tensor,
         chunks: Chunks,
         output: torch.Tensor,
     ) -> None:
@@ -173,7 +230,7 @@ class ThinkCUDAImpl(AttentionImpl[ThinkCUDAMetadata]):
             context_attention(
                 query[where],
                 kv_cache,
-                metadata.block_table,
+                block_table,
                 chunks.starts,
                 chunks.seq_len,
                 chunks.request,
@@ -249,7 +306,10 @@ class ThinkCUDAImpl(AttentionImpl[ThinkCUDAMetadata]):
                 ended.first_block,
             )
             channels = select_channels(energy[0], keys, self.plan.key_channels)
-            rank_report().add_choice(energy[0], keys, channels)
+            choice = [energy[0], keys, channels]
+            if ended.final is not None:
+                choice = [part[ended.final] for part in choice]
+            rank_report().add_choice(*choice)
         if self.plan.prunes_values:
             values = top_channels(energy[1], self.plan.value_channels)
             channels = torch.cat([channels, values], dim=2)
@@ -283,7 +343,7 @@ class ThinkCUDAImpl(AttentionImpl[ThinkCUDAMetadata]):
         decode_attention(
             query[where],
             kv_cache,
-            metadata.block_table,
+            metadata.wave_table,
             rows.request,
             rows.seq_len,
             rows.thin_spans,

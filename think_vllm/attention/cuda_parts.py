@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from vllm.utils.torch_utils import async_tensor_h2d
+
+from think_vllm.attention.evicting import Pack, Watched
 
 #: Tokens of a step: a slice where they are neighbours, else their indices.
 Tokens = slice | torch.Tensor
@@ -86,6 +88,8 @@ class EndedParts:
         span_end: int32 [t]. Of which of these ends each span is.
         span_request: int32 [t]. Row of the block table.
         span: int32 [t]. Spans to compact.
+        final: int32 [m]. Which of these ends choose for good; others choose once more when what
+            is kept of their tokens is packed. None for all.
     """
 
     request: torch.Tensor
@@ -96,6 +100,7 @@ class EndedParts:
     span_end: torch.Tensor
     span_request: torch.Tensor
     span: torch.Tensor
+    final: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -138,11 +143,15 @@ class WaveParts:
         due: What is compacted first; None for nothing.
         rows: Those of requests that have one; None for none.
         chunks: Those of resumed requests that have several; None for none.
+        packs: Prompts that are packed before that.
+        pack_slots: Where the channels of each are kept.
     """
 
     due: DueSpans | None
     rows: Rows | None
     chunks: Chunks | None
+    packs: list[Pack] = field(default_factory=list)
+    pack_slots: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -156,6 +165,8 @@ class StepParts:
         chunk_observed: Last queries of chunks that end.
         chunk_ends: Chunks that end, of prompts that go on; None for none.
         waves: Queries past their prompts.
+        watched: Prompt queries that choose tokens.
+        ended_rows: Row of the batch of each observation window that is complete.
     """
 
     prompts: list[Chunks]
@@ -164,6 +175,8 @@ class StepParts:
     chunk_observed: Observed | None
     chunk_ends: EndedParts | None
     waves: list[WaveParts]
+    watched: list[Watched] = field(default_factory=list)
+    ended_rows: list[int] = field(default_factory=list)
 
 
 def to_device(parts: T, device: torch.device) -> T:

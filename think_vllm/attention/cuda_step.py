@@ -149,7 +149,13 @@ def _ended(ends: Ends | None, slots: StepSlots, rule: SpanRule) -> EndedParts | 
         span_end=_ints(which),
         span_request=_ints(ends.request[which]),
         span=_ints(span),
+        final=_final(ends, rule),
     )
+
+
+def _final(ends: Ends, rule: SpanRule) -> torch.Tensor | None:
+    evicted = rule.evicted_spans_array(ends.num_tokens) > 0
+    return _ints(np.flatnonzero(~evicted)) if evicted.any() else None
 
 
 def _wave_parts(wave: Wave, slots: StepSlots) -> WaveParts:

@@ -7,6 +7,7 @@ from csrc_triton.context import context_attention
 from csrc_triton.decode import decode_attention
 from csrc_triton.scores import add_query_energy, key_energy, select_channels, top_channels
 from csrc_triton.store import store_dense
+from think_vllm.eviction import table_of_entries
 from think_vllm.planner import BlockPlan
 
 
@@ -75,3 +76,8 @@ def _warm_up(
     layered = None if channels is None else channels[None]
     compact_spans(kv_cache, table, request, none, layered, plan, layers=layers)
     decode_attention(query, kv_cache, table, request, one, none, plan, scale, out, cap)
+    if plan.config.evicts:
+        # Its rows are one entry long, another number that is compiled in.
+        rows = (query, kv_cache, table_of_entries(table))
+        context_attention(*rows, starts, one, request, plan, scale, out, 1, cap, none)
+        decode_attention(*rows, request, one, none, plan, scale, out, cap)

@@ -170,6 +170,8 @@ def _end_prompts(
     lengths = batch.prompt_len[ends]
     first, last = batch.dense_from[ends], batch.thin_at(lengths, ends)
     later = last > batch.cached[ends]
+    # Channels of packed tokens are chosen when they are packed.
+    packed = rule.evicted_spans_array(lengths) > 0
     return Ends(
         observations=[seen for seen in observations if seen.keep_position is None],
         request=ends,
@@ -177,7 +179,7 @@ def _end_prompts(
         first_span=first,
         num_spans=np.zeros_like(first) if rule.delay_prompt else last - first,
         num_observed=np.minimum(lengths, batch.window),
-        keeps=np.where(later, rule.delay_prompt, rule.prune_decode),
+        keeps=np.where(later, rule.delay_prompt & ~packed, rule.prune_decode),
     )
 
 

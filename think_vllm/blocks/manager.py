@@ -229,22 +229,25 @@ class ThinKVCacheManager(FullAttentionManager):
             num_prompt_tokens, processed_computed_tokens, life.cached_spans
         )
         self._publisher.publish_thin(life, self.req_to_blocks[request_id], freeable)
+        evicted = self.rule.evicted_spans(num_prompt_tokens)
         for span in range(life.freed_spans, freeable):
             first = span * self.rule.span_blocks
-            self._remove_blocks_in_range(
-                request_id, first + self.rule.thin_blocks, first + self.rule.span_blocks
-            )
+            kept = 0 if span < evicted else self.rule.thin_blocks
+            self._remove_blocks_in_range(request_id, first + kept, first + self.rule.span_blocks)
             self.counts.spans += 1
-            self.counts.blocks += self.rule.span_blocks - self.rule.thin_blocks
+            self.counts.blocks += self.rule.span_blocks - kept
         life.freed_spans = max(life.freed_spans, freeable)
         life.next_free = self.rule.next_freeable(
             num_prompt_tokens, processed_computed_tokens, freeable
         )
 
-    def held(self, request_id: str) -> tuple[int, int]:
-        """Rows of a request's block table, and its spans whose tails it does not hold."""
-        life = self._lives.get(request_id)
-        return len(self.req_to_blocks.get(request_id, ())), life.freed_spans if life else 0
+    def held(self, request_id: str) -> tuple[int, int, int]:
+        """Rows of a request's block table, spans whose tails it does not hold, empty ones."""
+        life, rows = self._lives.get(request_id), len(self.req_to_blocks.get(request_id, ()))
+        if life is None:
+            return rows, 0, 0
+        empty = self.rule.evicted_spans(life.prompt_len or 0)
+        return rows, life.freed_spans, min(life.freed_spans, empty)
 
     # -- The end -----------------------------------------------------------------------------
 

@@ -83,6 +83,11 @@ class Publisher:
             num_spans: Spans that are thin after the step.
             pending: Copies that vLLM runs before the step. Extended.
         """
+        evicted = self._rule.evicted_spans(life.request.num_prompt_tokens)
+        if evicted == 0 and not self._rule.shrinks:
+            return  # nothing is written
+        # Nor are spans that are left empty: their blocks stay in the cache where they are.
+        life.uncached_spans = max(life.uncached_spans, min(evicted, num_spans))
         for span in range(max(life.uncached_spans, life.cached_spans), num_spans):
             first = span * self._rule.span_blocks
             if not self.copies.move(rows[first : first + self._rule.thin_blocks], pending):

@@ -36,6 +36,8 @@ class ThinKVCacheSpec(FullAttentionSpec):
     thin_prefixes: bool = True
     prune_prefill: bool = False
     delay_prompt: bool = False
+    #: Spans that a prompt keeps at most; None for all.
+    budget_spans: int | None = None
     #: Tokens that are scheduled before the first of them has been processed, at most.
     in_flight_tokens: int = 0
 
@@ -50,6 +52,7 @@ class ThinKVCacheSpec(FullAttentionSpec):
             prune_decode=self.prune_decode,
             prune_prefill=self.prune_prefill,
             delay_prompt=self.delay_prompt,
+            budget_spans=self.budget_spans,
         )
 
     def max_blocks(self, num_tokens: int) -> int:
@@ -88,7 +91,8 @@ class ThinKVCacheSpec(FullAttentionSpec):
             prune_decode=rule.prune_decode,
             prune_prefill=rule.prune_prefill,
             delay_prompt=rule.delay_prompt,
-            observation_window=plan.observation_window,
+            budget_spans=rule.budget_spans,
+            observation_window=plan.choosing_window,
             thin_prefixes=engine.thin_prefixes,
             in_flight_tokens=engine.in_flight_tokens,
         )

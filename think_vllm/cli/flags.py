@@ -21,6 +21,7 @@ _METAVARS = {
     "kv_quant": "FORMAT",
     "kv_quant_group": "N",
     "kv_prefix_cache": "FORM",
+    "kv_evict": "METHOD",
 }
 
 

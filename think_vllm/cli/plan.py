@@ -29,7 +29,8 @@ def plan(arguments: Sequence[str]) -> int:
     config = parse_config(settings)
     if not settings:
         parser.error(
-            "--kv-channel-prune RATIO or --kv-quant FORMAT is needed (or --kv-value-prune RATIO)"
+            "--kv-channel-prune RATIO, --kv-quant FORMAT or --kv-evict METHOD is needed (or "
+            "--kv-value-prune RATIO)"
         )
     model_config, ranks = _engine_shape(namespace)
 

@@ -101,7 +101,8 @@ def make_configurations(
     for text in flags:
         given = split_flags(text, "--config")
         _refuse(given, text)
-        ours = {*map(flag_name, ("kv_channel_prune", "kv_value_prune", "kv_quant"))}
+        enabling = ("kv_channel_prune", "kv_value_prune", "kv_quant", "kv_evict")
+        ours = {*map(flag_name, enabling)}
         kind: Kind = "thin" if ours.intersection(map(_name, given)) else "other"
         made.append(Configuration(_label(given), kind, given))
     labels = [one.label for one in made]

@@ -106,15 +106,17 @@ class EngineReport:
         self._next_look = self._clock() + LOOK_SECONDS
         manager = self._managers[0]
         rule = manager.rule
-        tokens = thin_spans = blocks = 0
+        tokens = thin_spans = empty_spans = blocks = 0
         for request in running:
-            rows, spans = manager.held(request.request_id)
+            rows, spans, empty = manager.held(request.request_id)
             tokens += request.num_computed_tokens
             thin_spans, blocks = thin_spans + spans, blocks + rows
-        freed = thin_spans * (rule.span_blocks - rule.thin_blocks)
-        thin_tokens = thin_spans * rule.span_tokens
+            empty_spans += empty
+        freed = thin_spans * (rule.span_blocks - rule.thin_blocks) + empty_spans * rule.thin_blocks
+        dense_tokens = tokens - thin_spans * rule.span_tokens
+        thin_tokens = (thin_spans - empty_spans) * rule.span_tokens
         return {
-            HELD: {"dense": tokens - thin_tokens, "thin": thin_tokens},
+            HELD: {"dense": dense_tokens, "thin": thin_tokens},
             MULTIPLE: {"": blocks / (blocks - freed) if blocks else 0.0},
             **self._capacity,
         }

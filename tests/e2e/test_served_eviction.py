@@ -1,0 +1,114 @@
+"""Evicted tokens: served log-probabilities against a model in which each head's are hidden."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.checks import (
+    EAGER,
+    TOLERANCE,
+    check_served,
+    plan_served,
+    random_prompts,
+    worst_differences,
+)
+from tests.support.models import make_exact_llama
+from tests.support.reference import Reference, Thinning
+from tests.support.server import Server
+from think_vllm.planner import BlockPlan
+
+pytestmark = pytest.mark.e2e
+
+MAX_MODEL_LEN = 2048
+
+
+def pool_bytes(plan: BlockPlan, heads: int, layers: int) -> int:
+    """A KV cache of one longest request, and the null block."""
+    return (MAX_MODEL_LEN // plan.block_size + 1) * plan.layout.run_bytes * heads * layers
+
+
+class TestSnapKV:
+    """Pruned by half and evicted, in small chunks, in a pool too small for the load."""
+
+    plan, flags = plan_served(128, kv_channel_prune=0.5, kv_evict="snapkv", kv_evict_budget=256)
+    thinning = Thinning.of(plan)
+
+    @pytest.fixture(scope="class")
+    def server(self, serve: Callable[..., Server]) -> Server:
+        limits = ("--max-model-len", str(MAX_MODEL_LEN), "--max-num-batched-tokens", "96")
+        pool = pool_bytes(self.plan, heads=2, layers=2)
+        return serve(*EAGER, *self.flags, *limits, kv_cache_bytes=pool)
+
+    def test_prompts_at_the_budget(self, server: Server, recall_reference: Reference) -> None:
+        # The first prompt that loses tokens has one span more than the budget.
+        span, kept = self.plan.span_tokens, self.thinning.kept_tokens
+        first = kept + span + self.thinning.recent_window
+        lengths = [20, kept, first - 1, first, first + 1, first + span]
+        check_served(server, recall_reference, lengths, [2 * span + 5] * 6, self.thinning)
+        assert recall_reference.margin > 0
+
+    def test_preempted_requests(self, server: Server, recall_reference: Reference) -> None:
+        lengths = [1433, 610, 1100, 420, 955, 300, 1970]
+        before = server.metric("vllm:num_preemptions_total")
+        counts = [400] * (len(lengths) - 1) + [70]
+        completions = check_served(server, recall_reference, lengths, counts, self.thinning)
+        assert server.metric("vllm:num_preemptions_total") > before
+        # The comparison would notice if all tokens were kept, or others.
+        prompts = random_prompts(lengths)
+        for other in ({"evict": None}, {"evict": "h2o"}):
+            thinning = replace(self.thinning, **other)
+            worst = worst_differences(recall_reference, prompts[:1], completions[:1], thinning)
+            assert worst[1433] > 10 * TOLERANCE
+
+    def test_prompt_hit_in_the_cache(self, server: Server, recall_reference: Reference) -> None:
+        hits = server.metric("vllm:prefix_cache_hits_total")
+        for _ in range(2):
+            check_served(server, recall_reference, [1500], [40], self.thinning)
+        assert server.metric("vllm:prefix_cache_hits_total") - hits > 1000
+
+    def test_freed_blocks_admit_more_requests(self, server: Server) -> None:
+        # 3 prompts of 1,300 tokens: only one of them fits the pool at a time, pruned or not. But
+        # an evicted one holds a fifth of that, so they decode together.
+        steps = "vllm:iteration_tokens_total_count"
+        before = server.metric(steps)
+        server.complete_all(random_prompts([1300] * 3, seed=2), [150] * 3)
+        prompts = 3 * (1300 // 96 + 1)
+        assert server.metric(steps) - before < 150 + prompts + 50
+
+
+def test_h2o(serve: Callable[..., Server], recall_reference: Reference) -> None:
+    # Sums run over chunks; a second prompt with the same beginning must not find it in a cache.
+    plan, flags = plan_served(128, kv_channel_prune=0.4, kv_evict="h2o", kv_evict_budget=400)
+    server = serve(*EAGER, *flags, "--max-num-batched-tokens", "512")
+    thinning = Thinning.of(plan)
+    lengths = [60, 480, 700, 1111, 1900]
+    completions = check_served(server, recall_reference, lengths, [150] * 5, thinning)
+    check_served(server, recall_reference, lengths[2:], [20] * 3, thinning, together=False)
+    assert "prefix caching is off" in server.log_tail(20_000)
+    prompts = random_prompts(lengths)[-1:]
+    other = replace(thinning, evict="snapkv")
+    worst = worst_differences(recall_reference, prompts, completions[-1:], other)
+    assert worst[1900] > 10 * TOLERANCE
+
+
+def test_snapkv_in_codes(serve: Callable[..., Server], tmp_path: Path) -> None:
+    # Only coded, with every channel; prompts in one chunk, on keys that are exact.
+    model = make_exact_llama(tmp_path, head_size=128, num_heads=4, num_kv_heads=2)
+    plan, flags = plan_served(128, kv_quant="k4v2", kv_evict="snapkv", kv_evict_budget=512)
+    server = serve(*EAGER, *flags, "--max-model-len", str(MAX_MODEL_LEN), model=model)
+    thinning = Thinning.of(plan)
+    lengths = [50, plan.span_tokens + 40, 700, 1400, 1900]
+    completions = check_served(
+        server,
+        Reference(model),
+        lengths,
+        [300, 300, 300, 300, 120],
+        thinning,
+        frequency_penalty=2.0,
+    )
+    prompts = random_prompts(lengths)[-1:]
+    plain = replace(thinning, format=plan_served(128, kv_channel_prune=0.5)[0].format)
+    worst = worst_differences(Reference(model), prompts, completions[-1:], plain)
+    assert worst[1900] > 10 * TOLERANCE

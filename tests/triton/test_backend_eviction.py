@@ -1,0 +1,77 @@
+"""Eviction on the CUDA backend, against undisturbed requests in plain torch."""
+
+import pytest
+
+from tests.triton.lives import Life
+
+
+def evicting(name: str, version: int, device, method: str = "snapkv", **settings) -> Life:
+    """A backend that keeps one span of old tokens, or as many tokens in blocks."""
+    budget = 48 if name == "evicted-only" else 80
+    return Life(
+        name,
+        version,
+        device,
+        kv_evict=method,
+        kv_evict_budget=budget,
+        kv_prefix_cache="dense",
+        **settings,
+    )
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [("none-0.5", "snapkv"), ("k4v2-0.5", "h2o"), ("fp8", "snapkv"), ("evicted-only", "h2o")],
+)
+def test_lives_of_evicted_requests(name, method, version, device):
+    only = {"kv_prune_decode": False} if name == "evicted-only" else {}
+    life = evicting(name, version, device, method, seed=version, **only)
+    span, due = life.plan.span_tokens, life.rule.due_position
+    budget = life.rule.budget_spans
+    length = (budget + 2) * span + 20
+    long = life.add("long", length, max(due(budget + 2), length) + 9)
+    short = life.add("short", budget * span + 12, budget * span + 30)
+    assert life.rule.evicted_spans(long.prompt_len) == 2
+    assert life.rule.evicted_spans(short.prompt_len) == 0
+    # The observation window is cut, and the prompt's last chunk shorter than it.
+    life.step(long=length - 6, short=5)
+    life.step(long=2, short=short.prompt_len - 5)
+    life.step(long=4, short=1)
+    for _ in range(3):
+        life.step(long=1, short=1)
+    assert len(long.gone) >= 2 * life.plan.span_blocks
+    assert life.engine.layers[0].impl.evictor._kept == {}
+    # Preempted, and resumed in a chunk that crosses its prompt's end.
+    life.engine.preempt(long)
+    life.step(short=1, long=long.prompt_len + 5)
+    life.step(short=1, long=long.total - long.computed - 2)
+    life.step(long=1)
+    life.step(long=1, short=1)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_packs_ahead_of_graphs(version, device):
+    life = evicting("k4v2-0.5", version, device, layers=2, graphs=True)
+    span = life.plan.span_tokens
+    first = life.add("first", 3 * span + 20, 3 * span + 40)
+    life.add("second", 2 * span + 12, 2 * span + 20)
+    life.step(first=first.prompt_len)
+    life.step(second=2 * span + 12)
+    for _ in range(5):
+        life.step(first=1, second=1)
+    # A row less, so that another one's context begins elsewhere.
+    for _ in range(3):
+        life.step(first=1)
+    life.step(second=1)
+    assert life.engine.graph_steps == 9
+
+
+def test_spans_that_fill_while_decoding_have_the_packed_channels(device):
+    life = evicting("k4v2-0.5", 2, device)
+    span, due = life.plan.span_tokens, life.rule.due_position
+    one = life.add("one", 3 * span + 20, due(3) + 3)
+    life.step(one=one.prompt_len)
+    while one.computed < one.total:
+        life.step(one=1)
+    assert one.freed_spans == 4

@@ -1,0 +1,86 @@
+"""What eviction does in which step, against a request followed chunk by chunk."""
+
+from dataclasses import replace
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from think_vllm.attention.evicting import take_packs, watch
+from think_vllm.attention.sorting import sort_step
+from think_vllm.spans import SpanRule
+
+WINDOW = 5
+RULES = st.builds(
+    SpanRule,
+    block_size=st.just(2),
+    span_blocks=st.just(3),
+    thin_blocks=st.just(2),
+    recent_window=st.integers(0, 6),
+    prune_decode=st.booleans(),
+    delay_prompt=st.just(True),
+    budget_spans=st.integers(1, 3),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    data=st.data(), rule=RULES, length=st.integers(1, 60), window=st.sampled_from([WINDOW, None])
+)
+def test_each_query_is_watched_once_and_each_prompt_packed_once(
+    data: st.DataObject, rule: SpanRule, length: int, window: int | None
+) -> None:
+    computed, total, thin = 0, length + 30, 0
+    seen: list[int] = []
+    packed = 0
+    evicted = rule.evicted_spans(length)
+    while computed < total:
+        count = min(data.draw(st.sampled_from([1, 1, 2, 7, 30])), total - computed)
+        # The request is the second row of a batch; the first one decodes.
+        starts, lens = np.array([0, 1, 1 + count]), np.array([9, computed + count])
+        prompts = np.array([3, length])
+        step = sort_step(rule, WINDOW, starts, lens, prompts)
+        watched = watch(rule, window, step.prefill, prompts, ["other", "one"])
+        for item in watched:
+            assert (item.request, item.row, item.prompt_len) == ("one", 1, length)
+            assert item.starts == (not seen)
+            assert item.begin - 1 == item.position - computed
+            seen += range(item.position, item.position + item.end - item.begin)
+            assert item.ends == (seen[-1] == length - 1)
+        for wave in step.waves:
+            before = [
+                span for row, span in zip(wave.due_request, wave.due_span, strict=True) if row
+            ]
+            packs = take_packs(rule, wave, prompts, ["other", "one"])
+            after = [span for row, span in zip(wave.due_request, wave.due_span, strict=True) if row]
+            if packs:
+                (pack,) = packs
+                assert (pack.request, pack.row, pack.prompt_len) == ("one", 1, length)
+                assert (pack.first_span, pack.num_spans) == (evicted, rule.budget_spans)
+                assert thin == 0
+                assert before == [*range(evicted + pack.num_spans), *after]
+                thin, packed = evicted + pack.num_spans, packed + 1
+            else:
+                assert before == after
+            assert after == list(range(thin, thin + len(after)))
+            thin += len(after)
+            of_request = wave.request == 1
+            assert (wave.thin_spans[of_request] == thin).all()
+        computed += count
+    assert packed == (evicted > 0)
+    chosen = 0 if window is None else max(0, length - window)
+    assert seen == (list(range(chosen, length)) if evicted else [])
+
+
+@given(rule=RULES, length=st.integers(1, 60))
+def test_prompts_that_end_keep_no_channels_for_tokens_yet_to_be_packed(
+    rule: SpanRule, length: int
+) -> None:
+    def ends(rule: SpanRule) -> bool:
+        step = sort_step(
+            rule, WINDOW, np.array([0, length]), np.array([length]), np.array([length])
+        )
+        assert step.prompt_ends is not None
+        return bool(step.prompt_ends.keeps[0])
+
+    assert ends(rule) == (ends(replace(rule, budget_spans=None)) and not rule.evicted_spans(length))
