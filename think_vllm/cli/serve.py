@@ -7,6 +7,7 @@ arguments and calls the same classes.
 
 import json
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -58,12 +59,13 @@ def example_hint(
         return None
     example = json.loads(path.read_text(encoding="utf-8"))
     name = served_names[0] if served_names else model
-    body = {"model": name, "prompt": example["prompt"], "max_tokens": 8, "temperature": 0}
+    asked = {"model": name, "prompt": example["prompt"], "max_tokens": 8, "temperature": 0}
+    body = shlex.quote(json.dumps(asked))
     address = f"http://{host or 'localhost'}:{port}/v1/completions"
     # Not the key itself: this goes to logs.
     key = ' -H "Authorization: Bearer $VLLM_API_KEY"' if needs_key else ""
     return (
         "Once the server says 'Application startup complete.', in another terminal:\n\n"
-        f"  curl -s {address} -H 'Content-Type: application/json'{key} -d '{json.dumps(body)}'\n\n"
+        f"  curl -s {address} -H 'Content-Type: application/json'{key} -d {body}\n\n"
         f"The answer is {example['answer']!r}.\n"
     )
