@@ -167,7 +167,7 @@ def _check_together(config: ThinkConfig) -> None:
         flags = ", ".join(map(flag_name, given))
         raise ThinkError(
             f"{flags} given without --kv-channel-prune RATIO or --kv-quant FORMAT (or "
-            "--kv-value-prune RATIO); give one of them too"
+            "--kv-value-prune RATIO or --kv-evict METHOD); give one of them too"
         )
     _check_eviction(config, given)
     if config.kv_prune_prefill and config.kv_prefix_cache == "dense":

@@ -209,8 +209,8 @@ def _text(model: str, made: BlockPlan, fields: dict[str, Any]) -> list[str]:
     lines.append(
         f"  {fields['memory_bytes'] / 2**30:.2f} GiB of KV cache{share}, requests of "
         f"{fields['context_length']} tokens: {fields['plain_requests']} plain, "
-        f"{fields['thin_requests']} thin ({fields['plain_tokens']} and "
-        f"{fields['thin_tokens']} tokens)"
+        f"{fields['thin_requests']} thin; of about that length, on average, "
+        f"{fields['plain_tokens']} and {fields['thin_tokens']} tokens"
     )
     for kind, ratio, kept in (
         ("", made.requested_ratio, made.key_channels),

@@ -17,7 +17,7 @@ from think_vllm.doctor.comparison import Comparison, compare
 from think_vllm.doctor.finding import Finding, Level
 from think_vllm.doctor.machine import check_machine, check_versions
 from think_vllm.doctor.probe import ProbeJob, ProbeResult, parse_engine_args
-from think_vllm.errors import ThinkError
+from think_vllm.errors import FLAGS, ThinkError, end_of_output
 from think_vllm.report import plan_fields, plan_summary
 
 if TYPE_CHECKING:
@@ -99,9 +99,7 @@ class Examination:
                 vllm_config = engine_args.create_engine_config()
             config = config_from_additional(vllm_config.additional_config)
             if config is None:
-                raise ThinkError(
-                    "no thin blocks: --kv-channel-prune, --kv-value-prune or --kv-quant is needed"
-                )
+                raise ThinkError(f"no thin blocks: one of {FLAGS} is needed")
             plan = plan_engine(config, vllm_config)
         except (ThinkError, OSError, ValueError) as error:
             yield Finding(Level.BAD, "model", " ".join(str(error).split()))
@@ -204,7 +202,7 @@ def run_probe(job: ProbeJob) -> ProbeResult:
             check=False,
         )
         if done.returncode != 0:
-            tail = "\n".join(done.stdout.splitlines()[-LOG_LINES:])
+            tail = end_of_output(done.stdout, LOG_LINES)
             which = "without the flags" if job.dense else "with the flags"
             raise ThinkError(f"the engine {which} failed; the end of its output:\n{tail}")
         return ProbeResult.model_validate(json.loads(out.read_text(encoding="utf-8")))

@@ -111,11 +111,11 @@ class Evaluation:
             ThinkError: If a server cannot be asked.
         """
         options = self.options
-        options.out.mkdir(parents=True, exist_ok=True)
         for target in options.targets:
             # All of them, before hours are spent on the first.
             if target.url is not None:
                 read_card(self._endpoint(target.url), options.model)
+        options.out.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             stack.callback(self._report)
             for number, target in enumerate(options.targets):

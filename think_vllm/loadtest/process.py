@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from think_vllm.errors import end_of_output
 from think_vllm.loadtest.interrupts import held
 
 GRACE_S = 30.0
@@ -104,9 +105,8 @@ class ProcessGroup:
             self._process = None
 
     def log_tail(self, lines: int = 40) -> str:
-        """The end of its output."""
-        text = self.log.read_text(encoding="utf-8", errors="replace")
-        return "\n".join(text.splitlines()[-lines:])
+        """The end of its output, behind the first error in it."""
+        return end_of_output(self.log.read_text(encoding="utf-8", errors="replace"), lines)
 
 
 def _kill_group(group: int) -> None:

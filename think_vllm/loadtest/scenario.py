@@ -120,7 +120,8 @@ class Scenario(BaseModel):
             if fewest < self.num_prefixes:
                 raise ValueError(
                     f"num_prefixes is {self.num_prefixes}, and a load has {fewest} requests; each "
-                    "prefix needs one: raise prompts_per_place and num_prompts, or lower it"
+                    "prefix needs one: raise prompts_per_place and num_prompts (--num-prompts, or "
+                    "--concurrency), or lower num_prefixes"
                 )
         return self
 

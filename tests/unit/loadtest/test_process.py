@@ -69,6 +69,20 @@ def test_exit_status_and_log_of_a_program_that_ends(tmp_path: Path) -> None:
         assert group.log_tail(lines=1) == "last words"
 
 
+def test_log_tail_names_the_first_error(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    lines = [
+        "(Worker pid=1) WARNING 11-23 [a.py:1] this can cause `OSError: too many files`",
+        "(Worker pid=1) ERROR 11-23 [b.py:2] ValueError: not enough memory",
+        "(Core pid=2) ERROR 11-23 [c.py:3] RuntimeError: a worker failed",
+        "RuntimeError: the engine failed",
+    ]
+    log.write_text("\n".join(lines))
+    group = ProcessGroup([], log)
+    assert group.log_tail(lines=1) == f"ValueError: not enough memory\n...\n{lines[-1]}"
+    assert group.log_tail(lines=3) == "\n".join(lines[1:])
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interruptible_ends_what_runs(tmp_path: Path, number: signal.Signals) -> None:
     before = signal.getsignal(number)
