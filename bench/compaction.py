@@ -17,10 +17,12 @@ from bench.machine import describe_machine
 from tests.support.vllm_kernel import vllm_attention
 from think_vllm.attention.cpu_evict import CPUEvictor
 from think_vllm.attention.evicting import Pack, Watched
+from think_vllm.choosing import Chooser, top_channels
 from think_vllm.config import ThinkConfig
 from think_vllm.kernels.cpu.compaction import compact_spans
-from think_vllm.kernels.cpu.scoring import add_query_energy, key_energy, select_channels
+from think_vllm.kernels.cpu.scoring import add_query_energy, key_energy
 from think_vllm.planner import BlockPlan, plan_blocks
+from think_vllm.policies import LayerHeads
 
 
 class EndOfPrompt:
@@ -41,7 +43,7 @@ class EndOfPrompt:
         add_query_energy(self.query, self.tokens - 32, self.tokens, energy)
         first = np.zeros(1, np.int32)
         keys = key_energy(self.cache, self.table, first, first + self.tokens, plan)
-        channels = select_channels(energy[None], keys, plan.key_channels)
+        channels = top_channels(energy * keys, plan.key_channels)
         span = np.arange(plan.rule.prompt_spans(self.tokens), dtype=np.int32)
         many = channels.expand(span.size, -1, -1)
         compact_spans(self.cache, self.table, span * 0, span, many, plan)
@@ -61,7 +63,8 @@ class EvictedPrompt(EndOfPrompt):
         evictor.watch(self.query, self.cache, self.table, [seen], {0: energy[None]}, {"one"})
         assert rule.budget_spans is not None
         pack = Pack("one", 0, tokens, rule.evicted_spans(tokens), rule.budget_spans)
-        evictor.pack(self.cache, self.table, [pack])
+        chooser = Chooser(plan, LayerHeads(0, 0, self.kv_heads, plan.head_size))
+        evictor.pack(self.cache, self.table, [pack], chooser)
 
 
 def prompt_attention(query: torch.Tensor, kv_heads: int) -> Callable[[], None]:

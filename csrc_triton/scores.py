@@ -1,4 +1,4 @@
-"""Score channels and choose those that are kept.
+"""Energies of channels: what ``think_vllm/policies.py`` makes scores of.
 
 Source: ThinK, arXiv 2407.21018, section 3.2: a key channel scores the norm of its observed queries
 times the norm of its keys. Means of squares rank channels alike; with grouped queries the
@@ -151,40 +151,6 @@ def add_query_energy(
         DTYPE=element_type(query.dtype),
         num_warps=QUERY_WARPS,
     )
-
-
-def select_channels(
-    query_energy: torch.Tensor, key_energy: torch.Tensor, key_channels: int
-) -> torch.Tensor:
-    """Keep the channels with the highest product of energies.
-
-    Args:
-        query_energy: ``[n, Hk, D]`` float32.
-        key_energy: ``[n, Hk, D]`` float32.
-        key_channels: ``C``, how many are kept.
-
-    Returns:
-        ``[n, Hk, C]`` uint8, ascending; of equal scores the lower channel is kept.
-
-    Raises:
-        ValueError: If shapes do not fit each other.
-    """
-    if query_energy.shape != key_energy.shape or key_energy.dim() != 3:
-        raise ValueError(
-            f"select_channels: query_energy is {tuple(query_energy.shape)}, key_energy is "
-            f"{tuple(key_energy.shape)}; expected [n, Hk, D] twice"
-        )
-    if not 0 < key_channels <= key_energy.shape[2]:
-        raise ValueError(
-            f"select_channels: key_channels is {key_channels}; expected 1 to {key_energy.shape[2]}"
-        )
-    return top_channels(query_energy * key_energy, key_channels)
-
-
-def top_channels(score: torch.Tensor, count: int) -> torch.Tensor:
-    """Keep the channels with the highest scores, ``[n, Hk, D]``; otherwise ``select_channels``."""
-    ranked = torch.argsort(score, dim=2, descending=True, stable=True)
-    return ranked[:, :, :count].sort(dim=2).values.to(torch.uint8)
 
 
 def _chunk_blocks(plan: BlockPlan) -> int:

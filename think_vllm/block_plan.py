@@ -103,6 +103,11 @@ class BlockPlan:
         return self.value_channels < self.head_size
 
     @property
+    def chooses_per_span(self) -> bool:
+        """Whether each span of a prompt has key channels of its own."""
+        return self.prunes_keys and self.config.kv_channel_tables == "span"
+
+    @property
     def kept_channels(self) -> int:
         """``K``: entries of a head's row of kept channels.
 

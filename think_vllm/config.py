@@ -57,6 +57,16 @@ class ThinkConfig(BaseModel):
         le=65_536,
         description="Last prompt tokens whose queries choose the channels.",
     )
+    kv_select: Literal["think", "key-norm", "random"] = Field(
+        default="think",
+        description="What chooses the channels: ThinK's score, norm of queries times norm of keys; "
+        "the norm of the keys alone, with value channels as ThinK's; or chance, to compare with.",
+    )
+    kv_channel_tables: Literal["prompt", "span"] = Field(
+        default="prompt",
+        description="Over which keys a key channel is scored: those of the prompt, so that its "
+        "spans keep the same channels, or for each span its own.",
+    )
     kv_prune_decode: bool = Field(
         default=True,
         description="Also compact spans that fill up with generated tokens.",
@@ -170,6 +180,7 @@ def _check_together(config: ThinkConfig) -> None:
             "--kv-value-prune RATIO or --kv-evict METHOD); give one of them too"
         )
     _check_eviction(config, given)
+    _check_choice(config, given)
     if config.kv_prune_prefill and config.kv_prefix_cache == "dense":
         raise ThinkError(
             "--kv-prune-prefill prunes prompts while they are computed, so there are no exact "
@@ -208,6 +219,40 @@ def _check_eviction(config: ThinkConfig, given: list[str]) -> None:
             f"{who} keeps what a prompt's own queries ask for, and another prompt with the same "
             "beginning asks for other tokens, so --kv-prefix-cache thin has nothing to share; use "
             "--kv-prefix-cache dense, or leave it out"
+        )
+
+
+def _check_choice(config: ThinkConfig, given: list[str]) -> None:
+    """Refuse ways to choose channels where there is nothing to choose that way."""
+    select, tables = f"--kv-select {config.kv_select}", "--kv-channel-tables span"
+    pruned = max(config.kv_channel_prune, config.kv_value_prune) > 0
+    if not pruned and (asked := [x for x in ("kv_select", "kv_channel_tables") if x in given]):
+        flags = ", ".join(f"{flag_name(name)} {getattr(config, name)}" for name in asked)
+        raise ThinkError(
+            f"{flags} given, but no channels are pruned; give --kv-channel-prune RATIO too, or "
+            "leave it out"
+        )
+    if config.kv_select == "key-norm" and not config.kv_channel_prune:
+        raise ThinkError(
+            f"{select} chooses key channels, and only value channels are pruned; give "
+            "--kv-channel-prune RATIO too, or leave it out"
+        )
+    if config.kv_channel_tables == "prompt":
+        return
+    if not config.kv_channel_prune:
+        raise ThinkError(
+            f"{tables} is about key channels, and only value channels are pruned, by what they add "
+            "to outputs; give --kv-channel-prune RATIO too, or leave it out"
+        )
+    if config.kv_select == "random":
+        raise ThinkError(
+            f"{select} looks at no keys, so there is nothing for {tables} to score in a span; "
+            "leave one of them out"
+        )
+    if config.evicts:
+        raise ThinkError(
+            f"--kv-evict {config.kv_evict} packs the tokens that a prompt keeps into spans of "
+            f"their own, which share their channels; leave it or {tables} out"
         )
 
 

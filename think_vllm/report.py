@@ -89,6 +89,8 @@ def plan_fields(plan: BlockPlan) -> dict[str, Any]:
         "prune_prefill": plan.config.kv_prune_prefill,
         "prefix_cache": plan.config.kv_prefix_cache,
         "plan_context": plan.config.kv_plan_context,
+        "select": plan.config.kv_select if plan.prunes else None,
+        "channel_tables": plan.config.kv_channel_tables if plan.prunes_keys else None,
         "evict": plan.config.kv_evict,
         "evict_budget": kept_tokens(plan) if plan.config.evicts else None,
         "dense_bytes_per_token_head": plan.dense_bytes_per_token_head,
@@ -115,10 +117,14 @@ def _channels(plan: BlockPlan) -> str:
     if plan.prunes_keys:
         kept = f"{plan.key_channels} of {plan.head_size}"
         keys = f"key channels {kept} {_ratios(plan.actual_ratio, plan.requested_ratio)}"
+        keys += "" if plan.config.kv_select == "think" else f" by {plan.config.kv_select}"
+        keys += " for each span" if plan.chooses_per_span else ""
     if not plan.prunes_values:
         return keys
     kept = f"{plan.value_channels} of {plan.head_size}"
     ratios = _ratios(plan.actual_value_ratio, plan.config.kv_value_prune)
+    # Norms of keys say nothing about values: they are chosen as ever.
+    ratios += " by random" if plan.config.kv_select == "random" else ""
     return f"{keys}, value channels {kept} {ratios}"
 
 

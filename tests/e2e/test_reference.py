@@ -73,7 +73,7 @@ def test_both_references_attend_alike(
         values = halves[block, :, 1].view(KV_HEADS, plan.block_size, HEAD_SIZE)
         keys[:, :, slot], values[:, slot] = key[:, token], value[:, token]
     table = torch.arange(blocks, dtype=torch.int32)[None]
-    kept = [kept_channels(query, key, prompt_len, thinning)]
+    kept = [kept_channels(query, key, prompt_len, thinning)[:, 0]]
     if plan.prunes_values:
         kept.append(kept_value_channels(output[:, :prompt_len], KV_HEADS, thinning))
     channels = torch.cat(
@@ -107,14 +107,18 @@ def test_both_references_attend_alike(
         ("kivi2", {"recent_window": 0}),
         ("none", {"value_channels": None}),
         ("none", {"value_channels": 40}),
+        ("none", {"select": "key-norm"}),
+        ("none", {"tables": "span"}),
     ],
 )
 def test_every_setting_shows(quant: str, change: dict[str, Any]) -> None:
     values = 0.3 if "value_channels" in change else 0.0
-    plan, _ = plan_served(HEAD_SIZE, kv_quant=quant, kv_value_prune=values)
+    keys = 0.5 if {"select", "tables"} & set(change) else 0.0
+    plan, _ = plan_served(HEAD_SIZE, kv_quant=quant, kv_value_prune=values, kv_channel_prune=keys)
     thinning = Thinning.of(plan)
-    prompt_len = plan.span_tokens + 16
-    query, key, value = random_tokens(2 * plan.span_tokens)
+    # One span of the prompt, or for changes of choices two.
+    prompt_len = plan.span_tokens * (2 if keys else 1) + (40 if keys else 16)
+    query, key, value = random_tokens((3 if keys else 2) * plan.span_tokens)
     output, other = (
         thin_attention(query, key, value, 0.125, prompt_len, how)
         for how in (thinning, replace(thinning, **change))

@@ -1,6 +1,7 @@
 """Served log-probabilities against a masked transformers model: the anchor of this project."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -13,6 +14,7 @@ from tests.e2e.checks import (
     random_prompts,
     worst_differences,
 )
+from tests.support.metrics import settled_metrics
 from tests.support.reference import Reference, Thinning
 from tests.support.server import Server
 
@@ -76,6 +78,46 @@ class TestValueChannels:
         completions = server.complete_all(prompts, [24])
         unpruned = worst_differences(recall_reference, prompts, completions, None)
         assert unpruned[1000] > 10 * TOLERANCE
+
+
+class TestSpansOfTheirOwn:
+    """Each span of a prompt has channels of its own."""
+
+    THINNING = replace(HALF, tables="span")
+
+    @pytest.fixture(scope="class")
+    def server(self, serve: Callable[..., Server]) -> Server:
+        # Chunks of 100 tokens cut observation windows.
+        tables = ("--kv-channel-tables", "span")
+        return serve(*PRUNED, *tables, "--max-num-batched-tokens", "100")
+
+    def test_prompts_and_decoded_spans(self, server: Server, recall_reference: Reference) -> None:
+        lengths = [5, 40, 223, 224, 230, 416, 700, 1000]
+        counts = [430, 390, 8, 8, 420, 30, 130, 24]
+        server.complete_all(random_prompts([3]), [2])  # the first choice brings the metric
+        before = settled_metrics(server)
+        check_served(server, recall_reference, lengths, counts, self.THINNING)
+        # Two layers of two heads; prompts without a span choose once.
+        spans = [max(1, self.THINNING.old_tokens(length) // 192) for length in lengths]
+        after = settled_metrics(server)
+        count = after.value("score_mass_kept_count") - before.value("score_mass_kept_count")
+        assert count == sum(spans) * 2 * 2
+
+    def test_tables_change_the_answer(self, server: Server, recall_reference: Reference) -> None:
+        prompts = random_prompts([1000])
+        completions = server.complete_all(prompts, [24])
+        others = worst_differences(recall_reference, prompts, completions, HALF)
+        assert others[1000] > 10 * TOLERANCE
+
+
+def test_key_norm(serve: Callable[..., Server], recall_reference: Reference) -> None:
+    server = serve(*PRUNED, "--kv-select", "key-norm", "--max-num-batched-tokens", "512")
+    lengths = [40, 224, 700, 1500]
+    thinning = replace(HALF, select="key-norm")
+    completions = check_served(server, recall_reference, lengths, [230, 210, 24, 24], thinning)
+    prompts = random_prompts(lengths)
+    others = worst_differences(recall_reference, prompts[3:], completions[3:], HALF)
+    assert others[1500] > 10 * TOLERANCE
 
 
 def test_small_chunks(serve: Callable[..., Server], recall_reference: Reference) -> None:

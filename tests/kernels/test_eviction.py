@@ -9,10 +9,12 @@ import torch
 from tests.kernels.helpers import make_case, make_plan
 from think_vllm.attention.cpu_evict import CPUEvictor, skip_evicted
 from think_vllm.attention.evicting import Pack, Watched
+from think_vllm.choosing import Chooser
 from think_vllm.config import ThinkConfig
 from think_vllm.eviction import add_attention, choose_tokens, gather_tokens, pool, table_of_entries
 from think_vllm.kernels.cpu.decode import DecodeRows, decode_attention
 from think_vllm.planner import BlockPlan, plan_blocks
+from think_vllm.policies import LayerHeads
 from think_vllm.reference.compaction import dense_tokens
 from think_vllm.reference.eviction import (
     attention_sums_ref,
@@ -169,7 +171,8 @@ def evict(evictor, plan: BlockPlan, case, query, cuts):
     first = rule.evicted_spans(length)
     assert first > 0
     pack = Pack("a", 0, length, first, rule.budget_spans)
-    evictor.pack(case.kv_cache, case.block_table, [pack])
+    chooser = Chooser(plan, LayerHeads(0, 0, 2, plan.head_size))
+    evictor.pack(case.kv_cache, case.block_table, [pack], chooser)
     assert not evictor._sums
     assert not evictor._kept
     return first

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from tests.kernels.helpers import fill_dense_block, make_case, make_plan
-from think_vllm.kernels.cpu.scoring import add_query_energy, key_energy, select_channels
-from think_vllm.reference.scoring import key_energy_ref, query_energy_ref, select_channels_ref
+from think_vllm.choosing import top_channels
+from think_vllm.kernels.cpu.scoring import add_query_energy, key_energy
+from think_vllm.reference.scoring import key_energy_ref, query_energy_ref
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 #: A few hundred float32 roundings in another order; elements are converted exactly.
@@ -33,6 +34,17 @@ def test_key_energy_of_the_blocks_behind_thin_ones(dtype):
     actual = key_energy(case.kv_cache, case.block_table, request, prompt_len, plan, first)
     assert actual.isfinite().all()
     expected = key_energy_ref(case.kv_cache, case.block_table, request, prompt_len, plan, first)
+    torch.testing.assert_close(actual.double(), expected, rtol=RTOL, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_key_energy_of_each_span(dtype):
+    plan = make_plan(64, dtype, 16)
+    case = make_case(plan, dtype, 2, 2, [(5 * plan.span_tokens, 0), (3 * plan.span_tokens, 0)])
+    request, span = np.array([0, 0, 1, 0, 1]), np.array([3, 0, 2, 1, 0])
+    end, first = (span + 1) * plan.span_tokens, span * plan.span_blocks
+    actual = key_energy(case.kv_cache, case.block_table, request, end, plan, first)
+    expected = key_energy_ref(case.kv_cache, case.block_table, request, end, plan, first)
     torch.testing.assert_close(actual.double(), expected, rtol=RTOL, atol=0)
 
 
@@ -69,15 +81,6 @@ def test_add_query_energy_in_chunks_is_bit_equal(cuts):
     assert torch.equal(chunked, whole)
 
 
-def test_select_channels_by_hand():
-    # Two KV heads of four channels; products 4 6 6 1 and 0 0 2 0.
-    query_energy = torch.tensor([[[1.0, 2.0, 3.0, 1.0], [0.0, 1.0, 1.0, 0.0]]])
-    keys = torch.tensor([[[4.0, 3.0, 2.0, 1.0], [5.0, 0.0, 2.0, 7.0]]])
-    assert select_channels(query_energy, keys, 1).tolist() == [[[1], [2]]]
-    assert select_channels(query_energy, keys, 2).tolist() == [[[1, 2], [0, 2]]]
-    assert select_channels(query_energy, keys, 3).tolist() == [[[0, 1, 2], [0, 1, 2]]]
-
-
 def test_key_energy_by_hand():
     plan = make_plan(64, torch.float32)
     case = make_case(plan, torch.float32, 1, 1, [(3, 0)])
@@ -91,16 +94,6 @@ def test_key_energy_by_hand():
     assert energy[0, 0, 0] == 7.0
     assert energy[0, 0, 63] == 3.0
     assert (energy[0, 0, 1:63] == 0).all()
-
-
-@pytest.mark.parametrize("key_channels", [1, 31, 64])
-def test_select_channels(key_channels):
-    generator = torch.Generator().manual_seed(0)
-    # Whole numbers, so that there are many ties.
-    energies = torch.randint(0, 4, (2, 3, 2, 64), generator=generator).float()
-    actual = select_channels(energies[0], energies[1], key_channels)
-    assert actual.dtype == torch.uint8
-    assert torch.equal(actual, select_channels_ref(energies[0], energies[1], key_channels))
 
 
 @pytest.mark.parametrize("factor", [2.0**-6, 2.0**5])
@@ -121,7 +114,7 @@ def test_selection_ignores_rescaling(factor):
         add_query_energy(query / scale, 0, 32, energy)
         keys = key_energy(case.kv_cache, case.block_table, np.zeros(1), np.full(1, 100), plan)
         by_norm = keys.argsort(descending=True)[:, :, : plan.key_channels].sort().values
-        return select_channels(energy.unsqueeze(0), keys, plan.key_channels), by_norm
+        return top_channels(energy * keys, plan.key_channels), by_norm
 
     (plain, plain_norm), (scaled, scaled_norm) = choose(torch.ones(64)), choose(scales)
     assert torch.equal(plain, scaled)
@@ -136,10 +129,3 @@ def test_add_query_energy_refuses():
         add_query_energy(query, 0, 4, torch.zeros(4, 64))
     with pytest.raises(ValueError, match="tokens 0 to 5 of 4"):
         add_query_energy(query, 0, 5, torch.zeros(2, 64))
-
-
-def test_select_channels_refuses():
-    with pytest.raises(ValueError, match=r"expected .n, Hk, D. twice"):
-        select_channels(torch.zeros(1, 2, 64), torch.zeros(2, 2, 64), 3)
-    with pytest.raises(ValueError, match="key_channels is 65"):
-        select_channels(torch.zeros(1, 2, 64), torch.zeros(1, 2, 64), 65)

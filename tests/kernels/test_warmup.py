@@ -10,6 +10,7 @@ import torch
 
 import think_vllm
 from tests.kernels.helpers import make_case, make_plan
+from think_vllm.choosing import top_channels
 from think_vllm.kernels.cpu import attend, compaction, decode, scoring
 from think_vllm.kernels.cpu.warmup import warm_up
 
@@ -51,7 +52,7 @@ def test_nothing_compiles_after_warm_up(dtype, quant, ratio):
     energy = torch.zeros(2, 128)
     scoring.add_query_energy(query, 0, 2, energy)
     keys = scoring.key_energy(case.kv_cache, case.block_table, request, frozen, other)
-    channels = scoring.select_channels(energy.unsqueeze(0), keys, other.key_channels)
+    channels = top_channels(energy * keys, other.key_channels)
     span = torch.zeros(1, dtype=torch.int32)
     compaction.compact_spans(case.kv_cache, case.block_table, request, span, channels, other)
     compaction.read_channels(case.kv_cache, case.block_table, request, span, other)
@@ -62,6 +63,7 @@ def test_nothing_compiles_after_warm_up(dtype, quant, ratio):
 WARM_UP = """
 import torch
 from think_vllm.config import ThinkConfig
+from think_vllm.choosing import top_channels
 from think_vllm.kernels.cpu import attend
 from think_vllm.kernels.cpu.warmup import warm_up
 from think_vllm.planner import plan_blocks

@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 from vllm import _custom_ops as ops
-from vllm.config import get_current_vllm_config
+from vllm.config import ModelConfig, ParallelConfig, get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.model_executor.layers.linear import QKVParallelLinear
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionImpl,
@@ -39,6 +41,8 @@ STORE += ["kv_cache_dtype"]
     ("ours", "function", "parameters"),
     [
         ("attention/cpu_impl.py", get_current_vllm_config, []),
+        ("attention/heads.py", get_tensor_model_parallel_rank, []),
+        ("attention/heads.py", ModelConfig.get_total_num_kv_heads, ["self"]),
         ("attention/cpu_backend.py", AttentionBackend.customize_spec, ["spec"]),
         ("attention/cpu_backend.py", CPUAttentionBackend.get_name, []),
         ("attention/cpu_backend.py", CPUAttentionBackend.get_impl_cls, []),
@@ -93,6 +97,8 @@ def test_vllm_signature_is_what_we_rely_on(
             | {"num_actual_tokens", "max_query_len", "block_table_tensor", "rswa_prefix_lens"},
         ),
         ("attention/cpu_backend.py", AttentionType, {"DECODER"}),
+        ("attention/heads.py", ModelConfig, {"seed"}),
+        ("attention/heads.py", ParallelConfig, {"tensor_parallel_size"}),
         ("attention/cpu_backend.py", CPUAttentionBackend, {"supported_kv_cache_dtypes"}),
         (
             "attention/cpu_builder.py",
@@ -129,6 +135,15 @@ def test_vllm_base_is_what_we_rely_on(ours: str, kind: type, base: type) -> None
 @pytest.mark.parametrize(
     ("ours", "function", "pieces"),
     [
+        # Which heads a rank has.
+        (
+            "attention/heads.py",
+            QKVParallelLinear,
+            [
+                "self.num_kv_head_replicas = divide(tp_size, self.total_num_kv_heads)",
+                "shard_rank = self.tp_rank // self.num_kv_head_replicas",
+            ],
+        ),
         # A spec is made by its layer's backend.
         ("blocks/spec.py", worker_utils, ["spec = backend.customize_spec(spec)"]),
         # Tokens are stored by the kernels that the builder has chosen for its layers.

@@ -91,13 +91,17 @@ class View:
                     span,
                     observation_window=min(self.thinning.observation_window, end - begin),
                     value_channels=self.thinning.value_channels,
+                    recent_window=self.thinning.recent_window,
+                    select=self.thinning.select,
+                    tables=self.thinning.tables,
                 )
                 chosen = kept_channels(
                     query[:, first * span :], key[:, first * span :], end - first * span, window
                 )
                 values = kept_value_channels(answers[:, :end], heads, window)
                 if last > first or (end == self.prompt_len and last == self.cached_spans):
-                    kept[:, :, first * span :] = torch.stack([chosen, values])[:, :, None]
+                    kept[0, :, first * span :] = chosen
+                    kept[1, :, first * span :] = values[:, None]
                 first = last
         return kept
 

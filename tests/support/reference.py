@@ -45,6 +45,8 @@ class Thinning:
         value_channels: Kept value channels of a head. None for all.
         evict: How tokens are chosen; None to keep them all.
         kept_tokens: Old tokens of a prompt that each head keeps at most.
+        select: What chooses key channels: ``think`` or ``key-norm``.
+        tables: Whether all spans of a prompt have the same (``prompt``) or each its own (``span``).
     """
 
     key_channels: int
@@ -58,6 +60,8 @@ class Thinning:
     value_channels: int | None = None
     evict: str | None = None
     kept_tokens: int = 0
+    select: str = "think"
+    tables: str = "prompt"
 
     @classmethod
     def of(cls, plan: BlockPlan) -> Self:
@@ -75,6 +79,8 @@ class Thinning:
             group=plan.config.kv_quant_group,
             thin_block_tokens=plan.thin_block_tokens,
             value_channels=plan.value_channels if plan.prunes_values else None,
+            select=plan.config.kv_select,
+            tables=plan.config.kv_channel_tables,
         )
 
     def old_tokens(self, prompt_len: int) -> int:
@@ -204,15 +210,15 @@ def _code(
 
     The ``tokens`` that a head keeps are coded as if there had been no others.
     """
-    thin_key, thin_value = key * kept[:, None, :], value * kept_values[:, None, :]
+    thin_key, thin_value = key * kept, value * kept_values[:, None, :]
     codings = thinning.format
     if codings is FORMATS["none"]:
         return thin_key, thin_value
     for head in range(key.shape[0]):
-        channels = kept[head].nonzero()[:, 0]
         held = tokens[head].nonzero()[:, 0]
         for part in thinning.thin_blocks(len(held)):
             rows = held[part]
+            channels = kept[head, rows[0]].nonzero()[:, 0]
             matrix = key[head, rows][:, channels].T.contiguous()
             read = code_and_back(matrix, codings.keys, thinning.group).float()
             thin_key[head, rows[:, None], channels] = read.T
@@ -270,7 +276,7 @@ class Reference:
 
     ``margin`` is the least ``choice_margin`` of the layers in the last call. Where it is as small
     as float32 rounds, another order of the same sums may keep another channel. ``shares`` has its
-    ``kept_share`` of every layer that was thinned: float64 [layers, Hk].
+    ``kept_share`` of every layer that was thinned: float64 [layers, S * Hk].
     """
 
     def __init__(self, model: Path, dtype: torch.dtype = torch.float32) -> None:

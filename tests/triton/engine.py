@@ -20,6 +20,7 @@ from tests.triton.expected import SCALE, Request
 from tests.triton.runners import make_runner
 from think_vllm import compat_rows
 from think_vllm.attention.cuda_backend import ThinkCUDABackend
+from think_vllm.attention.heads import RankHeads
 from think_vllm.blocks.spec import ThinKVCacheSpec
 from think_vllm.planner import BlockPlan
 from think_vllm.selection import EnginePlan
@@ -106,6 +107,10 @@ class Engine:
             # On a GPU there is one, which has no float32.
             patch("think_vllm.attention.cuda_impl.load_flash", return_value=None),
             patch("think_vllm.attention.cuda_impl.remember_plan", return_value=plan),
+            patch(
+                "think_vllm.attention.cuda_impl.rank_heads",
+                return_value=RankHeads(0, self.heads[1], plan.head_size, seed=0),
+            ),
         ):
             for i in range(layers):
                 impl = ThinkCUDABackend.get_impl_cls()(

@@ -18,8 +18,8 @@ from think_vllm.reference.eviction import (
 )
 from think_vllm.reference.scoring import (
     key_energy_ref,
+    key_scores_ref,
     query_energy_ref,
-    select_channels_ref,
     top_channels_ref,
 )
 
@@ -99,13 +99,15 @@ def expect(
         borders: Where its prompt is cut into chunks; matters with ``prune_prefill`` only.
     """
     lives = [
-        _Life(*tensors, request.prompt_len, plan).run(start, had, borders)
-        for *tensors, had in zip(
-            request.query,
-            request.key,
-            request.value,
-            [()] * len(request.key) if cached is None else cached,
-            strict=True,
+        _Life(*tensors, request.prompt_len, plan, layer).run(start, had, borders)
+        for layer, (*tensors, had) in enumerate(
+            zip(
+                request.query,
+                request.key,
+                request.value,
+                [()] * len(request.key) if cached is None else cached,
+                strict=True,
+            )
         )
     ]
     return Expected(torch.stack([out for out, _ in lives]), [channels for _, channels in lives])
@@ -114,7 +116,8 @@ def expect(
 class _Life:
     """A request in one layer, which alone has a cache."""
 
-    def __init__(self, query, key, value, prompt_len, plan):
+    def __init__(self, query, key, value, prompt_len, plan, layer):
+        self.layer = layer
         self.query, self.plan, self.prompt_len = query, plan, prompt_len
         self.kv_cache = _dense_cache(key, value, plan)
         self.table = torch.arange(len(self.kv_cache), dtype=torch.int32)[None]
@@ -134,8 +137,12 @@ class _Life:
                 window = min(self.plan.config.kv_observation_window, length)
             if end == length and rule.evicted_spans(length):
                 self._pack()
+            last = rule.thin_spans(length, end, end, len(cached))
             chosen = self._choose(end, window)
-            self._compact(rule.thin_spans(length, end, end, len(cached)), chosen)
+            while self.plan.config.kv_channel_tables == "span" and len(self.channels) < last:
+                chosen = self._choose((len(self.channels) + 1) * rule.span_tokens, window, end)
+                self._compact(len(self.channels) + 1, chosen)
+            self._compact(last, chosen)
         # A span takes the channels of the one before it, if this prompt has made that.
         heirs = self.channels[-1] if len(self.channels) > len(cached) else chosen
         for position in range(length, len(self.query)):
@@ -143,15 +150,20 @@ class _Life:
             self._attend(position, position + 1)
         return self.out, self.channels
 
-    def _choose(self, end, window):
+    def _choose(self, end, window, seen=None):
+        """Choose over the dense keys up to ``end``, by the last of ``seen`` queries."""
         first = max(self.evicted, len(self.channels)) * self.plan.span_blocks
-        observed = slice(end - window, end)
-        channels = select_channels_ref(
+        seen = end if seen is None else seen
+        observed = slice(seen - window, seen)
+        scores = key_scores_ref(
+            self.plan.config.kv_select,
             query_energy_ref(self.query[observed], self.kv_cache.shape[1])[None],
             key_energy_ref(self.kv_cache, self.table, [0], [end], self.plan, [first]),
-            self.plan.key_channels,
+            self.layer,
         )
+        channels = top_channels_ref(scores, self.plan.key_channels)
         if self.plan.prunes_values:
+            assert self.plan.config.kv_select != "random"
             score = query_energy_ref(self.out[observed], self.kv_cache.shape[1])[None]
             values = top_channels_ref(score, self.plan.value_channels)
             channels = torch.cat([channels, values], dim=2)

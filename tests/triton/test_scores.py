@@ -3,9 +3,9 @@ import itertools
 import pytest
 import torch
 
-from csrc_triton.scores import add_query_energy, key_energy, select_channels
+from csrc_triton.scores import add_query_energy, key_energy
 from tests.kernels.helpers import make_case, make_plan
-from think_vllm.reference.scoring import key_energy_ref, query_energy_ref, select_channels_ref
+from think_vllm.reference.scoring import key_energy_ref, query_energy_ref
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 #: A few hundred float32 roundings in another order; elements are converted exactly.
@@ -37,6 +37,18 @@ def test_key_energy(device, dtype, head_size, block_size):
     requests, prompt_lens = [1, 0, 2, 1], [150, 1, block_size, 77]
     actual = energy_of(case, requests, prompt_lens, device)
     expected = key_energy_ref(case.kv_cache, case.block_table, requests, prompt_lens, plan)
+    torch.testing.assert_close(actual.double(), expected, rtol=RTOL, atol=0)
+
+
+def test_key_energy_of_each_span(device):
+    plan = make_plan(64, torch.bfloat16, 16)
+    tokens = plan.span_tokens
+    case = make_case(plan, torch.bfloat16, 2, 2, [(3 * tokens, 0), (2 * tokens, 0)])
+    requests, spans = [0, 1, 0, 1], [2, 0, 0, 1]
+    ends = [(span + 1) * tokens for span in spans]
+    first = [span * plan.span_blocks for span in spans]
+    actual = energy_of(case, requests, ends, device, tokens, first)
+    expected = key_energy_ref(case.kv_cache, case.block_table, requests, ends, plan, first)
     torch.testing.assert_close(actual.double(), expected, rtol=RTOL, atol=0)
 
 
@@ -126,16 +138,6 @@ def test_add_query_energy_in_chunks_is_bit_equal(device, cuts):
     assert torch.equal(chunked, whole)
 
 
-@pytest.mark.parametrize("key_channels", [1, 31, 64])
-def test_select_channels(device, key_channels):
-    generator = torch.Generator().manual_seed(0)
-    # Whole numbers, so that there are many ties.
-    energies = torch.randint(0, 4, (2, 3, 2, 64), generator=generator).float()
-    actual = select_channels(energies[0].to(device), energies[1].to(device), key_channels).cpu()
-    assert actual.dtype == torch.uint8
-    assert torch.equal(actual, select_channels_ref(energies[0], energies[1], key_channels))
-
-
 def test_key_energy_without_prompts(device):
     plan = make_plan(64, torch.float32)
     case = make_case(plan, torch.float32, 1, 1, [(3, 0)])
@@ -169,10 +171,3 @@ def test_add_query_energy_refuses(device):
         add_query_energy(query, zero, zero, torch.zeros(2, 2, 64, device=device))
     with pytest.raises(ValueError, match=r"expected .* .tokens, heads, 80."):
         add_query_energy(query, zero, zero, torch.zeros(1, 2, 80, device=device))
-
-
-def test_select_channels_refuses():
-    with pytest.raises(ValueError, match=r"expected .n, Hk, D. twice"):
-        select_channels(torch.zeros(1, 2, 64), torch.zeros(2, 2, 64), 3)
-    with pytest.raises(ValueError, match="key_channels is 65"):
-        select_channels(torch.zeros(1, 2, 64), torch.zeros(1, 2, 64), 65)

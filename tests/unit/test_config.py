@@ -44,6 +44,32 @@ from think_vllm.formats import FORMATS, GROUP_SIZES
             {"kv_channel_prune": 0.5, "kv_quant_group": 64},
             "--kv-quant is none, which has no groups; leave --kv-quant-group out",
         ),
+        ({"kv_select": "norm"}, "--kv-select is 'norm': Input should be 'think', 'key-norm' or"),
+        (
+            {"kv_channel_prune": 0.5, "kv_channel_tables": "block"},
+            "--kv-channel-tables is 'block': Input should be 'prompt' or 'span'",
+        ),
+        ({"kv_select": "random"}, "--kv-select given without --kv-channel-prune RATIO"),
+        (
+            {"kv_quant": "fp8", "kv_select": "key-norm", "kv_channel_tables": "span"},
+            "--kv-select key-norm, --kv-channel-tables span given, but no channels are pruned",
+        ),
+        (
+            {"kv_value_prune": 0.3, "kv_select": "key-norm"},
+            "--kv-select key-norm chooses key channels, and only value channels are pruned; give",
+        ),
+        (
+            {"kv_value_prune": 0.3, "kv_channel_tables": "span"},
+            "--kv-channel-tables span is about key channels, and only value channels are pruned",
+        ),
+        (
+            {"kv_channel_prune": 0.5, "kv_select": "random", "kv_channel_tables": "span"},
+            "--kv-select random looks at no keys, .* leave one of them out",
+        ),
+        (
+            {"kv_channel_prune": 0.5, "kv_evict": "snapkv", "kv_channel_tables": "span"},
+            "--kv-evict snapkv packs .* leave it or --kv-channel-tables span out",
+        ),
         ({"kv_evict": "streaming"}, "--kv-evict is 'streaming': Input should be 'none', 'snapkv'"),
         (
             {"kv_evict": "snapkv", "kv_evict_budget": 0},

@@ -25,16 +25,16 @@ def test_kept_shares_are_those_of_the_papers_scores() -> None:
     query = torch.tensor([[[1.0, 4.0, 9.0, 16.0]]])
     key = torch.full((1, 1, 4), 4.0)
     channels = torch.tensor([[[1, 3]]], dtype=torch.uint8)
-    assert kept_shares(query, key, channels).item() == pytest.approx(12 / 20, abs=1e-15)
+    assert kept_shares(query * key, channels).item() == pytest.approx(12 / 20, abs=1e-15)
     # A sum over the window stands for the mean.
-    assert kept_shares(32 * query, key, channels).item() == pytest.approx(12 / 20, abs=1e-15)
+    assert kept_shares(32 * query * key, channels).item() == pytest.approx(12 / 20, abs=1e-15)
 
 
 def test_kept_shares_of_zeros_and_of_no_numbers() -> None:
     energy = torch.zeros(2, 1, 4)
     channels = torch.tensor([[[0, 1]]], dtype=torch.uint8).expand(2, 1, 2)
     energy[1, 0, 3] = float("nan")
-    first, second = kept_shares(energy, torch.ones(2, 1, 4), channels).flatten().tolist()
+    first, second = kept_shares(energy, channels).flatten().tolist()
     assert first == 1
     assert second != second
 
@@ -105,9 +105,9 @@ def test_rank_report_is_taken_once() -> None:
     rank_report().add_seconds(0.5)
     chosen = torch.zeros(4, 2, 1, dtype=torch.uint8)
     energy = torch.ones(4, 2, 4)
-    energy[3, :, 0] = 9  # scores of 9, 1, 1 and 1
+    energy[3, :, 0] = 81  # scores of 9, 1, 1 and 1
     for rows in (slice(0, 3), slice(3, 4)):
-        rank_report().add_choice(energy[rows], energy[rows], chosen[rows])
+        rank_report().add_choice(energy[rows], chosen[rows])
     counts, sums = buckets([0.25] * 6 + [0.75] * 2)
     report = {"counters": {"compaction_seconds": 0.75}, "shares": [counts, sums]}
     assert take_report() == report
@@ -121,7 +121,7 @@ def test_rank_report_that_nobody_takes_stays_small() -> None:
     begin_report()
     energy, channels = torch.ones(1, 2, 4), torch.zeros(1, 2, 1, dtype=torch.uint8)
     for _ in range(3 * MAX_WAITING + 1):
-        rank_report().add_choice(energy, energy, channels)
+        rank_report().add_choice(energy, channels)
     assert len(rank_report()._waiting) == 1
     report = take_report()
     assert report is not None

@@ -42,6 +42,16 @@ def make(**settings: object) -> BlockPlan:
             "key channels 63 of 128 (pruned: 0.508, requested 0.5), value channels 64 of 128 "
             "(pruned: 0.500, requested 0.5); keys and values as computed",
         ),
+        (
+            {"kv_channel_prune": 0.5, "kv_select": "key-norm", "kv_channel_tables": "span"},
+            "key channels 63 of 128 (pruned: 0.508, requested 0.5) by key-norm for each span; keys "
+            "and values as computed",
+        ),
+        (
+            {"kv_value_prune": 0.3, "kv_quant": "fp8", "kv_select": "random"},
+            "key channels all 128, value channels 88 of 128 (pruned: 0.312, requested 0.3) by "
+            "random; keys and values fp8",
+        ),
     ],
 )
 def test_plan_summary_says_what_is_kept_and_how(settings: dict[str, object], expected: str) -> None:

@@ -205,3 +205,40 @@ def test_sort_step_resumed_request_repeats_its_waves(prune_decode: bool) -> None
     # 300 - 32 holds one span; the next ones fall due at 2 * 192 + 32 and 3 * 192 + 32.
     assert thin == ([1, 2, 3] if prune_decode else [1])
     assert due == ([[], [1], [2]] if prune_decode else [[]])
+
+
+def ends_of(prompts: list[int], first_spans: list[int], rule: SpanRule) -> Ends:
+    """Prompts that end, of which some spans came thin."""
+    lengths, first = np.array(prompts), np.array(first_spans)
+    spans = np.maximum(0, lengths - rule.recent_window) // rule.span_tokens
+    compacted = np.zeros_like(first) if rule.delay_prompt else np.maximum(0, spans - first)
+    every = np.arange(lengths.size)
+    return Ends([], every, lengths, first, compacted, np.minimum(lengths, 5), every >= 0)
+
+
+@pytest.mark.parametrize("delayed", [False, True])
+def test_choices_of_each_span(delayed: bool) -> None:
+    # Spans of 12 tokens in 3 blocks, behind a recent window of 4.
+    rule = SpanRule(4, 3, 2, 4, True, delay_prompt=delayed)
+    # Three spans; none; two, one of which came thin; one that came thin.
+    ends = ends_of([43, 15, 28, 16], [0, 0, 1, 1], rule)
+    found = ends.choices(rule, per_span=True)
+    assert found.end.tolist() == [0, 0, 0, 1, 2, 3]
+    assert found.first_block.tolist() == [0, 3, 6, 0, 3, 3]
+    assert found.num_tokens.tolist() == [12, 24, 36, 15, 24, 16]
+    assert found.begin.tolist() == [0, 3, 4, 5]
+    assert found.count.tolist() == [3, 1, 1, 1]
+    # Spans that this step compacts, of both prompts that have any.
+    assert found.of_span.tolist() == ([] if delayed else [0, 1, 2, 4])
+
+
+@pytest.mark.parametrize("delayed", [False, True])
+def test_choices_of_whole_prompts(delayed: bool) -> None:
+    rule = SpanRule(4, 3, 2, 4, True, delay_prompt=delayed)
+    ends = ends_of([43, 15, 28, 16], [0, 0, 1, 1], rule)
+    found = ends.choices(rule, per_span=False)
+    assert found.end.tolist() == found.begin.tolist() == [0, 1, 2, 3]
+    assert found.first_block.tolist() == [0, 0, 3, 3]
+    assert found.num_tokens.tolist() == [43, 15, 28, 16]
+    assert found.count.tolist() == [1, 1, 1, 1]
+    assert found.of_span.tolist() == ([] if delayed else [0, 0, 0, 2])

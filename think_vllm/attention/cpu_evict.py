@@ -7,7 +7,7 @@ from think_vllm.attention.evictor import Evictor
 from think_vllm.attention.step import Int64Array
 from think_vllm.kernels.cpu.compaction import compact_spans
 from think_vllm.kernels.cpu.decode import DecodeRows
-from think_vllm.kernels.cpu.scoring import key_energy, top_channels
+from think_vllm.kernels.cpu.scoring import key_energy
 from think_vllm.spans import SpanRule
 
 
@@ -25,9 +25,6 @@ class CPUEvictor(Evictor):
         numbers = (np.full(1, number, np.int32) for number in (row, num_tokens, first_block))
         request, length, first = numbers
         return key_energy(kv_cache, block_table, request, length, self.plan, first)[0]
-
-    def _top(self, score: torch.Tensor, count: int) -> torch.Tensor:
-        return top_channels(score[None], count)[0]
 
     def _compact(self, packed: torch.Tensor, channels: torch.Tensor | None) -> None:
         plan, num_kv_heads = self.plan, packed.shape[1]

@@ -18,17 +18,14 @@ from think_vllm.attention.cpu_builder import (
 )
 from think_vllm.attention.cpu_dense import clear_tail
 from think_vllm.attention.cpu_evict import CPUEvictor
+from think_vllm.attention.heads import rank_heads
 from think_vllm.attention.state import LayerState
-from think_vllm.attention.step import Ends, Observation
+from think_vllm.attention.step import Choices, Ends, Observation
+from think_vllm.choosing import Chooser
 from think_vllm.errors import WAY_OUT, ThinkError
 from think_vllm.kernels.cpu.compaction import compact_spans, read_channels
 from think_vllm.kernels.cpu.decode import decode_attention
-from think_vllm.kernels.cpu.scoring import (
-    add_query_energy,
-    key_energy,
-    select_channels,
-    top_channels,
-)
+from think_vllm.kernels.cpu.scoring import add_query_energy, key_energy
 from think_vllm.metrics.worker import rank_report
 from think_vllm.selection import remember_plan
 
@@ -48,8 +45,12 @@ class ThinkCPUImpl(CPUAttentionBackendImpl):
                     f"{WAY_OUT}"
                 )
         # vLLM builds layers with their engine's config at hand, and asks for specs without it.
-        self.plan = remember_plan(get_current_vllm_config())
+        config = get_current_vllm_config()
+        self.plan = remember_plan(config)
         self.state = LayerState()
+        # Of which layer they are, the first forward pass says, vLLM's own at start-up.
+        self._heads = rank_heads(config, self.num_kv_heads, self.head_size)
+        self._chooser: Chooser | None = None
         self.evictor = None
         if self.plan.config.evicts:
             cap = self.logits_soft_cap or 0.0
@@ -83,6 +84,8 @@ class ThinkCPUImpl(CPUAttentionBackendImpl):
         Returns:
             ``output``.
         """
+        if self._chooser is None:
+            self._chooser = Chooser(self.plan, self._heads.of_layer(layer.layer_name))
         if not isinstance(attn_metadata, ThinkCPUMetadata):
             result: torch.Tensor = super().forward(
                 layer,
@@ -113,7 +116,7 @@ class ThinkCPUImpl(CPUAttentionBackendImpl):
         for wave in metadata.waves:
             if self.evictor is not None and wave.packs:
                 begin = time.perf_counter()
-                self.evictor.pack(kv_cache, metadata.block_table, wave.packs)
+                self.evictor.pack(kv_cache, metadata.block_table, wave.packs, self._chooser)
                 rank_report().add_seconds(time.perf_counter() - begin)
             self._compact_due(kv_cache, metadata, wave)
             self._attend(query, kv_cache, metadata, wave.queries, output)
@@ -167,10 +170,9 @@ class ThinkCPUImpl(CPUAttentionBackendImpl):
         metadata: ThinkCPUMetadata,
         observations: list[Observation],
     ) -> list[torch.Tensor]:
-        """Add up observation windows; return those that end here, float32 [1 or 2, Hk, D]."""
-        # Queries score key channels; what attention has answered them scores value channels.
-        sources = [query, output] if self.plan.prunes_values else [query]
-        finished = []
+        """Add up observation windows; return those that end here, float32 [S, Hk, D]."""
+        assert self._chooser is not None
+        sources, finished = self._chooser.sources(query, output), []
         for seen in observations:
             if seen.resume_position is None:
                 shape = (len(sources), self.num_kv_heads, self.head_size)
@@ -196,7 +198,8 @@ class ThinkCPUImpl(CPUAttentionBackendImpl):
     ) -> None:
         """Choose the channels of prompts or chunks that end here, and compact their spans."""
         begin = time.perf_counter()
-        channels = self._choose_channels(kv_cache, metadata, ends, energies)
+        choices = ends.choices(self.plan.rule, self.plan.chooses_per_span)
+        channels = self._choose_channels(kv_cache, metadata, ends, choices, energies)
         which, span = ends.spans()
         if which.size:
             compact_spans(
@@ -204,13 +207,15 @@ class ThinkCPUImpl(CPUAttentionBackendImpl):
                 metadata.block_table,
                 ends.request[which].astype(np.int32),
                 span.astype(np.int32),
-                channels[torch.from_numpy(which)],
+                channels[torch.from_numpy(choices.of_span)],
                 self.plan,
             )
         if self.plan.prunes:
             for i in np.flatnonzero(ends.keeps):
                 block = self._block(metadata, int(ends.request[i]), int(ends.num_tokens[i]) - 1)
-                self.state.keep_channels(block, channels[i].clone())
+                first = int(choices.begin[i])
+                kept = channels[first : first + int(choices.count[i])]
+                self.state.keep_channels(block, kept.clone())
         rank_report().add_seconds(time.perf_counter() - begin)
 
     def _choose_channels(
@@ -218,34 +223,33 @@ class ThinkCPUImpl(CPUAttentionBackendImpl):
         kv_cache: torch.Tensor,
         metadata: ThinkCPUMetadata,
         ends: Ends,
+        choices: Choices,
         energies: list[torch.Tensor],
     ) -> torch.Tensor:
-        """Channels that are kept from here on: uint8 [n, Hk, K]."""
-        channels = self._all_channels(ends.request.size)
+        """Channels that are kept from here on: uint8 [m, Hk, K]."""
         if not self.plan.prunes:
-            return channels
+            return self._all_channels(choices.end.size)
+        assert self._chooser is not None
         observed = torch.from_numpy(ends.num_observed).view(-1, 1, 1, 1)
-        energy = torch.stack(energies) / observed
-        if self.plan.prunes_keys:
-            query = energy[:, 0]
-            key = key_energy(
+        windows = (torch.stack(energies) / observed)[torch.from_numpy(choices.end)]
+        keys = None
+        if self._chooser.uses_keys:
+            keys = key_energy(
                 kv_cache,
                 metadata.block_table,
-                ends.request.astype(np.int32),
-                ends.num_tokens.astype(np.int32),
+                ends.request[choices.end].astype(np.int32),
+                choices.num_tokens.astype(np.int32),
                 self.plan,
-                (ends.first_span * self.plan.span_blocks).astype(np.int32),
+                choices.first_block.astype(np.int32),
             )
-            channels = select_channels(query, key, self.plan.key_channels)
-            choice = [query, key, channels]
-            if self.evictor is not None:
-                # Where tokens are evicted, channels are chosen once more, for those that are kept.
-                evicted = self.plan.rule.evicted_spans_array(ends.num_tokens)
-                choice = [part[torch.from_numpy(evicted == 0)] for part in choice]
-            rank_report().add_choice(*choice)
-        if not self.plan.prunes_values:
-            return channels
-        return torch.cat([channels, top_channels(energy[:, 1], self.plan.value_channels)], dim=2)
+        choice = self._chooser.choose(windows, keys)
+        counted = None
+        if self.evictor is not None:
+            # Where tokens are evicted, channels are chosen once more, for those that are kept.
+            evicted = self.plan.rule.evicted_spans_array(ends.num_tokens[choices.end])
+            counted = torch.from_numpy(evicted == 0)
+        choice.report(counted)
+        return choice.channels
 
     def _all_channels(self, count: int) -> torch.Tensor:
         every = torch.arange(self.head_size, dtype=torch.uint8)
@@ -283,6 +287,7 @@ class ThinkCPUImpl(CPUAttentionBackendImpl):
             )
         for request in np.unique(wave.due_request[kept]):
             last = int(metadata.prompt_lens[request]) - 1
+            # One choice for all of these spans, or one each.
             taken = self.state.take_channels(self._block(metadata, int(request), last))
             channels[torch.from_numpy(kept & (wave.due_request == request))] = taken
         return channels

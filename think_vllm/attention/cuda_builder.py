@@ -35,6 +35,7 @@ from think_vllm.attention.evicting import Pack, take_packs, watch
 from think_vllm.attention.sorting import leading_thin_spans, sort_step
 from think_vllm.attention.step import Int64Array, Prefill, Step
 from think_vllm.blocks.spec import ThinKVCacheSpec
+from think_vllm.choosing import count_sources
 from think_vllm.errors import ThinkError
 from think_vllm.eviction import table_of_entries
 from think_vllm.selection import selected_engine
@@ -92,8 +93,9 @@ class ThinkCUDAMetadataBuilder(AttentionMetadataBuilder[ThinkCUDAMetadata]):
             self.plan.kept_channels,
             rows,
             device,
-            sources=1 + self.plan.prunes_values,
+            sources=count_sources(self.plan),
         )
+        self._read_tables: set[int] = set()
         self._workspace = compact_workspace(self.plan, device)
         self._addresses: tuple[int, ...] = ()
         self._layers = torch.zeros(len(layer_names), dtype=torch.int64, device=device)
@@ -172,7 +174,7 @@ class ThinkCUDAMetadataBuilder(AttentionMetadataBuilder[ThinkCUDAMetadata]):
         packs: Sequence[list[Pack]] = (),
     ) -> ThinkCUDAMetadata:
         """Any step that is not a batch of single queries past their prompts."""
-        parts = step_parts(step, slots, self.plan.rule)
+        parts = step_parts(step, slots, self.plan.rule, self.plan.chooses_per_span)
         if self._empty is not None and rows is not None:
             parts = self._evict(common, step, slots, rows, packs, parts)
         return self._metadata(common, to_device(parts, self.device))
@@ -235,6 +237,10 @@ class ThinkCUDAMetadataBuilder(AttentionMetadataBuilder[ThinkCUDAMetadata]):
         if not self.plan.prunes:
             return slots
         state, ids, known = self.state, rows.request_ids, rows.known
+        # Those of an earlier step have been read.
+        for slot in self._read_tables:
+            state.tables.pop(slot, None)
+        self._read_tables.clear()
         for seen in step.observations:
             row, name = seen.request, ids[seen.request]
             if seen.resume_position is not None:
@@ -246,11 +252,17 @@ class ThinkCUDAMetadataBuilder(AttentionMetadataBuilder[ThinkCUDAMetadata]):
             if ends is not None:
                 for row in ends.request[keeps_channels(ends)].tolist():
                     slots.requests[row] = state.requests.give(ids[row], known)
+                    state.tables.pop(slots.requests[row], None)
         for wave, packed in zip(step.waves, packs, strict=True):
             for pack in packed:
                 slots.requests[pack.row] = state.requests.give(pack.request, known)
-            for row in wave.due_request:
+            for row, span, kept in zip(wave.due_request, wave.due_span, wave.due_kept, strict=True):
                 slots.requests[row] = state.requests.get(ids[row])
+                # Spans of a prompt have a choice each; what fills later has one for all.
+                prompt_spans = self.plan.rule.prompt_spans(int(rows.prompt_lens[row]))
+                if self.plan.chooses_per_span and kept and span < prompt_spans:
+                    slots.tables.add(row)
+                    self._read_tables.add(slots.requests[row])
         state.grow()
         return slots
 
@@ -281,7 +293,7 @@ class ThinkCUDAMetadataBuilder(AttentionMetadataBuilder[ThinkCUDAMetadata]):
             block_table,
             due.request,
             due.span,
-            self.state.channels.index_select(1, due.slot) if self.plan.prunes else None,
+            self.state.due_channels_of_layers(due) if self.plan.prunes else None,
             self.plan,
             layers=self._layers,
             workspace=self._workspace,

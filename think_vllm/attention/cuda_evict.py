@@ -10,7 +10,7 @@ import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from csrc_triton.compact import compact_spans
-from csrc_triton.scores import key_energy, top_channels
+from csrc_triton.scores import key_energy
 from think_vllm.attention.cuda_parts import Chunks, Rows, WaveParts
 from think_vllm.attention.evictor import Evictor
 from think_vllm.attention.step import Int64Array
@@ -36,9 +36,6 @@ class CUDAEvictor(Evictor):
         )
         dense = num_tokens - first_block * self.plan.block_size
         return key_energy(kv_cache, block_table, request, length, self.plan, dense, first)[0]
-
-    def _top(self, score: torch.Tensor, count: int) -> torch.Tensor:
-        return top_channels(score[None], count)[0]
 
     def _compact(self, packed: torch.Tensor, channels: torch.Tensor | None) -> None:
         plan, device = self.plan, packed.device

@@ -11,7 +11,7 @@ from vllm.v1.attention.backend import AttentionImpl
 from csrc_triton.compact import compact_spans
 from csrc_triton.context import context_attention
 from csrc_triton.decode import decode_attention
-from csrc_triton.scores import add_query_energy, key_energy, select_channels, top_channels
+from csrc_triton.scores import add_query_energy, key_energy
 from csrc_triton.store import store_dense
 from think_vllm.attention.cuda_builder import ThinkCUDAMetadata
 from think_vllm.attention.cuda_evict import CUDAEvictor
@@ -25,8 +25,9 @@ from think_vllm.attention.cuda_parts import (
     WaveParts,
 )
 from think_vllm.attention.cuda_state import GroupState
+from think_vllm.attention.heads import rank_heads
+from think_vllm.choosing import Chooser
 from think_vllm.errors import WAY_OUT, ThinkError
-from think_vllm.metrics.worker import rank_report
 from think_vllm.selection import remember_plan
 
 #: Values of ``--kv-cache-dtype`` that leave keys and values as computed.
@@ -75,7 +76,11 @@ class ThinkCUDAImpl(AttentionImpl[ThinkCUDAMetadata]):
         self.kv_cache_dtype = kv_cache_dtype
         self.logits_soft_cap = logits_soft_cap or 0.0
         # vLLM builds layers with their engine's config at hand, and asks for specs without it.
-        self.plan = remember_plan(get_current_vllm_config())
+        config = get_current_vllm_config()
+        self.plan = remember_plan(config)
+        # Of which layer they are, the first forward pass says, vLLM's own at start-up.
+        self._heads = rank_heads(config, self.num_kv_heads, head_size)
+        self._chooser: Chooser | None = None
         self.evictor = None
         if self.plan.config.evicts:
             self.evictor = CUDAEvictor(self.plan, self.scale, self.logits_soft_cap, None)
@@ -131,6 +136,8 @@ class ThinkCUDAImpl(AttentionImpl[ThinkCUDAMetadata]):
         """
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("think-vllm: outputs of attention cannot be quantized")
+        if self._chooser is None:
+            self._chooser = Chooser(self.plan, self._heads.of_layer(layer.layer_name))
         if attn_metadata is None:
             return output.fill_(0)
         metadata: ThinkCUDAMetadata = attn_metadata
@@ -197,7 +204,7 @@ class ThinkCUDAImpl(AttentionImpl[ThinkCUDAMetadata]):
             index: Of this layer.
         """
         assert self.evictor is not None
-        chosen = self.evictor.pack(kv_cache, block_table, wave.packs)
+        chosen = self.evictor.pack(kv_cache, block_table, wave.packs, self._chooser)
         for slot, channels in zip(wave.pack_slots, chosen, strict=True):
             if channels is not None:
                 state.channels[index, slot] = channels
@@ -247,9 +254,9 @@ class ThinkCUDAImpl(AttentionImpl[ThinkCUDAMetadata]):
     def _observe(
         self, query: torch.Tensor, output: torch.Tensor, observed: Observed, kept: torch.Tensor
     ) -> torch.Tensor:
-        """Add up observation windows; return the complete ones, float32 [1 or 2, n, Hk, D]."""
-        # Queries score key channels; what attention has answered them scores value channels.
-        sources = [query, output] if self.plan.prunes_values else [query]
+        """Add up observation windows; return the complete ones, float32 [S, n, Hk, D]."""
+        assert self._chooser is not None
+        sources = self._chooser.sources(query, output)
         energy = kept.new_zeros(len(sources), observed.begin.numel(), *kept.shape[2:])
         if observed.resumed is not None:
             energy[:, observed.resumed.index] = kept[observed.resumed.slot].transpose(0, 1)
@@ -273,7 +280,10 @@ class ThinkCUDAImpl(AttentionImpl[ThinkCUDAMetadata]):
             channels = self._choose_channels(kv_cache, metadata, ended, energy)
             if ended.kept is not None:
                 metadata.state.channels[index, ended.kept.slot] = channels[ended.kept.index]
-            channels = channels[ended.span_end]
+            for slot, begin, count in ended.tables:
+                tables = metadata.state.tables.setdefault(slot, {})
+                tables[index] = channels[begin : begin + count]
+            channels = channels[ended.span_choice]
         compact_spans(
             kv_cache,
             metadata.block_table,
@@ -291,11 +301,14 @@ class ThinkCUDAImpl(AttentionImpl[ThinkCUDAMetadata]):
         ended: EndedParts,
         energy: torch.Tensor,
     ) -> torch.Tensor:
-        """Channels that are kept from here on: uint8 [n, Hk, K]."""
+        """Channels that are kept from here on: uint8 [m, Hk, K]."""
+        assert self._chooser is not None
         # A sum stands for the mean over the window: the order of channels is the same.
-        channels = torch.arange(self.head_size, dtype=torch.uint8, device=energy.device)
-        channels = channels.repeat(*energy.shape[1:3], 1)
-        if self.plan.prunes_keys:
+        windows = energy.transpose(0, 1)
+        if ended.window is not None:
+            windows = windows[ended.window]
+        keys = None
+        if self._chooser.uses_keys:
             keys = key_energy(
                 kv_cache,
                 metadata.block_table,
@@ -305,21 +318,15 @@ class ThinkCUDAImpl(AttentionImpl[ThinkCUDAMetadata]):
                 ended.max_tokens,
                 ended.first_block,
             )
-            channels = select_channels(energy[0], keys, self.plan.key_channels)
-            choice = [energy[0], keys, channels]
-            if ended.final is not None:
-                choice = [part[ended.final] for part in choice]
-            rank_report().add_choice(*choice)
-        if self.plan.prunes_values:
-            values = top_channels(energy[1], self.plan.value_channels)
-            channels = torch.cat([channels, values], dim=2)
-        return channels
+        choice = self._chooser.choose(windows, keys)
+        choice.report(ended.final)
+        return choice.channels
 
     def _compact(
         self, kv_cache: torch.Tensor, metadata: ThinkCUDAMetadata, index: int, due: DueSpans
     ) -> None:
         """Compact spans that have fallen due, with their request's channels."""
-        channels = metadata.state.channels[index, due.slot] if self.plan.prunes else None
+        channels = metadata.state.due_channels(due, index) if self.plan.prunes else None
         compact_spans(
             kv_cache,
             metadata.block_table,

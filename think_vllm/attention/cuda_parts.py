@@ -80,24 +80,29 @@ class EndedParts:
     """Prompts, or chunks of prompts, that end in this step, and the spans compacted then.
 
     Args:
-        request: int32 [n]. Row of the block table.
-        num_tokens: int32 [n]. Tokens up to the end.
-        first_block: int32 [n]. First dense block.
-        max_tokens: Most tokens in dense blocks.
-        kept: Whose channels are kept for spans that fall due later; None for nobody's.
-        span_end: int32 [t]. Of which of these ends each span is.
+        request: int32 [m]. Row of the block table, for each choice of channels.
+        num_tokens: int32 [m]. Tokens up to the last one whose key counts.
+        first_block: int32 [m]. First dense block whose keys count.
+        max_tokens: Most tokens whose keys count.
+        window: int32 [m]. Which of the windows that end here; None if that is one each, in order.
+        kept: Choices that are kept for spans that fall due later; None for none.
+        tables: Choices that are kept apart, one for each span of a prompt that the next step
+            compacts: where, the first of them, and how many.
+        span_choice: int32 [t]. By which choice each span is compacted.
         span_request: int32 [t]. Row of the block table.
         span: int32 [t]. Spans to compact.
-        final: int32 [m]. Which of these ends choose for good; others choose once more when what
-            is kept of their tokens is packed. None for all.
+        final: int32 [c]. Which choices are for good; others are made once more when what is kept
+            of their tokens is packed. None for all.
     """
 
     request: torch.Tensor
     num_tokens: torch.Tensor
     first_block: torch.Tensor
     max_tokens: int
+    window: torch.Tensor | None
     kept: Slots | None
-    span_end: torch.Tensor
+    tables: list[tuple[int, int, int]]
+    span_choice: torch.Tensor
     span_request: torch.Tensor
     span: torch.Tensor
     final: torch.Tensor | None = None
@@ -111,11 +116,13 @@ class DueSpans:
         request: int32 [n]. Row of the block table.
         span: int32 [n]. The span.
         slot: int32 [n]. Where the request's channels are kept.
+        tables: Spans whose channels are kept apart: the first of a request's, and where.
     """
 
     request: torch.Tensor
     span: torch.Tensor
     slot: torch.Tensor
+    tables: list[tuple[int, int]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

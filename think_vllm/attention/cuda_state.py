@@ -9,6 +9,8 @@ from collections.abc import Container
 
 import torch
 
+from think_vllm.attention.cuda_parts import DueSpans
+
 
 class RequestSlots:
     """Numbers for requests, from 0.
@@ -68,7 +70,7 @@ class GroupState:
         kept_channels: ``K``.
         num_requests: Requests that run at once.
         device: Where it is kept.
-        sources: What windows sum up: queries, and outputs if value channels are pruned.
+        sources: How much windows sum up: ``choosing.count_sources``.
     """
 
     #: Prompts whose observation window is cut by the end of a step: rarely more than one or two.
@@ -102,6 +104,23 @@ class GroupState:
         self.channels = torch.zeros(
             layers, num_requests, num_kv_heads, kept_channels, dtype=torch.uint8, device=device
         )
+        #: Channels of a prompt's spans that the next step compacts, where each span has its own:
+        #: uint8 [spans, Hk, K], by the request's number and the layer's.
+        self.tables: dict[int, dict[int, torch.Tensor]] = {}
+
+    def due_channels(self, due: DueSpans, layer: int) -> torch.Tensor:
+        """Channels of spans that have fallen due, in one layer: uint8 [n, Hk, K]."""
+        channels = self.channels[layer].index_select(0, due.slot)
+        for begin, slot in due.tables:
+            tables = self.tables[slot][layer]
+            channels[begin : begin + len(tables)] = tables
+        return channels
+
+    def due_channels_of_layers(self, due: DueSpans) -> torch.Tensor:
+        """``due_channels`` of all layers: uint8 [layers, n, Hk, K]."""
+        if not due.tables:
+            return self.channels.index_select(1, due.slot)
+        return torch.stack([self.due_channels(due, layer) for layer in self.index.values()])
 
     def grow(self) -> None:
         """Make room for all numbers that were given; call before their tensors are used."""

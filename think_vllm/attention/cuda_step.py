@@ -19,7 +19,7 @@ from think_vllm.attention.cuda_parts import (
     Tokens,
     WaveParts,
 )
-from think_vllm.attention.step import Ends, Int64Array, Observation, Prefill, Step, Wave
+from think_vllm.attention.step import Choices, Ends, Int64Array, Observation, Prefill, Step, Wave
 from think_vllm.spans import SpanRule
 
 
@@ -32,20 +32,25 @@ class StepSlots:
         kept: Of windows that a later step goes on with.
         requests: Of channels, for ends that keep some and requests with due spans; empty if
             nothing is pruned.
+        tables: Rows with due spans whose channels are kept apart.
     """
 
     resumed: dict[int, int] = field(default_factory=dict)
     kept: dict[int, int] = field(default_factory=dict)
     requests: dict[int, int] = field(default_factory=dict)
+    tables: set[int] = field(default_factory=set)
 
 
-def step_parts(step: Step, slots: StepSlots, rule: SpanRule) -> StepParts:
+def step_parts(
+    step: Step, slots: StepSlots, rule: SpanRule, chooses_per_span: bool = False
+) -> StepParts:
     """Write a step in tensors, still on the host.
 
     Args:
         step: Of ``sort_step``.
         slots: Where its requests' state is kept.
         rule: What a span is.
+        chooses_per_span: Whether each span of a prompt has channels of its own.
     """
     chunks, chunk_windows = step.chunk_ends, []
     if chunks is not None and chunks.num_observed.any():
@@ -53,10 +58,10 @@ def step_parts(step: Step, slots: StepSlots, rule: SpanRule) -> StepParts:
     return StepParts(
         prompts=_prompt_parts(step.prefill),
         observed=_observed(step.observations, slots),
-        prompt_ends=_ended(step.prompt_ends, slots, rule),
+        prompt_ends=_ended(step.prompt_ends, slots, rule, chooses_per_span),
         # These windows begin and end here, whatever is kept of their prompts' windows.
         chunk_observed=_observed(chunk_windows, StepSlots()),
-        chunk_ends=_ended(chunks, slots, rule),
+        chunk_ends=_ended(chunks, slots, rule, chooses_per_span),
         waves=[_wave_parts(wave, slots) for wave in step.waves],
     )
 
@@ -75,10 +80,17 @@ def due_spans(wave: Wave, slots: StepSlots) -> DueSpans | None:
     """Write a wave's due spans in tensors, still on the host."""
     if not wave.due_request:
         return None
+    rows, kept = wave.due_request, wave.due_kept
     return DueSpans(
-        request=_ints(wave.due_request),
+        request=_ints(rows),
         span=_ints(wave.due_span),
-        slot=_ints([slots.requests.get(row, 0) for row in wave.due_request]),
+        slot=_ints([slots.requests.get(row, 0) for row in rows]),
+        # Spans of a request are neighbours, and if one of these has a table, all of them do.
+        tables=[
+            (i, slots.requests[row])
+            for i, row in enumerate(rows)
+            if row in slots.tables and kept[i] and (i == 0 or rows[i - 1] != row)
+        ],
     )
 
 
@@ -129,7 +141,9 @@ def _cut(requests: list[int], slots: dict[int, int]) -> Slots | None:
     return Slots(_ints(index), _ints([slots[requests[i]] for i in index]))
 
 
-def _ended(ends: Ends | None, slots: StepSlots, rule: SpanRule) -> EndedParts | None:
+def _ended(
+    ends: Ends | None, slots: StepSlots, rule: SpanRule, chooses_per_span: bool
+) -> EndedParts | None:
     """Write ends in tensors; None if there is nothing to keep and nothing to compact."""
     if ends is None:
         return None
@@ -137,24 +151,31 @@ def _ended(ends: Ends | None, slots: StepSlots, rule: SpanRule) -> EndedParts | 
     if not index.size:
         return None
     which, span = ends.spans()
-    kept = None
+    choices = ends.choices(rule, chooses_per_span)
+    kept, tables = None, []
     if slots.requests:
-        kept = Slots(_ints(index), _ints([slots.requests[int(i)] for i in ends.request[index]]))
+        given = [slots.requests[int(i)] for i in ends.request[index]]
+        kept = Slots(_ints((choices.begin + choices.count - 1)[index]), _ints(given))
+        if chooses_per_span and rule.delay_prompt:
+            parts = zip(given, choices.begin[index], choices.count[index], strict=True)
+            tables = [(slot, int(begin), int(count)) for slot, begin, count in parts]
     return EndedParts(
-        request=_ints(ends.request),
-        num_tokens=_ints(ends.num_tokens),
-        first_block=_ints(ends.first_span * rule.span_blocks),
-        max_tokens=int((ends.num_tokens - ends.first_span * rule.span_tokens).max()),
+        request=_ints(ends.request[choices.end]),
+        num_tokens=_ints(choices.num_tokens),
+        first_block=_ints(choices.first_block),
+        max_tokens=int((choices.num_tokens - choices.first_block * rule.block_size).max()),
+        window=_ints(choices.end) if chooses_per_span else None,
         kept=kept,
-        span_end=_ints(which),
+        tables=tables,
+        span_choice=_ints(choices.of_span),
         span_request=_ints(ends.request[which]),
         span=_ints(span),
-        final=_final(ends, rule),
+        final=_final(ends, choices, rule),
     )
 
 
-def _final(ends: Ends, rule: SpanRule) -> torch.Tensor | None:
-    evicted = rule.evicted_spans_array(ends.num_tokens) > 0
+def _final(ends: Ends, choices: Choices, rule: SpanRule) -> torch.Tensor | None:
+    evicted = rule.evicted_spans_array(ends.num_tokens[choices.end]) > 0
     return _ints(np.flatnonzero(~evicted)) if evicted.any() else None
 
 

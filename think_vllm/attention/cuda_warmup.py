@@ -5,8 +5,9 @@ import torch
 from csrc_triton.compact import compact_spans
 from csrc_triton.context import context_attention
 from csrc_triton.decode import decode_attention
-from csrc_triton.scores import add_query_energy, key_energy, select_channels, top_channels
+from csrc_triton.scores import add_query_energy, key_energy
 from csrc_triton.store import store_dense
+from think_vllm.choosing import top_channels
 from think_vllm.eviction import table_of_entries
 from think_vllm.planner import BlockPlan
 
@@ -68,7 +69,7 @@ def _warm_up(
         channels = channels.repeat(requests, heads[1], 1)
         if plan.prunes_keys:
             keys = key_energy(kv_cache, table, request, one, plan, max_tokens=1)
-            channels = select_channels(energy, keys, plan.key_channels)
+            channels = top_channels(energy * keys, plan.key_channels)
         if plan.prunes_values:
             channels = torch.cat([channels, top_channels(energy, plan.value_channels)], dim=2)
     compact_spans(kv_cache, table, request, none, channels, plan)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from think_vllm.attention.evicting import Pack, Watched
+from think_vllm.choosing import Chooser
 from think_vllm.eviction import add_attention, choose_tokens, gather_tokens, pool
-from think_vllm.metrics.worker import rank_report
 from think_vllm.planner import BlockPlan
 
 
@@ -22,8 +22,8 @@ class Kept:
 
     Args:
         tokens: int64 [Hk, count]. Each head's old tokens.
-        energy: float32 [1 or 2, Hk, D]. Of the observation window's queries, and of their
-            outputs if value channels are pruned; None if nothing is.
+        energy: float32 [S, Hk, D]. Of the observation window, for each source of the layer's
+            ``Chooser``; None if nothing is pruned.
     """
 
     tokens: torch.Tensor
@@ -66,8 +66,8 @@ class Evictor(ABC):
             kv_cache: [num_blocks, Hk, N, 2 * D]. Holds the step's keys, densely.
             block_table: int32 [num_reqs, width].
             watched: Whose queries.
-            energies: float32 [1 or 2, Hk, D] by row of the batch: mean squares, or any multiple,
-                of the observation windows that end here; empty if nothing is pruned.
+            energies: float32 [S, Hk, D] by row of the batch: mean squares, or any multiple, of
+                the observation windows that end here; empty if nothing is pruned.
             known: Ids of all requests that there still are.
         """
         for held in (self._sums, self._kept):
@@ -106,7 +106,11 @@ class Evictor(ABC):
         return choose_tokens(sums[:, :old], rule.budget_spans * rule.span_tokens)
 
     def pack(
-        self, kv_cache: torch.Tensor, block_table: torch.Tensor, packs: Sequence[Pack]
+        self,
+        kv_cache: torch.Tensor,
+        block_table: torch.Tensor,
+        packs: Sequence[Pack],
+        chooser: Chooser | None,
     ) -> list[torch.Tensor | None]:
         """Compact what is kept of prompts, in their last old spans.
 
@@ -116,6 +120,7 @@ class Evictor(ABC):
             kv_cache: [num_blocks, Hk, N, 2 * D]. Written.
             block_table: int32 [num_reqs, width].
             packs: Prompts, all of whose blocks are dense.
+            chooser: Of the layer's channels. Not asked, and may be None, if nothing is pruned.
 
         Returns:
             Channels of each, uint8 [Hk, K]; None if nothing is pruned.
@@ -128,8 +133,13 @@ class Evictor(ABC):
             # A copy: compaction writes into blocks that kept tokens are read from.
             packed = gather_tokens(kv_cache, blocks, kept.tokens, plan)
             channels = None
-            if kept.energy is not None and plan.prunes:
-                channels = self._choose_channels(kv_cache, block_table, pack, packed, kept.energy)
+            if chooser is not None and kept.energy is not None and plan.prunes:
+                keys = None
+                if chooser.uses_keys:
+                    keys = self._energy_of_kept(kv_cache, block_table, pack, packed)[None]
+                choice = chooser.choose(kept.energy[None], keys)
+                choice.report()
+                channels = choice.channels[0]
             if plan.rule.shrinks:
                 self._compact(packed, channels)
             written = packed.view(pack.num_spans, plan.span_blocks, *packed.shape[1:])[
@@ -139,26 +149,6 @@ class Evictor(ABC):
             kv_cache[spans.flatten()] = written.flatten(0, 1)
             chosen.append(channels)
         return chosen
-
-    def _choose_channels(
-        self,
-        kv_cache: torch.Tensor,
-        block_table: torch.Tensor,
-        pack: Pack,
-        packed: torch.Tensor,
-        energy: torch.Tensor,
-    ) -> torch.Tensor:
-        """Channels that are kept, as compaction takes them: uint8 [Hk, K]."""
-        plan = self.plan
-        channels = torch.arange(plan.head_size, dtype=torch.uint8, device=packed.device)
-        channels = channels.repeat(packed.shape[1], 1)
-        if plan.prunes_keys:
-            keys = self._energy_of_kept(kv_cache, block_table, pack, packed)
-            channels = self._top(energy[0] * keys, plan.key_channels)
-            rank_report().add_choice(energy[:1], keys[None], channels[None])
-        if plan.prunes_values:
-            channels = torch.cat([channels, self._top(energy[1], plan.value_channels)], dim=1)
-        return channels
 
     def _energy_of_kept(
         self, kv_cache: torch.Tensor, block_table: torch.Tensor, pack: Pack, packed: torch.Tensor
@@ -190,10 +180,6 @@ class Evictor(ABC):
         first_block: int,
     ) -> torch.Tensor:
         """Mean squared keys of a row's tokens from a block on: float32 [Hk, D]."""
-
-    @abstractmethod
-    def _top(self, score: torch.Tensor, count: int) -> torch.Tensor:
-        """Channels with the highest scores, [Hk, D]: uint8 [Hk, count], ascending."""
 
     @abstractmethod
     def _compact(self, packed: torch.Tensor, channels: torch.Tensor | None) -> None:

@@ -21,7 +21,7 @@ class LayerState:
 
         Args:
             block: Block of the last position that was added.
-            energy: float32 [1 or 2, Hk, D].
+            energy: float32 [S, Hk, D], of each of its sources.
         """
         self._energy[block] = energy
 
@@ -34,11 +34,11 @@ class LayerState:
         return self._energy.pop(block)
 
     def keep_channels(self, block: int, channels: torch.Tensor) -> None:
-        """Keep the channels of a prompt too short for a span, for its first span.
+        """Keep what a prompt has chosen for spans that fall due in a later step.
 
         Args:
             block: Block of the prompt's last position.
-            channels: uint8 [Hk, K].
+            channels: uint8 [1, Hk, K] for all of these spans, or [n, Hk, K] for one each.
         """
         self._channels[block] = channels
 

@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from think_vllm.spans import SpanRule
+
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
 
@@ -81,6 +83,27 @@ class Observation:
 
 
 @dataclass(frozen=True)
+class Choices:
+    """Choices of channels where prompts or chunks end, end by end.
+
+    Args:
+        end: int64 [m]. Which end chooses.
+        first_block: int64 [m]. First dense block whose keys count.
+        num_tokens: int64 [m]. Tokens up to the last one whose key counts.
+        begin: int64 [n]. First choice of each end.
+        count: int64 [n]. Its choices. The last one holds for spans that fall due later.
+        of_span: int64 [t]. Choice of each of ``Ends.spans()``.
+    """
+
+    end: Int64Array
+    first_block: Int64Array
+    num_tokens: Int64Array
+    begin: Int64Array
+    count: Int64Array
+    of_span: Int64Array
+
+
+@dataclass(frozen=True)
 class Ends:
     """Prompts that end in this step, or chunks of prompts, and what is compacted then.
 
@@ -106,6 +129,35 @@ class Ends:
         """Each span to compact: its index into ``request``, and the span."""
         which = np.repeat(np.arange(self.request.size), self.num_spans)
         return which, self.first_span[which] + count_up(self.num_spans)
+
+    def choices(self, rule: SpanRule, per_span: bool) -> Choices:
+        """What channels are chosen over.
+
+        Args:
+            rule: When spans are thin.
+            per_span: Whether every span is a choice of its own. An end without spans chooses over
+                all keys that are dense, and so do all ends if this is not set.
+        """
+        which, _ = self.spans()
+        spans = np.zeros_like(self.num_spans)
+        if per_span:
+            spans = self.num_spans
+            if rule.delay_prompt:  # they are compacted in the next step, and chosen for now
+                old = np.maximum(0, self.num_tokens - rule.recent_window) // rule.span_tokens
+                spans = np.maximum(0, old - self.first_span)
+        count = np.maximum(1, spans)
+        begin = np.cumsum(count) - count
+        end = np.repeat(np.arange(count.size), count)
+        span = self.first_span[end] + count_up(count)
+        all_tokens = self.num_tokens[end]
+        return Choices(
+            end=end,
+            first_block=span * rule.span_blocks,
+            num_tokens=np.where(spans[end] > 0, (span + 1) * rule.span_tokens, all_tokens),
+            begin=begin,
+            count=count,
+            of_span=begin[which] + (count_up(self.num_spans) if per_span else 0),
+        )
 
 
 @dataclass

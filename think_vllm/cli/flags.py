@@ -20,6 +20,8 @@ _METAVARS = {
     "kv_value_prune": "RATIO",
     "kv_quant": "FORMAT",
     "kv_quant_group": "N",
+    "kv_select": "POLICY",
+    "kv_channel_tables": "SCOPE",
     "kv_prefix_cache": "FORM",
     "kv_evict": "METHOD",
 }

@@ -2,7 +2,8 @@
 
 Source: ThinK, arXiv 2407.21018, section 3.2: a channel's score is the norm of its observed
 queries times the norm of its keys, here the root of the product of their mean squares. With
-grouped queries the mean runs over the heads of the group as well.
+grouped queries the mean runs over the heads of the group as well. ``policies.py`` has that product;
+where it leaves the queries out, the score is the norm of the keys.
 """
 
 import torch
@@ -10,20 +11,17 @@ import torch
 from think_vllm.metrics.catalog import SHARE_EDGES
 
 
-def kept_shares(
-    query_energy: torch.Tensor, key_energy: torch.Tensor, channels: torch.Tensor
-) -> torch.Tensor:
+def kept_shares(energies: torch.Tensor, channels: torch.Tensor) -> torch.Tensor:
     """Score mass of kept channels over that of all.
 
     Args:
-        query_energy: ``[n, Hk, D]`` float32. Mean squares, or any multiple of them.
-        key_energy: ``[n, Hk, D]`` float32. As ``query_energy``.
+        energies: ``[n, Hk, D]`` float32. Squares of scores, or any multiple of them.
         channels: ``[n, Hk, C]`` uint8. Those that are kept.
 
     Returns:
         ``[n, Hk]`` float64; 1 where all scores are zero, NaN where a score is no number.
     """
-    scores = (query_energy.double() * key_energy.double()).sqrt()
+    scores = energies.double().sqrt()
     total = scores.sum(dim=2)
     kept = scores.gather(2, channels.long()).sum(dim=2)
     # Summed in another order, all channels may have a bit more than all channels.

@@ -20,28 +20,24 @@ class RankReport:
 
     def __init__(self) -> None:
         self._seconds = 0.0
-        self._waiting: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        self._waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._shares: ShareHistogram | None = None
 
     def add_seconds(self, seconds: float) -> None:
         """Count time spent on compaction."""
         self._seconds += seconds
 
-    def add_choice(
-        self, query_energy: torch.Tensor, key_energy: torch.Tensor, channels: torch.Tensor
-    ) -> None:
+    def add_choice(self, energies: torch.Tensor, channels: torch.Tensor) -> None:
         """Count a layer's choices of channels; see ``kept_shares``. Keeps what it is given."""
-        self._waiting.append((query_energy, key_energy, channels))
+        self._waiting.append((energies, channels))
         if len(self._waiting) == MAX_WAITING:
             self._count_choices()
 
     def _count_choices(self) -> None:
         if self._shares is None:
             self._shares = ShareHistogram(self._waiting[0][0].device)
-        query_energy, key_energy, channels = (
-            torch.cat(layers) for layers in zip(*self._waiting, strict=True)
-        )
-        self._shares.add(kept_shares(query_energy, key_energy, channels))
+        energies, channels = (torch.cat(layers) for layers in zip(*self._waiting, strict=True))
+        self._shares.add(kept_shares(energies, channels))
         self._waiting.clear()
 
     def take(self) -> Report | None:

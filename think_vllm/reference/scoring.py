@@ -1,4 +1,4 @@
-"""ThinK's channel scores and choice, in plain torch and float64.
+"""Scores of channels, ThinK's and others, and the choice, in plain torch and float64.
 
 Source: ThinK, arXiv 2407.21018, section 3.2: channel ``i`` of a head scores
 ``||Q_obs[:, i] K[:, i]^T||_F = ||Q_obs[:, i]|| * ||K[:, i]||``. The square, a mean instead of a
@@ -14,6 +14,7 @@ the weights a second time; ``value_energy_ref`` is the long way. What a prompt s
 thin prefix, is missing from its outputs, and so from its scores.
 """
 
+import random
 from collections.abc import Sequence
 
 import torch
@@ -67,20 +68,37 @@ def query_energy_ref(query: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
     return squares.view(num_kv_heads, -1, query.shape[2]).mean(dim=1)
 
 
-def select_channels_ref(
-    query_energy: torch.Tensor, key_energy: torch.Tensor, key_channels: int
+def key_scores_ref(
+    select: str,
+    query_energy: torch.Tensor,
+    key_energy: torch.Tensor,
+    layer: int = 0,
+    first_head: int = 0,
+    seed: int = 0,
 ) -> torch.Tensor:
-    """Keep the channels with the highest product of energies.
+    """Score key channels as ``--kv-select`` says.
 
     Args:
+        select: ``think``: norm of queries times norm of keys; ``key-norm``: norm of keys;
+            ``random``: numbers that seed, layer and head alone decide.
         query_energy: ``[n, Hk, D]``.
         key_energy: ``[n, Hk, D]``.
-        key_channels: ``C``, how many are kept.
+        layer: Number of the layer in the model.
+        first_head: Number of the first of the ``Hk`` heads in the model.
+        seed: vLLM's ``--seed``.
 
     Returns:
-        ``[n, Hk, C]`` uint8, ascending; of equal scores the lower channel is kept.
+        ``[n, Hk, D]``.
+
+    Raises:
+        KeyError: For any other ``select``.
     """
-    return top_channels_ref(query_energy * key_energy, key_channels)
+    drawn = torch.zeros_like(key_energy)
+    for head in range(drawn.shape[1]):
+        generator = random.Random(f"{seed} {layer} {first_head + head} keys")
+        for channel in range(drawn.shape[2]):
+            drawn[:, head, channel] = generator.random()
+    return {"think": query_energy * key_energy, "key-norm": key_energy, "random": drawn}[select]
 
 
 def value_energy_ref(

@@ -3,14 +3,10 @@
 import numpy as np
 import torch
 
+from think_vllm.choosing import top_channels
 from think_vllm.kernels.cpu.compaction import compact_spans
 from think_vllm.kernels.cpu.decode import DecodeRows, decode_attention
-from think_vllm.kernels.cpu.scoring import (
-    add_query_energy,
-    key_energy,
-    select_channels,
-    top_channels,
-)
+from think_vllm.kernels.cpu.scoring import add_query_energy, key_energy
 from think_vllm.planner import BlockPlan
 
 
@@ -41,7 +37,7 @@ def warm_up(dtype: torch.dtype, num_heads: int, num_kv_heads: int, plan: BlockPl
         add_query_energy(query, 0, 1, query_energy)
     if plan.prunes_keys:
         energy = key_energy(kv_cache, block_table, request, lengths, plan)
-        channels = select_channels(query_energy.unsqueeze(0), energy, plan.key_channels)
+        channels = top_channels(query_energy * energy, plan.key_channels)
     if plan.prunes_values:
         values = top_channels(query_energy.unsqueeze(0), plan.value_channels)
         channels = torch.cat([channels, values], dim=2)
