@@ -1,7 +1,7 @@
 """Exact match of recall answers over thin KV blocks, by ratio and format, on the real server.
 
 Every configuration is a server of its own that answers the same held-out prompts over HTTP,
-greedily; the policies that the server does not offer follow, simulated (`quality_simulated.py`).
+greedily; policies follow, simulated (`quality_simulated.py`; served in `quality_choices.py`).
 
 vLLM computes the first output token in the step that ends the prompt, from dense blocks. So
 prompts are sent without their final "?": the model says it first, and all four digits are
