@@ -6,7 +6,7 @@ import logging
 import multiprocessing
 from typing import TYPE_CHECKING, Any
 
-from think_vllm import VLLM_SERIES, __version__, compat, compat_metrics
+from think_vllm import VLLM_SERIES, __version__, compat, compat_metrics, compat_requests
 from think_vllm.config import ThinkConfig, config_from_additional, prune_flags
 from think_vllm.errors import FLAGS, WAY_OUT, ThinkError
 from think_vllm.models import attention_layers, check_model, window_summary
@@ -55,7 +55,7 @@ def activate(vllm_config: VllmConfig) -> None:
             "whole; prefix caching is off"
         )
     compat.claim_custom_backend(vllm_config)
-    compat.refuse_growing_prompts()
+    compat_requests.watch_front_end()
     compat_metrics.watch_front_end()
     if _is_cpu():
         compat.request_prompt_lens(vllm_config.model_config)

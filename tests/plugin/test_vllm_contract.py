@@ -60,7 +60,7 @@ def test_vllm_is_of_the_series_that_we_extend() -> None:
         ("activation.py", ModelConfig.get_head_size, ["self"]),
         ("activation.py", ModelConfig.get_sliding_window, ["self"]),
         (
-            "compat.py",
+            "compat_requests.py",
             InputProcessor.process_inputs,
             [
                 *["self", "request_id", "prompt", "params", "supported_tasks", "arrival_time"],

@@ -18,6 +18,8 @@ from vllm.v1.request import Request, RequestStatus
 from tests.support.block_worker import BLOCK, Worker
 from think_vllm.blocks.manager import ThinKVCacheManager
 from think_vllm.blocks.spec import ThinKVCacheSpec
+from think_vllm.compat_requests import announce_request
+from think_vllm.request import own_rule
 
 NUM_BLOCKS = 40
 MAX_LEN = 100
@@ -105,18 +107,40 @@ class Engine:
     def name(self, request: Request) -> str:
         return f"{request.request_id}.{self.incarnation[request.request_id]}"
 
-    def arrive(self, prompt_len: int, max_tokens: int, tenant: int | None = None) -> Request:
-        """Queue a request; those of a tenant begin alike."""
+    def arrive(
+        self, prompt_len: int, max_tokens: int, tenant: int | None = None, asks: int | None = None
+    ) -> Request:
+        """Queue a request; those of a tenant begin alike.
+
+        Args:
+            prompt_len: Tokens of its prompt.
+            max_tokens: Tokens that it generates.
+            tenant: Whose it is.
+            asks: -1 to stay dense, or its own budget in spans, 0 for all. None, and what this
+                engine refuses, for nothing.
+        """
         name = f"r{len(self.incarnation)}"
         unique = 1000 * (len(self.incarnation) + 10)
         shared = prompt_len * 3 // 4 if tenant is not None else 0
         tokens = [tenant * 100 + i for i in range(shared)] if tenant is not None else []
         tokens += [unique + i for i in range(prompt_len - shared)]
-        request = Request(name, tokens, SamplingParams(max_tokens=max_tokens), None,
-                          block_hasher=self.hasher)  # fmt: skip
+        params = SamplingParams(max_tokens=max_tokens, extra_args=self._asked(asks))
+        request = Request(name, tokens, params, None, block_hasher=self.hasher)
+        if params.extra_args is not None:
+            announce_request(self.manager.coordinator.single_type_managers, request)
         self.incarnation[name] = 0
         self.waiting.append(request)
         return request
+
+    def _asked(self, asks: int | None) -> dict[str, int | bool] | None:
+        rule = self.worker.rule
+        if asks is None or rule.prune_prefill:
+            return None
+        if asks < 0:
+            return {"kv_channel_prune": False}
+        if rule.budget_spans is None:
+            return None
+        return {"kv_evict_budget": asks * rule.span_tokens}
 
     def step(self, budget: int) -> None:
         """Schedule up to ``budget`` tokens, and run the step that is now due."""
@@ -222,7 +246,8 @@ class Engine:
             # A step that was in flight when its request ended goes on with what was sampled.
             tokens = [*request.all_token_ids, *[7] * (self.lag + 1)]
             if entry.is_new:
-                self.worker.start(entry.name, tokens, entry.new_blocks, entry.start)
+                own = own_rule(self.worker.rule, request.sampling_params.extra_args)
+                self.worker.start(entry.name, tokens, entry.new_blocks, entry.start, own)
             else:
                 self.worker.rows[entry.name].blocks.extend(entry.new_blocks)
                 self.worker.rows[entry.name].tokens = tokens

@@ -246,8 +246,7 @@ class ThinkCPUImpl(CPUAttentionBackendImpl):
         counted = None
         if self.evictor is not None:
             # Where tokens are evicted, channels are chosen once more, for those that are kept.
-            evicted = self.plan.rule.evicted_spans_array(ends.num_tokens[choices.end])
-            counted = torch.from_numpy(evicted == 0)
+            counted = torch.from_numpy(~ends.packed[choices.end])
         choice.report(counted)
         return choice.channels
 
