@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from think_vllm.compat import wrap_method
 from think_vllm.errors import WAY_OUT, ThinkError
 from think_vllm.request import own_rule
+from think_vllm.spans import SpanRule
 
 
 def watch_front_end() -> None:
@@ -30,11 +31,25 @@ def _check_request(original: Any, processor: Any, *args: Any, **kwargs: Any) -> 
     params = kwargs["params"] if "params" in kwargs else args[2]
     extra_args = getattr(params, "extra_args", None)  # pooling parameters have none
     if extra_args:
-        own_rule(_rule_of(processor), extra_args)
+        _check_extra_args(_rule_of(processor), extra_args)
     return original(processor, *args, **kwargs)
 
 
-def _rule_of(processor: Any) -> Any:
+def _check_extra_args(rule: SpanRule, extra_args: Mapping[str, Any]) -> None:
+    """Refuse what a request asks for, if it is wrong.
+
+    Raises:
+        VLLMValidationError: VLLM's own for bad requests, which its server answers with status 400.
+    """
+    from vllm.exceptions import VLLMValidationError
+
+    try:
+        own_rule(rule, extra_args)
+    except ThinkError as error:
+        raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
+
+
+def _rule_of(processor: Any) -> SpanRule:
     """The rule of a front end's engine, planned once."""
     if not hasattr(processor, "think_vllm_rule"):
         from think_vllm.activation import engine_plan
@@ -43,7 +58,8 @@ def _rule_of(processor: Any) -> Any:
         if plan is None:
             raise RuntimeError("think-vllm: a front end without thin blocks is watched")
         processor.think_vllm_rule = plan.rule
-    return processor.think_vllm_rule
+    rule: SpanRule = processor.think_vllm_rule
+    return rule
 
 
 def watch_scheduler() -> None:

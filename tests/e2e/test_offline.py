@@ -16,6 +16,7 @@ pytestmark = pytest.mark.e2e
 SCRIPT = """
 import json, sys
 from vllm import LLM, SamplingParams
+from vllm.exceptions import VLLMValidationError
 
 if __name__ == "__main__":
     llm = LLM(sys.argv[1], dtype="float32", enforce_eager=True, max_num_seqs=8,
@@ -27,7 +28,7 @@ if __name__ == "__main__":
     prompts = [{"prompt_token_ids": ids} for ids in json.loads(sys.argv[2])]
     try:
         llm.generate(prompts[0], SamplingParams(extra_args={"kv_channel_prune": 0.4}))
-    except ValueError as error:
+    except VLLMValidationError as error:
         print("REFUSED", error)
     answers = [output.outputs[0] for output in llm.generate(prompts, params)]
     print("RESULT" + json.dumps([

@@ -17,6 +17,7 @@ from vllm.config.model_arch import ModelArchitectureConfig
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.entrypoints.serve.utils import api_utils
+from vllm.exceptions import VLLMValidationError
 from vllm.logger import configure_logging_from_args
 from vllm.platforms.cpu import CpuPlatform
 from vllm.platforms.interface import DeviceCapability, Platform
@@ -67,6 +68,11 @@ def test_vllm_is_of_the_series_that_we_extend() -> None:
                 *["lora_request", "tokenization_kwargs", "trace_headers", "priority"],
                 *["data_parallel_rank", "resumable", "session_id", "kv_hints"],
             ],
+        ),
+        (
+            "compat_requests.py",
+            VLLMValidationError.__init__,
+            ["self", "message", "parameter", "value"],
         ),
         ("cli/plan.py", EngineArgs.create_model_config, ["self"]),
         (
