@@ -91,6 +91,29 @@ def announce_request(managers: Iterable[Any], request: Any) -> None:
     if own is None:
         return
     for manager in ours:
-        manager.announce(request)
+        manager.rules.announce(request)
     if own.stays_dense:
         request.block_hashes = LimitedHashes(request.block_hashes, sys.maxsize, max_thin_spans=0)
+
+
+def settle_requests(scheduler: Any, verdicts: Mapping[str, bool]) -> None:
+    """Tell block managers what the worker has decided about requests whose prompts have ended.
+
+    Args:
+        scheduler: vLLM's.
+        verdicts: Whether each stays dense.
+    """
+    managers = scheduler.kv_cache_manager.coordinator.single_type_managers
+    for name, dense in verdicts.items():
+        request = scheduler.requests.get(name)
+        if request is not None:  # else it has ended with its prompt
+            settle_request(managers, request, dense)
+
+
+def settle_request(managers: Iterable[Any], request: Any, dense: bool) -> None:
+    """As ``settle_requests``, of one request."""
+    from think_vllm.blocks.manager import ThinKVCacheManager
+
+    for manager in managers:
+        if isinstance(manager, ThinKVCacheManager):
+            manager.settle(request, dense)

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from think_vllm.compat import wrap_method
-from think_vllm.request import own_rule
+from think_vllm.request import dense_rule, own_rule
 from think_vllm.spans import SpanRule
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ _count_cached: CountCached | None = None
 _cached_spans: dict[str, int] = {}
 #: Of requests that have another rule than the engine's.
 _own_rules: dict[str, SpanRule] = {}
+#: Requests of which it has been decided whether they stay dense.
+_settled: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,19 @@ def own_rules() -> Mapping[int, SpanRule]:
     return {} if _step_rows is None else _step_rows.own
 
 
+def is_settled(name: str) -> bool:
+    """Whether it has been decided before whether a request stays dense."""
+    return name in _settled
+
+
+def settle(verdicts: Mapping[str, bool]) -> None:
+    """Remember which requests stay dense from now on, and which do not, until they end."""
+    _settled.update(verdicts)
+    if _rule is not None:
+        dense = dense_rule(_rule)
+        _own_rules.update((name, dense) for name, stays in verdicts.items() if stays)
+
+
 def watch_runner(
     vllm_config: VllmConfig,
     rule: SpanRule,
@@ -83,6 +98,7 @@ def watch_runner(
     global _count_cached, _every_step, _rule, _step_rows
     _count_cached, _every_step, _rule, _step_rows = count_cached, every_step, rule, None
     _own_rules.clear()
+    _settled.clear()
     if vllm_config.use_v2_model_runner:
         from vllm.v1.worker.gpu import model_runner as v2
 
@@ -141,6 +157,7 @@ def _admit_own(requests: Sequence[Any], known: Container[str]) -> None:
     """Note the rules of requests that are new or, with V2, resumed."""
     for request in requests:
         _own_rules.pop(request.req_id, None)  # whoever had this id before
+        _settled.discard(request.req_id)
         params = request.sampling_params
         if _rule is not None and params is not None and params.extra_args:
             own = own_rule(_rule, params.extra_args)
@@ -149,6 +166,8 @@ def _admit_own(requests: Sequence[Any], known: Container[str]) -> None:
     if requests and _own_rules:
         for name in [name for name in _own_rules if name not in known]:
             del _own_rules[name]
+    if requests and _settled:
+        _settled.intersection_update([name for name in _settled if name in known])
 
 
 def _own_rows(names: Sequence[str]) -> Mapping[int, SpanRule]:

@@ -54,6 +54,11 @@ def own_rule(rule: SpanRule, extra_args: Mapping[str, Any] | None) -> SpanRule |
             "may be longer than what fits its cache densely; leave it out, or ask a server "
             "without --kv-prune-prefill"
         )
+    return dense_rule(rule)
+
+
+def dense_rule(rule: SpanRule) -> SpanRule:
+    """The rule of a request that stays dense."""
     return replace(rule, recent_window=ENDLESS, budget_spans=None)
 
 

@@ -150,7 +150,7 @@ def test_vllm_defaults_are_what_we_rely_on() -> None:
         ("compat_rows.py", NewRequestData, {"sampling_params"}),
         ("compat_requests.py", Request, {"sampling_params", "block_hashes"}),
         ("compat_requests.py", SamplingParams, {"extra_args"}),
-        ("compat_requests.py", Scheduler, {"vllm_config", "kv_cache_manager"}),
+        ("compat_requests.py", Scheduler, {"vllm_config", "kv_cache_manager", "requests"}),
         (MANAGER, KVCacheBlockCopy, {"src_block_id", "dst_block_id"}),
         (SPEC, FullAttentionSpec, {"block_size", "num_kv_heads", "head_size", "head_size_v"}),
         (SPEC, FullAttentionSpec, {"dtype", "page_size_bytes", "prefix_cacheable"}),

@@ -18,8 +18,8 @@ from vllm.v1.request import Request, RequestStatus
 from tests.support.block_worker import BLOCK, Worker
 from think_vllm.blocks.manager import ThinKVCacheManager
 from think_vllm.blocks.spec import ThinKVCacheSpec
-from think_vllm.compat_requests import announce_request
-from think_vllm.request import own_rule
+from think_vllm.compat_requests import announce_request, settle_request
+from think_vllm.request import dense_rule, own_rule
 
 NUM_BLOCKS = 40
 MAX_LEN = 100
@@ -88,6 +88,7 @@ class Engine:
     ) -> None:
         self.manager = make_manager([spec, *others], caching, num_blocks, max_len)
         self.others = others
+        self.guarded = spec.guarded
         self.num_blocks = num_blocks
         self.max_len = max_len
         self.worker = Worker(spec.rule)
@@ -98,6 +99,8 @@ class Engine:
         self.waiting: list[Request] = []
         self.incarnation: dict[str, int] = {}
         self.hits: dict[str, int] = {}
+        #: Whether requests stay dense, of those that were asked what they would lose.
+        self.verdicts: dict[str, bool] = {}
         self.hasher = get_request_block_hasher(BLOCK, sha256)
 
     @property
@@ -247,6 +250,8 @@ class Engine:
             tokens = [*request.all_token_ids, *[7] * (self.lag + 1)]
             if entry.is_new:
                 own = own_rule(self.worker.rule, request.sampling_params.extra_args)
+                if self.verdicts.get(request.request_id):
+                    own = dense_rule(self.worker.rule)
                 self.worker.start(entry.name, tokens, entry.new_blocks, entry.start, own)
             else:
                 self.worker.rows[entry.name].blocks.extend(entry.new_blocks)
@@ -258,6 +263,8 @@ class Engine:
         request = entry.request
         self.worker.run(entry.name, request.num_prompt_tokens, entry.start, entry.count)
         request.num_in_flight_tokens -= entry.count
+        if self.guarded and entry.start + entry.count >= request.num_prompt_tokens:
+            self._settle(entry)
         if request not in self.running or entry.name != self.name(request):
             return
         if entry.start + entry.count == request.num_tokens:
@@ -268,6 +275,16 @@ class Engine:
                 self._drop(request)
             else:
                 request.append_output_token_ids(7)
+
+    def _settle(self, entry: Entry) -> None:
+        """Decide like a worker: every other request stays dense. The managers hear of it."""
+        name, row = entry.request.request_id, self.worker.rows[entry.name]
+        if name in self.verdicts or row.rule.stays_dense:
+            return
+        self.verdicts[name] = dense = int(name[1:]) % 2 == 1
+        if dense:
+            row.rule = dense_rule(row.rule)
+        settle_request(self.manager.coordinator.single_type_managers, entry.request, dense)
 
     def _preempt(self, request: Request) -> None:
         self.manager.free(request)

@@ -1,6 +1,7 @@
 """The block manager inside vLLM's real KVCacheManager, against a model of the worker."""
 
 import gc
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
 from tests.support.block_engine import BLOCK, MAX_LEN, NUM_BLOCKS, Engine
 from think_vllm.blocks.manager import ThinKVCacheManager
+from think_vllm.blocks.rules import RequestRules
 from think_vllm.blocks.spec import ThinKVCacheSpec
 from think_vllm.spans import SpanRule
 
@@ -101,6 +103,46 @@ def test_manager_frees_nothing_that_the_worker_reads_and_leaks_nothing(
 ) -> None:
     caching = form["mode"] not in ("off", "evict-uncached")
     drive(Engine(form_spec(form), lag, caching=caching), actions)
+
+
+@settings(max_examples=150, deadline=None)
+@given(actions=st.lists(ACTIONS, min_size=5, max_size=60), form=FORMS, caching=st.booleans())
+def test_manager_of_requests_that_stay_dense_by_what_they_would_lose(
+    actions: list[tuple[Any, ...]], form: dict[str, Any], caching: bool
+) -> None:
+    # Decided at a prompt's end, and known to the scheduler before its next step.
+    spec = replace(form_spec({**form, "mode": "dense"}), guarded=True)
+    drive(Engine(spec, lag=0, caching=caching), actions)
+
+
+def test_manager_frees_nothing_of_requests_that_are_not_settled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ThinKVCacheManager, "settle", lambda *_: None)
+    for caching in (True, False):
+        engine = Engine(make_spec(delay_prompt=True, guarded=True), lag=0, caching=caching)
+        engine.arrive(prompt_len=41, max_tokens=8)
+        with pytest.raises(RuntimeError, match="r0 are due, and its worker has not said"):
+            engine.finish()
+
+
+def test_requests_stay_as_they_were_settled() -> None:
+    engine = Engine(make_spec(delay_prompt=True, guarded=True), lag=0)
+    for _ in range(2):
+        engine.arrive(prompt_len=41, max_tokens=12)
+    for preempted in (False, True):
+        if preempted:
+            for _ in range(2):
+                engine.preempt(0)
+        for _ in range(3):
+            engine.step(90)
+        (manager,) = engine.manager.coordinator.single_type_managers
+        freed = {name: manager.held(name)[1] for name in ("r0", "r1")}
+        assert sorted(engine.verdicts.values()) == [False, True]
+        assert freed == {name: 0 if dense else 3 for name, dense in engine.verdicts.items()}
+    engine.finish()
+    gc.collect()
+    assert not len(manager.rules)
 
 
 @settings(max_examples=200, deadline=None)
@@ -198,7 +240,7 @@ def test_dense_request_keeps_all_its_blocks(caching: bool) -> None:
     engine.finish()
     assert engine.free_blocks == NUM_BLOCKS - 1
     gc.collect()
-    assert not manager._asking
+    assert not len(manager.rules)
 
 
 def test_dense_request_hits_what_is_exact() -> None:
@@ -220,7 +262,7 @@ def test_dense_request_hits_what_is_exact() -> None:
 
 def test_manager_that_prunes_a_dense_request_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The model of the worker sees a manager that has not heard what a request asks for."""
-    monkeypatch.setattr(ThinKVCacheManager, "announce", lambda *_: None)
+    monkeypatch.setattr(RequestRules, "announce", lambda *_: None)
     engine = Engine(make_spec(), lag=0)
     for asks in (-1, None, None):
         engine.arrive(prompt_len=41, max_tokens=20, asks=asks)

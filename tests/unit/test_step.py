@@ -225,7 +225,7 @@ def ends_of(prompts: list[int], first_spans: list[int], rule: SpanRule) -> Ends:
     spans = np.maximum(0, lengths - rule.recent_window) // rule.span_tokens
     compacted = np.zeros_like(first) if rule.delay_prompt else np.maximum(0, spans - first)
     every = np.arange(lengths.size)
-    return Ends([], every, lengths, first, compacted, np.minimum(lengths, 5), every >= 0)
+    return Ends([], every, lengths, first, compacted, np.minimum(lengths, 5), every >= 0, every < 0)
 
 
 @pytest.mark.parametrize("delayed", [False, True])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from think_vllm.attention.cpu_dense import dense_isa
 from think_vllm.attention.cpu_evict import skip_evicted
 from think_vllm.attention.cpu_scratch import BLOCK_SIZE, PromptScratch
 from think_vllm.attention.evicting import Pack, Watched, take_packs, watch
+from think_vllm.attention.guard import begin_guard, take_verdicts
 from think_vllm.attention.sorting import leading_thin_spans, sort_step
 from think_vllm.attention.step import Int32Array, Int64Array, Prefill, Step, Wave
 from think_vllm.blocks.spec import ThinKVCacheSpec
@@ -102,6 +103,7 @@ class ThinkCPUMetadata:
         wave_table: The block table that their queries' rows are of.
         watched: Prompt queries that choose tokens.
         known: Ids of the requests that the runner knows.
+        names: Ids of the step's requests, if prompts ask for theirs.
     """
 
     step: Step
@@ -113,6 +115,7 @@ class ThinkCPUMetadata:
     wave_table: torch.Tensor
     watched: list[Watched] = field(default_factory=list)
     known: Container[str] = ()
+    names: Sequence[str] = ()
 
 
 class ThinkCPUMetadataBuilder(CPUAttentionMetadataBuilder):
@@ -133,7 +136,7 @@ class ThinkCPUMetadataBuilder(CPUAttentionMetadataBuilder):
                 f"ThinkCPUMetadataBuilder: the cache was laid out for {kv_cache_spec.rule}, "
                 f"the plan is {self.plan.rule}"
             )
-        compat_metrics.watch_runner(vllm_config)
+        compat_metrics.watch_runner(vllm_config, take_verdicts if self.plan.guards else None)
         # For fresh prompts: vLLM's own builder for blocks of its own default size.
         self._fresh = CPUAttentionMetadataBuilder(
             replace(kv_cache_spec, block_size=BLOCK_SIZE), layer_names, vllm_config, device
@@ -152,9 +155,9 @@ class ThinkCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         self._may_hit_thin = bool(
             vllm_config.cache_config.enable_prefix_caching and kv_cache_spec.thin_prefixes
         )
-        compat_rows.watch_runner(
-            vllm_config, self.plan.rule, None, every_step=self.plan.config.evicts
-        )
+        names_rows = self.plan.config.evicts or self.plan.guards
+        compat_rows.watch_runner(vllm_config, self.plan.rule, None, every_step=names_rows)
+        begin_guard(self.plan.config.kv_prune_max_loss if self.plan.guards else None)
         # Here, because vLLM builds this before it reports healthy: nothing compiles later.
         warm_up(self.dtype, self.num_heads, self.num_kv_heads, self.plan)
 
@@ -175,6 +178,7 @@ class ThinkCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         query_start = common.query_start_loc_cpu.numpy().astype(np.int64)
         seq_lens = common.seq_lens.numpy().astype(np.int64)
         computed = seq_lens - np.diff(query_start)
+        found = compat_rows.step_rows()
         step = sort_step(
             self.plan.rule,
             self.plan.observation_window,
@@ -182,7 +186,7 @@ class ThinkCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             seq_lens,
             prompt_lens,
             leading_thin_spans(self.plan.rule, common.block_table_tensor.numpy(), computed),
-            compat_rows.own_rules(),
+            None if found is None else found.own,
         )
         dense, context = _split_prefill(step.prefill)
         metadata = ThinkCPUMetadata(
@@ -193,6 +197,7 @@ class ThinkCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             context=context,
             waves=[] if self.plan.config.evicts else [_wave_rows(wave) for wave in step.waves],
             wave_table=common.block_table_tensor,
+            names=() if found is None else found.request_ids,
         )
         return self._evict(metadata) if self.plan.config.evicts else metadata
 

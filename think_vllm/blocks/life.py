@@ -12,6 +12,7 @@ class Life:
 
     Args:
         rule: When its spans are thin.
+        settled: Whether its worker has said that it may be compacted, or that it stays dense.
         request: vLLM's own; None until its first step is scheduled, or without prefix caching.
         prompt_len: Tokens of its prompt; None until known.
         cached_spans: Leading spans that came thin from the prefix cache.
@@ -25,6 +26,7 @@ class Life:
     """
 
     rule: SpanRule
+    settled: bool = True
     request: Any = None
     prompt_len: int | None = None
     cached_spans: int = 0

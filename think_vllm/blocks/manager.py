@@ -16,7 +16,6 @@ Compaction writes into the first ``thin_blocks`` blocks of a span, its **heads**
 
 from collections.abc import Sequence
 from typing import Any
-from weakref import WeakValueDictionary
 
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
@@ -24,9 +23,9 @@ from think_vllm import compat_metrics, compat_requests
 from think_vllm.blocks.life import Life
 from think_vllm.blocks.prefix import LimitedHashes, find_dense_behind, find_thin
 from think_vllm.blocks.publisher import Publisher
+from think_vllm.blocks.rules import RequestRules
 from think_vllm.errors import WAY_OUT
 from think_vllm.metrics.counts import SpanCounts
-from think_vllm.request import own_rule
 from think_vllm.spans import SpanRule
 
 
@@ -41,15 +40,18 @@ class ThinKVCacheManager(FullAttentionManager):
         self._private: dict[str, list[int]] = {}
         self._publisher = Publisher(self.block_pool, self.kv_cache_group_id, kv_cache_spec)
         self.counts = SpanCounts()
-        #: Requests with a rule of their own, while the scheduler has them.
-        self._asking: WeakValueDictionary[str, Any] = WeakValueDictionary()
+        self.rules = RequestRules(kv_cache_spec.guarded)
         # Here, because whoever has a manager has a scheduler by then.
         compat_metrics.watch_scheduler()
         compat_requests.watch_scheduler()
 
-    def announce(self, request: Any) -> None:
-        """Hear of a request that has a rule of its own, before it is looked up."""
-        self._asking[request.request_id] = request
+    def settle(self, request: Any, dense: bool) -> None:
+        """Hear whether a request whose prompt has ended stays dense, before its next step."""
+        self.rules.settle(request, dense)
+        life = self._lives.get(request.request_id)
+        if life is not None:
+            life.rule, life.settled = self.rules.find(request.request_id, self.rule)
+            life.next_free = life.next_compaction = 0
 
     # -- Admission ---------------------------------------------------------------------------
 
@@ -134,7 +136,7 @@ class ThinKVCacheManager(FullAttentionManager):
         cached = self._count_thin(new_computed_blocks)
         self.counts.hit_tokens += cached * self.rule.span_tokens
         self._lives[request_id] = Life(
-            self._rule_of(request_id),
+            *self.rules.find(request_id, self.rule),
             cached_spans=cached,
             freed_spans=cached,
             published=len(new_computed_blocks),
@@ -191,6 +193,7 @@ class ThinKVCacheManager(FullAttentionManager):
         publisher, rows = self._publisher, self.req_to_blocks[request.request_id]
         prompt_len = request.num_prompt_tokens
         compacted = life.rule.freeable_spans(prompt_len, scheduled, life.cached_spans)
+        self._check_settled(life, compacted, request.request_id)
         life.next_compaction = life.rule.next_freeable(prompt_len, scheduled, compacted)
         if not self.rule.delay_prompt:
             publisher.uncache(life, rows, compacted)
@@ -239,6 +242,7 @@ class ThinKVCacheManager(FullAttentionManager):
         freeable = rule.freeable_spans(
             num_prompt_tokens, processed_computed_tokens, life.cached_spans
         )
+        self._check_settled(life, freeable, request_id)
         self._publisher.publish_thin(life, self.req_to_blocks[request_id], freeable)
         evicted = rule.evicted_spans(num_prompt_tokens)
         for span in range(life.freed_spans, freeable):
@@ -307,14 +311,15 @@ class ThinKVCacheManager(FullAttentionManager):
     def _life(self, request_id: str) -> Life:
         life = self._lives.get(request_id)
         if life is None:
-            life = self._lives[request_id] = Life(self._rule_of(request_id))
+            life = self._lives[request_id] = Life(*self.rules.find(request_id, self.rule))
         return life
 
-    def _rule_of(self, request_id: str) -> SpanRule:
-        request = self._asking.get(request_id)
-        if request is None:
-            return self.rule
-        return own_rule(self.rule, request.sampling_params.extra_args) or self.rule
+    def _check_settled(self, life: Life, spans: int, request_id: str) -> None:
+        if spans and not life.settled:
+            raise RuntimeError(
+                f"think-vllm: spans of request {request_id} are due, and its worker has not said "
+                "whether it stays dense"
+            )
 
     def _count_thin(self, rows: Sequence[Any]) -> int:
         """Leading spans of a hit that are thin."""
