@@ -59,9 +59,9 @@ class EvictedPrompt(EndOfPrompt):
         add_query_energy(self.query, tokens - 32, tokens, energy)
         first = tokens - 32 if plan.config.kv_evict == "snapkv" else 0
         evictor = CPUEvictor(plan, plan.head_size**-0.5, 0.0, None)
-        seen = Watched("one", 0, first, tokens, first, tokens, True)
-        evictor.watch(self.query, self.cache, self.table, [seen], {0: energy[None]}, {"one"})
         assert rule.budget_spans is not None
+        seen = Watched("one", 0, first, tokens, first, tokens, rule.budget_spans, True)
+        evictor.watch(self.query, self.cache, self.table, [seen], {0: energy[None]}, {"one"})
         pack = Pack("one", 0, tokens, rule.evicted_spans(tokens), rule.budget_spans)
         chooser = Chooser(plan, LayerHeads(0, 0, self.kv_heads, plan.head_size))
         evictor.pack(self.cache, self.table, [pack], chooser)

@@ -6,7 +6,7 @@ import logging
 import multiprocessing
 from typing import TYPE_CHECKING, Any
 
-from think_vllm import VLLM_SERIES, __version__, compat, compat_metrics
+from think_vllm import VLLM_SERIES, __version__, compat, compat_metrics, compat_requests
 from think_vllm.config import ThinkConfig, config_from_additional, prune_flags
 from think_vllm.errors import FLAGS, WAY_OUT, ThinkError
 from think_vllm.models import attention_layers, check_model, window_summary
@@ -36,6 +36,8 @@ def activate(vllm_config: VllmConfig) -> None:
         return
     check_engine(vllm_config)
     plan = plan_engine(config, vllm_config)
+    if config.guards:
+        check_guard(vllm_config)
     if plan is None:
         logger.info(
             "think-vllm: %s prunes no channel of this model, and --kv-quant is none; thin KV "
@@ -55,7 +57,7 @@ def activate(vllm_config: VllmConfig) -> None:
             "whole; prefix caching is off"
         )
     compat.claim_custom_backend(vllm_config)
-    compat.refuse_growing_prompts()
+    compat_requests.watch_front_end()
     compat_metrics.watch_front_end()
     if _is_cpu():
         compat.request_prompt_lens(vllm_config.model_config)
@@ -247,6 +249,41 @@ def check_device(vllm_config: VllmConfig) -> None:
         if present:
             raise ThinkError(
                 f"thin KV blocks do not support {name} yet; {way_out}, or serve without {FLAGS}"
+            )
+
+
+def check_guard(vllm_config: VllmConfig) -> None:
+    """Refuse a limit on lost score mass where a rank cannot decide alone, and in time.
+
+    Raises:
+        ThinkError: Naming the option, the reason and the way out.
+    """
+    parallel = vllm_config.parallel_config
+    for present, name, reason, way_out in (
+        (
+            not _is_cpu(),
+            "on GPUs",
+            "the host would have to wait for each prompt's scores, and async scheduling would "
+            "schedule a prompt's compaction before they are known",
+            "leave it out",
+        ),
+        (
+            parallel.tensor_parallel_size > 1,
+            f"with --tensor-parallel-size {parallel.tensor_parallel_size}",
+            "each rank knows the scores of its own heads only, and all must decide alike",
+            "use 1",
+        ),
+        (
+            parallel.pipeline_parallel_size > 1,
+            f"with --pipeline-parallel-size {parallel.pipeline_parallel_size}",
+            "each rank knows the scores of its own layers only, and all must decide alike",
+            "use 1",
+        ),
+    ):
+        if present:
+            raise ThinkError(
+                f"--kv-prune-max-loss is not supported {name}: {reason}; {way_out}, or leave "
+                "--kv-prune-max-loss out"
             )
 
 

@@ -93,6 +93,11 @@ class BlockPlan:
         return self.prunes_keys or self.prunes_values
 
     @property
+    def guards(self) -> bool:
+        """Whether requests whose keys would lose too much stay dense."""
+        return self.config.guards and self.prunes_keys
+
+    @property
     def prunes_keys(self) -> bool:
         """Whether key channels are left out."""
         return self.key_channels < self.head_size

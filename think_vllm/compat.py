@@ -40,15 +40,23 @@ vLLM; subclasses of its classes call a few private methods that they inherit.
     batches of single tokens of which some are the last of a prompt. Channels are chosen after such
     a token, so these batches, rare as they are, must run without a full graph. Until
     ``CommonAttentionMetadata`` carries all three, and backends can refuse a batch for full graphs.
-    On CPUs V1's is wrapped with ``--kv-evict`` alone: what a layer remembers of a prompt while it
-    is computed is too much to leave behind when its request goes away.
+    On CPUs V1's does something with ``--kv-evict`` only, as what a layer remembers of a prompt
+    while it is computed is too much to leave behind when its request goes away; and while a request
+    has a rule of its own.
+``GPUModelRunner._update_states`` (V1) is wrapped there
+    because it is told the sampling parameters of requests that are new. Until
+    ``CommonAttentionMetadata`` says whose rows a step has.
 ``InputBatch.block_table`` (V1) and ``SchedulerOutput.scheduled_new_reqs`` (V2) are read there
     because they are what the host has of a request's blocks. V2 keeps none of them, so the number
     of such spans is remembered from the step that admits a request; it readmits preempted requests
     as new ones. Until ``CommonAttentionMetadata`` has a block table on the host.
-``InputProcessor.process_inputs`` is wrapped
-    because a prompt that may grow has to be refused before it is a request: later it can only
-    stop the engine, and ``Platform.validate_request`` is not told. Until it is.
+``InputProcessor.process_inputs`` is wrapped (in ``compat_requests.py``)
+    because a prompt that may grow, or a request that asks for what there is not, has to be refused
+    before it is a request: later it can only stop the engine, and ``Platform.validate_request`` is
+    not told of the former, and not by which engine it was asked. Until it is.
+``Scheduler.add_request`` is wrapped there
+    because block managers know requests by their ids, and without prefix caching never see one.
+    Until they are given what a request asks for.
 ``CompilationConfig.static_forward_context`` is read on CUDA
     because it is where a builder finds its layers' caches: spans that are due are compacted
     ahead of a full decode graph. Until builders are given them.
@@ -73,7 +81,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from think_vllm import VLLM_SERIES
-from think_vllm.errors import WAY_OUT, ThinkError
+from think_vllm.errors import ThinkError
 
 if TYPE_CHECKING:
     import torch
@@ -265,22 +273,6 @@ def prompt_lens(metadata: CommonAttentionMetadata) -> torch.Tensor:
         )
     lens: torch.Tensor = metadata.rswa_prefix_lens
     return lens
-
-
-def refuse_growing_prompts() -> None:
-    """Answer streaming-input sessions with an error, one by one, in engines with thin blocks."""
-    from vllm.v1.engine.input_processor import InputProcessor
-
-    wrap_method(InputProcessor, "process_inputs", _refuse_growing_prompt)
-
-
-def _refuse_growing_prompt(original: Any, processor: Any, *args: Any, **kwargs: Any) -> Any:
-    if kwargs.get("resumable"):
-        raise ThinkError(
-            "thin KV blocks do not support streaming-input sessions: their prompts grow, and thin "
-            f"blocks cannot become dense again. Send the whole prompt. {WAY_OUT}"
-        )
-    return original(processor, *args, **kwargs)
 
 
 def wrap_method(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:

@@ -11,7 +11,8 @@ this can go when vLLM lets a block manager and an attention backend report.
     ``model_runner_output``. Ranks that do not sample have nothing to put it in.
 ``Scheduler.make_stats`` is wrapped
     because it makes what an engine tells its API servers after every step, and has the rank's
-    report in its hands. Ours is kept as an attribute of the scheduler.
+    report in its hands, before the next step is scheduled. Ours is kept as an attribute of the
+    scheduler.
 ``KVConnectorProm.__init__`` is wrapped
     because ``prom_metrics``, whose documented base class we extend, comes from connectors alone.
 ``LoggingStatLogger.__init__`` is wrapped
@@ -28,6 +29,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from think_vllm.compat import wrap_method
+from think_vllm.compat_requests import settle_requests
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -35,14 +37,26 @@ if TYPE_CHECKING:
 _MARK = "_think_vllm_metrics"
 
 
-def watch_runner(vllm_config: VllmConfig) -> None:
+_takes_verdicts: Callable[[], dict[str, bool]] | None = None
+
+
+def watch_runner(
+    vllm_config: VllmConfig, takes_verdicts: Callable[[], dict[str, bool]] | None = None
+) -> None:
     """Send what the layers of this process measure with every step.
 
     Called by metadata builders: their runner's module has been imported by then.
+
+    Args:
+        vllm_config: Of the engine.
+        takes_verdicts: Says which requests stay dense of those whose prompts ended in a step. None
+            if none does for what it would lose.
     """
+    global _takes_verdicts
     from think_vllm.metrics.worker import begin_report
 
     begin_report()
+    _takes_verdicts = takes_verdicts
     if vllm_config.use_v2_model_runner:
         from vllm.v1.worker.gpu import model_runner as v2
 
@@ -72,9 +86,15 @@ def _send_v2(original: Any, runner: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _measured() -> Any:
     """What vLLM sends with a step for a connector; None if nothing was measured."""
+    from think_vllm.metrics.catalog import KEPT_DENSE
     from think_vllm.metrics.worker import take_report
 
     report = take_report()
+    if _takes_verdicts is not None and (settled := _takes_verdicts()):
+        report = {**(report or {}), "settled": settled}
+        dense = sum(settled.values())
+        if dense:
+            report["counters"] = {**report.get("counters", {}), KEPT_DENSE: dense}
     if report is None:
         return None
     from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
@@ -91,6 +111,10 @@ def watch_scheduler() -> None:
 
 
 def _report(original: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+    # Before the next step is scheduled, and whether or not there are statistics.
+    told = args[1] if len(args) > 1 else kwargs.get("kv_connector_stats")
+    if told is not None and "settled" in told.data:
+        settle_requests(scheduler, told.data.pop("settled"))
     stats = original(scheduler, *args, **kwargs)
     if stats is None:  # --disable-log-stats
         return None

@@ -93,6 +93,14 @@ class ThinkConfig(BaseModel):
         description="Old tokens of a prompt that each KV head keeps at most, in whole spans.",
     )
 
+    kv_prune_max_loss: float = Field(
+        default=1.0,
+        gt=0.0,
+        le=1.0,
+        description="A request stays dense if its key channels that would go have more than this "
+        "share of the scores, on average over layers and KV heads. 1 sets no limit.",
+    )
+
     kv_plan_context: int = Field(
         default=8192,
         ge=256,
@@ -111,6 +119,11 @@ class ThinkConfig(BaseModel):
     def evicts(self) -> bool:
         """Whether old tokens of long prompts are left out."""
         return self.kv_evict != "none"
+
+    @property
+    def guards(self) -> bool:
+        """Whether requests that would lose too much stay dense."""
+        return self.kv_prune_max_loss < 1.0
 
     @property
     def format(self) -> BlockFormat:
@@ -181,6 +194,8 @@ def _check_together(config: ThinkConfig) -> None:
         )
     _check_eviction(config, given)
     _check_choice(config, given)
+    if config.guards:
+        _check_guard(config, given)
     if config.kv_prune_prefill and config.kv_prefix_cache == "dense":
         raise ThinkError(
             "--kv-prune-prefill prunes prompts while they are computed, so there are no exact "
@@ -197,6 +212,37 @@ def _check_together(config: ThinkConfig) -> None:
             f"--kv-quant-group is {config.kv_quant_group}, but --kv-quant is {config.kv_quant}, "
             f"which has no groups; leave --kv-quant-group out, or use --kv-quant "
             f"{' or '.join(grouped)}"
+        )
+
+
+def _check_guard(config: ThinkConfig, given: list[str]) -> None:
+    """Refuse what a limit on lost score mass cannot be combined with."""
+    who = f"--kv-prune-max-loss {config.kv_prune_max_loss:g}"
+    if not config.kv_channel_prune:
+        raise ThinkError(
+            f"{who} limits what the pruning of key channels loses, and none are pruned; give "
+            "--kv-channel-prune too, or leave it out"
+        )
+    if config.kv_select != "think" or config.kv_channel_tables != "prompt":
+        other = f"--kv-select {config.kv_select}"
+        if config.kv_select == "think":
+            other = f"--kv-channel-tables {config.kv_channel_tables}"
+        raise ThinkError(
+            f"{who} limits the loss of ThinK's scores over a whole prompt, which {other} does not "
+            "have; leave one of them out"
+        )
+    if config.evicts or config.kv_prune_prefill:
+        other = f"--kv-evict {config.kv_evict}" if config.evicts else "--kv-prune-prefill"
+        raise ThinkError(
+            f"{who} is checked when a prompt has ended, before anything of it is pruned; with "
+            f"{other} that is {'too early' if config.evicts else 'too late'} to know; leave one of "
+            "them out"
+        )
+    if "kv_prefix_cache" in given and config.kv_prefix_cache == "thin":
+        raise ThinkError(
+            f"{who} lets a prompt wait one step before it is compacted, so that the scheduler "
+            "hears which ones stay dense, as --kv-prefix-cache dense does; use that, or leave it "
+            "out"
         )
 
 

@@ -76,6 +76,9 @@ def plan_blocks(
         config = config.model_copy(update={"kv_prefix_cache": "dense"})
     elif not _shrinks(config, head_size):
         return None
+    if config.guards:
+        # Prompts are compacted a step after their end, as there.
+        config = config.model_copy(update={"kv_prefix_cache": "dense"})
     for name, value, way_out in (
         ("the model's head size", head_size, WAY_OUT),
         ("--block-size", block_size, "Leave it out for the best one"),

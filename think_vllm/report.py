@@ -33,6 +33,7 @@ def plan_summary(plan: BlockPlan) -> list[str]:
         f"{'at the end of every chunk of a prompt, ' if plan.config.kv_prune_prefill else ''}"
         f"prefixes cached {prefixes})",
         *_eviction(plan),
+        *_guard(plan),
         f"bytes per token and KV head: {dense:.0f} dense, {thin:.1f} thin (keys "
         f"{plan.key_bytes_per_token_head:.1f}, values {plan.value_bytes_per_token_head:.1f}, "
         f"waste {100 * plan.waste:.1f} %): x{plan.capacity_multiple:.3f}; whole requests "
@@ -88,6 +89,7 @@ def plan_fields(plan: BlockPlan) -> dict[str, Any]:
         "prune_decode": plan.config.kv_prune_decode,
         "prune_prefill": plan.config.kv_prune_prefill,
         "prefix_cache": plan.config.kv_prefix_cache,
+        "max_loss": plan.config.kv_prune_max_loss if plan.guards else None,
         "plan_context": plan.config.kv_plan_context,
         "select": plan.config.kv_select if plan.prunes else None,
         "channel_tables": plan.config.kv_channel_tables if plan.prunes_keys else None,
@@ -109,6 +111,15 @@ def _eviction(plan: BlockPlan) -> list[str]:
     return [
         f"each KV head keeps {kept_tokens(plan)} old tokens of a prompt at most (budget "
         f"{plan.config.kv_evict_budget}, {plan.config.kv_evict}); what is decoded is not evicted"
+    ]
+
+
+def _guard(plan: BlockPlan) -> list[str]:
+    if not plan.guards:
+        return []
+    return [
+        f"requests whose pruned key channels have more than {plan.config.kv_prune_max_loss:g} of "
+        "the scores stay dense: what fits depends on how many these are"
     ]
 
 

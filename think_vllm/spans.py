@@ -19,15 +19,24 @@ the next one, so that the scheduler can have their dense blocks copied in betwee
 With a budget, a prompt of more spans keeps as many of its old tokens as ``budget_spans`` spans
 hold, and has them in its last ones. The spans before these are empty: they count as thin, nobody
 reads them, and all their blocks come back.
+
+A request may have a rule of its own (``request.py``): another budget, or a recent window that never
+ends, so that nothing of it is ever thin.
 """
 
+from __future__ import annotations
+
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 IntArray = npt.NDArray[np.int64]
+
+#: Tokens of a recent window, or spans of a budget, that no request reaches.
+ENDLESS = 1 << 40
 
 
 @dataclass(frozen=True)
@@ -60,6 +69,11 @@ class SpanRule:
         return self.block_size * self.span_blocks
 
     @property
+    def stays_dense(self) -> bool:
+        """Whether no span ever becomes thin: the rule of a request that asked for it."""
+        return self.recent_window >= ENDLESS
+
+    @property
     def shrinks(self) -> bool:
         """Whether a span takes fewer blocks once it is thin."""
         return self.thin_blocks < self.span_blocks
@@ -74,12 +88,22 @@ class SpanRule:
             return 0
         return max(0, self.prompt_spans(prompt_len) - self.budget_spans)
 
-    def evicted_spans_array(self, prompt_lens: IntArray) -> IntArray:
-        """``evicted_spans`` over an array."""
+    def prompt_spans_array(
+        self, prompt_lens: IntArray, limits: RowLimits | None = None
+    ) -> IntArray:
+        """``prompt_spans`` over an array, whose rows may have limits of their own."""
+        recent = self.recent_window if limits is None else limits.recent_window
+        spans: IntArray = np.maximum(0, prompt_lens - recent) // self.span_tokens
+        return spans
+
+    def evicted_spans_array(
+        self, prompt_lens: IntArray, limits: RowLimits | None = None
+    ) -> IntArray:
+        """``evicted_spans`` over an array, whose rows may have limits of their own."""
         if self.budget_spans is None:
             return np.zeros_like(prompt_lens)
-        spans = np.maximum(0, prompt_lens - self.recent_window) // self.span_tokens
-        evicted: IntArray = np.maximum(0, spans - self.budget_spans)
+        budget = self.budget_spans if limits is None else limits.budget_spans
+        evicted: IntArray = np.maximum(0, self.prompt_spans_array(prompt_lens, limits) - budget)
         return evicted
 
     def thin_spans(self, prompt_len: int, position: int, computed: int = 0, cached: int = 0) -> int:
@@ -98,14 +122,18 @@ class SpanRule:
         return max(cached, own)
 
     def thin_spans_array(
-        self, prompt_lens: IntArray, positions: IntArray, computed: IntArray, cached: IntArray
+        self,
+        prompt_lens: IntArray,
+        positions: IntArray,
+        computed: IntArray,
+        cached: IntArray,
+        limits: RowLimits | None = None,
     ) -> IntArray:
-        """``thin_spans`` over arrays of equal shape."""
+        """``thin_spans`` over arrays of equal shape, whose rows may have limits of their own."""
         ends = positions if self.prune_decode else prompt_lens
         begins = computed if self.prune_prefill else np.zeros_like(computed)
         ends = np.where(positions < prompt_lens, begins, ends)
-        own = np.maximum(0, ends - self.recent_window) // self.span_tokens
-        thin: IntArray = np.maximum(cached, own)
+        thin: IntArray = np.maximum(cached, self.prompt_spans_array(ends, limits))
         return thin
 
     def exact_tokens(self, prompt_len: int) -> int:
@@ -161,3 +189,41 @@ class SpanRule:
         if self.prune_decode or processed_tokens == prompt_len:
             return max(due, prompt_len) + 1 if self.prune_decode else prompt_len + 1
         return sys.maxsize
+
+
+@dataclass(frozen=True)
+class RowLimits:
+    """Limits of the rows of a batch, some of which have rules of their own.
+
+    Args:
+        recent_window: int64 [n]. Most recent tokens of each that stay dense.
+        budget_spans: int64 [n]. Spans that each one's prompt keeps at most.
+    """
+
+    recent_window: IntArray
+    budget_spans: IntArray
+
+    @classmethod
+    def of(cls, rule: SpanRule, own: Mapping[int, SpanRule], rows: int) -> RowLimits | None:
+        """Limits of a batch of ``rows`` rows; None if all are the server's.
+
+        Args:
+            rule: The server's.
+            own: Rules of the rows that have others.
+            rows: How many there are.
+        """
+        if not own:
+            return None
+        recent = np.full(rows, rule.recent_window, np.int64)
+        budget = np.full(rows, _budget(rule), np.int64)
+        for row, other in own.items():
+            recent[row], budget[row] = other.recent_window, _budget(other)
+        return cls(recent, budget)
+
+    def choose(self, which: IntArray) -> RowLimits:
+        """Limits of the chosen rows."""
+        return RowLimits(self.recent_window[which], self.budget_spans[which])
+
+
+def _budget(rule: SpanRule) -> int:
+    return ENDLESS if rule.budget_spans is None else rule.budget_spans

@@ -16,13 +16,20 @@ pytestmark = pytest.mark.e2e
 SCRIPT = """
 import json, sys
 from vllm import LLM, SamplingParams
+from vllm.exceptions import VLLMValidationError
 
 if __name__ == "__main__":
     llm = LLM(sys.argv[1], dtype="float32", enforce_eager=True, max_num_seqs=8,
               kv_cache_memory_bytes=2**27,
               additional_config={"think": {"kv_channel_prune": 0.5}})
-    params = SamplingParams(temperature=0, max_tokens=30, logprobs=0, ignore_eos=True)
+    asks = [None, None, {"kv_channel_prune": False}]
+    params = [SamplingParams(temperature=0, max_tokens=30, logprobs=0, ignore_eos=True,
+                             extra_args=asked) for asked in asks]
     prompts = [{"prompt_token_ids": ids} for ids in json.loads(sys.argv[2])]
+    try:
+        llm.generate(prompts[0], SamplingParams(extra_args={"kv_channel_prune": 0.4}))
+    except VLLMValidationError as error:
+        print("REFUSED", error)
     answers = [output.outputs[0] for output in llm.generate(prompts, params)]
     print("RESULT" + json.dumps([
         [list(a.token_ids), [step[t].logprob for t, step in zip(a.token_ids, a.logprobs)]]
@@ -36,7 +43,7 @@ def test_llm_takes_additional_config(
 ) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    prompts = random_prompts([300, 1000])
+    prompts = random_prompts([300, 1000, 1001])
     done = subprocess.run(
         [sys.executable, str(script), str(recall_model), json.dumps(prompts)],
         capture_output=True,
@@ -46,9 +53,10 @@ def test_llm_takes_additional_config(
     )
     assert done.returncode == 0, done.stderr[-3000:]
     line = next(x for x in done.stdout.splitlines() if x.startswith("RESULT"))
-    thinning = Thinning(key_channels=63, span_tokens=192)
-    for prompt, (tokens, logprobs) in zip(
-        prompts, json.loads(line.removeprefix("RESULT")), strict=True
+    assert "REFUSED kv_channel_prune is 0.4" in done.stdout
+    half = Thinning(key_channels=63, span_tokens=192)
+    for prompt, (tokens, logprobs), thinning in zip(
+        prompts, json.loads(line.removeprefix("RESULT")), [half, half, None], strict=True
     ):
         expected = recall_reference.logprobs(prompt, tokens, thinning)
         assert max(abs(a - b) for a, b in zip(expected, logprobs, strict=True)) < TOLERANCE

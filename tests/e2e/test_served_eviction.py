@@ -1,8 +1,11 @@
 """Evicted tokens: served log-probabilities against a model in which each head's are hidden."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,6 +51,33 @@ class TestSnapKV:
         lengths = [20, kept, first - 1, first, first + 1, first + span]
         check_served(server, recall_reference, lengths, [2 * span + 5] * 6, self.thinning)
         assert recall_reference.margin > 0
+
+    def test_budgets_of_requests(self, server: Server, recall_reference: Reference) -> None:
+        span, kept = self.plan.span_tokens, self.thinning.kept_tokens
+        asks: list[tuple[int, dict[str, Any], Thinning | None]] = [
+            (1400, {}, self.thinning),
+            (1010, {"kv_evict_budget": 2 * kept}, replace(self.thinning, kept_tokens=2 * kept)),
+            (1300, {"kv_evict_budget": span}, replace(self.thinning, kept_tokens=span)),
+            (900, {"kv_evict_budget": False}, replace(self.thinning, evict=None)),
+            (700, {"kv_channel_prune": False}, None),
+        ]
+        prompts = random_prompts([length for length, _, _ in asks], seed=4)
+        with ThreadPoolExecutor(len(asks)) as pool:
+            running = [
+                pool.submit(partial(server.complete, vllm_xargs=asked), prompt, 200)
+                for prompt, (_, asked, _) in zip(prompts, asks, strict=True)
+            ]
+            answers = [one.result() for one in running]
+        for prompt, answer, (_, asked, thinning) in zip(prompts, answers, asks, strict=True):
+            worst = worst_differences(recall_reference, [prompt], [answer], thinning)
+            assert worst[len(prompt)] < TOLERANCE, asked
+            if asked:
+                others = worst_differences(recall_reference, [prompt], [answer], self.thinning)
+                assert others[len(prompt)] > 10 * TOLERANCE, asked
+        short = {"prompt": [5] * 9, "max_tokens": 1, "vllm_xargs": {"kv_evict_budget": span - 1}}
+        refused = server.post("/v1/completions", short)
+        assert refused.status_code == 400
+        assert f"give {span} or more" in refused.text
 
     def test_preempted_requests(self, server: Server, recall_reference: Reference) -> None:
         lengths = [1433, 610, 1100, 420, 955, 300, 1970]

@@ -6,6 +6,8 @@ ranks. The pools are small, so that requests lose their blocks while other steps
 
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -91,6 +93,21 @@ class Ranks:
         self._check_metrics()
         return done
 
+    def check_dense(self, reference: Reference, **options: float) -> None:
+        """Compare a request that stays dense, on every rank, beside pruned ones."""
+        asks = [{}, {"kv_channel_prune": False}, {}]
+        prompts = random_prompts([700, 900, 610], seed=6)
+        with ThreadPoolExecutor(len(asks)) as pool:
+            running = [
+                pool.submit(partial(self.server.complete, vllm_xargs=asked, **options), prompt, 150)
+                for prompt, asked in zip(prompts, asks, strict=True)
+            ]
+            answers = [one.result() for one in running]
+        for prompt, asked, answer in zip(prompts, asks, answers, strict=True):
+            thinning = None if asked else Thinning.of(self.plan)
+            worst = worst_differences(reference, [prompt], [answer], thinning)
+            assert all(x < TOLERANCE for x in worst.values()), (asked, worst)
+
     def longest_difference(
         self, reference: Reference, done: list[Completion], thinning: Thinning | None
     ) -> float:
@@ -128,6 +145,7 @@ def test_tensor_parallel(serve: Callable[..., Server], tmp_path: Path) -> None:
     ranks = Ranks(serve, plan, arguments, heads=1, layers=1, block_runs=2, model=model)
     # Greedy answers of a random model go round in circles: groups of equal tokens.
     ranks.check(Reference(model), frequency_penalty=2.0)
+    ranks.check_dense(Reference(model), frequency_penalty=2.0)
 
 
 def test_tensor_parallel_with_a_shared_kv_head(
@@ -152,6 +170,7 @@ def test_pipeline_parallel(serve: Callable[..., Server], tmp_path: Path) -> None
     arguments += [*FLOAT32, "--pipeline-parallel-size", "2"]
     ranks = Ranks(serve, plan, arguments, heads=2, layers=2, block_runs=6, model=model)
     ranks.check(Reference(model))
+    ranks.check_dense(Reference(model))
 
 
 def test_data_parallel(serve: Callable[..., Server], recall_reference: Reference) -> None:

@@ -1,8 +1,11 @@
 """Prefix caching on the server: thin spans, exact copies, and prompts pruned chunk by chunk."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +26,7 @@ HALF = Thinning(key_channels=63, span_tokens=192)
 PRUNED = (*EAGER, "--kv-channel-prune", "0.5", "--max-num-batched-tokens", "2048")
 #: With 0.3 of the value channels too: 64 and 88 channels, 5 blocks of 48 tokens become 3.
 BOTH = Thinning(key_channels=64, span_tokens=240, value_channels=88)
+DENSE = {"vllm_xargs": {"kv_channel_prune": False}}
 HITS = "vllm:prefix_cache_hits_total"
 
 
@@ -44,10 +48,12 @@ def view_of(
     return View(thinning, len(prompt), len(prompt) + len(completion.tokens) - 1, **hit)
 
 
-def hit_of(server: Server, prompt: list[int], max_tokens: int) -> tuple[Completion, int]:
+def hit_of(
+    server: Server, prompt: list[int], max_tokens: int, **options: Any
+) -> tuple[Completion, int]:
     """Complete a prompt, and say how many of its tokens were in the cache."""
     before = server.metric(HITS)
-    completion = server.complete(prompt, max_tokens)
+    completion = server.complete(prompt, max_tokens, **options)
     # Hits are counted when a request is admitted, and written with a later step.
     return completion, int(server.metric(HITS) - before)
 
@@ -111,6 +117,69 @@ class TestThinPrefixes:
             worst_differences(recall_reference, [prompt], [answer], HALF)[500] for answer in answers
         ]
         assert min(found) < TOLERANCE, found
+
+    def test_dense_requests_beside_pruned_ones(
+        self, server: Server, recall_reference: Reference
+    ) -> None:
+        prompts = random_prompts([700, 1001, 60, 640, 1003, 230], seed=15)
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            running = [
+                pool.submit(partial(server.complete, **(DENSE if i % 2 else {})), prompt, 300)
+                for i, prompt in enumerate(prompts)
+            ]
+            answers = [one.result() for one in running]
+        worst = worst_differences(recall_reference, prompts[1::2], answers[1::2], None)
+        assert all(x < TOLERANCE for x in worst.values()), worst
+        worst = worst_differences(recall_reference, prompts[::2], answers[::2], HALF)
+        assert all(x < TOLERANCE for x in worst.values()), worst
+        # The comparison sees which of them were pruned.
+        worst = worst_differences(recall_reference, prompts[1::2], answers[1::2], HALF)
+        assert min(worst.values()) > 10 * TOLERANCE
+        server.wait_for_metric("vllm:kv_cache_usage_perc", 0)
+
+    def test_dense_requests_hit_nothing_thin(
+        self, server: Server, recall_reference: Reference
+    ) -> None:
+        donor, *others = random_prompts([1000, 150, 140, 130], seed=18)
+        server.complete(donor, 8)
+        first, second, third = (donor[:900] + other for other in others)
+        # Of what the pruned one has left, it takes no thin span: all is computed.
+        dense, hit = hit_of(server, first, 300, **DENSE)
+        assert hit == 0
+        # Exact blocks of a dense one are as good for others, dense and pruned.
+        again, hit = hit_of(server, second, 100, **DENSE)
+        assert hit == 900 // 48 * 48
+        pruned, hit = hit_of(server, third, 100)
+        assert hit == 900 // 48 * 48
+        for prompt, answer, thinning in (
+            (first, dense, None),
+            (second, again, None),
+            (third, pruned, HALF),
+        ):
+            worst = worst_differences(recall_reference, [prompt], [answer], thinning)
+            assert all(x < TOLERANCE for x in worst.values()), worst
+
+    @pytest.mark.parametrize(
+        ("asked", "message"),
+        [
+            ({"kv_channel_prune": 0.3}, "kv_channel_prune is 0.3"),
+            ({"kv_channel_prune": "no"}, "give false to keep its blocks dense"),
+            ({"kv_evict_budget": 512}, "this server evicts nothing"),
+            ({"kv_quant": "none"}, "the rest are settings of the server"),
+        ],
+        ids=str,
+    )
+    def test_wrong_wishes_are_refused_alone(
+        self, server: Server, asked: dict[str, Any], message: str
+    ) -> None:
+        (prompt,) = random_prompts([500], seed=19)
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(server.complete, prompt, 60)
+            body = {"prompt": prompt, "max_tokens": 5, "vllm_xargs": asked}
+            refused = server.post("/v1/completions", body)
+            assert len(running.result().tokens) == 60
+        assert refused.status_code == 400, refused.text
+        assert message in refused.text
 
     def test_metrics(self, server: Server, recall_reference: Reference) -> None:
         plan, _ = plan_served(128, kv_channel_prune=0.5)

@@ -163,6 +163,7 @@ def evict(evictor, plan: BlockPlan, case, query, cuts):
                 3 + end - begin,
                 chosen,
                 length,
+                plan.rule.budget_spans,
                 chosen == length - window,
             )
             batch = torch.cat([torch.full_like(query[:3], torch.nan), query[begin:end]])
@@ -226,7 +227,9 @@ def test_attention_to_a_packed_prompt(method, ratio, quant, dtype):
 
     rows = DecodeRows(*(np.array([x], np.int32) for x in (0, length, spans)))
     table = table_of_entries(case.block_table)
-    rows = skip_evicted(rule, rows, np.array([length]), case.block_table.stride(0))
+    rows = skip_evicted(
+        rule, rows, np.array([rule.evicted_spans(length)]), case.block_table.stride(0)
+    )
     out = torch.empty_like(case.query)
     decode_attention(case.query, case.kv_cache, table, rows, plan, 0.125, out)
     for head in range(4):
@@ -261,9 +264,9 @@ def test_evictor_forgets_requests_that_went_away():
     case, _, _, query = prompt(plan, torch.float32, 4, 2, 400)
     evictor = CPUEvictor(plan, 0.125, 0.0, None)
     table = case.block_table
-    half = Watched("gone", 0, 0, 10, 380, 400, True)
+    half = Watched("gone", 0, 0, 10, 380, 400, plan.rule.budget_spans, True)
     evictor.watch(query, case.kv_cache, table, [half], {}, {"gone"})
-    whole = Watched("here", 0, 380, 400, 380, 400, True)
+    whole = Watched("here", 0, 380, 400, 380, 400, plan.rule.budget_spans, True)
     energy = {0: torch.ones(1, 2, 64)}
     evictor.watch(query, case.kv_cache, table, [whole], energy, {"gone", "here"})
     assert set(evictor._sums) == {"gone"}

@@ -59,6 +59,14 @@ def refused(capsys: pytest.CaptureFixture[str], model: Path, *arguments: str) ->
         ),
         (["--kv-quant", "k4v2", "--block-size", "24"], "--block-size is 24"),
         (
+            ["--kv-channel-prune=0.5", "--kv-prune-max-loss=0.2", "--tensor-parallel-size=2"],
+            "each rank knows the scores of its own heads only, and all must decide alike; use 1",
+        ),
+        (
+            ["--kv-channel-prune=0.5", "--kv-prune-max-loss=0.2", "--pipeline-parallel-size=2"],
+            "not supported with --pipeline-parallel-size 2: each rank knows",
+        ),
+        (
             ["--kv-quant", "kivi4", "--block-size", "2048"],
             "--kv-quant kivi4 at head size 128: no span of up to 32 blocks of --block-size 2048",
         ),

@@ -17,6 +17,7 @@ from vllm.config.model_arch import ModelArchitectureConfig
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.entrypoints.serve.utils import api_utils
+from vllm.exceptions import VLLMValidationError
 from vllm.logger import configure_logging_from_args
 from vllm.platforms.cpu import CpuPlatform
 from vllm.platforms.interface import DeviceCapability, Platform
@@ -60,13 +61,18 @@ def test_vllm_is_of_the_series_that_we_extend() -> None:
         ("activation.py", ModelConfig.get_head_size, ["self"]),
         ("activation.py", ModelConfig.get_sliding_window, ["self"]),
         (
-            "compat.py",
+            "compat_requests.py",
             InputProcessor.process_inputs,
             [
                 *["self", "request_id", "prompt", "params", "supported_tasks", "arrival_time"],
                 *["lora_request", "tokenization_kwargs", "trace_headers", "priority"],
                 *["data_parallel_rank", "resumable", "session_id", "kv_hints"],
             ],
+        ),
+        (
+            "compat_requests.py",
+            VLLMValidationError.__init__,
+            ["self", "message", "parameter", "value"],
         ),
         ("cli/plan.py", EngineArgs.create_model_config, ["self"]),
         (

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from vllm.sampling_params import SamplingParams
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.core.block_pool import BlockHashToBlockMap, BlockPool
 from vllm.v1.core.kv_cache_coordinator import UnitaryKVCacheCoordinator
@@ -96,6 +97,8 @@ CACHED = ["self", "request", "num_tokens", "retention_interval", "replay_boundar
             ["block_hash", "group_id"],
         ),
         (MANAGER, Request.is_finished, ["self"]),
+        ("compat_requests.py", Scheduler.add_request, ["self", "request"]),
+        ("compat_rows.py", RunnerV1._update_states, ["self", "scheduler_output"]),
         (SPEC, replace_as, ["spec", "target_cls", "drop", "changes"]),
         (SPEC, FullAttentionSpec.merge, ["specs"]),
         ("compat.py", KVCacheSpecRegistry._ensure_registered, ["vllm_config"]),
@@ -144,6 +147,10 @@ def test_vllm_defaults_are_what_we_rely_on() -> None:
         ),
         (MANAGER, SchedulerOutput, {"scheduled_new_reqs", "kv_cache_block_copies"}),
         (MANAGER, NewRequestData, {"req_id", "num_computed_tokens", "block_ids"}),
+        ("compat_rows.py", NewRequestData, {"sampling_params"}),
+        ("compat_requests.py", Request, {"sampling_params", "block_hashes"}),
+        ("compat_requests.py", SamplingParams, {"extra_args"}),
+        ("compat_requests.py", Scheduler, {"vllm_config", "kv_cache_manager", "requests"}),
         (MANAGER, KVCacheBlockCopy, {"src_block_id", "dst_block_id"}),
         (SPEC, FullAttentionSpec, {"block_size", "num_kv_heads", "head_size", "head_size_v"}),
         (SPEC, FullAttentionSpec, {"dtype", "page_size_bytes", "prefix_cacheable"}),
@@ -191,6 +198,25 @@ def test_vllm_specs_are_frozen_dataclasses_that_we_extend() -> None:
                 "request.status = RequestStatus.PREEMPTED",
                 "request.num_computed_tokens = 0",
                 "request.num_preemptions += 1",
+            ],
+        ),
+        # A request is announced before it can be looked up; its hashes stay the same object, and
+        # every rank is told its sampling parameters.
+        ("compat_requests.py", Scheduler.add_request, ["self._enqueue_waiting_request(request)"]),
+        ("compat_requests.py", Request.update_block_hashes, ["self.block_hashes.extend("]),
+        (
+            "compat_rows.py",
+            NewRequestData.from_request,
+            ["sampling_params=request.sampling_params"],
+        ),
+        # Preempted requests are known to V1 until they finish.
+        (
+            "compat_rows.py",
+            RunnerV1._update_states,
+            [
+                "for req_id in scheduler_output.finished_req_ids: "
+                "req_state = self.requests.pop(req_id, None)",
+                "for new_req_data in scheduler_output.scheduled_new_reqs:",
             ],
         ),
         # The worker copies blocks after it has zeroed new ones, and before it runs the model.

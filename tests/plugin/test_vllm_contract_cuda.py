@@ -38,6 +38,7 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from tests.support.contract import check_members, check_parameters, name_of, tight
 from think_vllm import compat_rows
+from think_vllm.spans import SpanRule
 
 BACKEND, BUILDER = "attention/cuda_backend.py", "attention/cuda_builder.py"
 IMPL, PARTS = "attention/cuda_impl.py", "attention/cuda_parts.py"
@@ -282,9 +283,10 @@ def test_watching_a_runner_wraps_it_once(use_v2: bool, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(GPUModelRunner, name, original)
     config = SimpleNamespace(use_v2_model_runner=use_v2)
-    compat_rows.watch_runner(config, None)  # type: ignore[arg-type]
+    rule = SpanRule(2, 3, 2, 5, True)
+    compat_rows.watch_runner(config, rule, None)  # type: ignore[arg-type]
     wrapped = getattr(GPUModelRunner, name)
-    compat_rows.watch_runner(config, None)  # type: ignore[arg-type]
+    compat_rows.watch_runner(config, rule, None)  # type: ignore[arg-type]
     assert getattr(GPUModelRunner, name) is wrapped
     # Runners without thin blocks, and dummy runs of those with, see the original.
     arguments: dict[str, Any] = {"scheduler_output": None, "dummy_run": True}

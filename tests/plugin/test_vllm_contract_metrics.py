@@ -134,7 +134,8 @@ def test_vllm_members_are_what_we_rely_on(ours: str, kind: Any, names: set[str])
                 "if kv_connector_output: self._update_from_kv_xfer_finished(",
                 "kv_connector_output.kv_connector_stats if kv_connector_output else None",
                 "if self.connector:",
-                "stats := self.make_stats(",
+                # Second of its arguments: verdicts are read there, with or without statistics.
+                "stats := self.make_stats(spec_decoding_stats, kv_connector_stats,",
                 "eco.scheduler_stats = stats",
             ],
         ),

@@ -18,6 +18,8 @@ from vllm.v1.request import Request, RequestStatus
 from tests.support.block_worker import BLOCK, Worker
 from think_vllm.blocks.manager import ThinKVCacheManager
 from think_vllm.blocks.spec import ThinKVCacheSpec
+from think_vllm.compat_requests import announce_request, settle_request
+from think_vllm.request import dense_rule, own_rule
 
 NUM_BLOCKS = 40
 MAX_LEN = 100
@@ -86,6 +88,7 @@ class Engine:
     ) -> None:
         self.manager = make_manager([spec, *others], caching, num_blocks, max_len)
         self.others = others
+        self.guarded = spec.guarded
         self.num_blocks = num_blocks
         self.max_len = max_len
         self.worker = Worker(spec.rule)
@@ -96,6 +99,8 @@ class Engine:
         self.waiting: list[Request] = []
         self.incarnation: dict[str, int] = {}
         self.hits: dict[str, int] = {}
+        #: Whether requests stay dense, of those that were asked what they would lose.
+        self.verdicts: dict[str, bool] = {}
         self.hasher = get_request_block_hasher(BLOCK, sha256)
 
     @property
@@ -105,18 +110,40 @@ class Engine:
     def name(self, request: Request) -> str:
         return f"{request.request_id}.{self.incarnation[request.request_id]}"
 
-    def arrive(self, prompt_len: int, max_tokens: int, tenant: int | None = None) -> Request:
-        """Queue a request; those of a tenant begin alike."""
+    def arrive(
+        self, prompt_len: int, max_tokens: int, tenant: int | None = None, asks: int | None = None
+    ) -> Request:
+        """Queue a request; those of a tenant begin alike.
+
+        Args:
+            prompt_len: Tokens of its prompt.
+            max_tokens: Tokens that it generates.
+            tenant: Whose it is.
+            asks: -1 to stay dense, or its own budget in spans, 0 for all. None, and what this
+                engine refuses, for nothing.
+        """
         name = f"r{len(self.incarnation)}"
         unique = 1000 * (len(self.incarnation) + 10)
         shared = prompt_len * 3 // 4 if tenant is not None else 0
         tokens = [tenant * 100 + i for i in range(shared)] if tenant is not None else []
         tokens += [unique + i for i in range(prompt_len - shared)]
-        request = Request(name, tokens, SamplingParams(max_tokens=max_tokens), None,
-                          block_hasher=self.hasher)  # fmt: skip
+        params = SamplingParams(max_tokens=max_tokens, extra_args=self._asked(asks))
+        request = Request(name, tokens, params, None, block_hasher=self.hasher)
+        if params.extra_args is not None:
+            announce_request(self.manager.coordinator.single_type_managers, request)
         self.incarnation[name] = 0
         self.waiting.append(request)
         return request
+
+    def _asked(self, asks: int | None) -> dict[str, int | bool] | None:
+        rule = self.worker.rule
+        if asks is None or rule.prune_prefill:
+            return None
+        if asks < 0:
+            return {"kv_channel_prune": False}
+        if rule.budget_spans is None:
+            return None
+        return {"kv_evict_budget": asks * rule.span_tokens}
 
     def step(self, budget: int) -> None:
         """Schedule up to ``budget`` tokens, and run the step that is now due."""
@@ -222,7 +249,10 @@ class Engine:
             # A step that was in flight when its request ended goes on with what was sampled.
             tokens = [*request.all_token_ids, *[7] * (self.lag + 1)]
             if entry.is_new:
-                self.worker.start(entry.name, tokens, entry.new_blocks, entry.start)
+                own = own_rule(self.worker.rule, request.sampling_params.extra_args)
+                if self.verdicts.get(request.request_id):
+                    own = dense_rule(self.worker.rule)
+                self.worker.start(entry.name, tokens, entry.new_blocks, entry.start, own)
             else:
                 self.worker.rows[entry.name].blocks.extend(entry.new_blocks)
                 self.worker.rows[entry.name].tokens = tokens
@@ -233,6 +263,8 @@ class Engine:
         request = entry.request
         self.worker.run(entry.name, request.num_prompt_tokens, entry.start, entry.count)
         request.num_in_flight_tokens -= entry.count
+        if self.guarded and entry.start + entry.count >= request.num_prompt_tokens:
+            self._settle(entry)
         if request not in self.running or entry.name != self.name(request):
             return
         if entry.start + entry.count == request.num_tokens:
@@ -243,6 +275,16 @@ class Engine:
                 self._drop(request)
             else:
                 request.append_output_token_ids(7)
+
+    def _settle(self, entry: Entry) -> None:
+        """Decide like a worker: every other request stays dense. The managers hear of it."""
+        name, row = entry.request.request_id, self.worker.rows[entry.name]
+        if name in self.verdicts or row.rule.stays_dense:
+            return
+        self.verdicts[name] = dense = int(name[1:]) % 2 == 1
+        if dense:
+            row.rule = dense_rule(row.rule)
+        settle_request(self.manager.coordinator.single_type_managers, entry.request, dense)
 
     def _preempt(self, request: Request) -> None:
         self.manager.free(request)

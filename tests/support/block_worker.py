@@ -41,6 +41,7 @@ class Row:
     thin: int
     exact: bool
     hit: int
+    rule: SpanRule
     prompt_len: int = 0
 
 
@@ -52,10 +53,14 @@ class Worker:
     memory: dict[int, Dense | Thin] = field(default_factory=dict)
     rows: dict[str, Row] = field(default_factory=dict)
 
-    def start(self, name: str, tokens: list[int], blocks: list[int], computed: int) -> None:
+    def start(
+        self, name: str, tokens: list[int], blocks: list[int], computed: int, own: SpanRule | None
+    ) -> None:
         table = np.array([blocks + [0] * 60], np.int32)
         thin = int(leading_thin_spans(self.rule, table, np.array([computed]))[0])
-        self.rows[name] = Row(tokens, blocks, thin, exact=thin == 0, hit=computed)
+        rule = own or self.rule
+        assert not (thin and rule.stays_dense)
+        self.rows[name] = Row(tokens, blocks, thin, exact=thin == 0, hit=computed, rule=rule)
 
     def copy(self, copies: list[tuple[int, int]]) -> None:
         # All sources are read before the first copy is written.
@@ -64,7 +69,7 @@ class Worker:
 
     def run(self, name: str, prompt_len: int, start: int, count: int) -> None:
         """One chunk: store, then for each query compact what is due and read."""
-        row, rule = self.rows[name], self.rule
+        row, rule = self.rows[name], self.rows[name].rule
         row.prompt_len = prompt_len
         cached = self._cached(row, start)
         for position in range(start, start + count):
@@ -96,7 +101,7 @@ class Worker:
         return int(leading_thin_spans(self.rule, table, np.array([computed]))[0])
 
     def _compact(self, row: Row, name: str, target: int) -> None:
-        rule = self.rule
+        rule = row.rule
         evicted, prompt_spans = self._packed(row)
         if evicted and row.thin < prompt_spans <= target:
             # All old tokens are read before the first is written.
@@ -122,10 +127,10 @@ class Worker:
 
     def _packed(self, row: Row) -> tuple[int, int]:
         """Empty spans of a request past its prompt, and the spans that are packed then."""
-        return self.rule.evicted_spans(row.prompt_len), self.rule.prompt_spans(row.prompt_len)
+        return row.rule.evicted_spans(row.prompt_len), row.rule.prompt_spans(row.prompt_len)
 
     def _read(self, row: Row, position: int) -> None:
-        rule = self.rule
+        rule = row.rule
         evicted, prompt_spans = self._packed(row) if row.thin else (0, 0)
         dense_from = row.thin if rule.shrinks or evicted else 0
         for span in range(evicted, dense_from):

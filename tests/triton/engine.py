@@ -83,7 +83,7 @@ class Engine:
                 self.config,
                 device,
             )
-        (_, compat_rows._count_cached), _ = watch.call_args
+        (_, compat_rows._rule, compat_rows._count_cached), _ = watch.call_args
         self.runner = make_runner(version, self.config)
         self.captured: dict[int, Any] = {}
 
@@ -177,7 +177,7 @@ class Engine:
                 self.free.append(block)
 
     def _allocate(self, request: Request, tokens: int) -> None:
-        rule = self.plan.rule
+        rule = request.rule(self.plan)
         freeable = rule.freeable_spans(request.prompt_len, request.computed, request.cached_spans)
         evicted = rule.evicted_spans(request.prompt_len)
         for span in range(request.freed_spans, freeable):

@@ -4,6 +4,7 @@ import itertools
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -22,6 +23,8 @@ from think_vllm.reference.scoring import (
     query_energy_ref,
     top_channels_ref,
 )
+from think_vllm.request import own_rule
+from think_vllm.spans import SpanRule
 
 SCALE = 0.2
 
@@ -37,6 +40,7 @@ class Request:
         blocks: The worker's row: only ever appended to.
         gone: Rows whose block it does not hold, or never did.
         admitted: Whether no step has run since it was admitted.
+        extra_args: What it asks for itself.
     """
 
     name: str
@@ -49,12 +53,17 @@ class Request:
     cached_spans: int = 0
     freed_spans: int = 0
     admitted: bool = True
+    extra_args: dict[str, Any] | None = None
     blocks: list[int] = field(default_factory=list)
     gone: set[int] = field(default_factory=set)
 
     @property
     def total(self) -> int:
         return self.query.shape[1]
+
+    def rule(self, plan: BlockPlan) -> SpanRule:
+        """When its spans are thin."""
+        return own_rule(plan.rule, self.extra_args) or plan.rule
 
 
 @dataclass
@@ -99,7 +108,9 @@ def expect(
         borders: Where its prompt is cut into chunks; matters with ``prune_prefill`` only.
     """
     lives = [
-        _Life(*tensors, request.prompt_len, plan, layer).run(start, had, borders)
+        _Life(*tensors, request.prompt_len, plan, layer, request.rule(plan)).run(
+            start, had, borders
+        )
         for layer, (*tensors, had) in enumerate(
             zip(
                 request.query,
@@ -116,8 +127,8 @@ def expect(
 class _Life:
     """A request in one layer, which alone has a cache."""
 
-    def __init__(self, query, key, value, prompt_len, plan, layer):
-        self.layer = layer
+    def __init__(self, query, key, value, prompt_len, plan, layer, rule):
+        self.layer, self.rule = layer, rule
         self.query, self.plan, self.prompt_len = query, plan, prompt_len
         self.kv_cache = _dense_cache(key, value, plan)
         self.table = torch.arange(len(self.kv_cache), dtype=torch.int32)[None]
@@ -127,7 +138,7 @@ class _Life:
         self.evicted = 0
 
     def run(self, start, cached, borders):
-        rule, length = self.plan.rule, self.prompt_len
+        rule, length = self.rule, self.prompt_len
         for channels in cached:
             self._compact(len(self.channels) + 1, channels)
         for begin, end in itertools.pairwise([start, *borders, length]):
@@ -171,7 +182,7 @@ class _Life:
 
     def _pack(self):
         """Put each head's tokens, still dense, in the place of the prompt's last old ones."""
-        rule, length, config = self.plan.rule, self.prompt_len, self.plan.config
+        rule, length, config = self.rule, self.prompt_len, self.plan.config
         self.evicted, spans = rule.evicted_spans(length), rule.prompt_spans(length)
         old, kept = spans * rule.span_tokens, rule.budget_spans * rule.span_tokens
         keys, _ = dense_tokens(self.kv_cache, range(len(self.kv_cache)), length)

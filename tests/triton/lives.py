@@ -68,6 +68,7 @@ class Life:
         total: int,
         hit: tuple[Request, int] | None = None,
         borders: Sequence[int] = (),
+        **extra_args: Any,
     ) -> Request:
         """Admit a request.
 
@@ -77,9 +78,11 @@ class Life:
             total: Tokens in all.
             hit: Whose prefix of how many tokens it finds in the cache.
             borders: Where its prompt is cut into chunks; matters with ``prune_prefill`` only.
+            extra_args: What it asks for itself.
         """
         engine = self.engine
         request = make_request(name, prompt_len, total, engine.heads, self.plan, len(engine.layers))
+        request.extra_args = extra_args or None
         if hit is not None:
             other, tokens = hit
             for mine, others in ((request.key, other.key), (request.value, other.value)):

@@ -15,6 +15,10 @@ class RunnerV1:
 
     def __init__(self, config: Any) -> None:
         self.vllm_config = config
+        self._told: set[str] = set()
+
+    def _update_states(self, scheduler_output: Any) -> None:
+        """Where the runner is told of requests that are new; those that resume are not."""
 
     def _determine_batch_execution_and_padding(
         self, *, max_num_scheduled_tokens: int, force_uniform_decode: bool | None = None
@@ -38,6 +42,9 @@ class RunnerV1:
     ) -> bool:
         """Show the wrapped method a batch; whether it may run as a graph."""
         self.requests = requests
+        new = [_admitted(request) for request in batch if request.name not in self._told]
+        self._told.update(request.name for request in batch)
+        self._update_states(SimpleNamespace(scheduled_new_reqs=new))
         self.input_batch = SimpleNamespace(
             req_ids=[request.name for request in batch],
             num_reqs=len(batch),
@@ -98,15 +105,7 @@ class RunnerV2:
             has_prefill=any(r.computed < r.prefill_len for r in batch),
             uniform=max(counts) == 1,
         )
-        new = [
-            SimpleNamespace(
-                req_id=request.name,
-                block_ids=(list(request.blocks),),
-                num_computed_tokens=request.computed,
-            )
-            for request in batch
-            if request.admitted
-        ]
+        new = [_admitted(request) for request in batch if request.admitted]
         output = SimpleNamespace(batch=state, scheduled_new_reqs=new)
         _, tokens = self.gather_batch_req_state(output, False)
         return bool(tokens == 1)
@@ -117,10 +116,21 @@ class RunnerV2:
         self.gather_batch_req_state(SimpleNamespace(batch=batch), True)
 
 
+def _admitted(request: Request) -> Any:
+    """What vLLM's scheduler tells of a request that it admits."""
+    return SimpleNamespace(
+        req_id=request.name,
+        block_ids=(list(request.blocks),),
+        num_computed_tokens=request.computed,
+        sampling_params=SimpleNamespace(extra_args=request.extra_args),
+    )
+
+
 def make_runner(version: int, config: Any) -> RunnerV1 | RunnerV2:
     """The runner of an engine."""
     return RunnerV1(config) if version == 1 else RunnerV2(config)
 
 
+compat.wrap_method(RunnerV1, "_update_states", compat_rows._admit_v1)
 compat.wrap_method(RunnerV1, "_determine_batch_execution_and_padding", compat_rows._watch_v1)
 compat.wrap_method(RunnerV2, "gather_batch_req_state", compat_rows._watch_v2)

@@ -75,3 +75,34 @@ def test_spans_that_fill_while_decoding_have_the_packed_channels(device):
     while one.computed < one.total:
         life.step(one=1)
     assert one.freed_spans == 4
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize(("name", "method"), [("k4v2-0.5", "snapkv"), ("evicted-only", "h2o")])
+def test_budgets_of_requests(name, method, version, device):
+    only = {"kv_prune_decode": False} if name == "evicted-only" else {}
+    life = evicting(name, version, device, method, seed=version, graphs=True, **only)
+    span, budget = life.plan.span_tokens, life.rule.budget_spans
+    length = (budget + 3) * span + 20
+    asks = {
+        "server": {},
+        "more": {"kv_evict_budget": (budget + 2) * span},
+        "all": {"kv_evict_budget": False},
+        "dense": {"kv_channel_prune": False},
+    }
+    requests = {name: life.add(name, length, length + 6, **asks[name]) for name in asks}
+    life.step(server=length, all=length - 5)
+    life.step(more=length, all=5, dense=length)
+    for _ in range(2):
+        life.step(**dict.fromkeys(asks, 1))
+    assert life.engine.graph_steps == 2
+    life.engine.preempt(requests["more"])
+    life.step(server=1, more=length + 3, all=1, dense=1)
+    life.step(**dict.fromkeys(asks, 1))
+    gone = {name: len(request.gone) for name, request in requests.items()}
+    tail = life.plan.span_blocks - life.plan.thin_blocks
+    old = budget + 3
+    assert gone["dense"] == 0
+    assert gone["all"] == old * tail
+    assert gone["more"] == old * tail + life.plan.thin_blocks
+    assert gone["server"] == old * tail + 3 * life.plan.thin_blocks

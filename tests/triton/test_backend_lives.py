@@ -65,6 +65,37 @@ def test_decode_batches_run_as_graphs_and_prompts_do_not(version, device):
 
 
 @pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("name", ["none-0.5-values-0.3", "k4v2-0.5"])
+def test_dense_request_beside_pruned_ones(name, version, device):
+    life = Life(name, version, device, graphs=True, seed=version)
+    span, due = life.plan.span_tokens, life.rule.due_position
+    length = 2 * span + 20
+    dense = life.add("dense", length, due(2) + 3, kv_channel_prune=False)
+    pruned = life.add("pruned", length, due(2) + 3)
+    # A prompt in chunks, the last of which is shorter than the observation window.
+    life.step(dense=span, pruned=length)
+    life.step(dense=span + 16, pruned=1)
+    life.step(dense=4, pruned=1)
+    before = life.engine.graph_steps
+    life.step(dense=1, pruned=1)
+    # They decode in one graph.
+    assert life.engine.graph_steps == before + 1
+    life.engine.preempt(dense)
+    life.engine.preempt(pruned)
+    life.step(pruned=due(2) - 1)
+    life.step(dense=due(2) - 1, pruned=1)
+    life.step(dense=1, pruned=1)
+    life.step(dense=1)
+    assert (dense.freed_spans, len(dense.gone)) == (0, 0)
+    assert pruned.freed_spans == 2
+    # Nobody keeps channels for it, or has counted any.
+    requests = life.engine.builder.state.requests
+    assert requests.get("pruned") >= 0
+    with pytest.raises(KeyError):
+        requests.get("dense")
+
+
+@pytest.mark.parametrize("version", [1, 2])
 def test_spans_that_fill_while_decoding_can_stay_dense(version, device):
     life = Life("k4v2-0.5", version, device, kv_prune_decode=False)
     span, due = life.plan.span_tokens, life.rule.due_position

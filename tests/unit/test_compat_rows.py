@@ -19,13 +19,23 @@ RULE = SpanRule(2, 3, 2, 5, True)  # 3 blocks of 2 tokens
 def counting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(compat_rows, "_count_cached", partial(leading_thin_spans, RULE))
     monkeypatch.setattr(compat_rows, "_step_rows", None)
-    compat_rows._cached_spans.clear()
+    monkeypatch.setattr(compat_rows, "_rule", RULE)
+    for remembered in (compat_rows._cached_spans, compat_rows._own_rules):
+        remembered.clear()
     yield
-    compat_rows._cached_spans.clear()
+    for remembered in (compat_rows._cached_spans, compat_rows._own_rules):
+        remembered.clear()
 
 
-def admitted(name: str, blocks: list[int], computed: int) -> Any:
-    return SimpleNamespace(req_id=name, block_ids=(blocks,), num_computed_tokens=computed)
+def admitted(
+    name: str, blocks: list[int], computed: int, extra_args: dict[str, Any] | None = None
+) -> Any:
+    return SimpleNamespace(
+        req_id=name,
+        block_ids=(blocks,),
+        num_computed_tokens=computed,
+        sampling_params=SimpleNamespace(extra_args=extra_args),
+    )
 
 
 def step_v2(names: list[str], new: list[Any], known: list[str] | None = None) -> list[int]:
@@ -67,22 +77,70 @@ def test_v2_ignores_blocks_that_are_not_computed() -> None:
     assert step_v2(["a"], [admitted("a", [0] * 12, 0)]) == [0]
 
 
-def test_v1_reads_its_rows_of_blocks() -> None:
+def runner_v1(*names: str) -> Any:
+    """A runner of up to two requests."""
     rows = np.array([[5, 6, 0, 1, 2, 3], [5, 6, 7, 0, 0, 0], [0, 0, 0, 0, 0, 0]], np.int32)
-    runner = SimpleNamespace(
-        requests={},
+    return SimpleNamespace(
+        requests=dict.fromkeys(names),
         input_batch=SimpleNamespace(
-            req_ids=["a", "b"],
-            num_reqs=2,
+            req_ids=list(names),
+            num_reqs=len(names),
             num_prompt_tokens=np.array([30, 30, 30], np.int32),
             num_computed_tokens_cpu=np.array([11, 6, 12], np.int32),
             block_table=[SimpleNamespace(get_numpy_array=lambda: rows)],
         ),
     )
+
+
+def step_v1(runner: Any, *new: Any) -> compat_rows.StepRows | None:
+    output = SimpleNamespace(scheduled_new_reqs=new)
+    assert compat_rows._admit_v1(lambda *_: 7, runner, output) == 7
     compat_rows._watch_v1(lambda *_, **__: None, runner)
-    step = compat_rows.step_rows()
+    return compat_rows.step_rows()
+
+
+def test_v1_reads_its_rows_of_blocks() -> None:
+    step = step_v1(runner_v1("a", "b"))
     assert step is not None
     assert step.cached_spans.tolist() == [1, 0]
+
+
+DENSE = {"kv_channel_prune": False}
+
+
+def test_v1_looks_at_rows_while_a_request_has_a_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat_rows, "_every_step", False)
+    assert step_v1(runner_v1("a"), admitted("a", [], 0)) is None
+    # Something that is not ours.
+    assert step_v1(runner_v1("a"), admitted("a", [], 0, {"session_id": "x"})) is None
+    step = step_v1(runner_v1("a", "b"), admitted("b", [], 0, DENSE))
+    assert step is not None
+    assert {row: rule.stays_dense for row, rule in step.own.items()} == {1: True}
+    # Known without a row: preempted. Its rule is not told again.
+    other = runner_v1("a")
+    other.requests["b"] = None
+    step = step_v1(other)
+    assert step is not None
+    assert step.own == {}
+    assert set(compat_rows.own_rules()) == set()
+    step_v1(runner_v1("b"))
+    assert set(compat_rows.own_rules()) == {0}
+    # Gone, and one of its name that asks for nothing.
+    assert step_v1(runner_v1("c"), admitted("c", [], 0)) is None
+    step_v1(runner_v1("b"), admitted("b", [], 0, DENSE))
+    assert step_v1(runner_v1("b"), admitted("b", [], 0)) is None
+
+
+def test_v2_notes_rules_of_requests_that_are_admitted() -> None:
+    step_v2(["a", "b"], [admitted("a", [1], 0), admitted("b", [2], 0, DENSE)])
+    assert set(compat_rows.own_rules()) == {1}
+    step_v2(["b", "a"], [])
+    assert set(compat_rows.own_rules()) == {0}
+    # Preempted: forgotten, and told again.
+    step_v2(["a", "c"], [admitted("c", [3], 0)])
+    assert compat_rows._own_rules == {}
+    step_v2(["a", "b"], [admitted("b", [2], 0, DENSE)])
+    assert set(compat_rows.own_rules()) == {1}
 
 
 @pytest.mark.parametrize("version", [1, 2])

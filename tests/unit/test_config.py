@@ -81,6 +81,34 @@ from think_vllm.formats import FORMATS, GROUP_SIZES
         ),
         ({"kv_evict_budget": 512}, "--kv-evict-budget given without"),
         (
+            {"kv_channel_prune": 0.5, "kv_prune_max_loss": 0},
+            "--kv-prune-max-loss is 0: .*greater than 0",
+        ),
+        (
+            {"kv_quant": "fp8", "kv_prune_max_loss": 0.2},
+            "--kv-prune-max-loss 0.2 limits .* none are pruned; give --kv-channel-prune too",
+        ),
+        (
+            {"kv_channel_prune": 0.5, "kv_prune_max_loss": 0.2, "kv_select": "random"},
+            "which --kv-select random does not have; leave one of them out",
+        ),
+        (
+            {"kv_channel_prune": 0.5, "kv_prune_max_loss": 0.2, "kv_channel_tables": "span"},
+            "which --kv-channel-tables span does not have; leave one of them out",
+        ),
+        (
+            {"kv_channel_prune": 0.5, "kv_prune_max_loss": 0.2, "kv_evict": "h2o"},
+            "with --kv-evict h2o that is too early to know; leave one of them out",
+        ),
+        (
+            {"kv_channel_prune": 0.5, "kv_prune_max_loss": 0.2, "kv_prune_prefill": True},
+            "with --kv-prune-prefill that is too late to know",
+        ),
+        (
+            {"kv_channel_prune": 0.5, "kv_prune_max_loss": 0.2, "kv_prefix_cache": "thin"},
+            "as --kv-prefix-cache dense does; use that",
+        ),
+        (
             {"kv_evict": "h2o", "kv_channel_prune": 0.5, "kv_prune_prefill": True},
             "--kv-evict h2o chooses tokens once a prompt has ended, --kv-prune-prefill compacts",
         ),
@@ -137,6 +165,7 @@ def test_parse_config_takes_what_it_gave() -> None:
         {"kv_quant": "kivi2"},
         {"kv_evict": "h2o"},
         {"kv_evict": "snapkv", "kv_evict_budget": 300, "kv_prefix_cache": "dense"},
+        {"kv_channel_prune": 0.5, "kv_prune_max_loss": 0.2},
     ):
         config = parse_config(settings)
         assert parse_config(config.model_dump(exclude_unset=True)) == config

@@ -1,5 +1,6 @@
 """The short way to a decode step is the long way's result."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ from think_vllm import compat_rows
 from think_vllm.attention.cpu_builder import ThinkCPUMetadata, ThinkCPUMetadataBuilder
 from think_vllm.config import ThinkConfig
 from think_vllm.planner import BlockPlan, plan_blocks
+from think_vllm.spans import ENDLESS, SpanRule
 
 PLAN = make_plan(128, torch.bfloat16, 48)
 SPAN = PLAN.rule.span_tokens
@@ -58,19 +60,38 @@ def rows_of(metadata: ThinkCPUMetadata) -> Any:
 LENGTHS = st.tuples(st.integers(1, 1500), st.integers(1, 1500), st.integers(0, 4))
 
 
+def known_rows(
+    prompt_len: list[int], own: dict[int, SpanRule] | None = None
+) -> compat_rows.StepRows:
+    names = [f"r{i}" for i in range(len(prompt_len))]
+    none = np.zeros(len(names), np.int64)
+    return compat_rows.StepRows(names, np.array(prompt_len), none, names, own or {})
+
+
 @settings(max_examples=200, deadline=None)
-@given(requests=st.lists(LENGTHS, min_size=1, max_size=6))
-def test_decode_step_is_built_alike(requests: list[tuple[int, int, int]]) -> None:
+@given(
+    requests=st.lists(LENGTHS, min_size=1, max_size=6),
+    dense=st.sets(st.integers(0, 5)),
+)
+def test_decode_step_is_built_alike(requests: list[tuple[int, int, int]], dense: set[int]) -> None:
+    dense = {row for row in dense if row < len(requests)}
+    requests = [(*r[:2], 0) if row in dense else r for row, r in enumerate(requests)]
     prompt_len = [prompt for prompt, _, _ in requests]
     seq_len = [prompt + decoded for prompt, decoded, _ in requests]
     cached = [min(spans, prompt // SPAN) for prompt, _, spans in requests]
     common = decode_step(seq_len, prompt_len, cached)
     builder = make_builder()
-    short = builder._build_decode(common)
-    common.max_query_len = 2  # not what it is, but the long way does not look
-    long = builder.build(0, common)
+    own = dict.fromkeys(dense, replace(PLAN.rule, recent_window=ENDLESS))
+    with pytest.MonkeyPatch.context() as patch:
+        if dense:
+            patch.setattr(compat_rows, "_step_rows", known_rows(prompt_len, own))
+        short = builder._build_decode(common)
+        common.max_query_len = 2  # not what it is, but the long way does not look
+        long = builder.build(0, common)
+    assert all(long.waves[0].queries.rows.thin_spans[row] == 0 for row in dense)
     if short is None:
-        assert any((n - 1 - RECENT) % SPAN == 0 for n in seq_len)
+        windows = [ENDLESS if row in dense else RECENT for row in range(len(requests))]
+        assert any((n - 1 - w) % SPAN == 0 for n, w in zip(seq_len, windows, strict=True))
     else:
         assert rows_of(short) == rows_of(long)
         assert short.step.prefill is None
@@ -82,9 +103,10 @@ def test_decode_step_is_built_alike(requests: list[tuple[int, int, int]]) -> Non
     requests=st.lists(LENGTHS, min_size=1, max_size=6),
     ratio=st.sampled_from([0.0, 0.5]),
     budget=st.sampled_from([256, 500]),
+    own_spans=st.sampled_from([None, 0, 1, 3]),
 )
 def test_decode_step_of_evicted_prompts_is_built_alike(
-    requests: list[tuple[int, int, int]], ratio: float, budget: int
+    requests: list[tuple[int, int, int]], ratio: float, budget: int, own_spans: int | None
 ) -> None:
     config = ThinkConfig(kv_channel_prune=ratio, kv_evict="snapkv", kv_evict_budget=budget)
     plan = plan_blocks(config, 128, 2)
@@ -98,14 +120,21 @@ def test_decode_step_of_evicted_prompts_is_built_alike(
     )
     builder = make_builder(plan)
     builder._may_hit_thin = False
-    short = builder._build_decode(common)
-    common.max_query_len = 2
-    names = [f"r{i}" for i in range(len(requests))]
-    known = compat_rows.StepRows(names, np.array(prompt_len), np.zeros(len(names), np.int64), names)
+    # The first has a budget of its own, or stays dense.
+    others = {0: replace(rule, recent_window=ENDLESS, budget_spans=None)}
+    if own_spans:
+        others = {0: replace(rule, budget_spans=own_spans)}
+    known = known_rows(prompt_len, {} if own_spans is None else others)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compat_rows, "_step_rows", known)
+        short = builder._build_decode(common)
+        common.max_query_len = 2
         long = builder.build(0, common)
-    due = [(n - 1 - rule.recent_window) % rule.span_tokens == 0 for n in seq_len]
+    rules = [known.own.get(row, rule) for row in range(len(requests))]
+    due = [
+        (n - 1 - own.recent_window) % rule.span_tokens == 0
+        for n, own in zip(seq_len, rules, strict=True)
+    ]
     if short is None:
         assert any(due)
         assert rule.prune_decode
@@ -118,7 +147,7 @@ def test_decode_step_of_evicted_prompts_is_built_alike(
         wave.queries.rows.request, wave.queries.rows.seq_len, seq_len, prompt_len, strict=True
     )
     for i, (entry, seen, length, prompt) in enumerate(rows):
-        evicted = rule.evicted_spans(prompt)
+        evicted = rules[i].evicted_spans(prompt)
         assert seen == length - evicted * rule.span_tokens
         first = common.block_table_tensor[i, evicted * rule.span_blocks]
         assert table[entry, 0] == first

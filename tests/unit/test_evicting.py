@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from think_vllm.attention.evicting import take_packs, watch
 from think_vllm.attention.sorting import sort_step
-from think_vllm.spans import SpanRule
+from think_vllm.spans import RowLimits, SpanRule
 
 WINDOW = 5
 RULES = st.builds(
@@ -33,16 +33,21 @@ def test_each_query_is_watched_once_and_each_prompt_packed_once(
     computed, total, thin = 0, length + 30, 0
     seen: list[int] = []
     packed = 0
-    evicted = rule.evicted_spans(length)
+    # The request may have a budget of its own.
+    own = replace(rule, budget_spans=data.draw(st.sampled_from([None, 1, 2, 5, rule.budget_spans])))
+    evicted = own.evicted_spans(length)
     while computed < total:
         count = min(data.draw(st.sampled_from([1, 1, 2, 7, 30])), total - computed)
         # The request is the second row of a batch; the first one decodes.
         starts, lens = np.array([0, 1, 1 + count]), np.array([9, computed + count])
         prompts = np.array([3, length])
-        step = sort_step(rule, WINDOW, starts, lens, prompts)
-        watched = watch(rule, window, step.prefill, prompts, ["other", "one"])
+        step = sort_step(rule, WINDOW, starts, lens, prompts, own={1: own})
+        empty = rule.evicted_spans_array(prompts, RowLimits.of(rule, {1: own}, 2))
+        assert empty.tolist() == [0, evicted]
+        watched = watch(rule, window, step.prefill, prompts, empty, ["other", "one"])
         for item in watched:
             assert (item.request, item.row, item.prompt_len) == ("one", 1, length)
+            assert item.kept_spans == own.budget_spans
             assert item.starts == (not seen)
             assert item.begin - 1 == item.position - computed
             seen += range(item.position, item.position + item.end - item.begin)
@@ -51,12 +56,12 @@ def test_each_query_is_watched_once_and_each_prompt_packed_once(
             before = [
                 span for row, span in zip(wave.due_request, wave.due_span, strict=True) if row
             ]
-            packs = take_packs(rule, wave, prompts, ["other", "one"])
+            packs = take_packs(rule, wave, prompts, empty, ["other", "one"])
             after = [span for row, span in zip(wave.due_request, wave.due_span, strict=True) if row]
             if packs:
                 (pack,) = packs
                 assert (pack.request, pack.row, pack.prompt_len) == ("one", 1, length)
-                assert (pack.first_span, pack.num_spans) == (evicted, rule.budget_spans)
+                assert (pack.first_span, pack.num_spans) == (evicted, own.budget_spans)
                 assert thin == 0
                 assert before == [*range(evicted + pack.num_spans), *after]
                 thin, packed = evicted + pack.num_spans, packed + 1

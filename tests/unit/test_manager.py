@@ -1,5 +1,7 @@
 """The block manager inside vLLM's real KVCacheManager, against a model of the worker."""
 
+import gc
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
 from tests.support.block_engine import BLOCK, MAX_LEN, NUM_BLOCKS, Engine
 from think_vllm.blocks.manager import ThinKVCacheManager
+from think_vllm.blocks.rules import RequestRules
 from think_vllm.blocks.spec import ThinKVCacheSpec
 from think_vllm.spans import SpanRule
 
@@ -34,6 +37,14 @@ WINDOW = SlidingWindowSpec(
 ACTIONS = st.one_of(
     st.tuples(st.just("arrive"), st.integers(1, 70), st.integers(1, 60)),
     st.tuples(st.just("arrive"), st.integers(1, 90), st.integers(1, 30), st.integers(0, 1)),
+    # Requests with rules of their own.
+    st.tuples(
+        st.just("arrive"),
+        st.integers(1, 90),
+        st.integers(1, 60),
+        st.sampled_from([None, 0, 1]),
+        st.sampled_from([-1, -1, 0, 1, 4]),
+    ),
     st.tuples(st.just("step"), st.sampled_from([1, 3, 8, 40])),
     st.tuples(st.just("step"), st.sampled_from([8, 40])),
     st.tuples(st.just("steps"), st.integers(2, 25)),
@@ -92,6 +103,46 @@ def test_manager_frees_nothing_that_the_worker_reads_and_leaks_nothing(
 ) -> None:
     caching = form["mode"] not in ("off", "evict-uncached")
     drive(Engine(form_spec(form), lag, caching=caching), actions)
+
+
+@settings(max_examples=150, deadline=None)
+@given(actions=st.lists(ACTIONS, min_size=5, max_size=60), form=FORMS, caching=st.booleans())
+def test_manager_of_requests_that_stay_dense_by_what_they_would_lose(
+    actions: list[tuple[Any, ...]], form: dict[str, Any], caching: bool
+) -> None:
+    # Decided at a prompt's end, and known to the scheduler before its next step.
+    spec = replace(form_spec({**form, "mode": "dense"}), guarded=True)
+    drive(Engine(spec, lag=0, caching=caching), actions)
+
+
+def test_manager_frees_nothing_of_requests_that_are_not_settled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ThinKVCacheManager, "settle", lambda *_: None)
+    for caching in (True, False):
+        engine = Engine(make_spec(delay_prompt=True, guarded=True), lag=0, caching=caching)
+        engine.arrive(prompt_len=41, max_tokens=8)
+        with pytest.raises(RuntimeError, match="r0 are due, and its worker has not said"):
+            engine.finish()
+
+
+def test_requests_stay_as_they_were_settled() -> None:
+    engine = Engine(make_spec(delay_prompt=True, guarded=True), lag=0)
+    for _ in range(2):
+        engine.arrive(prompt_len=41, max_tokens=12)
+    for preempted in (False, True):
+        if preempted:
+            for _ in range(2):
+                engine.preempt(0)
+        for _ in range(3):
+            engine.step(90)
+        (manager,) = engine.manager.coordinator.single_type_managers
+        freed = {name: manager.held(name)[1] for name in ("r0", "r1")}
+        assert sorted(engine.verdicts.values()) == [False, True]
+        assert freed == {name: 0 if dense else 3 for name, dense in engine.verdicts.items()}
+    engine.finish()
+    gc.collect()
+    assert not len(manager.rules)
 
 
 @settings(max_examples=200, deadline=None)
@@ -169,6 +220,65 @@ def test_manager_gives_all_blocks_of_evicted_spans_back(spans: tuple[int, int]) 
     assert NUM_BLOCKS - 1 - engine.free_blocks == 11 - old + thin_blocks
     engine.finish()
     assert engine.free_blocks == NUM_BLOCKS - 1
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_dense_request_keeps_all_its_blocks(caching: bool) -> None:
+    engine = Engine(make_spec(), lag=0, caching=caching)
+    for asks in (-1, None):
+        engine.arrive(prompt_len=41, max_tokens=8, asks=asks)
+    engine.step(82)
+    engine.step(2)
+    assert NUM_BLOCKS - 1 - engine.free_blocks == 11 + (11 - 3)
+    (manager,) = engine.manager.coordinator.single_type_managers
+    assert manager.held("r0") == (11, 0, 0)
+    # Preempted and resumed, it is dense again; then nobody remembers it.
+    engine.preempt(0)
+    engine.step(82)
+    engine.step(2)
+    assert manager.held("r0") == (11, 0, 0)
+    engine.finish()
+    assert engine.free_blocks == NUM_BLOCKS - 1
+    gc.collect()
+    assert not len(manager.rules)
+
+
+def test_dense_request_hits_what_is_exact() -> None:
+    # 3 blocks of 4 tokens become 2. A pruned request leaves three thin spans, and exact blocks of
+    # those tokens that were in the cache before: none.
+    engine = Engine(make_spec(), lag=0, caching=True)
+    first = engine.arrive(60, 2, tenant=1)
+    engine.finish()
+    dense = engine.arrive(60, 2, tenant=1, asks=-1)
+    engine.finish()
+    other = engine.arrive(60, 2, tenant=1, asks=-1)
+    again = engine.arrive(60, 2, tenant=1)
+    engine.finish()
+    hits = [engine.hits[engine.name(request)] for request in (first, dense, other, again)]
+    # 45 tokens are shared, 11 blocks. What the dense one left is as long as the thin spans and
+    # the blocks behind them, and exact.
+    assert hits == [0, 0, 44, 44]
+
+
+def test_manager_that_prunes_a_dense_request_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model of the worker sees a manager that has not heard what a request asks for."""
+    monkeypatch.setattr(RequestRules, "announce", lambda *_: None)
+    engine = Engine(make_spec(), lag=0)
+    for asks in (-1, None, None):
+        engine.arrive(prompt_len=41, max_tokens=20, asks=asks)
+    with pytest.raises(AssertionError):
+        engine.finish()
+
+
+def test_hit_of_a_dense_request_on_thin_spans_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model of the worker sees a dense request that was given thin spans."""
+    engine = Engine(make_spec(), lag=0, caching=True)
+    engine.arrive(60, 2, tenant=1)
+    engine.finish()
+    request = engine.arrive(60, 2, tenant=1, asks=-1)
+    request.block_hashes = list(request.block_hashes)
+    with pytest.raises(AssertionError):
+        engine.finish()
 
 
 def test_manager_frees_what_is_kept_is_noticed() -> None:

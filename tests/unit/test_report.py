@@ -98,3 +98,18 @@ def test_plan_fields_are_json_and_name_a_group_where_there_is_one(
     parts = fields["key_bytes_per_token_head"] + fields["value_bytes_per_token_head"]
     assert parts == pytest.approx((1 - fields["waste"]) * fields["thin_bytes_per_token_head"])
     assert fields["effective_multiple_2k"] < fields["effective_multiple_32k"]
+
+
+def test_summary_says_that_requests_may_stay_dense() -> None:
+    plan = make(kv_channel_prune=0.5, kv_prune_max_loss=0.2)
+    assert plan.rule.delay_prompt
+    (line,) = [line for line in plan_summary(plan) if "stay dense:" in line]
+    assert "more than 0.2 of the scores" in line
+    assert plan_fields(plan)["max_loss"] == 0.2
+    # Where rounding leaves every key channel, there is nothing to decide.
+    for settings in (
+        {"kv_channel_prune": 0.5},
+        {"kv_channel_prune": 0.001, "kv_quant": "fp8", "kv_prune_max_loss": 0.2},
+    ):
+        assert not make(**settings).guards
+        assert plan_fields(make(**settings))["max_loss"] is None

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from think_vllm.spans import SpanRule
+from think_vllm.spans import ENDLESS, RowLimits, SpanRule
 
 RULES = st.builds(
     SpanRule,
@@ -114,3 +114,22 @@ def test_evicted_spans_leaves_the_budget(rule: SpanRule, prompt_len: int) -> Non
         spans if rule.budget_spans is None else min(spans, rule.budget_spans)
     )
     assert rule.evicted_spans_array(np.array([prompt_len] * 2)).tolist() == [evicted] * 2
+
+
+@given(rule=RULES, rows=st.lists(st.tuples(st.integers(0, 200), st.integers(0, 300)), min_size=1))
+def test_rows_with_rules_of_their_own(rule: SpanRule, rows: list[tuple[int, int]]) -> None:
+    others = [
+        rule,
+        replace(rule, budget_spans=None if rule.budget_spans is None else 3),
+        replace(rule, recent_window=ENDLESS, budget_spans=None),
+    ]
+    own = {row: others[row % 3] for row in range(len(rows)) if row % 3}
+    limits = RowLimits.of(rule, own, len(rows))
+    assert (limits is None) == (len(rows) == 1)
+    prompts, positions = (np.array(column) for column in zip(*rows, strict=True))
+    none = np.zeros_like(prompts)
+    thin = rule.thin_spans_array(prompts, positions, none, none, limits)
+    evicted = rule.evicted_spans_array(prompts, limits)
+    for row, (prompt_len, position) in enumerate(rows):
+        assert thin[row] == others[row % 3].thin_spans(prompt_len, position)
+        assert evicted[row] == others[row % 3].evicted_spans(prompt_len)

@@ -1,6 +1,6 @@
 """Sorting a step, against a request followed token by token."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from think_vllm.attention.sorting import leading_thin_spans, sort_step
 from think_vllm.attention.step import Ends, Step
-from think_vllm.spans import SpanRule
+from think_vllm.spans import ENDLESS, SpanRule
 
 WINDOW = 5
 
@@ -53,6 +53,7 @@ def run(step: Step, rows: list[Follower], start: list[int], computed: list[int])
             row.seen_thin += [row.thin] * int(count)
     for seen in step.observations:
         row = rows[seen.request]
+        assert not row.rule.stays_dense
         assert seen.resume_position == row.kept_at
         if seen.resume_position is None:
             row.observed = []
@@ -75,7 +76,7 @@ def run(step: Step, rows: list[Follower], start: list[int], computed: list[int])
             row = rows[request]
             position = computed[request] + int(token) - start[request]
             assert seq_len == position + 1
-            assert row.ended
+            assert row.ended or row.rule.stays_dense
             assert (
                 thin == row.thin == row.rule.thin_spans(row.prompt_len, position, cached=row.cached)
             )
@@ -90,6 +91,7 @@ def compact_ends(ends: Ends, rows: list[Follower], start: list[int], computed: l
         zip(ends.request, ends.num_tokens, ends.first_span, ends.num_observed, strict=True)
     ):
         row, seen = rows[request], ends.observations[i]
+        assert not row.rule.stays_dense
         begin = seen.begin + computed[request] - start[request]
         if end == row.prompt_len:
             assert row.observed == list(range(max(0, end - WINDOW), end))
@@ -123,7 +125,16 @@ def test_sort_step_follows_every_request(data: st.DataObject, rule: SpanRule) ->
     cached = [
         data.draw(st.integers(0, max(0, length - WINDOW) // rule.span_tokens)) for length in prompts
     ]
-    rows = [Follower(rule, length, hit, hit) for length, hit in zip(prompts, cached, strict=True)]
+    own = {}
+    if not rule.prune_prefill:
+        # Some stay dense, and hit nothing thin.
+        dense = replace(rule, recent_window=ENDLESS)
+        own = {row: dense for row in range(len(prompts)) if data.draw(st.integers(0, 2)) == 0}
+        cached = [0 if row in own else hit for row, hit in enumerate(cached)]
+    rows = [
+        Follower(own.get(row, rule), length, hit, hit)
+        for row, (length, hit) in enumerate(zip(prompts, cached, strict=True))
+    ]
     computed = [hit * rule.span_tokens for hit in cached]
     begun = list(computed)
     for _ in range(data.draw(st.integers(1, 12))):
@@ -137,6 +148,7 @@ def test_sort_step_follows_every_request(data: st.DataObject, rule: SpanRule) ->
             np.array([c + n for c, n in zip(computed, counts, strict=True)]),
             np.array(prompts),
             np.array(cached),
+            own,
         )
         run(step, rows, start, computed)
         computed = [c + n for c, n in zip(computed, counts, strict=True)]
@@ -213,7 +225,7 @@ def ends_of(prompts: list[int], first_spans: list[int], rule: SpanRule) -> Ends:
     spans = np.maximum(0, lengths - rule.recent_window) // rule.span_tokens
     compacted = np.zeros_like(first) if rule.delay_prompt else np.maximum(0, spans - first)
     every = np.arange(lengths.size)
-    return Ends([], every, lengths, first, compacted, np.minimum(lengths, 5), every >= 0)
+    return Ends([], every, lengths, first, compacted, np.minimum(lengths, 5), every >= 0, every < 0)
 
 
 @pytest.mark.parametrize("delayed", [False, True])

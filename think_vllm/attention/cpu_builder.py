@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from think_vllm.attention.cpu_dense import dense_isa
 from think_vllm.attention.cpu_evict import skip_evicted
 from think_vllm.attention.cpu_scratch import BLOCK_SIZE, PromptScratch
 from think_vllm.attention.evicting import Pack, Watched, take_packs, watch
+from think_vllm.attention.guard import begin_guard, take_verdicts
 from think_vllm.attention.sorting import leading_thin_spans, sort_step
 from think_vllm.attention.step import Int32Array, Int64Array, Prefill, Step, Wave
 from think_vllm.blocks.spec import ThinKVCacheSpec
@@ -28,6 +29,7 @@ from think_vllm.eviction import table_of_entries
 from think_vllm.kernels.cpu.decode import DecodeRows
 from think_vllm.kernels.cpu.warmup import warm_up
 from think_vllm.selection import selected_engine
+from think_vllm.spans import RowLimits
 
 #: Of a step in which nothing is due, and of one that only decodes.
 _NONE_DUE, _NONE_KEPT = np.zeros(0, np.int32), np.zeros(0, np.bool_)
@@ -101,6 +103,7 @@ class ThinkCPUMetadata:
         wave_table: The block table that their queries' rows are of.
         watched: Prompt queries that choose tokens.
         known: Ids of the requests that the runner knows.
+        names: Ids of the step's requests, if prompts ask for theirs.
     """
 
     step: Step
@@ -112,6 +115,7 @@ class ThinkCPUMetadata:
     wave_table: torch.Tensor
     watched: list[Watched] = field(default_factory=list)
     known: Container[str] = ()
+    names: Sequence[str] = ()
 
 
 class ThinkCPUMetadataBuilder(CPUAttentionMetadataBuilder):
@@ -132,7 +136,7 @@ class ThinkCPUMetadataBuilder(CPUAttentionMetadataBuilder):
                 f"ThinkCPUMetadataBuilder: the cache was laid out for {kv_cache_spec.rule}, "
                 f"the plan is {self.plan.rule}"
             )
-        compat_metrics.watch_runner(vllm_config)
+        compat_metrics.watch_runner(vllm_config, take_verdicts if self.plan.guards else None)
         # For fresh prompts: vLLM's own builder for blocks of its own default size.
         self._fresh = CPUAttentionMetadataBuilder(
             replace(kv_cache_spec, block_size=BLOCK_SIZE), layer_names, vllm_config, device
@@ -151,8 +155,9 @@ class ThinkCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         self._may_hit_thin = bool(
             vllm_config.cache_config.enable_prefix_caching and kv_cache_spec.thin_prefixes
         )
-        if self.plan.config.evicts:
-            compat_rows.watch_runner(vllm_config, None)
+        names_rows = self.plan.config.evicts or self.plan.guards
+        compat_rows.watch_runner(vllm_config, self.plan.rule, None, every_step=names_rows)
+        begin_guard(self.plan.config.kv_prune_max_loss if self.plan.guards else None)
         # Here, because vLLM builds this before it reports healthy: nothing compiles later.
         warm_up(self.dtype, self.num_heads, self.num_kv_heads, self.plan)
 
@@ -173,6 +178,7 @@ class ThinkCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         query_start = common.query_start_loc_cpu.numpy().astype(np.int64)
         seq_lens = common.seq_lens.numpy().astype(np.int64)
         computed = seq_lens - np.diff(query_start)
+        found = compat_rows.step_rows()
         step = sort_step(
             self.plan.rule,
             self.plan.observation_window,
@@ -180,6 +186,7 @@ class ThinkCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             seq_lens,
             prompt_lens,
             leading_thin_spans(self.plan.rule, common.block_table_tensor.numpy(), computed),
+            None if found is None else found.own,
         )
         dense, context = _split_prefill(step.prefill)
         metadata = ThinkCPUMetadata(
@@ -190,6 +197,7 @@ class ThinkCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             context=context,
             waves=[] if self.plan.config.evicts else [_wave_rows(wave) for wave in step.waves],
             wave_table=common.block_table_tensor,
+            names=() if found is None else found.request_ids,
         )
         return self._evict(metadata) if self.plan.config.evicts else metadata
 
@@ -198,8 +206,12 @@ class ThinkCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         rule, prompt_lens, found = self.plan.rule, metadata.prompt_lens, compat_rows.step_rows()
         if found is None:
             raise RuntimeError("think-vllm: a step of requests that no model runner has announced")
+        names = found.request_ids
+        evicted = rule.evicted_spans_array(
+            prompt_lens, RowLimits.of(rule, found.own, prompt_lens.size)
+        )
         packs = [
-            take_packs(rule, wave, prompt_lens, found.request_ids) for wave in metadata.step.waves
+            take_packs(rule, wave, prompt_lens, evicted, names) for wave in metadata.step.waves
         ]
         waves = [
             replace(_wave_rows(wave), packs=packed)
@@ -208,21 +220,26 @@ class ThinkCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         window = self.plan.config.kv_observation_window
         return replace(
             metadata,
-            waves=[replace(wave, queries=self._skip(wave.queries, metadata)) for wave in waves],
+            waves=[
+                replace(wave, queries=self._skip(wave.queries, metadata, evicted)) for wave in waves
+            ],
             wave_table=table_of_entries(metadata.block_table),
             watched=watch(
                 rule,
                 window if self.plan.config.kv_evict == "snapkv" else None,
                 metadata.step.prefill,
                 prompt_lens,
-                found.request_ids,
+                evicted,
+                names,
             ),
             known=found.known,
         )
 
-    def _skip(self, queries: QueryRows, metadata: ThinkCPUMetadata) -> QueryRows:
+    def _skip(
+        self, queries: QueryRows, metadata: ThinkCPUMetadata, evicted: Int64Array
+    ) -> QueryRows:
         stride = metadata.block_table.stride(0)
-        rows = skip_evicted(self.plan.rule, queries.rows, metadata.prompt_lens, stride)
+        rows = skip_evicted(self.plan.rule, queries.rows, evicted, stride)
         return replace(queries, rows=rows)
 
     def _build_decode(self, common: CommonAttentionMetadata) -> ThinkCPUMetadata | None:
@@ -239,12 +256,14 @@ class ThinkCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         # The first query past a prompt is at position P, so it has P + 1 tokens.
         if (seq_len <= prompt_len + rule.delay_prompt).any():
             return None
+        limits = RowLimits.of(rule, compat_rows.own_rules(), seq_len.size)
         if rule.prune_decode:
-            spans, rest = np.divmod(seq_len - (1 + rule.recent_window), rule.span_tokens)
+            recent = rule.recent_window if limits is None else limits.recent_window
+            spans, rest = np.divmod(seq_len - (1 + recent), rule.span_tokens)
             if not rest.all():
                 return None  # a position that a span is due at
         else:
-            spans = np.maximum(0, prompt_len - rule.recent_window) // rule.span_tokens
+            spans = rule.prompt_spans_array(prompt_len, limits)
         block_table, least = common.block_table_tensor, self._no_spans[: seq_len.size]
         if self._may_hit_thin:
             computed = seq_len.astype(np.int64) - 1
@@ -256,7 +275,8 @@ class ThinkCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         )
         table = block_table
         if rule.budget_spans is not None:
-            rows = skip_evicted(rule, rows, prompt_len, block_table.stride(0))
+            evicted = rule.evicted_spans_array(prompt_len, limits)
+            rows = skip_evicted(rule, rows, evicted, block_table.stride(0))
             table = table_of_entries(block_table)
         queries = QueryRows(slice(0, seq_len.size), rows)
         wave = WaveRows(_NONE_DUE, _NONE_DUE, _NONE_KEPT, queries)

@@ -42,20 +42,20 @@ class CPUEvictor(Evictor):
 
 
 def skip_evicted(
-    rule: SpanRule, rows: DecodeRows, prompt_lens: Int64Array, row_entries: int
+    rule: SpanRule, rows: DecodeRows, evicted: Int64Array, row_entries: int
 ) -> DecodeRows:
     """Let queries past their prompts begin behind the empty spans.
 
     Args:
-        rule: When spans are thin, and which are empty.
+        rule: What a span is.
         rows: With rows of the block table.
-        prompt_lens: int64 [num_reqs]. Tokens of each request's prompt.
+        evicted: int64 [num_reqs]. Empty spans of each request.
         row_entries: Entries from one row of the block table to the next.
 
     Returns:
         The same queries over ``table_of_entries``, as if the empty spans had never been.
     """
-    evicted = rule.evicted_spans_array(prompt_lens[rows.request].astype(np.int64))
+    evicted = evicted[rows.request]
     return DecodeRows(
         request=(rows.request * row_entries + evicted * rule.span_blocks).astype(np.int32),
         seq_len=(rows.seq_len - evicted * rule.span_tokens).astype(np.int32),

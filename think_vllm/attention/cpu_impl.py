@@ -18,6 +18,7 @@ from think_vllm.attention.cpu_builder import (
 )
 from think_vllm.attention.cpu_dense import clear_tail
 from think_vllm.attention.cpu_evict import CPUEvictor
+from think_vllm.attention.guard import loss_guard
 from think_vllm.attention.heads import rank_heads
 from think_vllm.attention.state import LayerState
 from think_vllm.attention.step import Choices, Ends, Observation
@@ -26,6 +27,7 @@ from think_vllm.errors import WAY_OUT, ThinkError
 from think_vllm.kernels.cpu.compaction import compact_spans, read_channels
 from think_vllm.kernels.cpu.decode import decode_attention
 from think_vllm.kernels.cpu.scoring import add_query_energy, key_energy
+from think_vllm.metrics.shares import kept_shares
 from think_vllm.metrics.worker import rank_report
 from think_vllm.selection import remember_plan
 
@@ -246,9 +248,14 @@ class ThinkCPUImpl(CPUAttentionBackendImpl):
         counted = None
         if self.evictor is not None:
             # Where tokens are evicted, channels are chosen once more, for those that are kept.
-            evicted = self.plan.rule.evicted_spans_array(ends.num_tokens[choices.end])
-            counted = torch.from_numpy(evicted == 0)
+            counted = torch.from_numpy(~ends.packed[choices.end])
         choice.report(counted)
+        if self.plan.guards:
+            assert choice.scores is not None
+            names = [metadata.names[row] for row in ends.request[choices.end]]
+            loss_guard().add(
+                names, kept_shares(choice.scores, choice.channels[:, :, : choice.keys])
+            )
         return choice.channels
 
     def _all_channels(self, count: int) -> torch.Tensor:

@@ -39,6 +39,7 @@ from think_vllm.choosing import count_sources
 from think_vllm.errors import ThinkError
 from think_vllm.eviction import table_of_entries
 from think_vllm.selection import selected_engine
+from think_vllm.spans import RowLimits
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,9 @@ class ThinkCUDAMetadataBuilder(AttentionMetadataBuilder[ThinkCUDAMetadata]):
                 f"the plan is {self.plan.rule}"
             )
         count_cached = partial(leading_thin_spans, self.plan.rule)
-        compat_rows.watch_runner(vllm_config, count_cached if engine.thin_prefixes else None)
+        compat_rows.watch_runner(
+            vllm_config, self.plan.rule, count_cached if engine.thin_prefixes else None
+        )
         compat_metrics.watch_runner(vllm_config)
         rows = vllm_config.scheduler_config.max_num_seqs
         self.state = GroupState(
@@ -123,7 +126,8 @@ class ThinkCUDAMetadataBuilder(AttentionMetadataBuilder[ThinkCUDAMetadata]):
         rows = compat_rows.step_rows()
         if rows is None:
             step = _dummy_step(query_start, seq_len[: query_start.size - 1])
-            return self._step(common, step, StepSlots())
+            parts = step_parts(step, StepSlots(), self.plan.rule, self.plan.chooses_per_span)
+            return self._metadata(common, to_device(parts, self.device))
         count = rows.prompt_lens.size
         step = sort_step(
             self.plan.rule,
@@ -132,9 +136,13 @@ class ThinkCUDAMetadataBuilder(AttentionMetadataBuilder[ThinkCUDAMetadata]):
             seq_len[:count],
             rows.prompt_lens,
             rows.cached_spans,
+            rows.own,
+        )
+        evicted = self.plan.rule.evicted_spans_array(
+            rows.prompt_lens, RowLimits.of(self.plan.rule, rows.own, count)
         )
         packs = [
-            take_packs(self.plan.rule, wave, rows.prompt_lens, rows.request_ids)
+            take_packs(self.plan.rule, wave, rows.prompt_lens, evicted, rows.request_ids)
             for wave in step.waves
         ]
         slots = self._find_slots(step, rows, packs)
@@ -142,9 +150,11 @@ class ThinkCUDAMetadataBuilder(AttentionMetadataBuilder[ThinkCUDAMetadata]):
             (wave,) = step.waves
             self._pack(common.block_table_tensor, _packing(packs[0], slots))
             self._compact(common.block_table_tensor, due_spans(wave, slots))
-            evicted = self.plan.rule.evicted_spans_array(rows.prompt_lens)
             return self._decode(common, wave.thin_spans, evicted)
-        metadata = self._step(common, step, slots, rows, packs)
+        parts = step_parts(step, slots, self.plan.rule, self.plan.chooses_per_span)
+        if self._empty is not None:
+            parts = self._evict(common, step, slots, rows, packs, parts, evicted)
+        metadata = self._metadata(common, to_device(parts, self.device))
         return replace(metadata, known=rows.known)
 
     def build_for_cudagraph_capture(
@@ -165,20 +175,6 @@ class ThinkCUDAMetadataBuilder(AttentionMetadataBuilder[ThinkCUDAMetadata]):
             parts=parts,
         )
 
-    def _step(
-        self,
-        common: CommonAttentionMetadata,
-        step: Step,
-        slots: StepSlots,
-        rows: compat_rows.StepRows | None = None,
-        packs: Sequence[list[Pack]] = (),
-    ) -> ThinkCUDAMetadata:
-        """Any step that is not a batch of single queries past their prompts."""
-        parts = step_parts(step, slots, self.plan.rule, self.plan.chooses_per_span)
-        if self._empty is not None and rows is not None:
-            parts = self._evict(common, step, slots, rows, packs, parts)
-        return self._metadata(common, to_device(parts, self.device))
-
     def _evict(
         self,
         common: CommonAttentionMetadata,
@@ -187,6 +183,7 @@ class ThinkCUDAMetadataBuilder(AttentionMetadataBuilder[ThinkCUDAMetadata]):
         rows: compat_rows.StepRows,
         packs: Sequence[list[Pack]],
         parts: StepParts,
+        evicted: Int64Array,
     ) -> StepParts:
         """Add what eviction has to do in a step, still on the host."""
         rule, config = self.plan.rule, self.plan.config
@@ -197,11 +194,11 @@ class ThinkCUDAMetadataBuilder(AttentionMetadataBuilder[ThinkCUDAMetadata]):
         for wave, packed in zip(parts.waves, packs, strict=True):
             packing = _packing(packed, slots)
             wave = replace(wave, packs=packing.packs, pack_slots=packing.pack_slots)
-            waves.append(skip_evicted(rule, wave, rows.prompt_lens, stride))
+            waves.append(skip_evicted(rule, wave, evicted, stride))
         return replace(
             parts,
             waves=waves,
-            watched=watch(rule, window, step.prefill, rows.prompt_lens, rows.request_ids),
+            watched=watch(rule, window, step.prefill, rows.prompt_lens, evicted, rows.request_ids),
             ended_rows=[] if ends is None else ends.request.tolist(),
         )
 

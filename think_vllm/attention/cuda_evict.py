@@ -47,14 +47,14 @@ class CUDAEvictor(Evictor):
 
 
 def skip_evicted(
-    rule: SpanRule, wave: WaveParts, prompt_lens: Int64Array, row_entries: int
+    rule: SpanRule, wave: WaveParts, evicted: Int64Array, row_entries: int
 ) -> WaveParts:
     """Let queries past their prompts begin behind the empty spans, still on the host.
 
     Args:
-        rule: When spans are thin, and which are empty.
+        rule: What a span is.
         wave: With rows of the block table.
-        prompt_lens: int64 [num_reqs]. Tokens of each request's prompt.
+        evicted: int64 [num_reqs]. Empty spans of each request.
         row_entries: Entries from one row of the block table to the next.
 
     Returns:
@@ -62,14 +62,13 @@ def skip_evicted(
     """
 
     def skip(queries: Q) -> Q:
-        row = queries.request.numpy().astype(np.int64)
-        evicted = torch.from_numpy(rule.evicted_spans_array(prompt_lens[row])).int()
+        empty = torch.from_numpy(evicted[queries.request.numpy()]).int()
         assert queries.thin_spans is not None
         return replace(
             queries,
-            request=queries.request * row_entries + evicted * rule.span_blocks,
-            seq_len=queries.seq_len - evicted * rule.span_tokens,
-            thin_spans=queries.thin_spans - evicted,
+            request=queries.request * row_entries + empty * rule.span_blocks,
+            seq_len=queries.seq_len - empty * rule.span_tokens,
+            thin_spans=queries.thin_spans - empty,
         )
 
     return replace(

@@ -170,13 +170,13 @@ def _ended(
         span_choice=_ints(choices.of_span),
         span_request=_ints(ends.request[which]),
         span=_ints(span),
-        final=_final(ends, choices, rule),
+        final=_final(ends, choices),
     )
 
 
-def _final(ends: Ends, choices: Choices, rule: SpanRule) -> torch.Tensor | None:
-    evicted = rule.evicted_spans_array(ends.num_tokens[choices.end]) > 0
-    return _ints(np.flatnonzero(~evicted)) if evicted.any() else None
+def _final(ends: Ends, choices: Choices) -> torch.Tensor | None:
+    packed = ends.packed[choices.end]
+    return _ints(np.flatnonzero(~packed)) if packed.any() else None
 
 
 def _wave_parts(wave: Wave, slots: StepSlots) -> WaveParts:

@@ -23,6 +23,7 @@ class Watched:
         end: One past the last.
         position: Of the first query in the prompt.
         prompt_len: Tokens of the prompt.
+        kept_spans: Spans that hold what is kept of it.
         starts: Whether no earlier step has had any of them.
     """
 
@@ -32,6 +33,7 @@ class Watched:
     end: int
     position: int
     prompt_len: int
+    kept_spans: int
     starts: bool
 
     @property
@@ -64,6 +66,7 @@ def watch(
     window: int | None,
     prefill: Prefill | None,
     prompt_lens: Int64Array,
+    evicted: Int64Array,
     requests: Sequence[str],
 ) -> list[Watched]:
     """Find the queries of a step that choose tokens.
@@ -73,13 +76,13 @@ def watch(
         window: Last queries of a prompt that do; None for all of them.
         prefill: The step's prompt queries.
         prompt_lens: int64 [n]. Tokens of each row's prompt.
+        evicted: int64 [n]. Empty spans of each row.
         requests: [n]. Id of each row's request.
     """
     if prefill is None:
         return []
     found = []
-    evicted = rule.evicted_spans_array(prompt_lens[prefill.request])
-    for i in np.flatnonzero(evicted):
+    for i in np.flatnonzero(evicted[prefill.request]):
         row, end = int(prefill.request[i]), int(prefill.seq_len[i])
         prompt_len = int(prompt_lens[row])
         start = end - int(prefill.num_tokens[i])
@@ -94,6 +97,7 @@ def watch(
                     end=first + end - start,
                     position=max(start, chosen),
                     prompt_len=prompt_len,
+                    kept_spans=rule.prompt_spans(prompt_len) - int(evicted[row]),
                     starts=start <= chosen,
                 )
             )
@@ -101,7 +105,11 @@ def watch(
 
 
 def take_packs(
-    rule: SpanRule, wave: Wave, prompt_lens: Int64Array, requests: Sequence[str]
+    rule: SpanRule,
+    wave: Wave,
+    prompt_lens: Int64Array,
+    evicted: Int64Array,
+    requests: Sequence[str],
 ) -> list[Pack]:
     """Take the spans of prompts that are packed out of a wave's due spans.
 
@@ -109,13 +117,14 @@ def take_packs(
         rule: When spans are thin.
         wave: Its due spans are all compacted otherwise. Changed.
         prompt_lens: int64 [n]. Tokens of each row's prompt.
+        evicted: int64 [n]. Empty spans of each row.
         requests: [n]. Id of each row's request.
     """
     if rule.budget_spans is None or not wave.due_request:
         return []
     row, span = np.array(wave.due_request), np.array(wave.due_span)
-    spans = np.maximum(0, prompt_lens[row] - rule.recent_window) // rule.span_tokens
-    packed = (spans > rule.budget_spans) & (span < spans)
+    # Rows with empty spans have the rule's recent window.
+    packed = (evicted[row] > 0) & (span < rule.prompt_spans_array(prompt_lens[row]))
     rest = np.flatnonzero(~packed)
     wave.due_request = [wave.due_request[i] for i in rest]
     wave.due_span = [wave.due_span[i] for i in rest]
@@ -125,8 +134,8 @@ def take_packs(
             request=requests[i],
             row=int(i),
             prompt_len=int(prompt_lens[i]),
-            first_span=rule.evicted_spans(int(prompt_lens[i])),
-            num_spans=rule.budget_spans,
+            first_span=int(evicted[i]),
+            num_spans=rule.prompt_spans(int(prompt_lens[i])) - int(evicted[i]),
         )
         for i in np.unique(row[packed])
     ]

@@ -93,17 +93,16 @@ class Evictor(ABC):
             )
             if seen.ends:
                 sums = self._sums.pop(seen.request)
-                tokens = self._choose(sums, seen.prompt_len)
+                tokens = self._choose(sums, seen.prompt_len, seen.kept_spans)
                 self._kept[seen.request] = Kept(tokens, energies.get(seen.row))
 
-    def _choose(self, sums: torch.Tensor, prompt_len: int) -> torch.Tensor:
+    def _choose(self, sums: torch.Tensor, prompt_len: int, kept_spans: int) -> torch.Tensor:
         rule = self.plan.rule
-        assert rule.budget_spans is not None
         old = rule.prompt_spans(prompt_len) * rule.span_tokens
         if self.plan.config.kv_evict == "snapkv":
             # Its scores end where the observation window begins, or behind the last old token.
             sums = pool(sums, max(old, prompt_len - self.plan.config.kv_observation_window))
-        return choose_tokens(sums[:, :old], rule.budget_spans * rule.span_tokens)
+        return choose_tokens(sums[:, :old], kept_spans * rule.span_tokens)
 
     def pack(
         self,

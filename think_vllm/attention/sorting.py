@@ -1,9 +1,11 @@
 """Sort one step's batch: see ``step.py`` for the order of work."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
 
 from think_vllm.attention.step import (
     Ends,
@@ -15,7 +17,7 @@ from think_vllm.attention.step import (
     Wave,
     count_up,
 )
-from think_vllm.spans import SpanRule
+from think_vllm.spans import RowLimits, SpanRule
 
 #: Of vLLM's block tables: a freed entry, or one that was never there.
 NULL_BLOCK = 0
@@ -32,22 +34,49 @@ class _Batch:
     seq_len: Int64Array
     prompt_len: Int64Array
     cached: Int64Array
+    own: Mapping[int, SpanRule] = field(default_factory=dict)
+
+    @cached_property
+    def limits(self) -> RowLimits | None:
+        """Limits of the requests, None if all have the rule's."""
+        return RowLimits.of(self.rule, self.own, self.seq_len.size)
+
+    def limits_of(self, which: Int64Array) -> RowLimits | None:
+        """Limits of the chosen requests, None if all have the rule's."""
+        return None if self.limits is None else self.limits.choose(which)
+
+    def rule_of(self, request: int) -> SpanRule:
+        """A request's rule."""
+        return self.own.get(request, self.rule)
+
+    @cached_property
+    def chooses(self) -> npt.NDArray[np.bool_]:
+        """Requests whose prompts choose channels: all but those that stay dense."""
+        chooses = np.ones(self.seq_len.size, np.bool_)
+        chooses[[row for row, rule in self.own.items() if rule.stays_dense]] = False
+        return chooses
 
     @cached_property
     def dense_from(self) -> Int64Array:
         """Spans that a prompt query of each request sees thin."""
         begin = np.zeros_like(self.computed)
-        return self.rule.thin_spans_array(self.prompt_len, begin, self.computed, self.cached)
+        return self.thin_spans(begin, self.computed)
+
+    def thin_spans(self, positions: Int64Array, computed: Int64Array) -> Int64Array:
+        """Spans that each request's query at a position sees thin."""
+        return self.rule.thin_spans_array(
+            self.prompt_len, positions, computed, self.cached, self.limits
+        )
 
     def thin_at(self, ends: Int64Array, which: Int64Array) -> Int64Array:
         """Spans that are thin once the prompts of ``which`` were compacted up to ``ends``."""
-        own = np.maximum(0, ends - self.rule.recent_window) // self.rule.span_tokens
+        own = self.rule.prompt_spans_array(ends, self.limits_of(which))
         thin: Int64Array = np.maximum(own, self.cached[which])
         return thin
 
     def is_kept(self, request: int, span: int) -> bool:
         """Whether a due span's channels were kept at the end of its request's prompt."""
-        prompt_spans = self.rule.prompt_spans(int(self.prompt_len[request]))
+        prompt_spans = self.rule_of(request).prompt_spans(int(self.prompt_len[request]))
         cached = int(self.cached[request])
         if prompt_spans <= cached:
             return span == cached
@@ -61,6 +90,7 @@ def sort_step(
     seq_len: Int64Array,
     prompt_len: Int64Array,
     cached: Int64Array | None = None,
+    own: Mapping[int, SpanRule] | None = None,
 ) -> Step:
     """Sort a batch.
 
@@ -71,6 +101,7 @@ def sort_step(
         seq_len: int64 [n]. Tokens of each request after this step.
         prompt_len: int64 [n]. Tokens of each request's prompt.
         cached: int64 [n]. Leading spans that came thin from the prefix cache; None for none.
+        own: Rules of requests that have others, by row.
 
     Returns:
         The sorted step. Requests without queries in it appear nowhere.
@@ -79,7 +110,9 @@ def sort_step(
     computed = seq_len - num_queries
     if cached is None:
         cached = np.zeros_like(computed)
-    batch = _Batch(rule, observation_window, query_start, computed, seq_len, prompt_len, cached)
+    batch = _Batch(
+        rule, observation_window, query_start, computed, seq_len, prompt_len, cached, own or {}
+    )
     if np.all(computed >= prompt_len) and np.all(num_queries == 1):
         return Step(None, [], None, None, [_decode_wave(batch)])
 
@@ -143,7 +176,7 @@ def _observe(batch: _Batch, prefill: Prefill | None) -> list[Observation]:
         start = int(batch.computed[request])
         length = int(batch.prompt_len[request])
         window_start = max(0, length - batch.window)
-        if end <= window_start:
+        if end <= window_start or not batch.chooses[request]:
             continue
         observed_from = max(start, window_start)
         found.append(
@@ -165,13 +198,14 @@ def _end_prompts(
         return None
     rule = batch.rule
     ends = prefill.request[prefill.seq_len == batch.prompt_len[prefill.request]]
+    ends = ends[batch.chooses[ends]]
     if not ends.size:
         return None
     lengths = batch.prompt_len[ends]
     first, last = batch.dense_from[ends], batch.thin_at(lengths, ends)
     later = last > batch.cached[ends]
     # Channels of packed tokens are chosen when they are packed.
-    packed = rule.evicted_spans_array(lengths) > 0
+    packed = rule.evicted_spans_array(lengths, batch.limits_of(ends)) > 0
     return Ends(
         observations=[seen for seen in observations if seen.keep_position is None],
         request=ends,
@@ -180,6 +214,7 @@ def _end_prompts(
         num_spans=np.zeros_like(first) if rule.delay_prompt else last - first,
         num_observed=np.minimum(lengths, batch.window),
         keeps=np.where(later, rule.delay_prompt & ~packed, rule.prune_decode),
+        packed=packed,
     )
 
 
@@ -206,15 +241,16 @@ def _end_chunks(batch: _Batch, prefill: Prefill | None) -> Ends | None:
         num_spans=(last - first)[which],
         num_observed=observed,
         keeps=np.zeros(which.size, np.bool_),
+        packed=np.zeros(which.size, np.bool_),
     )
 
 
 def _decode_wave(batch: _Batch) -> Wave:
     """One query per request, all of them past their prompts."""
     rule, position = batch.rule, batch.computed
-    thin = rule.thin_spans_array(batch.prompt_len, position, position, batch.cached)
+    thin = batch.thin_spans(position, position)
     earlier = np.maximum(batch.prompt_len, position - 1)
-    before = rule.thin_spans_array(batch.prompt_len, earlier, earlier, batch.cached)
+    before = batch.thin_spans(earlier, earlier)
     if rule.delay_prompt:
         before = np.where(position == batch.prompt_len, batch.cached, before)
     count = thin - before
@@ -236,13 +272,11 @@ def _waves(batch: _Batch) -> list[Wave]:
     waves: list[Wave] = []
     for request in np.flatnonzero(batch.seq_len > np.maximum(batch.computed, batch.prompt_len)):
         start, length = int(batch.computed[request]), int(batch.prompt_len[request])
-        cached = int(batch.cached[request])
+        cached, rule = int(batch.cached[request]), batch.rule_of(int(request))
         position = np.arange(max(start, length), int(batch.seq_len[request]))
         lengths = np.full(position.size, length)
-        thin = batch.rule.thin_spans_array(
-            lengths, position, lengths, np.full_like(lengths, cached)
-        )
-        before = batch.rule.spans_before_decode(length, int(position[0]), cached)
+        thin = rule.thin_spans_array(lengths, position, lengths, np.full_like(lengths, cached))
+        before = rule.spans_before_decode(length, int(position[0]), cached)
         # Past the first, one position makes at most one span due: thin - thin[0] numbers waves.
         number = thin - thin[0]
         for wave in range(int(number[-1]) + 1):

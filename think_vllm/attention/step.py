@@ -115,6 +115,8 @@ class Ends:
         num_spans: int64 [n]. Spans to compact.
         num_observed: int64 [n]. Queries that choose the channels.
         keeps: bool [n]. Whether the channels are kept for spans that fall due later.
+        packed: bool [n]. Whether tokens are evicted, so that channels are chosen once more, for
+            those that are kept.
     """
 
     observations: list[Observation]
@@ -124,6 +126,7 @@ class Ends:
     num_spans: Int64Array
     num_observed: Int64Array
     keeps: npt.NDArray[np.bool_]
+    packed: npt.NDArray[np.bool_]
 
     def spans(self) -> tuple[Int64Array, Int64Array]:
         """Each span to compact: its index into ``request``, and the span."""

@@ -3,12 +3,16 @@
 from dataclasses import dataclass
 from typing import Any
 
+from think_vllm.spans import SpanRule
+
 
 @dataclass(slots=True)
 class Life:
     """One request, from its admission until it ends or is preempted.
 
     Args:
+        rule: When its spans are thin.
+        settled: Whether its worker has said that it may be compacted, or that it stays dense.
         request: vLLM's own; None until its first step is scheduled, or without prefix caching.
         prompt_len: Tokens of its prompt; None until known.
         cached_spans: Leading spans that came thin from the prefix cache.
@@ -21,6 +25,8 @@ class Life:
         scheduled: Tokens that will have been computed after the step that is being scheduled.
     """
 
+    rule: SpanRule
+    settled: bool = True
     request: Any = None
     prompt_len: int | None = None
     cached_spans: int = 0

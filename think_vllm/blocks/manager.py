@@ -19,10 +19,11 @@ from typing import Any
 
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
-from think_vllm import compat_metrics
+from think_vllm import compat_metrics, compat_requests
 from think_vllm.blocks.life import Life
-from think_vllm.blocks.prefix import ResumedHashes, find_dense_behind, find_thin
+from think_vllm.blocks.prefix import LimitedHashes, find_dense_behind, find_thin
 from think_vllm.blocks.publisher import Publisher
+from think_vllm.blocks.rules import RequestRules
 from think_vllm.errors import WAY_OUT
 from think_vllm.metrics.counts import SpanCounts
 from think_vllm.spans import SpanRule
@@ -39,8 +40,18 @@ class ThinKVCacheManager(FullAttentionManager):
         self._private: dict[str, list[int]] = {}
         self._publisher = Publisher(self.block_pool, self.kv_cache_group_id, kv_cache_spec)
         self.counts = SpanCounts()
+        self.rules = RequestRules(kv_cache_spec.guarded)
         # Here, because whoever has a manager has a scheduler by then.
         compat_metrics.watch_scheduler()
+        compat_requests.watch_scheduler()
+
+    def settle(self, request: Any, dense: bool) -> None:
+        """Hear whether a request whose prompt has ended stays dense, before its next step."""
+        self.rules.settle(request, dense)
+        life = self._lives.get(request.request_id)
+        if life is not None:
+            life.rule, life.settled = self.rules.find(request.request_id, self.rule)
+            life.next_free = life.next_compaction = 0
 
     # -- Admission ---------------------------------------------------------------------------
 
@@ -62,7 +73,7 @@ class ThinKVCacheManager(FullAttentionManager):
         """
         limit = max(0, max_length + 1 - max(1, kv_cache_spec.observation_window))
         thin = kv_cache_spec.thin_prefixes
-        if isinstance(block_hashes, ResumedHashes):
+        if isinstance(block_hashes, LimitedHashes):
             limit = min(limit, block_hashes.max_tokens)
         dense, length = super().find_longest_cache_hit(
             block_hashes, limit, kv_cache_group_ids, block_pool, kv_cache_spec, *args, **kwargs
@@ -125,6 +136,7 @@ class ThinKVCacheManager(FullAttentionManager):
         cached = self._count_thin(new_computed_blocks)
         self.counts.hit_tokens += cached * self.rule.span_tokens
         self._lives[request_id] = Life(
+            *self.rules.find(request_id, self.rule),
             cached_spans=cached,
             freed_spans=cached,
             published=len(new_computed_blocks),
@@ -180,8 +192,9 @@ class ThinKVCacheManager(FullAttentionManager):
             return  # most steps of most requests
         publisher, rows = self._publisher, self.req_to_blocks[request.request_id]
         prompt_len = request.num_prompt_tokens
-        compacted = self.rule.freeable_spans(prompt_len, scheduled, life.cached_spans)
-        life.next_compaction = self.rule.next_freeable(prompt_len, scheduled, compacted)
+        compacted = life.rule.freeable_spans(prompt_len, scheduled, life.cached_spans)
+        self._check_settled(life, compacted, request.request_id)
+        life.next_compaction = life.rule.next_freeable(prompt_len, scheduled, compacted)
         if not self.rule.delay_prompt:
             publisher.uncache(life, rows, compacted)
         publisher.publish_dense(life, rows, full)
@@ -225,28 +238,28 @@ class ThinKVCacheManager(FullAttentionManager):
                 f"{num_prompt_tokens} tokens (streaming input); thin KV blocks do not support "
                 f"sessions. {WAY_OUT}"
             )
-        freeable = self.rule.freeable_spans(
+        rule = life.rule
+        freeable = rule.freeable_spans(
             num_prompt_tokens, processed_computed_tokens, life.cached_spans
         )
+        self._check_settled(life, freeable, request_id)
         self._publisher.publish_thin(life, self.req_to_blocks[request_id], freeable)
-        evicted = self.rule.evicted_spans(num_prompt_tokens)
+        evicted = rule.evicted_spans(num_prompt_tokens)
         for span in range(life.freed_spans, freeable):
-            first = span * self.rule.span_blocks
-            kept = 0 if span < evicted else self.rule.thin_blocks
-            self._remove_blocks_in_range(request_id, first + kept, first + self.rule.span_blocks)
+            first = span * rule.span_blocks
+            kept = 0 if span < evicted else rule.thin_blocks
+            self._remove_blocks_in_range(request_id, first + kept, first + rule.span_blocks)
             self.counts.spans += 1
-            self.counts.blocks += self.rule.span_blocks - kept
+            self.counts.blocks += rule.span_blocks - kept
         life.freed_spans = max(life.freed_spans, freeable)
-        life.next_free = self.rule.next_freeable(
-            num_prompt_tokens, processed_computed_tokens, freeable
-        )
+        life.next_free = rule.next_freeable(num_prompt_tokens, processed_computed_tokens, freeable)
 
     def held(self, request_id: str) -> tuple[int, int, int]:
         """Rows of a request's block table, spans whose tails it does not hold, empty ones."""
         life, rows = self._lives.get(request_id), len(self.req_to_blocks.get(request_id, ()))
         if life is None:
             return rows, 0, 0
-        empty = self.rule.evicted_spans(life.prompt_len or 0)
+        empty = life.rule.evicted_spans(life.prompt_len or 0)
         return rows, life.freed_spans, min(life.freed_spans, empty)
 
     # -- The end -----------------------------------------------------------------------------
@@ -262,7 +275,7 @@ class ThinKVCacheManager(FullAttentionManager):
         return blocks
 
     def _leave(self, life: Life) -> None:
-        request, rule = life.request, self.rule
+        request, rule = life.request, life.rule
         processed = request.num_computed_tokens - request.num_in_flight_tokens
         prompt_len = request.num_prompt_tokens
         thin = rule.freeable_spans(prompt_len, processed, life.cached_spans)
@@ -278,7 +291,7 @@ class ThinKVCacheManager(FullAttentionManager):
             # with other tokens.
             own = prompt_len // rule.span_tokens if rule.prune_prefill else life.cached_spans
             window = max(1, self.kv_cache_spec.observation_window)
-            request.block_hashes = ResumedHashes(
+            request.block_hashes = LimitedHashes(
                 request.block_hashes,
                 max_tokens=max(0, prompt_len - window),
                 max_thin_spans=own,
@@ -298,8 +311,15 @@ class ThinKVCacheManager(FullAttentionManager):
     def _life(self, request_id: str) -> Life:
         life = self._lives.get(request_id)
         if life is None:
-            life = self._lives[request_id] = Life()
+            life = self._lives[request_id] = Life(*self.rules.find(request_id, self.rule))
         return life
+
+    def _check_settled(self, life: Life, spans: int, request_id: str) -> None:
+        if spans and not life.settled:
+            raise RuntimeError(
+                f"think-vllm: spans of request {request_id} are due, and its worker has not said "
+                "whether it stays dense"
+            )
 
     def _count_thin(self, rows: Sequence[Any]) -> int:
         """Leading spans of a hit that are thin."""

@@ -21,8 +21,8 @@ _APPROXIMATE = 1 << 16
 _THIN = 2 << 16
 
 
-class ResumedHashes(list[Any]):
-    """Block hashes of a preempted request, with what it may hit when it resumes.
+class LimitedHashes(list[Any]):
+    """Block hashes of a request that may not hit all there is: one that resumes, or stays dense.
 
     vLLM looks prefixes up by hashes alone, which do not say whose they are.
 

@@ -29,7 +29,7 @@ class Publisher:
         start = max(life.published, life.uncached_spans * self._rule.span_blocks)
         exact = 0
         if life.cached_spans == 0:
-            exact = self._rule.exact_tokens(life.request.num_prompt_tokens)
+            exact = life.rule.exact_tokens(life.request.num_prompt_tokens)
         middle = min(max(start, exact // self._rule.block_size), num_blocks)
         self._publish_rows(life, rows, start, middle, self._group)
         if self._thin:
@@ -83,7 +83,7 @@ class Publisher:
             num_spans: Spans that are thin after the step.
             pending: Copies that vLLM runs before the step. Extended.
         """
-        evicted = self._rule.evicted_spans(life.request.num_prompt_tokens)
+        evicted = life.rule.evicted_spans(life.request.num_prompt_tokens)
         if evicted == 0 and not self._rule.shrinks:
             return  # nothing is written
         # Nor are spans that are left empty: their blocks stay in the cache where they are.

@@ -38,6 +38,8 @@ class ThinKVCacheSpec(FullAttentionSpec):
     delay_prompt: bool = False
     #: Spans that a prompt keeps at most; None for all.
     budget_spans: int | None = None
+    #: Whether the worker decides at a prompt's end if its request stays dense.
+    guarded: bool = False
     #: Tokens that are scheduled before the first of them has been processed, at most.
     in_flight_tokens: int = 0
 
@@ -93,6 +95,7 @@ class ThinKVCacheSpec(FullAttentionSpec):
             delay_prompt=rule.delay_prompt,
             budget_spans=rule.budget_spans,
             observation_window=plan.choosing_window,
+            guarded=plan.guards,
             thin_prefixes=engine.thin_prefixes,
             in_flight_tokens=engine.in_flight_tokens,
         )

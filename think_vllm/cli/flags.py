@@ -24,6 +24,7 @@ _METAVARS = {
     "kv_channel_tables": "SCOPE",
     "kv_prefix_cache": "FORM",
     "kv_evict": "METHOD",
+    "kv_prune_max_loss": "SHARE",
 }
 
 

@@ -4,7 +4,10 @@ Pure data. A report is a dict of plain values, since it crosses processes as msg
 
     {"counters": {name: increase since the last report},
      "gauges": {name: {kind, or "" for none: value}},
-     "shares": [[observations of each bucket], [sum of each bucket's observations]]}
+     "shares": [[observations of each bucket], [sum of each bucket's observations]],
+     "settled": {request: whether it stays dense}}
+
+The last goes no further than the scheduler.
 
 Every part may be missing. Counters add up wherever a report goes: vLLM gives each to one of its
 API servers.
@@ -31,6 +34,7 @@ class Metric(NamedTuple):
 
 SPANS, BLOCKS, BYTES = "spans_compacted", "blocks_freed", "freed_bytes"
 HITS, SECONDS = "thin_prefix_hit_tokens", "compaction_seconds"
+KEPT_DENSE = "requests_kept_dense"
 HELD, MULTIPLE, CAPACITY = "held_tokens", "capacity_multiple", "capacity_tokens"
 SHARE = "score_mass_kept"
 
@@ -44,6 +48,7 @@ COUNTERS = {
         "Seconds that layers spent on choosing channels and compacting spans, on the rank that "
         "reports. CPUs only."
     ),
+    KEPT_DENSE: Metric("Requests that stayed dense because of --kv-prune-max-loss."),
 }
 GAUGES = {
     HELD: Metric(

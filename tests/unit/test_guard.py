@@ -1,0 +1,90 @@
+"""Which requests stay dense because of what they would lose, and that this is decided once."""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from think_vllm import compat_metrics, compat_rows
+from think_vllm.attention.guard import begin_guard, loss_guard, take_verdicts
+from think_vllm.metrics.worker import begin_report
+from think_vllm.spans import SpanRule
+
+RULE = SpanRule(2, 3, 2, 5, True, delay_prompt=True)
+
+
+@pytest.fixture(autouse=True)
+def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(compat_rows, "_rule", RULE)
+    remembered = (compat_rows._own_rules, compat_rows._settled)
+    for each in remembered:
+        each.clear()
+    begin_report()
+    begin_guard(0.25)
+    yield
+    begin_guard(None)
+    for each in remembered:
+        each.clear()
+
+
+def end_prompts(**shares: list[list[float]]) -> None:
+    """Let prompts end, whose choices keep so much in each layer and head."""
+    for layer in zip(*shares.values(), strict=True):
+        loss_guard().add(list(shares), torch.tensor(layer, dtype=torch.float64))
+
+
+def test_guard_decides_by_the_mean_over_layers_and_heads() -> None:
+    end_prompts(a=[[0.9, 0.8], [0.7, 0.7]], b=[[0.9, 0.8], [0.6, 0.5]], c=[[0.75] * 2] * 2)
+    assert take_verdicts() == {"a": False, "b": True, "c": False}
+    assert set(compat_rows._own_rules) == {"b"}
+    assert compat_rows._own_rules["b"].stays_dense
+    assert take_verdicts() == {}
+
+
+def test_guard_keeps_what_it_has_decided() -> None:
+    end_prompts(a=[[0.9]], b=[[0.1]])
+    take_verdicts()
+    # Resumed, with sums in another order; then another request of that name.
+    end_prompts(a=[[0.7]])
+    assert take_verdicts() == {}
+    new = SimpleNamespace(req_id="a", sampling_params=None)
+    compat_rows._admit_own([new], {"a": None, "b": None})
+    assert set(compat_rows._own_rules) == {"b"}
+    end_prompts(a=[[0.7]])
+    assert take_verdicts() == {"a": True}
+    compat_rows._admit_own([SimpleNamespace(req_id="c", sampling_params=None)], {"c": None})
+    assert not compat_rows._settled
+    assert not compat_rows._own_rules
+
+
+def test_guard_keeps_requests_without_scores_dense() -> None:
+    end_prompts(a=[[0.9, torch.nan]])
+    assert take_verdicts() == {"a": True}
+
+
+def test_verdicts_reach_the_scheduler_without_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat_metrics, "_takes_verdicts", take_verdicts)
+    end_prompts(a=[[0.9]], b=[[0.1]])
+    sent = compat_metrics._measured()
+    assert sent.kv_connector_stats.data == {
+        "settled": {"a": False, "b": True},
+        "counters": {"requests_kept_dense": 1},
+    }
+    heard: list[Any] = []
+    monkeypatch.setattr(compat_metrics, "settle_requests", lambda _, told: heard.append(told))
+    made = compat_metrics._report(
+        lambda *_: None, SimpleNamespace(), None, sent.kv_connector_stats, None
+    )
+    assert made is None
+    assert heard == [{"a": False, "b": True}]
+    # It goes no further.
+    assert "settled" not in sent.kv_connector_stats.data
+
+
+def test_engines_without_a_limit_have_no_guard() -> None:
+    begin_guard(None)
+    assert take_verdicts() == {}
+    with pytest.raises(RuntimeError, match="without --kv-prune-max-loss"):
+        loss_guard()
