@@ -46,7 +46,7 @@ STATIC = {"kv_select": "static", "kv_channel_tables_file": "t.json"}
             {"kv_channel_prune": 0.5, "kv_quant_group": 64},
             "--kv-quant is none, which has no groups; leave --kv-quant-group out",
         ),
-        ({"kv_select": "norm"}, "--kv-select is 'norm': Input should be 'think', 'key-norm' or"),
+        ({"kv_select": "norm"}, "--kv-select is 'norm': Input should be 'think', 'key-norm', 'ran"),
         (
             {"kv_channel_prune": 0.5, "kv_channel_tables": "block"},
             "--kv-channel-tables is 'block': Input should be 'prompt' or 'span'",
