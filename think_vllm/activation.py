@@ -11,7 +11,7 @@ from think_vllm.config import ThinkConfig, config_from_additional, prune_flags
 from think_vllm.errors import FLAGS, WAY_OUT, ThinkError
 from think_vllm.models import attention_layers, check_model, window_summary
 from think_vllm.planner import BlockPlan, plan_blocks
-from think_vllm.report import context_hint, plan_summary
+from think_vllm.report import context_hint, plan_summary, static_summary
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -34,16 +34,22 @@ def activate(vllm_config: VllmConfig) -> None:
     config = config_from_additional(vllm_config.additional_config)
     if config is None or vllm_config.model_config is None:
         return
+    if config.is_static:
+        from think_vllm.static.activation import activate_static
+
+        static = activate_static(config, vllm_config)
+        if static is None:
+            _say_off(config)
+        else:
+            _say(static_summary(static))
+            compat_requests.watch_front_end()
+        return
     check_engine(vllm_config)
     plan = plan_engine(config, vllm_config)
     if config.guards:
         check_guard(vllm_config)
     if plan is None:
-        logger.info(
-            "think-vllm: %s prunes no channel of this model, and --kv-quant is none; thin KV "
-            "blocks are off",
-            prune_flags(config),
-        )
+        _say_off(config)
         return
     cache_config = vllm_config.cache_config
     # Before it is ours. When vLLM validates a config again, the hint has been given.
@@ -97,6 +103,11 @@ def select_backend(vllm_config: VllmConfig, has_window: bool = False) -> str | N
         vllm_config: Of the engine.
         has_window: Whether the layer has a sliding window. Then its blocks are never thin.
     """
+    config = config_from_additional(vllm_config.additional_config)
+    if config is not None and config.is_static:
+        from think_vllm.static.activation import plan_static_engine
+
+        return compat.CPU_STATIC_BACKEND_PATH if plan_static_engine(config, vllm_config) else None
     if engine_plan(vllm_config) is None:
         return None
     if not _is_cpu():
@@ -105,9 +116,14 @@ def select_backend(vllm_config: VllmConfig, has_window: bool = False) -> str | N
 
 
 def engine_plan(vllm_config: VllmConfig) -> BlockPlan | None:
-    """Plan the blocks of an engine; None if its config asks for no thin blocks."""
+    """Plan the blocks of an engine; None if its config asks for none that become thin.
+
+    With ``--kv-select static`` blocks are as they are from the first token on: see ``static/``.
+    """
     config = config_from_additional(vllm_config.additional_config)
-    return None if config is None else plan_engine(config, vllm_config)
+    if config is None or config.is_static:
+        return None
+    return plan_engine(config, vllm_config)
 
 
 def plan_engine(config: ThinkConfig, vllm_config: VllmConfig) -> BlockPlan | None:
@@ -309,6 +325,14 @@ def check_windows(vllm_config: VllmConfig) -> None:
             "layers, which it would give the blocks of full ones; leave it out, or serve without "
             f"{FLAGS}"
         )
+
+
+def _say_off(config: ThinkConfig) -> None:
+    logger.info(
+        "think-vllm: %s prunes no channel of this model, and --kv-quant is none; thin KV "
+        "blocks are off",
+        prune_flags(config),
+    )
 
 
 def _say(lines: list[str]) -> None:

@@ -90,6 +90,7 @@ if TYPE_CHECKING:
 
 CPU_BACKEND_PATH = "think_vllm.attention.cpu_backend.ThinkCPUBackend"
 CPU_WINDOW_BACKEND_PATH = "think_vllm.attention.cpu_window.WindowCPUBackend"
+CPU_STATIC_BACKEND_PATH = "think_vllm.attention.cpu_static.StaticCPUBackend"
 CUDA_BACKEND_PATH = "think_vllm.attention.cuda_backend.ThinkCUDABackend"
 
 _MARK = "_think_vllm_wrapped"

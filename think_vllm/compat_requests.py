@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from think_vllm.compat import wrap_method
+from think_vllm.config import config_from_additional
 from think_vllm.errors import WAY_OUT, ThinkError
-from think_vllm.request import own_rule
+from think_vllm.request import own_rule, refuse_settings
 from think_vllm.spans import SpanRule
+
+
+@dataclass(frozen=True)
+class _Engine:
+    """What requests may ask of an engine: its rule; None if no block of it becomes thin."""
+
+    rule: SpanRule | None
+    is_static: bool
 
 
 def watch_front_end() -> None:
@@ -23,7 +33,8 @@ def watch_front_end() -> None:
 
 
 def _check_request(original: Any, processor: Any, *args: Any, **kwargs: Any) -> Any:
-    if kwargs.get("resumable"):
+    engine = _engine_of(processor)
+    if engine.rule is not None and kwargs.get("resumable"):
         raise ThinkError(
             "thin KV blocks do not support streaming-input sessions: their prompts grow, and thin "
             f"blocks cannot become dense again. Send the whole prompt. {WAY_OUT}"
@@ -31,11 +42,11 @@ def _check_request(original: Any, processor: Any, *args: Any, **kwargs: Any) -> 
     params = kwargs["params"] if "params" in kwargs else args[2]
     extra_args = getattr(params, "extra_args", None)  # pooling parameters have none
     if extra_args:
-        _check_extra_args(_rule_of(processor), extra_args)
+        _check_extra_args(engine, extra_args)
     return original(processor, *args, **kwargs)
 
 
-def _check_extra_args(rule: SpanRule, extra_args: Mapping[str, Any]) -> None:
+def _check_extra_args(engine: _Engine, extra_args: Mapping[str, Any]) -> None:
     """Refuse what a request asks for, if it is wrong.
 
     Raises:
@@ -44,22 +55,27 @@ def _check_extra_args(rule: SpanRule, extra_args: Mapping[str, Any]) -> None:
     from vllm.exceptions import VLLMValidationError
 
     try:
-        own_rule(rule, extra_args)
+        if engine.rule is not None:
+            own_rule(engine.rule, extra_args)
+        elif engine.is_static:
+            refuse_settings(extra_args)
     except ThinkError as error:
         raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
 
 
-def _rule_of(processor: Any) -> SpanRule:
-    """The rule of a front end's engine, planned once."""
-    if not hasattr(processor, "think_vllm_rule"):
+def _engine_of(processor: Any) -> _Engine:
+    """A front end's engine, looked at once. One without our flags may share the process."""
+    if not hasattr(processor, "think_vllm_engine"):
         from think_vllm.activation import engine_plan
 
+        config = config_from_additional(processor.vllm_config.additional_config)
         plan = engine_plan(processor.vllm_config)
-        if plan is None:
-            raise RuntimeError("think-vllm: a front end without thin blocks is watched")
-        processor.think_vllm_rule = plan.rule
-    rule: SpanRule = processor.think_vllm_rule
-    return rule
+        processor.think_vllm_engine = _Engine(
+            rule=None if plan is None else plan.rule,
+            is_static=config is not None and config.is_static,
+        )
+    engine: _Engine = processor.think_vllm_engine
+    return engine
 
 
 def watch_scheduler() -> None:

@@ -14,6 +14,12 @@ ADDITIONAL_CONFIG_KEY = "think"
 
 MAX_PRUNE_RATIO = 0.8
 
+#: What may stand beside ``--kv-select static``. Formats and eviction are refused by themselves.
+_STATIC_FIELDS = frozenset(
+    {"kv_channel_prune", "kv_value_prune", "kv_select", "kv_channel_tables_file"}
+    | {"kv_quant", "kv_evict"}
+)
+
 
 class ThinkConfig(BaseModel):
     """Settings of thin blocks. Field names are the flags' names.
@@ -57,10 +63,11 @@ class ThinkConfig(BaseModel):
         le=65_536,
         description="Last prompt tokens whose queries choose the channels.",
     )
-    kv_select: Literal["think", "key-norm", "random"] = Field(
+    kv_select: Literal["think", "key-norm", "random", "static"] = Field(
         default="think",
         description="What chooses the channels: ThinK's score, norm of queries times norm of keys; "
-        "the norm of the keys alone, with value channels as ThinK's; or chance, to compare with.",
+        "the norm of the keys alone, with value channels as ThinK's; chance, to compare with; or "
+        "static: tables that were calibrated for the model once prune every token from the first.",
     )
     kv_channel_tables: Literal["prompt", "span"] = Field(
         default="prompt",
@@ -100,6 +107,11 @@ class ThinkConfig(BaseModel):
         description="A request stays dense if its key channels that would go have more than this "
         "share of the scores, on average over layers and KV heads. 1 sets no limit.",
     )
+    kv_channel_tables_file: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Tables for --kv-select static, as `think-vllm calibrate` writes them.",
+    )
 
     kv_plan_context: int = Field(
         default=8192,
@@ -124,6 +136,11 @@ class ThinkConfig(BaseModel):
     def guards(self) -> bool:
         """Whether requests that would lose too much stay dense."""
         return self.kv_prune_max_loss < 1.0
+
+    @property
+    def is_static(self) -> bool:
+        """Whether every token is pruned, with the channels of a file."""
+        return self.kv_select == "static"
 
     @property
     def format(self) -> BlockFormat:
@@ -192,6 +209,7 @@ def _check_together(config: ThinkConfig) -> None:
             f"{flags} given without --kv-channel-prune RATIO or --kv-quant FORMAT (or "
             "--kv-value-prune RATIO or --kv-evict METHOD); give one of them too"
         )
+    _check_selection(config, given)
     _check_eviction(config, given)
     _check_choice(config, given)
     if config.guards:
@@ -243,6 +261,39 @@ def _check_guard(config: ThinkConfig, given: list[str]) -> None:
             f"{who} lets a prompt wait one step before it is compacted, so that the scheduler "
             "hears which ones stay dense, as --kv-prefix-cache dense does; use that, or leave it "
             "out"
+        )
+
+
+def _check_selection(config: ThinkConfig, given: list[str]) -> None:
+    """Refuse what tables of channels cannot be combined with."""
+    file = config.kv_channel_tables_file
+    if not config.is_static:
+        if file is not None:
+            raise ThinkError(
+                f"--kv-channel-tables-file is {file}, but --kv-select is {config.kv_select}, which "
+                "reads no tables; give --kv-select static too, or leave it out"
+            )
+        return
+    if file is None:
+        raise ThinkError(
+            "--kv-select static needs --kv-channel-tables-file PATH; make one with "
+            "`think-vllm calibrate MODEL`, or leave --kv-select out"
+        )
+    if config.format.has_groups:
+        raise ThinkError(
+            "--kv-select static writes every token into its block by itself, and --kv-quant "
+            f"{config.kv_quant} codes groups of them; use --kv-quant fp8, or leave one out"
+        )
+    if config.evicts:
+        raise ThinkError(
+            f"--kv-evict {config.kv_evict} packs old tokens of a prompt into thin blocks, and "
+            "--kv-select static has none; leave one of them out"
+        )
+    meaningless = [flag_name(name) for name in given if name not in _STATIC_FIELDS]
+    if meaningless:
+        raise ThinkError(
+            f"{', '.join(meaningless)} given with --kv-select static, where every token is pruned "
+            "when it is written and nothing is compacted; leave it out"
         )
 
 

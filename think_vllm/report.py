@@ -6,6 +6,7 @@ from think_vllm.budget import kept_tokens
 from think_vllm.config import ThinkConfig
 from think_vllm.formats import Coding
 from think_vllm.planner import BlockPlan, plan_blocks
+from think_vllm.static.plan import StaticPlan
 
 #: Context lengths, in units of 1,024 tokens, at which whole requests are counted.
 CONTEXTS = (2, 8, 32)
@@ -41,6 +42,43 @@ def plan_summary(plan: BlockPlan) -> list[str]:
         + f" tokens; planned for {plan.config.kv_plan_context}",
         "the KV cache size and concurrency that vLLM prints count dense tokens; multiply by these",
     ]
+
+
+def static_summary(plan: StaticPlan) -> list[str]:
+    """The same for static pruning. vLLM counts such blocks as they are, so its figures hold."""
+    dense, pruned = plan.dense_bytes_per_token_head, plan.bytes_per_token_head
+    return [
+        f"{_channels(plan)}, the same ones for all tokens of a model "
+        f"({plan.config.kv_channel_tables_file}); {_codings(plan)}"
+        f"{' with scales of each token' if plan.is_coded else ''}",
+        f"blocks of {plan.block_size} tokens hold kept channels alone, from the first token on: "
+        "nothing is compacted, and prefixes are shared exactly",
+        f"bytes per token and KV head: {dense} dense, {pruned} pruned: "
+        f"x{plan.capacity_multiple:.3f} at every length; the KV cache size and concurrency "
+        "that vLLM prints count this already",
+    ]
+
+
+def static_fields(plan: StaticPlan) -> dict[str, Any]:
+    """A plan of static pruning as flat, JSON-ready fields; those of ``plan_fields`` that it has."""
+    return {
+        "head_size": plan.head_size,
+        "key_channels": plan.key_channels,
+        "value_channels": plan.value_channels,
+        "requested_ratio": plan.requested_ratio,
+        "actual_ratio": plan.actual_ratio,
+        "requested_value_ratio": plan.config.kv_value_prune,
+        "actual_value_ratio": plan.actual_value_ratio,
+        "kv_quant": plan.config.kv_quant,
+        "select": plan.config.kv_select,
+        "channel_tables_file": plan.config.kv_channel_tables_file,
+        "block_size": plan.block_size,
+        "dense_bytes_per_token_head": plan.dense_bytes_per_token_head,
+        "thin_bytes_per_token_head": plan.bytes_per_token_head,
+        "waste": 0.0,
+        "capacity_multiple": plan.capacity_multiple,
+        **{f"effective_multiple_{k}k": plan.capacity_multiple for k in CONTEXTS},
+    }
 
 
 def context_hint(plan: BlockPlan, tokens: int, block_size: int | None = None) -> list[str]:
@@ -123,7 +161,7 @@ def _guard(plan: BlockPlan) -> list[str]:
     ]
 
 
-def _channels(plan: BlockPlan) -> str:
+def _channels(plan: BlockPlan | StaticPlan) -> str:
     keys = f"key channels all {plan.head_size}"
     if plan.prunes_keys:
         kept = f"{plan.key_channels} of {plan.head_size}"
@@ -143,9 +181,25 @@ def _ratios(actual: float, requested: float) -> str:
     return f"(pruned: {actual:.3f}, requested {requested:g})"
 
 
-def _codings(plan: BlockPlan) -> str:
+def _codings(plan: BlockPlan | StaticPlan) -> str:
     keys, values = _CODINGS[plan.format.keys], _CODINGS[plan.format.values]
     same = f"keys and values {keys}" if keys == values else f"keys {keys}, values {values}"
     if not plan.format.has_groups:
         return same
     return f"{same} in groups of {plan.config.kv_quant_group} ({plan.format.name})"
+
+
+def budget_text(fields: dict[str, Any]) -> str:
+    """What fits into a memory budget, as a line of ``think-vllm plan``."""
+    share = (
+        f" on each of {fields['num_ranks']} ranks (KV heads {fields['num_kv_heads']}, "
+        f"layers {fields['num_layers']})"
+        if fields["num_ranks"] > 1
+        else ""
+    )
+    return (
+        f"  {fields['memory_bytes'] / 2**30:.2f} GiB of KV cache{share}, requests of "
+        f"{fields['context_length']} tokens: {fields['plain_requests']} plain, "
+        f"{fields['thin_requests']} thin; of about that length, on average, "
+        f"{fields['plain_tokens']} and {fields['thin_tokens']} tokens"
+    )

@@ -57,6 +57,22 @@ def own_rule(rule: SpanRule, extra_args: Mapping[str, Any] | None) -> SpanRule |
     return dense_rule(rule)
 
 
+def refuse_settings(extra_args: Mapping[str, Any]) -> None:
+    """Refuse whatever a request asks of a server whose blocks are pruned as they are written.
+
+    Raises:
+        ThinkError: If it asks for something.
+    """
+    _check_names(extra_args)
+    asked = [name for name in (PRUNE, BUDGET) if name in extra_args]
+    if asked:
+        raise ThinkError(
+            f"{' and '.join(asked)} {_WHERE}, but this server has --kv-select static, whose blocks "
+            "are pruned as they are written, for all requests alike; leave it out, or ask a server "
+            "without --kv-select static"
+        )
+
+
 def dense_rule(rule: SpanRule) -> SpanRule:
     """The rule of a request that stays dense."""
     return replace(rule, recent_window=ENDLESS, budget_spans=None)

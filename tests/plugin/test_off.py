@@ -28,7 +28,7 @@ print("RESULT" + json.dumps({
     "rswa": config.model_config.rswa_window,
     "ours": sorted(m for m in sys.modules if m.startswith(
         ("think_vllm.attention", "think_vllm.blocks", "think_vllm.kernels",
-         "think_vllm.metrics"))),
+         "think_vllm.metrics", "think_vllm.static.activation"))),
     "wrapped": [kind.__name__ for kind in (KVConnectorProm, LoggingStatLogger)
                 if hasattr(kind.__init__, "__wrapped__")],
 }))

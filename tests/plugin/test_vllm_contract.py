@@ -60,6 +60,10 @@ def test_vllm_is_of_the_series_that_we_extend() -> None:
         ("compat.py", FlexibleArgumentParser.parse_known_args, ["self", "args", "namespace"]),
         ("activation.py", ModelConfig.get_head_size, ["self"]),
         ("activation.py", ModelConfig.get_sliding_window, ["self"]),
+        ("static/tables.py", ModelConfig.get_total_num_hidden_layers, ["self"]),
+        ("static/tables.py", ModelConfig.get_total_num_kv_heads, ["self"]),
+        ("static/tables.py", ModelConfig.get_hidden_size, ["self"]),
+        ("static/tables.py", ModelConfig.get_vocab_size, ["self"]),
         (
             "compat_requests.py",
             InputProcessor.process_inputs,

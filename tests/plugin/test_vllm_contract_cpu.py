@@ -5,8 +5,14 @@ from typing import Any
 
 import pytest
 from vllm import _custom_ops as ops
-from vllm.config import ModelConfig, ParallelConfig, get_current_vllm_config
+from vllm.config import (
+    ModelConfig,
+    ParallelConfig,
+    get_current_vllm_config,
+    get_layers_from_vllm_config,
+)
 from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import QKVParallelLinear
 from vllm.v1.attention.backend import (
     AttentionBackend,
@@ -22,7 +28,12 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadata,
     CPUAttentionMetadataBuilder,
 )
-from vllm.v1.kv_cache_interface import KVCacheLayout
+from vllm.v1.kv_cache_interface import (
+    AttentionSpec,
+    FullAttentionSpec,
+    KVCacheLayout,
+    compute_layer_kv_cache_shape_bytes,
+)
 from vllm.v1.worker import utils as worker_utils
 
 from tests.support.contract import check_members, check_parameters, check_source, name_of
@@ -78,6 +89,16 @@ STORE += ["kv_cache_dtype"]
         ("attention/cpu_impl.py", CPUAttentionBackendImpl.__init__, LAYER),
         ("attention/cpu_impl.py", CPUAttentionBackendImpl.forward, FORWARD),
         ("attention/cpu_dense.py", ops.cpu_attn_reshape_and_cache, STORE),
+        (
+            "attention/cpu_static.py",
+            CPUAttentionBackendImpl.do_kv_cache_update,
+            ["self", "layer", "key", "value", "kv_cache", "slot_mapping"],
+        ),
+        (
+            "attention/cpu_static_builder.py",
+            get_layers_from_vllm_config,
+            ["vllm_config", "layer_type", "layer_names"],
+        ),
     ],
     ids=name_of,
 )
@@ -112,6 +133,8 @@ def test_vllm_signature_is_what_we_rely_on(
             | {"num_kv_heads", "logits_soft_cap", "do_kv_cache_update"},
         ),
         ("attention/cpu_builder.py", CPUAttentionMetadata, {"block_table", "scheduler_metadata"}),
+        ("attention/cpu_static.py", FullAttentionSpec, {"head_size", "head_size_v"}),
+        ("attention/cpu_static_builder.py", Attention, {"impl"}),
     ],
     ids=name_of,
 )
@@ -157,6 +180,19 @@ def test_vllm_base_is_what_we_rely_on(ours: str, kind: type, base: type) -> None
             CPUAttentionBackendImpl.do_kv_cache_update,
             ["ops.cpu_attn_reshape_and_cache(", "layer.isa"],
         ),
+        # A page has as many bytes as its spec says, whatever heads the layer has.
+        (
+            "attention/cpu_static.py",
+            AttentionSpec.state_content_size_bytes.fget,
+            ["return (self.head_size + self.head_size_v) * get_dtype_size(self.dtype)"],
+        ),
+        (
+            "attention/cpu_static.py",
+            compute_layer_kv_cache_shape_bytes,
+            ["spec.num_heads", "spec.state_content_size_bytes"],
+        ),
+        # Queries and outputs are of the layer's own heads.
+        ("attention/cpu_static.py", Attention.forward, ["query.view(-1, self.num_heads"]),
         # No metadata means that vLLM is profiling. A block is two halves, keys and values.
         (
             "attention/cpu_impl.py",

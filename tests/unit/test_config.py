@@ -8,6 +8,8 @@ from think_vllm.config import ThinkConfig, config_from_additional, parse_config
 from think_vllm.errors import ThinkError
 from think_vllm.formats import FORMATS, GROUP_SIZES
 
+STATIC = {"kv_select": "static", "kv_channel_tables_file": "t.json"}
+
 
 @pytest.mark.parametrize(
     ("settings", "message"),
@@ -44,7 +46,7 @@ from think_vllm.formats import FORMATS, GROUP_SIZES
             {"kv_channel_prune": 0.5, "kv_quant_group": 64},
             "--kv-quant is none, which has no groups; leave --kv-quant-group out",
         ),
-        ({"kv_select": "norm"}, "--kv-select is 'norm': Input should be 'think', 'key-norm' or"),
+        ({"kv_select": "norm"}, "--kv-select is 'norm': Input should be 'think', 'key-norm', 'ran"),
         (
             {"kv_channel_prune": 0.5, "kv_channel_tables": "block"},
             "--kv-channel-tables is 'block': Input should be 'prompt' or 'span'",
@@ -108,6 +110,29 @@ from think_vllm.formats import FORMATS, GROUP_SIZES
             {"kv_channel_prune": 0.5, "kv_prune_max_loss": 0.2, "kv_prefix_cache": "thin"},
             "as --kv-prefix-cache dense does; use that",
         ),
+        (
+            {"kv_channel_prune": 0.5, "kv_select": "static"},
+            "--kv-select static needs --kv-channel-tables-file PATH; make one with `think-vllm cal",
+        ),
+        (
+            {"kv_channel_prune": 0.5, "kv_channel_tables_file": "t.json"},
+            "--kv-channel-tables-file is t.json, but --kv-select is think, which reads no tables",
+        ),
+        (
+            {**STATIC, "kv_channel_prune": 0.5, "kv_quant": "kivi4"},
+            "--kv-quant kivi4 codes groups of them; use --kv-quant fp8",
+        ),
+        ({**STATIC, "kv_channel_prune": 0.5, "kv_evict": "snapkv"}, "static has none; leave one"),
+        (
+            {**STATIC, "kv_channel_prune": 0.5, "kv_recent_window": 32, "kv_prune_decode": False},
+            "--kv-recent-window, --kv-prune-decode given with --kv-select static, where every",
+        ),
+        (
+            {**STATIC, "kv_value_prune": 0.5, "kv_prefix_cache": "dense"},
+            "--kv-prefix-cache given with --kv-select static",
+        ),
+        (STATIC, "--kv-select, --kv-channel-tables-file given without --kv-channel-prune RATIO"),
+        ({"kv_channel_prune": 0.5, "kv_select": "best"}, "--kv-select is 'best': Input should be"),
         (
             {"kv_evict": "h2o", "kv_channel_prune": 0.5, "kv_prune_prefill": True},
             "--kv-evict h2o chooses tokens once a prompt has ended, --kv-prune-prefill compacts",

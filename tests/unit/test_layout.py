@@ -12,6 +12,7 @@ from think_vllm.layout import (
     ALIGN_BYTES,
     DenseLayout,
     MatrixLayout,
+    StaticLayout,
     ThinLayout,
     max_key_channels,
 )
@@ -289,3 +290,21 @@ def test_parts_are_aligned_and_do_not_overlap(
     assert all(a + size <= b for (a, size), (b, _) in itertools.pairwise(parts))
     assert layout.table_offset == layout.values.end
     assert layout.used_bytes <= layout.run_bytes
+
+
+@pytest.mark.parametrize(
+    ("layout", "keys", "run"),
+    [
+        # kept key and value channels, block, itemsize: the worked example of layout.py
+        (StaticLayout(64, 128, 128, 2), 32_768, 49_152),
+        (StaticLayout(90, 96, 64, 4), 24_576, 47_616),
+        (StaticLayout(13, 13, 16, 2), 416, 832),
+        (StaticLayout(64, 128, 128, 2, is_coded=True), 16_384, 25_600),
+        (StaticLayout(13, 24, 16, 4, is_coded=True), 384, 720),
+    ],
+)
+def test_static_layout_has_the_bytes_counted_by_hand(
+    layout: StaticLayout, keys: int, run: int
+) -> None:
+    assert (layout.keys_offset, layout.run_bytes) == (keys, run)
+    assert layout.keys_offset % ALIGN_BYTES == 0 == layout.run_bytes % ALIGN_BYTES

@@ -295,12 +295,12 @@ class ThinkCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         if self._scratch is not None and fresh.any():
             chosen = prefill.choose(fresh)
             table = self._scratch.place(chosen.num_tokens)
-            metadata = self._fresh.build(0, _prefill_common(common, chosen, table))
-            parts.append(PrefillPart(metadata, _tokens(chosen.tokens()), self._scratch, []))
+            metadata = self._fresh.build(0, prefill_common(common, chosen, table))
+            parts.append(PrefillPart(metadata, token_range(chosen.tokens()), self._scratch, []))
         if not fresh.all():
             chosen = prefill.choose(~fresh)
             table = common.block_table_tensor[torch.from_numpy(chosen.request)]
-            metadata = super().build(0, _prefill_common(common, chosen, table))
+            metadata = super().build(0, prefill_common(common, chosen, table))
             # The step may have stored generated tokens behind the prompt's last one already.
             stored = common.seq_lens.numpy()[chosen.request]
             last = (chosen.seq_len - 1) // self.block_size
@@ -309,11 +309,11 @@ class ThinkCPUMetadataBuilder(CPUAttentionMetadataBuilder):
                 (int(table[row, last[row]]), int(held[row]))
                 for row in np.flatnonzero(held < self.block_size)
             ]
-            parts.append(PrefillPart(metadata, _tokens(chosen.tokens()), None, tails))
+            parts.append(PrefillPart(metadata, token_range(chosen.tokens()), None, tails))
         return parts
 
 
-def _prefill_common(
+def prefill_common(
     common: CommonAttentionMetadata, prefill: Prefill, block_table: torch.Tensor
 ) -> CommonAttentionMetadata:
     """The batch as if it held nothing but these prompt queries."""
@@ -363,7 +363,7 @@ def _query_rows(
     # Queries come request by request, which need not be token order.
     order = np.argsort(token, kind="stable")
     return QueryRows(
-        tokens=_tokens(token[order]),
+        tokens=token_range(token[order]),
         rows=DecodeRows(
             request=request[order].astype(np.int32),
             seq_len=seq_len[order].astype(np.int32),
@@ -372,7 +372,8 @@ def _query_rows(
     )
 
 
-def _tokens(indices: Int64Array) -> Tokens:
+def token_range(indices: Int64Array) -> Tokens:
+    """Tokens of a step, given in ascending order."""
     first, last = int(indices[0]), int(indices[-1])
     # Indices ascend strictly, so the range is full if its ends say so.
     if last - first + 1 == indices.size:

@@ -27,7 +27,7 @@ from think_vllm.loadtest.report import csv_text, markdown
 from think_vllm.loadtest.results import RESULTS_FILE, Results, ServerRecord
 from think_vllm.loadtest.server import find_server
 from think_vllm.loadtest.session import Session, Setup
-from think_vllm.report import plan_fields
+from think_vllm.report import plan_fields, static_fields
 
 
 def bench(arguments: Sequence[str]) -> int:
@@ -106,9 +106,11 @@ class _Run:
             engines[one.label] = engine = read_engine(options.model, (*shared, *one.flags), who)
             for scenario in results.scenarios:
                 scenario.check_length(engine.max_model_len)
-            if engine.settings is not None and engine.plan is None:
+            if engine.settings is not None and not (engine.plan or engine.static):
                 raise ThinkError(f"{who} prunes no channel of this model; give a larger ratio")
             plan = None if engine.plan is None else plan_fields(engine.plan)
+            if engine.static is not None:
+                plan = static_fields(engine.static)
             results.servers.append(
                 ServerRecord(label=one.label, kind=one.kind, flags=list(one.flags), plan=plan)
             )

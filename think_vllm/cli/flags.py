@@ -25,6 +25,7 @@ _METAVARS = {
     "kv_prefix_cache": "FORM",
     "kv_evict": "METHOD",
     "kv_prune_max_loss": "SHARE",
+    "kv_channel_tables_file": "PATH",
 }
 
 
@@ -61,7 +62,7 @@ def declare_flags(parser: argparse.ArgumentParser) -> None:
 
 def _options(name: str, field: FieldInfo) -> dict[str, Any]:
     """What argparse needs to know about a setting."""
-    text = f"{field.description} Default: {field.default}."
+    text = f"{field.description} Default: {'none' if field.default is None else field.default}."
     if field.annotation is bool:
         return {"action": argparse.BooleanOptionalAction, "help": text}
     options: dict[str, Any] = {"metavar": _METAVARS.get(name, "TOKENS")}
@@ -69,6 +70,8 @@ def _options(name: str, field: FieldInfo) -> dict[str, Any]:
         choices = get_args(field.annotation)
         text += f" One of {', '.join(map(str, choices))}."
         return {**options, "type": type(choices[0]), "choices": choices, "help": text}
+    if _METAVARS.get(name) == "PATH":
+        return {**options, "type": str, "help": text}
     if _METAVARS.get(name) == "RATIO":
         text += f" At most {MAX_PRUNE_RATIO}."
     return {**options, "type": field.annotation, "help": text}

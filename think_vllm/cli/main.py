@@ -11,6 +11,7 @@ USAGE = """usage: think-vllm COMMAND ...
 commands:
   serve MODEL [flags]   vLLM's OpenAI-compatible server; the arguments of `vllm serve`
   plan MODEL [flags]    the block plan of a model, without starting anything
+  calibrate MODEL       channel tables of a model, for --kv-select static
   doctor MODEL [flags]  go or no-go: machine, model, plan, answers with and without thin blocks
   bench MODEL [flags]   load tests: plain vLLM and thin blocks in equal memory
   eval [flags]          quality of served models, with intervals, on the same prompts
@@ -38,6 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from think_vllm.cli.plan import plan
 
             return plan(rest)
+        if command == "calibrate":
+            from think_vllm.cli.calibrate import calibrate
+
+            return calibrate(rest)
         if command == "doctor":
             from think_vllm.cli.doctor import doctor
 

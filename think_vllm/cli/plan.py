@@ -12,7 +12,7 @@ from think_vllm.config import parse_config, prune_flags
 from think_vllm.errors import ThinkError
 from think_vllm.models import AttentionLayers, attention_layers, check_model, window_summary
 from think_vllm.planner import BlockPlan, plan_blocks, pruned_channels
-from think_vllm.report import context_hint, plan_fields, plan_summary
+from think_vllm.report import budget_text, context_hint, plan_fields, plan_summary
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
@@ -35,6 +35,10 @@ def plan(arguments: Sequence[str]) -> int:
     model_config, ranks = _engine_shape(namespace)
 
     check_model(model_config)
+    if config.is_static:
+        from think_vllm.cli.plan_static import print_static
+
+        return print_static(namespace, config, model_config, ranks)
     made = plan_blocks(
         config,
         head_size=model_config.get_head_size(),
@@ -162,6 +166,23 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def read_model(who: str, model: str, dtype: str, trust_remote_code: bool) -> Any:
+    """Let vLLM read a model's config.
+
+    Raises:
+        ThinkError: If it cannot.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    try:
+        return EngineArgs(
+            model=model, dtype=dtype, trust_remote_code=trust_remote_code
+        ).create_model_config()
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split()) or repr(error)
+        raise ThinkError(f"{who}: cannot read the model {model!r}: {reason}") from None
+
+
 def _engine_shape(namespace: argparse.Namespace) -> tuple[Any, list[Any]]:
     """Let vLLM read the model's config, as it would for a server.
 
@@ -169,14 +190,9 @@ def _engine_shape(namespace: argparse.Namespace) -> tuple[Any, list[Any]]:
         That config, and the parallel config of the first rank of each pipeline stage.
     """
     from vllm.config import ParallelConfig
-    from vllm.engine.arg_utils import EngineArgs
 
+    model_config = read_model("plan", namespace.model, namespace.dtype, namespace.trust_remote_code)
     try:
-        model_config = EngineArgs(
-            model=namespace.model,
-            dtype=namespace.dtype,
-            trust_remote_code=namespace.trust_remote_code,
-        ).create_model_config()
         ranks = [
             ParallelConfig(
                 tensor_parallel_size=namespace.tensor_parallel_size,
@@ -187,10 +203,6 @@ def _engine_shape(namespace: argparse.Namespace) -> tuple[Any, list[Any]]:
             )
             for stage in range(namespace.pipeline_parallel_size)
         ]
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split()) or repr(error)
-        raise ThinkError(f"plan: cannot read the model {namespace.model!r}: {reason}") from None
-    try:
         model_config.verify_with_parallel_config(ranks[0])
     except (NotImplementedError, ValueError) as error:
         raise ThinkError(f"plan: vLLM cannot split {namespace.model!r}: {error}") from None
@@ -200,18 +212,7 @@ def _engine_shape(namespace: argparse.Namespace) -> tuple[Any, list[Any]]:
 def _text(model: str, made: BlockPlan, fields: dict[str, Any]) -> list[str]:
     lines = [f"{model}"]
     lines += [f"  {line}" for line in plan_summary(made)[:-1]]
-    share = (
-        f" on each of {fields['num_ranks']} ranks (KV heads {fields['num_kv_heads']}, "
-        f"layers {fields['num_layers']})"
-        if fields["num_ranks"] > 1
-        else ""
-    )
-    lines.append(
-        f"  {fields['memory_bytes'] / 2**30:.2f} GiB of KV cache{share}, requests of "
-        f"{fields['context_length']} tokens: {fields['plain_requests']} plain, "
-        f"{fields['thin_requests']} thin; of about that length, on average, "
-        f"{fields['plain_tokens']} and {fields['thin_tokens']} tokens"
-    )
+    lines.append(budget_text(fields))
     for kind, ratio, kept in (
         ("", made.requested_ratio, made.key_channels),
         ("value ", made.config.kv_value_prune, made.value_channels),

@@ -18,12 +18,14 @@ from think_vllm.doctor.finding import Finding, Level
 from think_vllm.doctor.machine import check_machine, check_versions
 from think_vllm.doctor.probe import ProbeJob, ProbeResult, parse_engine_args
 from think_vllm.errors import FLAGS, ThinkError, end_of_output
-from think_vllm.report import plan_fields, plan_summary
+from think_vllm.report import plan_fields, plan_summary, static_fields, static_summary
+from think_vllm.static.activation import plan_static_engine
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from think_vllm.planner import BlockPlan
+    from think_vllm.static.plan import StaticPlan
 
 LOG_LINES = 25
 
@@ -63,6 +65,7 @@ class Examination:
         self.arguments = list(arguments)
         self.generation = generation
         self.plan: BlockPlan | None = None
+        self.static: StaticPlan | None = None
         self.runs: tuple[ProbeResult, ProbeResult] | None = None
         self.comparison: Comparison | None = None
 
@@ -85,6 +88,8 @@ class Examination:
         fields: dict[str, Any] = {"model": self.model, "arguments": self.arguments}
         if self.plan is not None:
             fields["plan"] = plan_fields(self.plan)
+        if self.static is not None:
+            fields["plan"] = static_fields(self.static)
         if self.comparison is not None:
             fields["comparison"] = {
                 **vars(self.comparison),
@@ -100,12 +105,19 @@ class Examination:
             config = config_from_additional(vllm_config.additional_config)
             if config is None:
                 raise ThinkError(f"no thin blocks: one of {FLAGS} is needed")
-            plan = plan_engine(config, vllm_config)
+            plan = None if config.is_static else plan_engine(config, vllm_config)
+            static = plan_static_engine(config, vllm_config) if config.is_static else None
         except (ThinkError, OSError, ValueError) as error:
             yield Finding(Level.BAD, "model", " ".join(str(error).split()))
             return
         model_config = vllm_config.model_config
         yield Finding(Level.GOOD, "model", f"{self.model}: {', '.join(model_config.architectures)}")
+        if static is not None:
+            self.static = static
+            for line in static_summary(static):
+                yield Finding(Level.GOOD, "plan", line)
+            yield from self._check_generation(model_config.max_model_len)
+            return
         if plan is None:
             yield Finding(Level.BAD, "plan", "no channel of this model would go; raise the ratio")
             return
@@ -126,22 +138,27 @@ class Examination:
             )
             return
         yield Finding(Level.GOOD, "plan", saved)
+        too_long = list(self._check_generation(longest))
+        yield from too_long
         wanted = self.generation
-        if wanted is None:
+        if wanted is None or too_long:
             return
-        if wanted.prompt_tokens + wanted.new_tokens > longest:
-            yield Finding(
-                Level.BAD,
-                "generation",
-                f"{wanted.prompt_tokens} + {wanted.new_tokens} tokens exceed the model's "
-                f"{longest}; give less --prompt-tokens or --new-tokens",
-            )
-        elif plan.rule.prompt_spans(wanted.prompt_tokens) == 0:
+        if plan.rule.prompt_spans(wanted.prompt_tokens) == 0:
             yield Finding(
                 Level.BAD,
                 "generation",
                 f"no span of a prompt of {wanted.prompt_tokens} tokens becomes thin; give "
                 f"--prompt-tokens {plan.span_tokens + plan.config.kv_recent_window} or more",
+            )
+
+    def _check_generation(self, longest: int) -> Iterator[Finding]:
+        wanted = self.generation
+        if wanted is not None and wanted.prompt_tokens + wanted.new_tokens > longest:
+            yield Finding(
+                Level.BAD,
+                "generation",
+                f"{wanted.prompt_tokens} + {wanted.new_tokens} tokens exceed the model's "
+                f"{longest}; give less --prompt-tokens or --new-tokens",
             )
 
     def _check_answers(self) -> Iterator[Finding]:

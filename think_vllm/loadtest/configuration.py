@@ -10,6 +10,7 @@ from think_vllm.config import ADDITIONAL_CONFIG_KEY, ThinkConfig, config_from_ad
 from think_vllm.errors import ThinkError
 from think_vllm.models import attention_layers, check_model
 from think_vllm.planner import BlockPlan, plan_blocks
+from think_vllm.static.plan import StaticPlan, plan_static
 
 Kind = Literal["plain", "fp8 cache", "thin", "other", "external"]
 
@@ -60,6 +61,8 @@ class Engine:
         settings: Of thin blocks; None without.
         plan: Of thin blocks; None without.
         windowed: Whether some layers have a sliding window, of which the plan does not speak.
+        static: Of static pruning, whose blocks are as many as dense ones and smaller; None
+            without.
     """
 
     max_model_len: int
@@ -67,6 +70,7 @@ class Engine:
     settings: ThinkConfig | None
     plan: BlockPlan | None
     windowed: bool
+    static: StaticPlan | None = None
 
     def blocks_for(self, num_tokens: int, block_size: int) -> int | None:
         """Blocks that a request holds; None if the plan does not say.
@@ -190,21 +194,21 @@ def read_engine(model: str, arguments: Sequence[str], who: str) -> Engine:
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split()) or repr(error)
         raise ThinkError(f"{who}: vLLM cannot read the model {model!r}: {reason}") from None
-    plan = None
+    plan = static = None
     if settings is not None:
         check_model(model_config)
-        plan = plan_blocks(
-            settings,
-            head_size=model_config.get_head_size(),
-            itemsize=model_config.dtype.itemsize,
-            block_size=namespace.block_size,
-        )
+        shape = model_config.get_head_size(), model_config.dtype.itemsize, namespace.block_size
+        if settings.is_static:
+            static = plan_static(settings, *shape)
+        else:
+            plan = plan_blocks(settings, *shape)
     return Engine(
         max_model_len=model_config.max_model_len,
         dtype=str(model_config.dtype).removeprefix("torch."),
         settings=settings,
         plan=plan,
         windowed=attention_layers(model_config).window > 0,
+        static=static,
     )
 
 

@@ -38,6 +38,22 @@ class Fp8Matrix(NamedTuple):
     scale: int
 
 
+class Fp8Columns(NamedTuple):
+    """As ``Fp8Matrix``, but with a scale for every column: keys of static blocks."""
+
+    offset: int
+    row_stride: int
+    scales: int
+
+
+class Fp8Rows(NamedTuple):
+    """As ``Fp8Matrix``, but with a scale for every row: values of static blocks."""
+
+    offset: int
+    row_stride: int
+    scales: int
+
+
 class Int4Matrix(NamedTuple):
     """4-bit codes. Counts bytes; ``scales`` and ``zeros`` count float16, ``[G, rows]``."""
 
@@ -80,7 +96,7 @@ class BlockShape(NamedTuple):
     value_channels_offset: int  # bytes; of the table of value channels, -1 if there is none
 
 
-Matrix = PlainMatrix | Fp8Matrix | Int4Matrix | Int2Matrix
+Matrix = PlainMatrix | Fp8Matrix | Fp8Columns | Fp8Rows | Int4Matrix | Int2Matrix
 
 
 class Blocks(NamedTuple):

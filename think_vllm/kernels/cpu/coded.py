@@ -16,7 +16,14 @@ from typing import Any
 import numpy as np
 from numba.extending import overload
 
-from think_vllm.kernels.cpu.blocks import Fp8Matrix, Int2Matrix, Int4Matrix, PlainMatrix
+from think_vllm.kernels.cpu.blocks import (
+    Fp8Columns,
+    Fp8Matrix,
+    Fp8Rows,
+    Int2Matrix,
+    Int4Matrix,
+    PlainMatrix,
+)
 from think_vllm.kernels.cpu.compiling import named
 from think_vllm.kernels.cpu.folding import add_constant, fold, load_steps
 from think_vllm.kernels.cpu.tiles import add_fp8, add_int2, add_int4, add_products
@@ -43,6 +50,8 @@ def add_matrix(
     scratch: Any,
 ) -> None:
     """Add ``sums[h, x] += sum_r factors[h, r] * matrix[r, x]``, in compiled code only.
+
+    ``Fp8Columns`` want sums that are zero before.
 
     Args:
         sums: Flat float32; holds ``[heads, columns]``.
@@ -95,6 +104,51 @@ def _add_fp8(
     )  # fmt: skip
 
 
+def _add_fp8_columns(
+    sums, sums_at, sums_stride, factors, factors_at, factors_stride, cache, run, following,
+    matrix, itemsize, num_rows, heads, columns, scratch,
+):  # fmt: skip
+    start = run * itemsize
+    for head in range(heads):
+        first = factors_at + head * factors_stride
+        given = factors[first : first + num_rows]
+        folded = scratch[head * num_rows : (head + 1) * num_rows]
+        for r in range(num_rows):
+            folded[r] = given[r] * FP8_UNIT
+    add_fp8(
+        sums, sums_at, sums_stride, scratch, 0, num_rows,
+        cache.bytes, start + matrix.offset, matrix.row_stride, num_rows, heads, columns,
+        (following - run) * itemsize,
+    )  # fmt: skip
+    # Scores have nothing in them before their block is added, so whole sums can be scaled.
+    first = start // 4 + matrix.scales
+    scales = cache.floats[first : first + columns]
+    for head in range(heads):
+        scores = sums[sums_at + head * sums_stride : sums_at + head * sums_stride + columns]
+        for x in range(columns):
+            scores[x] *= scales[x]
+
+
+def _add_fp8_rows(
+    sums, sums_at, sums_stride, factors, factors_at, factors_stride, cache, run, following,
+    matrix, itemsize, num_rows, heads, columns, scratch,
+):  # fmt: skip
+    start = run * itemsize
+    first = start // 4 + matrix.scales
+    scales = cache.floats[first : first + num_rows]
+    for head in range(heads):
+        first = factors_at + head * factors_stride
+        given = factors[first : first + num_rows]
+        folded = scratch[head * num_rows : (head + 1) * num_rows]
+        for r in range(num_rows):
+            folded[r] = given[r] * (FP8_UNIT * scales[r])
+    add_fp8(
+        sums, sums_at, sums_stride, scratch, 0, num_rows,
+        cache.bytes, start + matrix.offset, matrix.row_stride, num_rows, heads, columns,
+        (following - run) * itemsize,
+    )  # fmt: skip
+
+
 def _make_add_integers(bits: int, add_codes: Callable[..., None]) -> Any:
     unit = np.float32(1 << bits)
     middle = np.float32(((1 << bits) - 1) / 2)
@@ -134,6 +188,8 @@ def _make_add_integers(bits: int, add_codes: Callable[..., None]) -> Any:
 _ADDERS = {
     PlainMatrix: _add_plain,
     Fp8Matrix: _add_fp8,
+    Fp8Columns: _add_fp8_columns,
+    Fp8Rows: _add_fp8_rows,
     Int4Matrix: _make_add_integers(4, add_int4),
     Int2Matrix: _make_add_integers(2, add_int2),
 }

@@ -87,7 +87,7 @@ def decode_attention(
             request=flat_indices(rows.request),
             seq_len=seq_lens,
             thin_spans=flat_indices(rows.thin_spans),
-            sinks=_flat_sinks(who, sinks, query.shape[1]),
+            sinks=flat_sinks(who, sinks, query.shape[1]),
         ),
         np.float32(scale),
         np.float32(logits_soft_cap),
@@ -97,7 +97,12 @@ def decode_attention(
     )
 
 
-def _flat_sinks(who: str, sinks: torch.Tensor | None, num_heads: int) -> npt.NDArray[np.float32]:
+def flat_sinks(who: str, sinks: torch.Tensor | None, num_heads: int) -> npt.NDArray[np.float32]:
+    """Attention sinks as the kernel takes them: float32 [Hq], or [0] for none.
+
+    Raises:
+        ValueError: If they are not one for each query head.
+    """
     if sinks is None:
         return np.empty(0, np.float32)
     if sinks.shape != (num_heads,):

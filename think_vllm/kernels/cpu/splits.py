@@ -90,7 +90,9 @@ def find_blocks(
             span, k = block // shape.thin_blocks, block % shape.thin_blocks
             left = shape.span_blocks * shape.block_size - k * shape.thin_tokens
             entry = span * shape.span_blocks + k
-            tokens[i] = min(left, shape.thin_tokens)
+            # A static block (static.py) may be the last one of a context, and not full.
+            first = span * shape.span_blocks * shape.block_size + k * shape.thin_tokens
+            tokens[i] = min(left, shape.thin_tokens, seq_len - first)
         else:
             entry = thin_spans * shape.span_blocks + block
             tokens[i] = min(seq_len - entry * shape.block_size, shape.block_size)

@@ -1,0 +1,152 @@
+"""``--kv-select static`` up to the engine: the backend it takes, its plan, and what it refuses."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from vllm.config import set_current_vllm_config
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from tests.plugin.test_off import probe
+from tests.plugin.test_refusals import SMALL, refused
+from tests.support.models import make_config, make_llama
+from tests.support.static_tables import random_tables
+from think_vllm.attention.cpu_static import StaticCPUBackend
+from think_vllm.cli.main import main
+from think_vllm.errors import ThinkError
+from think_vllm.static.activation import check_static, remember_static
+
+
+@pytest.fixture(scope="module")
+def file(recall_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tables") / "tables.json"
+    random_tables(recall_model).save(path)
+    return path
+
+
+def settings(file: Path, **more: Any) -> dict[str, Any]:
+    given = {"kv_channel_prune": 0.5, "kv_select": "static", "kv_channel_tables_file": str(file)}
+    return {"think": {**given, **more}}
+
+
+def flags(file: Path) -> list[str]:
+    given = ["--kv-channel-prune", "0.5", "--kv-select", "static"]
+    return [*given, "--kv-channel-tables-file", str(file)]
+
+
+def test_static_leaves_all_but_attention_to_vllm(recall_model: Path, file: Path) -> None:
+    result = probe(recall_model, settings(file))
+    assert result["backend"] == "think_vllm.attention.cpu_static.StaticCPUBackend"
+    assert result["block_size"] == 128
+    assert result["prefix_caching"] is True
+    assert result["rswa"] is None
+    assert result["wrapped"] == []
+
+
+def test_static_that_prunes_no_channel_is_off(recall_model: Path, file: Path) -> None:
+    result = probe(recall_model, settings(file, kv_channel_prune=0.005))
+    assert result["backend"] == "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackend"
+    # The tables were checked; nothing else of ours is there.
+    assert result["ours"] == ["think_vllm.static.activation"]
+
+
+def test_spec_is_vllms_own_with_fewer_bytes(
+    recall_model: Path, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    engine = EngineArgs(
+        model=str(recall_model), dtype="bfloat16", enforce_eager=True,
+        additional_config=settings(file, kv_value_prune=0.25),
+    )  # fmt: skip
+    config = engine.create_engine_config()
+    with set_current_vllm_config(config):
+        remember_static(config)
+    spec = FullAttentionSpec(
+        block_size=128, num_kv_heads=2, head_size=128, dtype=config.model_config.dtype
+    )
+    made = StaticCPUBackend.customize_spec(spec)
+    assert type(made) is FullAttentionSpec
+    assert (made.page_size_bytes, spec.page_size_bytes) == (2 * 128 * 160 * 2, 2 * 128 * 256 * 2)
+    with pytest.raises(ThinkError, match=r"head sizes 64 .keys. and 64 .values."):
+        StaticCPUBackend.customize_spec(
+            FullAttentionSpec(block_size=128, num_kv_heads=2, head_size=64, dtype=made.dtype)
+        )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--speculative-config", '{"method": "ngram", "num_speculative_tokens": 2}'],
+            "--kv-select static does not support --speculative-config yet",
+        ),
+        (["--kv-cache-dtype", "fp8"], "does not support --kv-cache-dtype fp8 yet"),
+        (["--kv-offloading-size", "1"], "does not support --kv-offloading-size yet"),
+        (["--block-size", "40"], "--kv-select static: --block-size is 40"),
+        (["--attention-backend", "FLASH_ATTN"], "--attention-backend is FLASH_ATTN"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_engine_options_are_refused(
+    recall_model: Path,
+    file: Path,
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert message in refused(capsys, recall_model, *flags(file), *arguments)
+
+
+def test_tables_of_another_model_are_refused(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = make_llama(tmp_path / "model", head_size=64, num_heads=4, num_kv_heads=2)
+    line = refused(capsys, model, *flags(file))
+    assert "was made for another model" in line
+    assert "head_size is 128 there and 64 here" in line
+    missing = refused(capsys, model, *flags(tmp_path / "missing.json"))
+    assert "No such file or directory; make the file with `think-vllm calibrate MODEL`" in missing
+
+
+def test_sliding_windows_are_refused(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shape = {**SMALL, "head_dim": 64, "num_key_value_heads": 2, "sliding_window": 256}
+    shape["layer_types"] = ["sliding_attention", "full_attention"]
+    model = make_config(tmp_path, "gemma3_text", **shape, architectures=["Gemma3ForCausalLM"])
+    line = refused(capsys, model, *flags(file))
+    assert "--kv-select static does not support" in line
+    assert "some of its layers have a sliding window" in line
+
+
+def test_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = SimpleNamespace(is_cpu=lambda: False, device_name="cuda")
+    monkeypatch.setattr("vllm.platforms.current_platform", device)
+    config: Any = SimpleNamespace()
+    with pytest.raises(ThinkError, match="kernels for CPUs only, the device is cuda; use --kv-sel"):
+        check_static(config)
+
+
+def test_plan_of_static_pruning(
+    recall_model: Path, file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*flags(file), "--memory", "1GiB", "--context-length", "1024"]
+    assert main(["plan", str(recall_model), *arguments, "--json"]) == 0
+    fields = json.loads(capsys.readouterr().out)
+    assert (fields["key_channels"], fields["value_channels"], fields["block_size"]) == (
+        64,
+        128,
+        128,
+    )
+    # 2 layers x 2 heads x 128 tokens x 192 channels in bf16; one block is vLLM's null block.
+    assert fields["num_blocks"] == 2**30 // (2 * 2 * 128 * 192 * 2) - 1
+    assert fields["thin_requests"] == fields["num_blocks"] // 8
+    assert fields["capacity_multiple"] == fields["effective_multiple"] == pytest.approx(4 / 3)
+    assert main(["plan", str(recall_model), *arguments]) == 0
+    text = capsys.readouterr().out
+    assert "key channels 64 of 128" in text
+    assert "nothing is compacted, and prefixes are shared exactly" in text
+    assert "x1.333 at every length" in text

@@ -1,0 +1,178 @@
+"""The attention backend on CPUs with ``--kv-select static``: backend and one layer's attention.
+
+Blocks are vLLM's in every respect but their bytes: its own block manager, prefix cache and
+scheduler work on them as on dense ones. Prompts that start in a step attend in scratch blocks,
+as they will be read from the cache, pruned channels being zero: vLLM's kernel is fast on them. All
+other queries read the cache, each by itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.v1.attention.backend import AttentionType, MultipleOf
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from think_vllm.attention.cpu_static_builder import StaticCPUMetadata, StaticCPUMetadataBuilder
+from think_vllm.errors import FLAGS, ThinkError
+from think_vllm.kernels.cpu.static_attention import static_attention
+from think_vllm.kernels.cpu.static_blocks import StaticChannels
+from think_vllm.kernels.cpu.static_store import read_back, store_static
+from think_vllm.static.activation import WHO, remember_static, selected_static
+
+
+class StaticCPUImpl(CPUAttentionBackendImpl):
+    """Attention over statically pruned blocks."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for value, name in (
+            (self.alibi_slopes, "ALiBi position biases"),
+            (self.kv_sharing_target_layer_name, "a KV cache shared between layers"),
+        ):
+            if value is not None:
+                raise ThinkError(
+                    f"{WHO}: an attention layer has {name}, which is not supported. Serve this "
+                    f"model without {FLAGS}"
+                )
+        # vLLM builds layers with their engine's config at hand, and asks for specs without it.
+        self.plan = remember_static(get_current_vllm_config()).plan
+        self.channels: StaticChannels | None = None
+
+    def use(self, channels: StaticChannels) -> None:
+        """Take the layer's channels; its number is not known while it is built."""
+        self.channels = channels
+
+    def do_kv_cache_update(
+        self,
+        layer: torch.nn.Module,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """Store the kept channels of a step's tokens; see ``store_static``."""
+        assert self.channels is not None
+        store_static(key, value, kv_cache, slot_mapping, self.channels, self.plan)
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend. Every query sees pruned keys and values alone, its own among them.
+
+        Args:
+            layer: vLLM's attention layer.
+            query: [num_tokens, Hq, D].
+            key: [num_tokens, Hk, D]. Stored before this call.
+            value: [num_tokens, Hk, D]. As ``key``.
+            kv_cache: See ``store_static``.
+            attn_metadata: Of this step; None while vLLM profiles.
+            output: [num_tokens, Hq, D]. Written for every query of the step.
+            output_scale: Not supported by CPU attention.
+            output_block_scale: Not supported by CPU attention.
+
+        Returns:
+            ``output``.
+        """
+        if not isinstance(attn_metadata, StaticCPUMetadata):
+            return output
+        assert self.channels is not None
+        fresh = attn_metadata.fresh
+        if fresh is not None:
+            where = fresh.tokens
+            keys = read_back(key[where], self.channels.keys, self.plan)
+            values = read_back(value[where], self.channels.values, self.plan)
+            fresh.scratch.store(keys, values)
+            answer = output[where]  # a view for a slice, a copy for indices
+            # vLLM's kernel takes its form of blocks from the metadata.
+            super().forward(
+                layer, query[where], keys, values, fresh.scratch.blocks, fresh.metadata, answer
+            )
+            if isinstance(where, torch.Tensor):
+                output[where] = answer
+        rows = attn_metadata.rows
+        if rows is not None:
+            part = output[rows.tokens]
+            static_attention(
+                query[rows.tokens],
+                kv_cache,
+                attn_metadata.block_table,
+                rows.request,
+                rows.seq_len,
+                self.channels,
+                self.plan,
+                self.scale,
+                part,
+                logits_soft_cap=self.logits_soft_cap,
+                sinks=self.sinks,
+            )
+            if isinstance(rows.tokens, torch.Tensor):
+                output[rows.tokens] = part
+        return output
+
+
+class StaticCPUBackend(CPUAttentionBackend):
+    """CPU attention over statically pruned blocks."""
+
+    supported_kv_cache_dtypes = ("auto", "float16", "bfloat16")
+
+    @staticmethod
+    def get_name() -> str:
+        """Name in vLLM's backend registry."""
+        return "CUSTOM"
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
+        """Block sizes that the kernels read in whole vectors."""
+        return [MultipleOf(16)]
+
+    @classmethod
+    def supports_attn_type(cls, attn_type: str) -> bool:
+        """Decoders only."""
+        return bool(attn_type == AttentionType.DECODER)
+
+    @staticmethod
+    def get_impl_cls() -> type[StaticCPUImpl]:
+        """Class that computes a layer's attention."""
+        return StaticCPUImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[StaticCPUMetadataBuilder]:
+        """Class that prepares a step."""
+        return StaticCPUMetadataBuilder
+
+    @classmethod
+    def customize_spec(cls, spec: Any) -> Any:
+        """Say how many channels are stored: vLLM's own spec, with a shorter head of keys.
+
+        Raises:
+            ThinkError: If the layer does not have the shape that the plan was made for.
+        """
+        if type(spec) is not FullAttentionSpec:
+            return spec
+        plan = selected_static().plan
+        if spec.head_size != plan.head_size or spec.head_size_v != plan.head_size:
+            raise ThinkError(
+                f"{WHO}: an attention layer has head sizes {spec.head_size} (keys) and "
+                f"{spec.head_size_v} (values), the plan was made for {plan.head_size}; models "
+                "whose heads differ are not supported"
+            )
+        made = replace(spec, head_size=plan.key_channels, head_size_v=plan.value_channels)
+        if plan.is_coded:
+            # Codes and their scales are one packed run of bytes to vLLM.
+            size = plan.layout.token_bytes
+            made = replace(made, dtype=torch.uint8, state_content_bytes=size)
+        return made
