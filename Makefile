@@ -16,11 +16,11 @@ BUNDLED := models/tiny-recall
 CHART := deploy/helm/think-vllm
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
 
-.PHONY: help setup serve test fmt lint type model bench bench-load gpu-check clean
+.PHONY: help setup serve test fmt lint type model bench bench-load quality-tables gpu-check clean
 
 help: ## Show this list
 	@echo "usage: make TARGET [VARIABLE=value ...]"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: ## Make .venv and install into it (DEVICE=cpu|cuda, PYTHON=, TORCH_INDEX=)
 	@scripts/setup.sh
@@ -67,6 +67,9 @@ endif
 bench-load: setup ## Compare plain vLLM with pruned servers under load (MODEL=, ARGS=)
 	$(if $(IS_BUNDLED),$(OFFLINE) )$(BIN)/think-vllm bench $(MODEL) \
 		$(if $(IS_BUNDLED),--kv-cache-memory-bytes 20MB) $(ARGS)
+
+quality-tables: setup ## Quality of every configuration on the bundled model, for docs/quality.md (ARGS=)
+	$(OFFLINE) $(BIN)/python -m bench.quality_tables $(ARGS)
 
 gpu-check: setup ## On a machine with a GPU: test the kernels on it, then measure them
 	$(BIN)/python -c 'import torch; assert torch.cuda.is_available(), "no GPU: torch sees none"'

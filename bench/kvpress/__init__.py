@@ -1,0 +1,1 @@
+"""The same prompts with kvpress, in an environment of its own (``requirements.txt``)."""

@@ -1,0 +1,99 @@
+"""Tables, claims and plots of quality on the bundled model: ``python -m bench.quality_tables``.
+
+Every configuration (``bench/tables/configurations.py``) is a vLLM engine in a process of its own,
+which answers the same recall prompts of 512, 1,024 and 2,048 tokens (``tables/questions.py``).
+Results are written as they come: a run that was interrupted goes on where it was. Rows of another
+version of ``think_vllm/`` are run again, unless ``--keep-rows`` is given.
+
+It writes ``results.json``, ``tables.md`` and plots, and the section of ``docs/quality.md`` between
+its two markers. The bundled model says nothing about real language models (models/README.md).
+"""
+
+import argparse
+import dataclasses
+import fnmatch
+import shlex
+import sys
+from pathlib import Path
+
+from bench.tables.configurations import Configuration, configurations
+from bench.tables.engine import ask, check, code_version, flags
+from bench.tables.report import write_report
+from bench.tables.results import Results
+from think_vllm.errors import ThinkError
+from think_vllm.evals.pictures import check_pictures
+from think_vllm.evals.provenance import collect_provenance
+
+OUT = Path("docs/results/quality-tables")
+DOCUMENT = Path("docs/quality.md")
+
+
+def fill(results: Results, wanted: list[Configuration], options: argparse.Namespace) -> None:
+    """Run the configurations that have no row of this code yet."""
+    code = code_version()
+    for number, configuration in enumerate(wanted, 1):
+        name = configuration.name
+        row = results.rows.get(name)
+        if row is not None and (options.keep_rows or row.code == code):
+            continue
+        head = f"{number}/{len(wanted)} {name}"
+        try:
+            check(configuration)
+        except ThinkError as error:
+            # A setting that this version does not have yet, or no longer.
+            results.skipped[name] = str(error).split(";")[0]
+            print(f"{head}: not run: {results.skipped[name]}", flush=True)
+            continue
+        print(f"{head}: {shlex.join(flags(configuration)) or 'no flags'}", flush=True)
+        try:
+            results.rows[name] = ask(configuration, results)
+        except ThinkError as error:
+            results.skipped[name] = f"failed: {error}"
+            print(f"  {results.skipped[name]}", flush=True)
+            continue
+        results.skipped.pop(name, None)
+        results.provenance = dataclasses.asdict(
+            dataclasses.replace(
+                collect_provenance([]),
+                command=shlex.join(["python", "-m", "bench.quality_tables", *sys.argv[1:]]),
+            )
+        )
+        results.save(options.out / "results.json")
+        print(f"  {results.rows[name].seconds:.0f} s", flush=True)
+
+
+def main() -> None:
+    """Run what is missing, then write the report."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, default=Path("models/tiny-recall"))
+    parser.add_argument("--samples", type=int, default=200, help="prompts of each size")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--document", type=Path, default=DOCUMENT, help="its section is replaced")
+    parser.add_argument("--only", nargs="+", default=["*"], help="names or patterns of them")
+    parser.add_argument("--keep-rows", action="store_true", help="of whichever version")
+    parser.add_argument("--report", action="store_true", help="run nothing, write the report")
+    options = parser.parse_args()
+    check_pictures()
+    asked = Results(model=str(options.model), seed=options.seed, samples=options.samples)
+    results = Results.load(options.out / "results.json", asked)
+    everything = list(configurations())
+    wanted = [
+        configuration
+        for configuration in everything
+        if any(fnmatch.fnmatch(configuration.name, pattern) for pattern in options.only)
+    ]
+    if not wanted:
+        raise SystemExit(f"--only {shlex.join(options.only)}: no configuration has such a name")
+    if not options.report:
+        fill(results, wanted, options)
+    # In the order of the list, whichever came first.
+    order = {configuration.name: place for place, configuration in enumerate(everything)}
+    results.rows = dict(sorted(results.rows.items(), key=lambda item: order.get(item[0], 1_000)))
+    results.save(options.out / "results.json")
+    for path in write_report(results, options.out, options.document):
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""Files made of results: ``tables.md``, pictures, and a section of a document."""
+
+from pathlib import Path
+
+from bench.tables import beside, markdown
+from bench.tables.markdown import DENSE
+from bench.tables.pictures import draw_all
+from bench.tables.questions import WAYS
+from bench.tables.results import Results
+
+TABLES = "tables.md"
+#: Kept by a document around what is replaced.
+MARKERS = ("<!-- quality tables: begin -->", "<!-- quality tables: end -->")
+
+
+def write_report(results: Results, directory: Path, document: Path) -> list[Path]:
+    """Write everything that can be said of the rows there are.
+
+    Args:
+        results: Rows; without a dense one there is nothing to compare with.
+        directory: Where tables and pictures go.
+        document: A Markdown file with `MARKERS`; it is left alone if it has none.
+
+    Returns:
+        The files.
+    """
+    if DENSE not in results.rows:
+        raise SystemExit(f"no row {DENSE!r} yet; run it with --only {DENSE}")
+    pictures = draw_all(results, directory)
+    summary = "\n\n".join(summary_parts(results, directory))
+    tables = directory / TABLES
+    everything = [
+        "# Quality tables",
+        provenance(results),
+        summary,
+        "### ThinK's choice against each other one",
+        markdown.duels(results),
+        *markdown.all_tables(results),
+        markdown.remarks(results),
+    ]
+    tables.write_text("\n\n".join(filter(None, everything)) + "\n", encoding="utf-8")
+    written = [*pictures, tables]
+    if document.is_file() and replace_section(document, summary_of_document(results, directory)):
+        written.append(document)
+    return written
+
+
+def summary_parts(results: Results, directory: Path) -> list[str]:
+    """Claims, and tables of all sizes together."""
+    parts = [
+        "### What was expected, and what was found\n",
+        markdown.claims(results),
+        "### Channels: share right, by ratio\n",
+        markdown.policies(results),
+        "### Channels: log-probability of a right digit, to dense; nats\n",
+        markdown.policies_logprob(results),
+    ]
+    for group in ("formats", "values", "eviction"):
+        ways = [
+            way
+            for way in WAYS
+            if any(row.group == group and way in row.answers for row in results.rows.values())
+        ]
+        for way in ways:
+            asked = f", {way}" if len(ways) > 1 else ""
+            parts += [f"### {markdown.TITLES[group]}{asked}\n"]
+            parts += [markdown.group_table(results, group, way)]
+    theirs = beside.load(directory)
+    if theirs is not None:
+        parts += ["### kvpress\n", beside.comparison(results, theirs), beside.choices(theirs)]
+    return [part.rstrip() for part in parts]
+
+
+def summary_of_document(results: Results, directory: Path) -> str:
+    """The summary with its provenance and its remarks."""
+    parts = [provenance(results), *summary_parts(results, directory), markdown.remarks(results)]
+    return "\n\n".join(filter(None, parts))
+
+
+def provenance(results: Results) -> str:
+    """One paragraph: questions, date, machine, versions."""
+    found = results.provenance
+    versions = ", ".join(f"{name} {text}" for name, text in found.get("versions", {}).items())
+    codes = ", ".join(sorted({row.code for row in results.rows.values()}))
+    return (
+        f"{len(results.rows)} configurations, {results.samples} prompts of each size, seed "
+        f"{results.seed}, `{results.model}`; last run {found.get('date', '-')}; "
+        f"{found.get('processor', '-')}, {found.get('cores', '-')} cores; Python "
+        f"{found.get('python', '-')}, {versions}; code {codes}."
+    )
+
+
+def replace_section(document: Path, text: str) -> bool:
+    """Put text between the markers of a document; whether it has them."""
+    before, begin, rest = document.read_text(encoding="utf-8").partition(MARKERS[0])
+    _, end, after = rest.partition(MARKERS[1])
+    if not end:
+        return False
+    document.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", encoding="utf-8")
+    return True
