@@ -73,6 +73,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=["*"], help="names or patterns of them")
     parser.add_argument("--keep-rows", action="store_true", help="of whichever version")
     parser.add_argument("--report", action="store_true", help="run nothing, write the report")
+    parser.add_argument("--no-report", action="store_true", help="only ask")
     options = parser.parse_args()
     check_pictures()
     asked = Results(model=str(options.model), seed=options.seed, samples=options.samples)
@@ -91,7 +92,7 @@ def main() -> None:
     order = {configuration.name: place for place, configuration in enumerate(everything)}
     results.rows = dict(sorted(results.rows.items(), key=lambda item: order.get(item[0], 1_000)))
     results.save(options.out / "results.json")
-    for path in write_report(results, options.out, options.document):
+    for path in [] if options.no_report else write_report(results, options.out, options.document):
         print(path)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from bench.tables.configurations import POLICIES, RATIOS
 from bench.tables.figures import compare, share_right, sign, within_a_point
-from bench.tables.questions import SIZES, WAYS
+from bench.tables.questions import WAYS
 from bench.tables.results import Results, Row
 from think_vllm.evals.stats import Difference, Estimate
 
@@ -107,11 +107,10 @@ def group_table(results: Results, group: str, way: str, size: int | None = None)
 def all_tables(results: Results) -> Iterator[str]:
     """Every group by size and way of asking, as sections."""
     for group, title in TITLES.items():
-        asked = {way for row in results.rows.values() if row.group == group for way in row.answers}
+        rows = [row for row in results.rows.values() if row.group == group]
         for way in WAYS:
-            if way not in asked:
-                continue
-            for size in (None, *(length for length, _ in SIZES)):
+            sizes = sorted({size for row in rows for size in row.sizes(way)})
+            for size in (None, *sizes) if sizes else ():
                 where = "all sizes" if size is None else f"{size} tokens"
                 yield f"### {title}, {way}, {where}\n\n{group_table(results, group, way, size)}"
 
