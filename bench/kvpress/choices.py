@@ -59,7 +59,10 @@ class RecordingSnapKVPress(SnapKVPress):
 
 
 def compare_choices(bundled: Any, prompts: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
-    """Count the heads whose choices are the same.
+    """Count the heads whose choices are the same, and how many a near miss would have had.
+
+    That control chooses channels by the norm of keys alone, and tokens with kvpress's default of 5
+    averaged neighbours: where it scores like ours, equal choices would show nothing.
 
     Args:
         bundled: The recall model.
@@ -70,7 +73,7 @@ def compare_choices(bundled: Any, prompts: Sequence[Sequence[int]]) -> list[dict
         models[f"random weights, {heads} / {kv_heads}"] = random_model(heads, kv_heads)
     found = []
     for name, model in models.items():
-        for what, count, same in _choices(model, prompts):
+        for what, count, same, control in _choices(model, prompts):
             config = model.config
             found.append(
                 {
@@ -80,6 +83,7 @@ def compare_choices(bundled: Any, prompts: Sequence[Sequence[int]]) -> list[dict
                     "count": count,
                     "cases": len(same),
                     "same": sum(same),
+                    "same_of_control": sum(control),
                 }
             )
     return found
@@ -95,28 +99,41 @@ def random_model(heads: int, kv_heads: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def _choices(model: Any, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[str, str, list[bool]]]:
+def _choices(
+    model: Any, prompts: Sequence[Sequence[int]]
+) -> Iterator[tuple[str, str, list[bool], list[bool]]]:
     for ratio in RATIOS:
-        same = []
+        same: list[bool] = []
+        control: list[bool] = []
         for prompt in prompts:
             press = RecordingThinKPress(ratio, WINDOW_TOKENS)
             _prefill(model, press, prompt)
             for queries, keys, pruned in press.seen:
                 kept = (~pruned).sum(dim=1)
                 assert len(kept.unique()) == 1
-                ours = kept_channels(queries, keys, int(kept[0]))
-                theirs = [(~head).nonzero()[:, 0].tolist() for head in pruned]
-                same += [a == b for a, b in zip(ours.tolist(), theirs, strict=True)]
-        yield "key channels", f"{ratio:g} pruned", same
+                theirs = torch.stack([(~head).nonzero()[:, 0] for head in pruned])
+                same += _equal(kept_channels(queries, keys, int(kept[0])), theirs)
+                by_norm = kept_channels(torch.ones_like(queries), keys, int(kept[0]))
+                control += _equal(by_norm, theirs)
+        yield "key channels", f"{ratio:g} pruned", same, control
     for share in (0.5, 0.8):
-        same = []
+        same, control = [], []
         for prompt in prompts:
-            snapkv = RecordingSnapKVPress(share, WINDOW_TOKENS, POOLING_TOKENS)
-            _prefill(model, snapkv, prompt)
-            for queries, keys, tokens in snapkv.seen:
+            seen = []
+            for neighbours in (POOLING_TOKENS, SnapKVPress.kernel_size):
+                snapkv = RecordingSnapKVPress(share, WINDOW_TOKENS, neighbours)
+                _prefill(model, snapkv, prompt)
+                seen.append(snapkv.seen)
+            for (queries, keys, tokens), (_, _, others) in zip(*seen, strict=True):
                 ours = kept_tokens(queries, keys, tokens.shape[1])
-                same += [a == b for a, b in zip(ours.tolist(), tokens.tolist(), strict=True)]
-        yield "tokens", f"{share:g} evicted", same
+                same += _equal(ours, tokens)
+                control += _equal(ours, others)
+        yield "tokens", f"{share:g} evicted", same, control
+
+
+def _equal(ours: torch.Tensor, theirs: torch.Tensor) -> list[bool]:
+    """For each head."""
+    return [a == b for a, b in zip(ours.tolist(), theirs.tolist(), strict=True)]
 
 
 def kept_channels(queries: torch.Tensor, keys: torch.Tensor, count: int) -> torch.Tensor:

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.utils import logging as transformers_logging
 
 from bench.kvpress.choices import compare_choices
 from bench.kvpress.presses import KINDS, Case
@@ -98,6 +99,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    transformers_logging.disable_progress_bar()
     ours = Results.model_validate_json((options.results / "results.json").read_text("utf-8"))
     path = options.results / FILE
     asked = Results(model=ours.model, seed=ours.seed, samples=ours.samples)

@@ -28,16 +28,17 @@ class PartThinKPress(ThinKPress):
     """ThinKPress that leaves some tokens of the cache as they are.
 
     Args:
-        left_alone: These, as they stand in the cache.
+        left_alone: First and end of these, as they stand in the cache.
     """
 
-    left_alone: slice = slice(0)
+    left_alone: tuple[int, int] = (0, 0)
 
     def compress(self, module: Any, hidden_states: Any, keys: torch.Tensor, *rest: Any) -> Any:
         """Prune, then put back what is left alone."""
-        whole = keys[:, :, self.left_alone].clone()
+        tokens = slice(*self.left_alone)
+        whole = keys[:, :, tokens].clone()
         keys, values = super().compress(module, hidden_states, keys, *rest)
-        keys[:, :, self.left_alone] = whole
+        keys[:, :, tokens] = whole
         return keys, values
 
 
@@ -93,7 +94,7 @@ class Case:
             presses.append(ThinKPress(self.ratio, WINDOW_TOKENS))
         elif self.ratio:
             pruned = (HEAD_SIZE - self.plan["key_channels"] + 0.5) / HEAD_SIZE
-            left_alone = slice(tail) if presses else slice(old, None)
+            left_alone = (0, tail) if presses else (old, prompt_tokens)
             presses.append(PartThinKPress(pruned, WINDOW_TOKENS, left_alone))
         if not presses:
             return nullcontext()

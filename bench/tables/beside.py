@@ -41,7 +41,7 @@ def comparison(ours: Results, theirs: Results) -> str:
 def choices(theirs: Results) -> str:
     """Whether equal keys and queries lead to equal choices."""
     found: list[dict[str, Any]] = theirs.notes.get(CHOICES, [])
-    header = ["choice of", "model", "query / KV heads", "how many", "heads", "same"]
+    header = ["choice of", "model", "query / KV heads", "how many", "heads", "same", "control"]
     lines = [
         [
             choice["what"],
@@ -50,6 +50,7 @@ def choices(theirs: Results) -> str:
             choice["count"],
             str(choice["cases"]),
             str(choice["same"]),
+            str(choice["same_of_control"]),
         ]
         for choice in found
     ]

@@ -9,12 +9,12 @@ from bench.tables.questions import Answer, Question
 
 
 class Answers(BaseModel):
-    """Answers to the questions of one size, in their order."""
+    """Answers to the questions of one size, in their order, each kind on one line of the file."""
 
     model_config = ConfigDict(extra="forbid")
 
     right: str = Field(default="", description="1 for a right answer, 0 for a wrong one.")
-    logprob: list[float] = Field(default=[], description="Mean over the digits that count; nats.")
+    logprob: str = Field(default="", description="Means over the digits that count; nats.")
 
 
 class Row(BaseModel):
@@ -36,7 +36,7 @@ class Row(BaseModel):
         """Append the next answer."""
         cell = self.answers.setdefault(way, {}).setdefault(question.length, Answers())
         cell.right += str(int(answer.right))
-        cell.logprob.append(round(answer.logprob, 5))
+        cell.logprob = f"{cell.logprob} {answer.logprob:.5f}".lstrip()
 
     def sizes(self, way: str) -> list[int]:
         """Sizes that were asked."""
@@ -48,7 +48,7 @@ class Row(BaseModel):
 
     def logprob(self, way: str, size: int | None) -> list[float]:
         """Mean log-probability for each question, as for `right`."""
-        return [value for cell in self._cells(way, size) for value in cell.logprob]
+        return [float(x) for cell in self._cells(way, size) for x in cell.logprob.split()]
 
     def _cells(self, way: str, size: int | None) -> list[Answers]:
         cells = self.answers.get(way, {})

@@ -55,7 +55,7 @@ def test_configurations_have_names_of_their_own_and_flags() -> None:
 
 def row(right: str, logprob: list[float], group: str = "channels") -> Row:
     """Asked without the question mark, at one size."""
-    answers = {"unasked": {512: {"right": right, "logprob": logprob}}}
+    answers = {"unasked": {512: {"right": right, "logprob": " ".join(map(str, logprob))}}}
     return Row.model_validate(
         {
             "group": group, "labels": {}, "settings": {}, "dtype": "bfloat16", "code": "c",
