@@ -39,22 +39,20 @@ def comparison(ours: Results, theirs: Results) -> str:
 
 
 def choices(theirs: Results) -> str:
-    """Whether equal keys and queries lead to equal choices."""
-    found: list[dict[str, Any]] = theirs.notes.get(CHOICES, [])
-    header = ["choice of", "model", "query / KV heads", "how many", "heads", "same", "control"]
-    lines = [
-        [
-            choice["what"],
-            choice["model"],
-            choice["heads"],
-            choice["count"],
-            str(choice["cases"]),
-            str(choice["same"]),
-            str(choice["same_of_control"]),
+    """Whether equal keys and queries lead to equal choices, all ratios together."""
+    sums: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for found in theirs.notes.get(CHOICES, []):
+        sums.setdefault((found["what"], found["model"], found["heads"]), []).append(found)
+    lines = []
+    for key, parts in sums.items():
+        # "0.3 pruned", "0.4 pruned", ...
+        shares, verb = zip(*(part["count"].split() for part in parts), strict=True)
+        counts = [
+            sum(part[name] for part in parts) for name in ("cases", "same", "same_of_control")
         ]
-        for choice in found
-    ]
-    return table(header, lines) if lines else ""
+        lines.append([*key, f"{', '.join(shares)} {verb[0]}", *map(str, counts)])
+    header = ["choice of", "model", "query / KV heads", "how many", "heads", "same", "control"]
+    return table(header, lines)
 
 
 def _line(row: Row, name: str, way: str, mine: Row) -> list[str]:

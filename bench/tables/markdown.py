@@ -20,8 +20,10 @@ TITLES = {
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
+    """A Markdown table; nothing without rows."""
     lines = [header, ["---"] * len(header), *rows]
+    if len(lines) == 2:
+        return ""
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -61,6 +63,12 @@ def claims(results: Results) -> str:
     return table(["expected", "share right", "log-probability"], lines)
 
 
+def known_policies(results: Results) -> list[str]:
+    """Those with rows."""
+    found = {row.labels["policy"] for row in results.rows.values() if row.group == "channels"}
+    return [policy for policy in POLICIES if policy in found]
+
+
 def policies(results: Results) -> str:
     """Share right by ratio and policy, all sizes together."""
     return _by_policy(results, lambda row, _: share(share_right(row, WAYS[0])))
@@ -93,12 +101,17 @@ def duels(results: Results) -> str:
                 ]
             )
     header = ["think against", "ratio", "share right", "better / worse", "McNemar p"]
-    return table([*header, "log-probability", "wins by it"], lines)
+    text = table([*header, "log-probability", "wins by it"], lines)
+    return text and f"### ThinK's choice against each other one\n\n{text}"
 
 
 def group_table(results: Results, group: str, way: str, size: int | None = None) -> str:
     """All rows of a group to dense, asked one way."""
-    rows = [(name, row) for name, row in results.rows.items() if row.group == group]
+    rows = [
+        (name, row)
+        for name, row in results.rows.items()
+        if row.group == group and way in row.answers
+    ]
     dense = results.rows["float32: dense" if group == "float32" else DENSE]
     header = ["configuration", "thin", "right", "to dense", "p", "log-probability to dense"]
     return table(header, [_line(name, row, dense, way, size) for name, row in rows if row != dense])
@@ -112,7 +125,9 @@ def all_tables(results: Results) -> Iterator[str]:
             sizes = sorted({size for row in rows for size in row.sizes(way)})
             for size in (None, *sizes) if sizes else ():
                 where = "all sizes" if size is None else f"{size} tokens"
-                yield f"### {title}, {way}, {where}\n\n{group_table(results, group, way, size)}"
+                text = group_table(results, group, way, size)
+                if text:
+                    yield f"### {title}, {way}, {where}\n\n{text}"
 
 
 def remarks(results: Results) -> str:
@@ -140,10 +155,12 @@ def _line(name: str, row: Row, dense: Row, way: str, size: int | None) -> list[s
 
 def _by_policy(results: Results, cell: Callable[[Row, Row], str]) -> str:
     dense = results.rows[DENSE]
-    known = [name for name in POLICIES if f"{name} {RATIOS[0]:g}" in results.rows]
+    known = known_policies(results)
     lines = []
     for ratio in RATIOS:
         rows = [results.rows.get(f"{policy} {ratio:g}") for policy in known]
+        if not any(rows):
+            continue
         lines.append([f"{ratio:g}", *("-" if row is None else cell(row, dense) for row in rows)])
     return table(["ratio", *known], lines)
 

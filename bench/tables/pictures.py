@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from bench.tables.configurations import BUDGETS, EVICTION_RATIOS, METHODS, POLICIES, RATIOS
+from bench.tables.configurations import BUDGETS, EVICTION_RATIOS, METHODS, RATIOS
 from bench.tables.figures import compare, share_right
-from bench.tables.markdown import DENSE
+from bench.tables.markdown import DENSE, known_policies
 from bench.tables.questions import SIZES, WAYS
 from bench.tables.results import Results
 from think_vllm.evals.pictures import new_figure, save
@@ -17,7 +17,7 @@ _DARK = 0.6
 def draw_all(results: Results, directory: Path) -> list[Path]:
     """Draw what there are rows for; return the files."""
     paths = []
-    known = [name for name in POLICIES if f"{name} {RATIOS[0]:g}" in results.rows]
+    known = known_policies(results)
     if known:
         paths.append(_heatmap(results, known, directory / "heatmap-policies.png"))
         paths.append(_logprobs(results, known, directory / "policies-logprob.png"))

@@ -33,7 +33,6 @@ def write_report(results: Results, directory: Path, document: Path) -> list[Path
         "# Quality tables",
         provenance(results),
         summary,
-        "### ThinK's choice against each other one",
         markdown.duels(results),
         *markdown.all_tables(results),
         markdown.remarks(results),
@@ -46,29 +45,21 @@ def write_report(results: Results, directory: Path, document: Path) -> list[Path
 
 
 def summary_parts(results: Results, directory: Path) -> list[str]:
-    """Claims, and tables of all sizes together."""
-    parts = [
-        "### What was expected, and what was found\n",
-        markdown.claims(results),
-        "### Channels: share right, by ratio\n",
-        markdown.policies(results),
-        "### Channels: log-probability of a right digit, to dense; nats\n",
-        markdown.policies_logprob(results),
-    ]
+    """Claims, and tables of all sizes together; what has no rows is left out."""
+    sections = {
+        "What was expected, and what was found": markdown.claims(results),
+        "Channels: share right, unasked, by ratio": markdown.policies(results),
+        "Channels: log-probability to dense": markdown.policies_logprob(results),
+    }
     for group in ("formats", "values", "eviction"):
-        ways = [
-            way
-            for way in WAYS
-            if any(row.group == group and way in row.answers for row in results.rows.values())
-        ]
-        for way in ways:
-            asked = f", {way}" if len(ways) > 1 else ""
-            parts += [f"### {markdown.TITLES[group]}{asked}\n"]
-            parts += [markdown.group_table(results, group, way)]
+        for way in WAYS:
+            title = f"{markdown.TITLES[group]}, {way}"
+            sections[title] = markdown.group_table(results, group, way)
     theirs = beside.load(directory)
     if theirs is not None:
-        parts += ["### kvpress\n", beside.comparison(results, theirs), beside.choices(theirs)]
-    return [part.rstrip() for part in parts]
+        sections["Beside kvpress"] = beside.comparison(results, theirs)
+        sections["Choices, beside kvpress"] = beside.choices(theirs)
+    return [f"### {title}\n\n{text}" for title, text in sections.items() if text]
 
 
 def summary_of_document(results: Results, directory: Path) -> str:

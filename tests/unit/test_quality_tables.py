@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
@@ -53,13 +54,19 @@ def test_configurations_have_names_of_their_own_and_flags() -> None:
     ]
 
 
-def row(right: str, logprob: list[float], group: str = "channels") -> Row:
+def row(
+    right: str,
+    logprob: list[float],
+    group: str = "channels",
+    labels: dict[str, Any] | None = None,
+) -> Row:
     """Asked without the question mark, at one size."""
     answers = {"unasked": {512: {"right": right, "logprob": " ".join(map(str, logprob))}}}
     return Row.model_validate(
         {
-            "group": group, "labels": {}, "settings": {}, "dtype": "bfloat16", "code": "c",
-            "date": "d", "seconds": 1.0, "plan": {"thin_share": {512: 0.75}}, "answers": answers,
+            "group": group, "labels": labels or {}, "settings": {}, "dtype": "bfloat16",
+            "code": "c", "date": "d", "seconds": 1.0, "plan": {"thin_share": {512: 0.75}},
+            "answers": answers,
         }
     )  # fmt: skip
 
