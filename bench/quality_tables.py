@@ -12,6 +12,7 @@ its two markers. The bundled model says nothing about real language models (mode
 import argparse
 import dataclasses
 import fnmatch
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -41,7 +42,7 @@ def fill(results: Results, wanted: list[Configuration], options: argparse.Namesp
             check(configuration)
         except ThinkError as error:
             # A setting that this version does not have yet, or no longer.
-            results.skipped[name] = str(error).split(";")[0]
+            results.skipped[name] = re.split(r";| \(", str(error))[0]
             print(f"{head}: not run: {results.skipped[name]}", flush=True)
             continue
         print(f"{head}: {shlex.join(flags(configuration)) or 'no flags'}", flush=True)
