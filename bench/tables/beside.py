@@ -65,6 +65,6 @@ def _line(row: Row, name: str, way: str, mine: Row) -> list[str]:
         share(share_right(mine, way)),
         share(share_right(row, way)),
         difference(found.right),
-        difference(found.logprob, 4),
+        difference(found.logprob),
         f"{largest:.2g}",
     ]

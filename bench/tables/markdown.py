@@ -32,8 +32,10 @@ def share(estimate: Estimate) -> str:
     return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
 
 
-def difference(found: Difference, digits: int = 3) -> str:
+def difference(found: Difference) -> str:
     """A difference with its interval; just the figure where all differences are the same."""
+    # Of log-probabilities, small ones are shown by the interval too; of shares they are not.
+    digits = 4 if "bootstrap" in found.estimate.method else 3
     estimate = found.estimate
     text = f"{estimate.value:+.{digits}f}"
     if estimate.low is None or estimate.high is None:
@@ -56,8 +58,8 @@ def claims(results: Results) -> str:
         lines.append(
             [
                 "0.4 loses less than a point to dense",
-                f"{answer}: {difference(found.right, 4)}",
-                difference(found.logprob, 4),
+                f"{answer}: {difference(found.right)}",
+                difference(found.logprob),
             ]
         )
     return table(["expected", "share right", "log-probability"], lines)
