@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from bench.tables.configurations import POLICIES, RATIOS
+from bench.tables.configurations import POLICIES, RATIOS, configurations
 from bench.tables.figures import compare, share_right, sign, within_a_point
 from bench.tables.questions import WAYS
 from bench.tables.results import Results, Row
@@ -134,7 +134,13 @@ def all_tables(results: Results) -> Iterator[str]:
 
 def remarks(results: Results) -> str:
     """What was not run, and which rows are not of one code."""
-    lines = [f"- not run: `{name}`: {reason}" for name, reason in results.skipped.items()]
+    names = [configuration.name for configuration in configurations()]
+    missing = [name for name in names if name not in results.rows and name not in results.skipped]
+    lines = []
+    if missing:
+        listed = ", ".join(f"`{name}`" for name in missing)
+        lines.append(f"- not asked yet, {len(missing)} of {len(names)}: {listed}")
+    lines += [f"- not run: `{name}`: {reason}" for name, reason in results.skipped.items()]
     codes = sorted({row.code for row in results.rows.values()})
     if len(codes) > 1:
         lines.append(f"- rows are of several versions of the code: {', '.join(codes)}")
