@@ -103,6 +103,8 @@ def _eviction(results: Results, path: Path) -> Path:
 
 def _draw_line(panel: object, points: list[tuple[float, Estimate]], label: str | None) -> None:
     """Draw figures, and their intervals where there are any."""
+    if not points:
+        return
     places = [place for place, _ in points]
     values = [estimate.value for _, estimate in points]
     below = [0.0 if e.low is None else e.value - e.low for _, e in points]
