@@ -66,5 +66,5 @@ def _line(row: Row, name: str, way: str, mine: Row) -> list[str]:
         share(share_right(row, way)),
         difference(found.right),
         difference(found.logprob),
-        f"{largest:.2g}",
+        f"{largest:.2g}" if largest else "below 1e-05",  # as results are rounded
     ]
