@@ -95,7 +95,7 @@ def test_no_generation_says_so_and_goes(recall_model: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ([], "--kv-channel-prune, --kv-value-prune or --kv-quant is needed"),
+        ([], "--kv-quant and --kv-evict is needed"),
         (["--kv-quant", "fp8", "--kv-cache-dtype", "fp8"], "do not support --kv-cache-dtype fp8"),
         (["--kv-channel-prune", "0.5", "--prompt-tokens", "100"], "--prompt-tokens 224 or more"),
         (["--kv-channel-prune", "0.5", "--new-tokens", "1500"], "exceed the model's 2048"),
