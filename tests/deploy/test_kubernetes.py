@@ -201,6 +201,8 @@ EVERYTHING: dict[str, Any] = {
     "think": {
         "channelPrune": 0.4,
         "valuePrune": 0.2,
+        "select": "key-norm",
+        "channelTables": "span",
         "quant": "kivi4",
         "quantGroup": 64,
         "recentWindow": 0,
@@ -235,6 +237,9 @@ def test_chart_with_every_value_renders(parse: Parse) -> None:
     assert parse_config(namespace.additional_config["think"]).model_dump() == {
         "kv_channel_prune": 0.4,
         "kv_value_prune": 0.2,
+        "kv_select": "key-norm",
+        "kv_channel_tables": "span",
+        "kv_channel_tables_file": None,
         "kv_quant": "kivi4",
         "kv_quant_group": 64,
         "kv_recent_window": 0,
@@ -243,6 +248,9 @@ def test_chart_with_every_value_renders(parse: Parse) -> None:
         "kv_prune_decode": False,
         "kv_prefix_cache": "dense",
         "kv_prune_prefill": False,
+        "kv_prune_max_loss": 1.0,
+        "kv_evict": "none",
+        "kv_evict_budget": 1024,
     }
     assert namespace.max_num_seqs == 64
     assert namespace.trust_remote_code is True
@@ -254,11 +262,31 @@ def test_chart_with_every_value_renders(parse: Parse) -> None:
     assert not selected.items() <= yaml.safe_load(test["manifest"])["metadata"]["labels"].items()
 
 
-def test_chart_passes_early_compaction(parse: Parse) -> None:
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({"quant": "k4v2", "prunePrefill": True}, {"kv_quant": "k4v2", "kv_prune_prefill": True}),
+        ({"evict": "h2o", "evictBudget": 512}, {"kv_evict": "h2o", "kv_evict_budget": 512}),
+        (
+            {"channelPrune": 0.3, "select": "static", "channelTablesFile": "/models/t.json"},
+            {
+                "kv_channel_prune": 0.3,
+                "kv_select": "static",
+                "kv_channel_tables_file": "/models/t.json",
+            },
+        ),
+        (
+            {"channelPrune": 0.3, "pruneMaxLoss": 0.2},
+            {"kv_channel_prune": 0.3, "kv_prune_max_loss": 0.2},
+        ),
+    ],
+)
+def test_chart_passes_what_was_given(
+    parse: Parse, given: dict[str, Any], wanted: dict[str, Any]
+) -> None:
     pytest.importorskip("helm_sdkpy")
-    given = {"think": {"channelPrune": None, "quant": "k4v2", "prunePrefill": True}}
-    namespace = parse(container(by_kind(render_chart(CHART, "demo", given)))["args"])
-    wanted = {"kv_quant": "k4v2", "kv_prune_prefill": True}
+    values = {"think": {"channelPrune": None, **given}}
+    namespace = parse(container(by_kind(render_chart(CHART, "demo", values)))["args"])
     assert namespace.additional_config["think"] == wanted
 
 

@@ -43,6 +43,15 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- if .valuePrune }}
 - --kv-value-prune={{ .valuePrune }}
 {{- end }}
+{{- if ne .select "think" }}
+- --kv-select={{ .select }}
+{{- end }}
+{{- if ne .channelTables "prompt" }}
+- --kv-channel-tables={{ .channelTables }}
+{{- end }}
+{{- if .channelTablesFile }}
+- --kv-channel-tables-file={{ .channelTablesFile }}
+{{- end }}
 {{- if ne .quant "none" }}
 - --kv-quant={{ .quant }}
 {{- end }}
@@ -66,6 +75,15 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end }}
 {{- if .prunePrefill }}
 - --kv-prune-prefill
+{{- end }}
+{{- if .pruneMaxLoss }}
+- --kv-prune-max-loss={{ .pruneMaxLoss }}
+{{- end }}
+{{- if ne .evict "none" }}
+- --kv-evict={{ .evict }}
+{{- end }}
+{{- if .evictBudget }}
+- --kv-evict-budget={{ int .evictBudget }}
 {{- end }}
 {{- end }}
 {{- end }}
