@@ -110,7 +110,11 @@ class TestPlain:
 
     def test_preempted_requests(self, server: Server, static: Static) -> None:
         before = server.metric("vllm:num_preemptions_total")
-        static.check(server, [500, 433, 610, 380, 420, 555, 300, 470], [300] * 8)
+        # One HTTP request, so that all start together however busy the machine is: in 38 blocks
+        # of the 69 that there are, and they grow to 137.
+        prompts = random_prompts([100, 133, 240, 80, 150, 155, 60, 170])
+        done = server.complete_together(prompts, 400)
+        assert static.worst(prompts, done) < TOLERANCE
         assert server.metric("vllm:num_preemptions_total") > before
 
 
