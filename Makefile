@@ -34,11 +34,7 @@ serve: setup ## Serve MODEL, PRUNE of its key channels pruned, QUANT its format 
 		$(if $(IS_BUNDLED),--kv-cache-memory-bytes 268435456) $(ARGS)
 
 test: setup ## Run the tests (TESTS=path, ARGS="-k name")
-ifeq ($(TESTS),tests)
-	$(OFFLINE) scripts/run_tests.sh $(BIN)/python $(ARGS)
-else
 	$(OFFLINE) $(BIN)/python -m pytest $(TESTS) $(ARGS)
-endif
 
 fmt: setup ## Format the code and fix what ruff can fix
 	$(BIN)/ruff format .
