@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from think_vllm.metrics.shares import kept_shares
 from think_vllm.metrics.worker import rank_report
 from think_vllm.planner import BlockPlan
 from think_vllm.policies import POLICIES, LayerHeads
@@ -34,6 +35,16 @@ class Choice:
         if which is not None:
             scores, channels = scores[which], channels[which]
         rank_report().add_choice(scores, channels)
+
+    def kept_shares(self) -> torch.Tensor:
+        """Share of the score mass that is kept: ``[n, Hk]`` float64.
+
+        Raises:
+            ValueError: If the policy's scores have no mass.
+        """
+        if self.scores is None:
+            raise ValueError("kept_shares: scores is None; the policy's scores have no mass")
+        return kept_shares(self.scores, self.channels[:, :, : self.keys])
 
 
 class Chooser:

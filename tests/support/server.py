@@ -167,6 +167,13 @@ class Server:
 
     def complete(self, prompt: list[int] | str, max_tokens: int, **options: Any) -> Completion:
         """Greedy completion of exactly ``max_tokens`` tokens."""
+        return self._complete(prompt, max_tokens, **options)[0]
+
+    def complete_together(self, prompts: Sequence[list[int]], max_tokens: int) -> list[Completion]:
+        """Complete all prompts in one HTTP request; see ``complete``."""
+        return self._complete(list(prompts), max_tokens)
+
+    def _complete(self, prompt: Any, max_tokens: int, **options: Any) -> list[Completion]:
         body = {
             "prompt": prompt,
             "max_tokens": max_tokens,
@@ -175,18 +182,6 @@ class Server:
             "ignore_eos": True,
             "return_token_ids": True,
             **options,
-        }
-        return completion_of(self.ask(**body)["choices"][0])
-
-    def complete_together(self, prompts: Sequence[list[int]], max_tokens: int) -> list[Completion]:
-        """Complete all prompts in one HTTP request; see ``complete``."""
-        body = {
-            "prompt": list(prompts),
-            "max_tokens": max_tokens,
-            "temperature": 0,
-            "logprobs": 0,
-            "ignore_eos": True,
-            "return_token_ids": True,
         }
         choices = sorted(self.ask(**body)["choices"], key=lambda choice: choice["index"])
         return [completion_of(choice) for choice in choices]

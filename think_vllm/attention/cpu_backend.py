@@ -14,8 +14,8 @@ from think_vllm.attention.cpu_impl import ThinkCPUImpl
 from think_vllm.blocks.spec import customize_spec
 
 
-class ThinkCPUBackend(CPUAttentionBackend):
-    """CPU attention over thin and dense blocks."""
+class CustomCPUBackend(CPUAttentionBackend):
+    """What our backends on CPUs have in common."""
 
     supported_kv_cache_dtypes = ("auto", "float16", "bfloat16")
 
@@ -26,13 +26,17 @@ class ThinkCPUBackend(CPUAttentionBackend):
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
-        """Block sizes of vLLM's ``vec16`` kernels."""
+        """Block sizes of vLLM's ``vec16`` kernels, and of ours, which read whole vectors."""
         return [MultipleOf(16)]
 
     @classmethod
     def supports_attn_type(cls, attn_type: str) -> bool:
         """Decoders only."""
         return bool(attn_type == AttentionType.DECODER)
+
+
+class ThinkCPUBackend(CustomCPUBackend):
+    """CPU attention over thin and dense blocks."""
 
     @staticmethod
     def get_impl_cls() -> type[ThinkCPUImpl]:

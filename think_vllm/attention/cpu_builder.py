@@ -23,6 +23,7 @@ from think_vllm.attention.evicting import Pack, Watched, take_packs, watch
 from think_vllm.attention.guard import begin_guard, take_verdicts
 from think_vllm.attention.sorting import leading_thin_spans, sort_step
 from think_vllm.attention.step import Int32Array, Int64Array, Prefill, Step, Wave
+from think_vllm.attention.tokens import Tokens, token_range
 from think_vllm.blocks.spec import ThinKVCacheSpec
 from think_vllm.errors import ThinkError
 from think_vllm.eviction import table_of_entries
@@ -34,9 +35,6 @@ from think_vllm.spans import RowLimits
 #: Of a step in which nothing is due, and of one that only decodes.
 _NONE_DUE, _NONE_KEPT = np.zeros(0, np.int32), np.zeros(0, np.bool_)
 _NOTHING_ELSE = Step(None, [], None, None, [])
-
-#: Tokens of a step: a slice where they are neighbours, else their indices.
-Tokens = slice | torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -370,12 +368,3 @@ def _query_rows(
             thin_spans=thin_spans[order].astype(np.int32),
         ),
     )
-
-
-def token_range(indices: Int64Array) -> Tokens:
-    """Tokens of a step, given in ascending order."""
-    first, last = int(indices[0]), int(indices[-1])
-    # Indices ascend strictly, so the range is full if its ends say so.
-    if last - first + 1 == indices.size:
-        return slice(first, last + 1)
-    return torch.from_numpy(indices)

@@ -20,14 +20,14 @@ from think_vllm.attention.cpu_dense import clear_tail
 from think_vllm.attention.cpu_evict import CPUEvictor
 from think_vllm.attention.guard import loss_guard
 from think_vllm.attention.heads import rank_heads
+from think_vllm.attention.refusals import refuse_options
 from think_vllm.attention.state import LayerState
 from think_vllm.attention.step import Choices, Ends, Observation
+from think_vllm.attention.tokens import put_back
 from think_vllm.choosing import Chooser
-from think_vllm.errors import WAY_OUT, ThinkError
 from think_vllm.kernels.cpu.compaction import compact_spans, read_channels
 from think_vllm.kernels.cpu.decode import decode_attention
 from think_vllm.kernels.cpu.scoring import add_query_energy, key_energy
-from think_vllm.metrics.shares import kept_shares
 from think_vllm.metrics.worker import rank_report
 from think_vllm.selection import remember_plan
 
@@ -37,15 +37,13 @@ class ThinkCPUImpl(CPUAttentionBackendImpl):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        for value, name in (
-            (self.alibi_slopes, "ALiBi position biases"),
-            (self.kv_sharing_target_layer_name, "a KV cache shared between layers"),
-        ):
-            if value is not None:
-                raise ThinkError(
-                    f"thin KV blocks: an attention layer has {name}, which is not supported. "
-                    f"{WAY_OUT}"
-                )
+        refuse_options(
+            "thin KV blocks",
+            (
+                (self.alibi_slopes, "ALiBi position biases"),
+                (self.kv_sharing_target_layer_name, "a KV cache shared between layers"),
+            ),
+        )
         # vLLM builds layers with their engine's config at hand, and asks for specs without it.
         config = get_current_vllm_config()
         self.plan = remember_plan(config)
@@ -160,10 +158,9 @@ class ThinkCPUImpl(CPUAttentionBackendImpl):
         if part.scratch is not None:
             part.scratch.store(key[where], value[where])
             kv_cache = part.scratch.blocks
-        answer = output[where]  # a view for a slice, a copy for indices
+        answer = output[where]
         super().forward(layer, query[where], key, value, kv_cache, part.metadata, answer)
-        if isinstance(where, torch.Tensor):
-            output[where] = answer
+        put_back(output, where, answer)
 
     def _observe(
         self,
@@ -251,11 +248,8 @@ class ThinkCPUImpl(CPUAttentionBackendImpl):
             counted = torch.from_numpy(~ends.packed[choices.end])
         choice.report(counted)
         if self.plan.guards:
-            assert choice.scores is not None
             names = [metadata.names[row] for row in ends.request[choices.end]]
-            loss_guard().add(
-                names, kept_shares(choice.scores, choice.channels[:, :, : choice.keys])
-            )
+            loss_guard().add(names, choice.kept_shares())
         return choice.channels
 
     def _all_channels(self, count: int) -> torch.Tensor:
@@ -320,8 +314,7 @@ class ThinkCPUImpl(CPUAttentionBackendImpl):
             logits_soft_cap=self.logits_soft_cap,
             sinks=self.sinks,
         )
-        if isinstance(queries.tokens, torch.Tensor):
-            output[queries.tokens] = part
+        put_back(output, queries.tokens, part)
 
     def _block(self, metadata: ThinkCPUMetadata, request: int, position: int) -> int:
         return int(metadata.block_table[request, position // self.plan.block_size])

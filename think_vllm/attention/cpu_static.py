@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 from vllm.config import get_current_vllm_config
-from vllm.v1.attention.backend import AttentionType, MultipleOf
-from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
+from think_vllm.attention.cpu_backend import CustomCPUBackend
 from think_vllm.attention.cpu_static_builder import StaticCPUMetadata, StaticCPUMetadataBuilder
-from think_vllm.errors import FLAGS, ThinkError
+from think_vllm.attention.refusals import refuse_options
+from think_vllm.attention.tokens import put_back
+from think_vllm.errors import ThinkError
 from think_vllm.kernels.cpu.static_attention import static_attention
 from think_vllm.kernels.cpu.static_blocks import StaticChannels
 from think_vllm.kernels.cpu.static_store import read_back, store_static
@@ -30,15 +32,13 @@ class StaticCPUImpl(CPUAttentionBackendImpl):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        for value, name in (
-            (self.alibi_slopes, "ALiBi position biases"),
-            (self.kv_sharing_target_layer_name, "a KV cache shared between layers"),
-        ):
-            if value is not None:
-                raise ThinkError(
-                    f"{WHO}: an attention layer has {name}, which is not supported. Serve this "
-                    f"model without {FLAGS}"
-                )
+        refuse_options(
+            WHO,
+            (
+                (self.alibi_slopes, "ALiBi position biases"),
+                (self.kv_sharing_target_layer_name, "a KV cache shared between layers"),
+            ),
+        )
         # vLLM builds layers with their engine's config at hand, and asks for specs without it.
         self.plan = remember_static(get_current_vllm_config()).plan
         self.channels: StaticChannels | None = None
@@ -96,13 +96,12 @@ class StaticCPUImpl(CPUAttentionBackendImpl):
             keys = read_back(key[where], self.channels.keys, self.plan)
             values = read_back(value[where], self.channels.values, self.plan)
             fresh.scratch.store(keys, values)
-            answer = output[where]  # a view for a slice, a copy for indices
+            answer = output[where]
             # vLLM's kernel takes its form of blocks from the metadata.
             super().forward(
                 layer, query[where], keys, values, fresh.scratch.blocks, fresh.metadata, answer
             )
-            if isinstance(where, torch.Tensor):
-                output[where] = answer
+            put_back(output, where, answer)
         rows = attn_metadata.rows
         if rows is not None:
             part = output[rows.tokens]
@@ -119,30 +118,12 @@ class StaticCPUImpl(CPUAttentionBackendImpl):
                 logits_soft_cap=self.logits_soft_cap,
                 sinks=self.sinks,
             )
-            if isinstance(rows.tokens, torch.Tensor):
-                output[rows.tokens] = part
+            put_back(output, rows.tokens, part)
         return output
 
 
-class StaticCPUBackend(CPUAttentionBackend):
+class StaticCPUBackend(CustomCPUBackend):
     """CPU attention over statically pruned blocks."""
-
-    supported_kv_cache_dtypes = ("auto", "float16", "bfloat16")
-
-    @staticmethod
-    def get_name() -> str:
-        """Name in vLLM's backend registry."""
-        return "CUSTOM"
-
-    @staticmethod
-    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
-        """Block sizes that the kernels read in whole vectors."""
-        return [MultipleOf(16)]
-
-    @classmethod
-    def supports_attn_type(cls, attn_type: str) -> bool:
-        """Decoders only."""
-        return bool(attn_type == AttentionType.DECODER)
 
     @staticmethod
     def get_impl_cls() -> type[StaticCPUImpl]:

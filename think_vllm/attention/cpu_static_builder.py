@@ -16,10 +16,11 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
-from think_vllm.attention.cpu_builder import Tokens, prefill_common, token_range
+from think_vllm.attention.cpu_builder import prefill_common
 from think_vllm.attention.cpu_scratch import BLOCK_SIZE, PromptScratch
 from think_vllm.attention.heads import rank_heads
 from think_vllm.attention.step import Prefill
+from think_vllm.attention.tokens import Tokens, token_range
 from think_vllm.kernels.cpu.static_attention import static_attention
 from think_vllm.kernels.cpu.static_blocks import StaticChannels
 from think_vllm.metrics.worker import begin_report

@@ -26,8 +26,9 @@ from think_vllm.attention.cuda_parts import (
 )
 from think_vllm.attention.cuda_state import GroupState
 from think_vllm.attention.heads import rank_heads
+from think_vllm.attention.refusals import refuse_options
+from think_vllm.attention.tokens import put_back
 from think_vllm.choosing import Chooser
-from think_vllm.errors import WAY_OUT, ThinkError
 from think_vllm.selection import remember_plan
 
 #: Values of ``--kv-cache-dtype`` that leave keys and values as computed.
@@ -52,23 +53,21 @@ class ThinkCUDAImpl(AttentionImpl[ThinkCUDAMetadata]):
         **others: Any,
     ) -> None:
         others = {name: value for name, value in others.items() if value is not None}
-        for value, name in (
-            (alibi_slopes, "ALiBi position biases"),
-            (sliding_window, "a sliding window"),
-            (others.pop("sinks", None), "attention sinks"),
-            (kv_sharing_target_layer_name, "a KV cache shared between layers"),
-            (None if attn_type == "decoder" else attn_type, f"attention of type {attn_type}"),
-            (others or None, f"options that are unknown here: {', '.join(others)}"),
+        refuse_options(
+            "thin KV blocks",
             (
-                None if kv_cache_dtype in PLAIN_DTYPES else kv_cache_dtype,
-                f"a KV cache of dtype {kv_cache_dtype}, perhaps its checkpoint's",
+                (alibi_slopes, "ALiBi position biases"),
+                (sliding_window, "a sliding window"),
+                (others.pop("sinks", None), "attention sinks"),
+                (kv_sharing_target_layer_name, "a KV cache shared between layers"),
+                (None if attn_type == "decoder" else attn_type, f"attention of type {attn_type}"),
+                (others or None, f"options that are unknown here: {', '.join(others)}"),
+                (
+                    None if kv_cache_dtype in PLAIN_DTYPES else kv_cache_dtype,
+                    f"a KV cache of dtype {kv_cache_dtype}, perhaps its checkpoint's",
+                ),
             ),
-        ):
-            if value is not None:
-                raise ThinkError(
-                    f"thin KV blocks: an attention layer has {name}, which is not supported. "
-                    f"{WAY_OUT}"
-                )
+        )
         self.num_heads = num_heads
         self.head_size = head_size
         self.scale = float(scale)
@@ -248,8 +247,7 @@ class ThinkCUDAImpl(AttentionImpl[ThinkCUDAMetadata]):
                 logits_soft_cap=self.logits_soft_cap,
                 thin_spans=chunks.thin_spans,
             )
-        if isinstance(where, torch.Tensor):
-            output[where] = answer
+        put_back(output, where, answer)
 
     def _observe(
         self, query: torch.Tensor, output: torch.Tensor, observed: Observed, kept: torch.Tensor
@@ -360,5 +358,4 @@ class ThinkCUDAImpl(AttentionImpl[ThinkCUDAMetadata]):
             logits_soft_cap=self.logits_soft_cap,
             max_context=metadata.max_context,
         )
-        if isinstance(where, torch.Tensor):
-            output[where] = answer
+        put_back(output, where, answer)

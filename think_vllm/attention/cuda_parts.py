@@ -11,9 +11,8 @@ import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from think_vllm.attention.evicting import Pack, Watched
+from think_vllm.attention.tokens import Tokens
 
-#: Tokens of a step: a slice where they are neighbours, else their indices.
-Tokens = slice | torch.Tensor
 T = TypeVar("T")
 
 #: Triton compiles kernels for pointers to multiples of 16 bytes apart from those for others.

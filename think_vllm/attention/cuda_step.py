@@ -16,10 +16,10 @@ from think_vllm.attention.cuda_parts import (
     Rows,
     Slots,
     StepParts,
-    Tokens,
     WaveParts,
 )
 from think_vllm.attention.step import Choices, Ends, Int64Array, Observation, Prefill, Step, Wave
+from think_vllm.attention.tokens import token_range
 from think_vllm.spans import SpanRule
 
 
@@ -103,7 +103,7 @@ def _prompt_parts(prefill: Prefill | None) -> list[Chunks]:
     return [
         Chunks(
             fresh=is_fresh,
-            tokens=_tokens(chosen.tokens()),
+            tokens=token_range(chosen.tokens(), torch.int32),
             starts=_ints(np.concatenate(([0], np.cumsum(chosen.num_tokens)))),
             seq_len=_ints(chosen.seq_len),
             request=_ints(chosen.request),
@@ -187,7 +187,7 @@ def _wave_parts(wave: Wave, slots: StepSlots) -> WaveParts:
     rows = None
     if single.size:
         rows = Rows(
-            tokens=_tokens(wave.token[single]),
+            tokens=token_range(wave.token[single], torch.int32),
             request=_ints(wave.request[single]),
             seq_len=_ints(wave.seq_len[single]),
             thin_spans=_ints(wave.thin_spans[single]),
@@ -205,8 +205,9 @@ def _resumed_chunks(wave: Wave, first: Int64Array, count: Int64Array) -> Chunks 
     last = first + count - 1
     return Chunks(
         fresh=False,
-        tokens=_tokens(
-            np.concatenate([wave.token[i : j + 1] for i, j in zip(first, last, strict=True)])
+        tokens=token_range(
+            np.concatenate([wave.token[i : j + 1] for i, j in zip(first, last, strict=True)]),
+            torch.int32,
         ),
         starts=_ints(np.concatenate(([0], np.cumsum(count)))),
         seq_len=_ints(wave.seq_len[last]),
@@ -214,14 +215,6 @@ def _resumed_chunks(wave: Wave, first: Int64Array, count: Int64Array) -> Chunks 
         thin_spans=_ints(wave.thin_spans[last]),
         max_query_len=int(count.max()),
     )
-
-
-def _tokens(indices: Int64Array) -> Tokens:
-    first, last = int(indices[0]), int(indices[-1])
-    # Indices ascend strictly, so the range is full if its ends say so.
-    if last - first + 1 == indices.size:
-        return slice(first, last + 1)
-    return _ints(indices)
 
 
 def _ints(values: npt.ArrayLike) -> torch.Tensor:

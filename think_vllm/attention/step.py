@@ -146,7 +146,7 @@ class Ends:
         if per_span:
             spans = self.num_spans
             if rule.delay_prompt:  # they are compacted in the next step, and chosen for now
-                old = np.maximum(0, self.num_tokens - rule.recent_window) // rule.span_tokens
+                old = rule.prompt_spans_array(self.num_tokens)
                 spans = np.maximum(0, old - self.first_span)
         count = np.maximum(1, spans)
         begin = np.cumsum(count) - count
