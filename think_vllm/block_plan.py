@@ -4,21 +4,16 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from think_vllm.budget import kept_tokens
-from think_vllm.config import ThinkConfig
-from think_vllm.formats import BlockFormat
+from think_vllm.channel_plan import ChannelPlan
 from think_vllm.layout import ThinLayout
 from think_vllm.spans import SpanRule
 
 
 @dataclass(frozen=True)
-class BlockPlan:
-    """How the KV blocks of one model are pruned and quantized.
+class BlockPlan(ChannelPlan):
+    """How the KV blocks of one model are pruned and quantized; see ``ChannelPlan``, too.
 
     Args:
-        config: What was asked for.
-        head_size: Channels of a key head.
-        key_channels: Kept key channels.
-        value_channels: Kept value channels.
         block_size: Tokens of a dense block.
         span_blocks: Dense blocks that are compacted together.
         thin_blocks: Blocks that they become.
@@ -26,10 +21,6 @@ class BlockPlan:
         itemsize: Bytes of a cache element.
     """
 
-    config: ThinkConfig
-    head_size: int
-    key_channels: int
-    value_channels: int
     block_size: int
     span_blocks: int
     thin_blocks: int
@@ -83,29 +74,9 @@ class BlockPlan:
         return self.config.kv_observation_window if self.prunes else 0
 
     @property
-    def format(self) -> BlockFormat:
-        """How thin blocks are coded."""
-        return self.config.format
-
-    @property
-    def prunes(self) -> bool:
-        """Whether channels are left out, and so have to be chosen."""
-        return self.prunes_keys or self.prunes_values
-
-    @property
     def guards(self) -> bool:
         """Whether requests whose keys would lose too much stay dense."""
         return self.config.guards and self.prunes_keys
-
-    @property
-    def prunes_keys(self) -> bool:
-        """Whether key channels are left out."""
-        return self.key_channels < self.head_size
-
-    @property
-    def prunes_values(self) -> bool:
-        """Whether value channels are left out."""
-        return self.value_channels < self.head_size
 
     @property
     def chooses_per_span(self) -> bool:
@@ -119,21 +90,6 @@ class BlockPlan:
         Those of keys, all of them if none is pruned; then, if some are pruned, those of values.
         """
         return self.key_channels + (self.value_channels if self.prunes_values else 0)
-
-    @property
-    def requested_ratio(self) -> float:
-        """Fraction of key channels that was asked to go."""
-        return self.config.kv_channel_prune
-
-    @property
-    def actual_ratio(self) -> float:
-        """Fraction of key channels that goes."""
-        return 1.0 - self.key_channels / self.head_size
-
-    @property
-    def actual_value_ratio(self) -> float:
-        """Fraction of value channels that goes."""
-        return 1.0 - self.value_channels / self.head_size
 
     @property
     def span_tokens(self) -> int:

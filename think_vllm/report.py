@@ -3,6 +3,7 @@
 from typing import Any
 
 from think_vllm.budget import kept_tokens
+from think_vllm.channel_plan import ChannelPlan
 from think_vllm.config import ThinkConfig
 from think_vllm.formats import Coding
 from think_vllm.planner import BlockPlan, plan_blocks
@@ -27,10 +28,10 @@ def plan_summary(plan: BlockPlan) -> list[str]:
     prefixes = "thin" if plan.config.kv_prefix_cache == "thin" else "as dense copies"
     return [
         f"{_channels(plan)}; {_codings(plan)}",
-        f"{plan.span_blocks} blocks of {plan.block_size} tokens become {plan.thin_blocks} "
-        f"(span {plan.span_tokens} tokens; recent window {plan.config.kv_recent_window}, "
+        f"{_blocks(plan)} (span {plan.span_tokens} tokens; "
+        f"recent window {plan.config.kv_recent_window}, "
         f"observation window {plan.config.kv_observation_window}, decoded spans "
-        f"{'compacted too' if plan.config.kv_prune_decode else 'stay dense'}, "
+        f"{'compacted too' if plan.rule.prune_decode else 'stay dense'}, "
         f"{'at the end of every chunk of a prompt, ' if plan.config.kv_prune_prefill else ''}"
         f"prefixes cached {prefixes})",
         *_eviction(plan),
@@ -62,14 +63,7 @@ def static_summary(plan: StaticPlan) -> list[str]:
 def static_fields(plan: StaticPlan) -> dict[str, Any]:
     """A plan of static pruning as flat, JSON-ready fields; those of ``plan_fields`` that it has."""
     return {
-        "head_size": plan.head_size,
-        "key_channels": plan.key_channels,
-        "value_channels": plan.value_channels,
-        "requested_ratio": plan.requested_ratio,
-        "actual_ratio": plan.actual_ratio,
-        "requested_value_ratio": plan.config.kv_value_prune,
-        "actual_value_ratio": plan.actual_value_ratio,
-        "kv_quant": plan.config.kv_quant,
+        **_channel_fields(plan),
         "select": plan.config.kv_select,
         "channel_tables_file": plan.config.kv_channel_tables_file,
         "block_size": plan.block_size,
@@ -107,14 +101,7 @@ def context_hint(plan: BlockPlan, tokens: int, block_size: int | None = None) ->
 def plan_fields(plan: BlockPlan) -> dict[str, Any]:
     """The plan as flat, JSON-ready fields."""
     return {
-        "head_size": plan.head_size,
-        "key_channels": plan.key_channels,
-        "value_channels": plan.value_channels,
-        "requested_ratio": plan.requested_ratio,
-        "actual_ratio": plan.actual_ratio,
-        "requested_value_ratio": plan.config.kv_value_prune,
-        "actual_value_ratio": plan.actual_value_ratio,
-        "kv_quant": plan.format.name,
+        **_channel_fields(plan),
         "kv_quant_group": plan.config.kv_quant_group if plan.format.has_groups else None,
         "block_size": plan.block_size,
         "span_blocks": plan.span_blocks,
@@ -140,6 +127,25 @@ def plan_fields(plan: BlockPlan) -> dict[str, Any]:
         "waste": plan.waste,
         "capacity_multiple": plan.capacity_multiple,
         **{f"effective_multiple_{k}k": plan.effective_multiple(1024 * k) for k in CONTEXTS},
+    }
+
+
+def _blocks(plan: BlockPlan) -> str:
+    if plan.span_blocks == plan.thin_blocks:  # only evicted
+        return f"blocks of {plan.block_size} tokens hold kept tokens as they are"
+    return f"{plan.span_blocks} blocks of {plan.block_size} tokens become {plan.thin_blocks}"
+
+
+def _channel_fields(plan: ChannelPlan) -> dict[str, Any]:
+    return {
+        "head_size": plan.head_size,
+        "key_channels": plan.key_channels,
+        "value_channels": plan.value_channels,
+        "requested_ratio": plan.requested_ratio,
+        "actual_ratio": plan.actual_ratio,
+        "requested_value_ratio": plan.config.kv_value_prune,
+        "actual_value_ratio": plan.actual_value_ratio,
+        "kv_quant": plan.format.name,
     }
 
 
@@ -181,7 +187,7 @@ def _ratios(actual: float, requested: float) -> str:
     return f"(pruned: {actual:.3f}, requested {requested:g})"
 
 
-def _codings(plan: BlockPlan | StaticPlan) -> str:
+def _codings(plan: ChannelPlan) -> str:
     keys, values = _CODINGS[plan.format.keys], _CODINGS[plan.format.values]
     same = f"keys and values {keys}" if keys == values else f"keys {keys}, values {values}"
     if not plan.format.has_groups:
@@ -198,7 +204,7 @@ def budget_text(fields: dict[str, Any]) -> str:
         else ""
     )
     return (
-        f"  {fields['memory_bytes'] / 2**30:.2f} GiB of KV cache{share}, requests of "
+        f"{fields['memory_bytes'] / 2**30:.2f} GiB of KV cache{share}, requests of "
         f"{fields['context_length']} tokens: {fields['plain_requests']} plain, "
         f"{fields['thin_requests']} thin; of about that length, on average, "
         f"{fields['plain_tokens']} and {fields['thin_tokens']} tokens"

@@ -59,14 +59,18 @@ def plan(arguments: Sequence[str]) -> int:
         made, heads, layers, namespace.memory, namespace.context_length
     )
     fields["num_ranks"] = ranks[0].world_size
+    lines = _text(made, fields)
+    lines += context_hint(made, namespace.context_length, namespace.block_size)
+    print_plan(namespace, fields, [*lines, *window_summary(layers)])
+    return 0
+
+
+def print_plan(namespace: argparse.Namespace, fields: dict[str, Any], lines: list[str]) -> None:
+    """Print a plan's fields as JSON, or its lines, whichever was asked for."""
     if namespace.json:
         print(json.dumps({"model": namespace.model, **fields}, indent=2))
     else:
-        lines = _text(namespace.model, made, fields)
-        hints = context_hint(made, namespace.context_length, namespace.block_size)
-        lines += [f"  {line}" for line in [*hints, *window_summary(layers)]]
-        print("\n".join(lines))
-    return 0
+        print("\n  ".join([namespace.model, *lines]))
 
 
 def budget_fields(
@@ -209,10 +213,8 @@ def _engine_shape(namespace: argparse.Namespace) -> tuple[Any, list[Any]]:
     return model_config, ranks
 
 
-def _text(model: str, made: BlockPlan, fields: dict[str, Any]) -> list[str]:
-    lines = [f"{model}"]
-    lines += [f"  {line}" for line in plan_summary(made)[:-1]]
-    lines.append(budget_text(fields))
+def _text(made: BlockPlan, fields: dict[str, Any]) -> list[str]:
+    lines = [*plan_summary(made)[:-1], budget_text(fields)]
     for kind, ratio, kept in (
         ("", made.requested_ratio, made.key_channels),
         ("value ", made.config.kv_value_prune, made.value_channels),
@@ -220,7 +222,7 @@ def _text(model: str, made: BlockPlan, fields: dict[str, Any]) -> list[str]:
         wanted = made.head_size - pruned_channels(ratio, made.head_size)
         if kept != wanted:
             lines.append(
-                f"  {wanted} {kind}channels were asked for; blocks are whole, and {kept} is the "
+                f"{wanted} {kind}channels were asked for; blocks are whole, and {kept} is the "
                 "most that fits"
             )
     return lines

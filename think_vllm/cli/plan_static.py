@@ -1,9 +1,9 @@
 """``think-vllm plan`` with ``--kv-select static``."""
 
 import argparse
-import json
 from typing import Any
 
+from think_vllm.cli.plan import print_plan
 from think_vllm.config import ThinkConfig, prune_flags
 from think_vllm.errors import ThinkError
 from think_vllm.report import budget_text, static_fields, static_summary
@@ -33,11 +33,7 @@ def print_static(
         made, heads, layers, namespace.memory, namespace.context_length
     )
     fields["num_ranks"] = ranks[0].world_size
-    if namespace.json:
-        print(json.dumps({"model": namespace.model, **fields}, indent=2))
-    else:
-        lines = [namespace.model, *(f"  {line}" for line in static_summary(made))]
-        print("\n".join([*lines, budget_text(fields)]))
+    print_plan(namespace, fields, [*static_summary(made), budget_text(fields)])
     return 0
 
 

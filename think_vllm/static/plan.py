@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from functools import cached_property
 
+from think_vllm.channel_plan import ChannelPlan
 from think_vllm.config import ThinkConfig
 from think_vllm.errors import WAY_OUT, ThinkError
-from think_vllm.formats import BlockFormat
 from think_vllm.layout import MAX_HEAD_SIZE, StaticLayout
 from think_vllm.planner import SIZE_MULTIPLE, pruned_channels
 
@@ -14,22 +14,14 @@ BLOCK_SIZE = 128
 
 
 @dataclass(frozen=True)
-class StaticPlan:
-    """How the KV blocks of one model are pruned from the first token on.
+class StaticPlan(ChannelPlan):
+    """How the KV blocks of one model are pruned from the first token on; see ``ChannelPlan``, too.
 
     Args:
-        config: What was asked for.
-        head_size: Channels of a key head.
-        key_channels: Kept key channels.
-        value_channels: Kept value channels.
         block_size: Tokens of a block.
         itemsize: Bytes of a cache element.
     """
 
-    config: ThinkConfig
-    head_size: int
-    key_channels: int
-    value_channels: int
     block_size: int
     itemsize: int
 
@@ -46,39 +38,9 @@ class StaticPlan:
         return self.config.kv_quant == "fp8"
 
     @property
-    def format(self) -> BlockFormat:
-        """How tokens are coded."""
-        return self.config.format
-
-    @property
-    def prunes_keys(self) -> bool:
-        """Whether key channels are left out."""
-        return self.key_channels < self.head_size
-
-    @property
-    def prunes_values(self) -> bool:
-        """Whether value channels are left out."""
-        return self.value_channels < self.head_size
-
-    @property
     def chooses_per_span(self) -> bool:
         """Whether each span has channels of its own: there are no spans."""
         return False
-
-    @property
-    def requested_ratio(self) -> float:
-        """Fraction of key channels that was asked to go."""
-        return self.config.kv_channel_prune
-
-    @property
-    def actual_ratio(self) -> float:
-        """Fraction of key channels that goes."""
-        return 1.0 - self.key_channels / self.head_size
-
-    @property
-    def actual_value_ratio(self) -> float:
-        """Fraction of value channels that goes."""
-        return 1.0 - self.value_channels / self.head_size
 
     @property
     def dense_bytes_per_token_head(self) -> int:
