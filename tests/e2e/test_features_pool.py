@@ -145,22 +145,23 @@ def test_clients_that_hang_up(server: Server, reference: Reference) -> None:
 
 
 def test_client_that_does_not_wait_for_the_answer(server: Server, reference: Reference) -> None:
-    count = 700
+    count, answers = 700, 4
     body = {"model": server.model, "max_tokens": count, "ignore_eos": True}
     headers = {"Content-Type": "application/json"}
     generated = "vllm:generation_tokens_total"
-    # The answer may be done before the server has seen that nobody waits for it.
+    # Answers come one after the other, and all of them may be done before the server has seen that
+    # nobody waits for them.
     for _ in range(ROUNDS):
         before = server.metric(generated)
-        [prompt] = random_prompts([300], seed=4)
+        prompts = random_prompts([300] * answers, seed=4)
         with closing(http.client.HTTPConnection(server.url.removeprefix("http://"))) as connection:
             connection.request(
-                "POST", "/v1/completions", json.dumps({**body, "prompt": prompt}), headers
+                "POST", "/v1/completions", json.dumps({**body, "prompt": prompts}), headers
             )
-            # First come, first served: once this one is answered, the other one runs.
-            server.complete([5, 6, 7], 1)
+            # It came later, and goes first: once it is answered, the others are there.
+            server.complete([5, 6, 7], 1, priority=-1)
         assert_nothing_lost(server, reference)
-        if server.metric(generated) - before < count:
+        if server.metric(generated) - before < answers * count:
             return
     raise AssertionError(f"in {ROUNDS} rounds no answer was cut off")
 
