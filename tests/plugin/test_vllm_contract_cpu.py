@@ -85,7 +85,7 @@ STORE += ["kv_cache_dtype"]
                 "supports_dcp_with_varlen",
             ],
         ),
-        ("attention/cpu_builder.py", CommonAttentionMetadata.replace, ["self", "kwargs"]),
+        ("attention/cpu_parts.py", CommonAttentionMetadata.replace, ["self", "kwargs"]),
         ("attention/cpu_impl.py", CPUAttentionBackendImpl.__init__, LAYER),
         ("attention/cpu_impl.py", CPUAttentionBackendImpl.forward, FORWARD),
         ("attention/cpu_dense.py", ops.cpu_attn_reshape_and_cache, STORE),
@@ -132,7 +132,7 @@ def test_vllm_signature_is_what_we_rely_on(
             {"alibi_slopes", "sinks", "kv_sharing_target_layer_name", "scale", "head_size"}
             | {"num_kv_heads", "logits_soft_cap", "do_kv_cache_update"},
         ),
-        ("attention/cpu_builder.py", CPUAttentionMetadata, {"block_table", "scheduler_metadata"}),
+        ("attention/cpu_parts.py", CPUAttentionMetadata, {"block_table", "scheduler_metadata"}),
         ("attention/cpu_static.py", FullAttentionSpec, {"head_size", "head_size_v"}),
         ("attention/cpu_static_builder.py", Attention, {"impl"}),
     ],

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from tests.kernels.helpers import make_plan
 from think_vllm import compat_rows
-from think_vllm.attention.cpu_builder import ThinkCPUMetadata, ThinkCPUMetadataBuilder
+from think_vllm.attention.cpu_builder import ThinkCPUMetadataBuilder
+from think_vllm.attention.cpu_parts import ThinkCPUMetadata
 from think_vllm.config import ThinkConfig
 from think_vllm.planner import BlockPlan, plan_blocks
 from think_vllm.spans import ENDLESS, SpanRule

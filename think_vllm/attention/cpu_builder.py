@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
-from vllm.v1.attention.backends.cpu_attn import (
-    CPUAttentionMetadata,
-    CPUAttentionMetadataBuilder,
-)
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadataBuilder
 
 from think_vllm import compat, compat_metrics, compat_rows
 from think_vllm.attention.cpu_dense import dense_isa
 from think_vllm.attention.cpu_evict import skip_evicted
+from think_vllm.attention.cpu_parts import (
+    PrefillPart,
+    QueryRows,
+    ThinkCPUMetadata,
+    WaveRows,
+    prefill_common,
+    split_prefill,
+    wave_rows,
+)
 from think_vllm.attention.cpu_scratch import BLOCK_SIZE, PromptScratch
-from think_vllm.attention.evicting import Pack, Watched, take_packs, watch
+from think_vllm.attention.evicting import take_packs, watch
 from think_vllm.attention.guard import begin_guard, take_verdicts
 from think_vllm.attention.sorting import leading_thin_spans, sort_step
-from think_vllm.attention.step import Int32Array, Int64Array, Prefill, Step, Wave
-from think_vllm.attention.tokens import Tokens, token_range
+from think_vllm.attention.step import Int64Array, Prefill, Step
+from think_vllm.attention.tokens import token_range
 from think_vllm.blocks.spec import ThinKVCacheSpec
 from think_vllm.errors import ThinkError
 from think_vllm.eviction import table_of_entries
@@ -35,85 +39,6 @@ from think_vllm.spans import RowLimits
 #: Of a step in which nothing is due, and of one that only decodes.
 _NONE_DUE, _NONE_KEPT = np.zeros(0, np.int32), np.zeros(0, np.bool_)
 _NOTHING_ELSE = Step(None, [], None, None, [])
-
-
-@dataclass(frozen=True)
-class QueryRows:
-    """Queries that attend to thin and dense blocks.
-
-    Args:
-        tokens: Where they are.
-        rows: One entry per query.
-    """
-
-    tokens: Tokens
-    rows: DecodeRows
-
-
-@dataclass(frozen=True)
-class WaveRows:
-    """A wave in the form that the kernels take.
-
-    Args:
-        due_request: int32 [n]. Rows of the batch with a span to compact.
-        due_span: int32 [n]. That span.
-        due_kept: bool [n]. Whether its channels were kept at the prompt's end.
-        queries: The wave's queries.
-        packs: Prompts to pack before that.
-    """
-
-    due_request: Int32Array
-    due_span: Int32Array
-    due_kept: npt.NDArray[np.bool_]
-    queries: QueryRows
-    packs: list[Pack] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class PrefillPart:
-    """Prompt queries that one call of vLLM's kernel serves.
-
-    Args:
-        metadata: vLLM's own.
-        tokens: Where the queries are.
-        scratch: Blocks to attend to instead of the cache, None for the cache.
-        tails: In the cache, the block of each prompt's last query and the tokens stored in it,
-            unless it is full.
-    """
-
-    metadata: CPUAttentionMetadata
-    tokens: Tokens
-    scratch: PromptScratch | None
-    tails: list[tuple[int, int]]
-
-
-@dataclass(frozen=True)
-class ThinkCPUMetadata:
-    """One step, shared by the layers of a group.
-
-    Args:
-        step: The sorted batch.
-        block_table: int32 [num_reqs, width]. Blocks of each request.
-        prompt_lens: int64 [num_reqs]. Tokens of each request's prompt.
-        prefill: The step's prompt queries that see dense blocks only, in at most two parts.
-        context: Its other prompt queries, None for none.
-        waves: The step's waves.
-        wave_table: The block table that their queries' rows are of.
-        watched: Prompt queries that choose tokens.
-        known: Ids of the requests that the runner knows.
-        names: Ids of the step's requests, if prompts ask for theirs.
-    """
-
-    step: Step
-    block_table: torch.Tensor
-    prompt_lens: Int64Array
-    prefill: list[PrefillPart]
-    context: QueryRows | None
-    waves: list[WaveRows]
-    wave_table: torch.Tensor
-    watched: list[Watched] = field(default_factory=list)
-    known: Container[str] = ()
-    names: Sequence[str] = ()
 
 
 class ThinkCPUMetadataBuilder(CPUAttentionMetadataBuilder):
@@ -186,14 +111,14 @@ class ThinkCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             leading_thin_spans(self.plan.rule, common.block_table_tensor.numpy(), computed),
             None if found is None else found.own,
         )
-        dense, context = _split_prefill(step.prefill)
+        dense, context = split_prefill(step.prefill)
         metadata = ThinkCPUMetadata(
             step=step,
             block_table=common.block_table_tensor,
             prompt_lens=prompt_lens,
             prefill=self._build_prefill(common, dense),
             context=context,
-            waves=[] if self.plan.config.evicts else [_wave_rows(wave) for wave in step.waves],
+            waves=[] if self.plan.config.evicts else [wave_rows(wave) for wave in step.waves],
             wave_table=common.block_table_tensor,
             names=() if found is None else found.request_ids,
         )
@@ -212,7 +137,7 @@ class ThinkCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             take_packs(rule, wave, prompt_lens, evicted, names) for wave in metadata.step.waves
         ]
         waves = [
-            replace(_wave_rows(wave), packs=packed)
+            replace(wave_rows(wave), packs=packed)
             for wave, packed in zip(metadata.step.waves, packs, strict=True)
         ]
         window = self.plan.config.kv_observation_window
@@ -309,62 +234,3 @@ class ThinkCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             ]
             parts.append(PrefillPart(metadata, token_range(chosen.tokens()), None, tails))
         return parts
-
-
-def prefill_common(
-    common: CommonAttentionMetadata, prefill: Prefill, block_table: torch.Tensor
-) -> CommonAttentionMetadata:
-    """The batch as if it held nothing but these prompt queries."""
-    query_start = np.concatenate(([0], np.cumsum(prefill.num_tokens))).astype(np.int32)
-    starts = torch.from_numpy(query_start)
-    return common.replace(
-        query_start_loc=starts,
-        query_start_loc_cpu=starts,
-        seq_lens=torch.from_numpy(prefill.seq_len.astype(np.int32)),
-        num_reqs=int(prefill.request.size),
-        num_actual_tokens=int(query_start[-1]),
-        max_query_len=int(prefill.num_tokens.max()),
-        max_seq_len=int(prefill.seq_len.max()),
-        block_table_tensor=block_table,
-    )
-
-
-def _split_prefill(prefill: Prefill | None) -> tuple[Prefill | None, QueryRows | None]:
-    """Prompts that see dense blocks only, and queries of those that see thin ones too."""
-    if prefill is None or not prefill.thin_spans.any():
-        return prefill, None
-    thin = prefill.thin_spans > 0
-    chosen = prefill.choose(thin)
-    token = chosen.tokens()
-    first = np.repeat(chosen.seq_len - chosen.num_tokens - chosen.first_token, chosen.num_tokens)
-    context = _query_rows(
-        token,
-        np.repeat(chosen.request, chosen.num_tokens),
-        token + first + 1,
-        np.repeat(chosen.thin_spans, chosen.num_tokens),
-    )
-    return (None if thin.all() else prefill.choose(~thin)), context
-
-
-def _wave_rows(wave: Wave) -> WaveRows:
-    return WaveRows(
-        due_request=np.asarray(wave.due_request, np.int32),
-        due_span=np.asarray(wave.due_span, np.int32),
-        due_kept=np.asarray(wave.due_kept, np.bool_),
-        queries=_query_rows(wave.token, wave.request, wave.seq_len, wave.thin_spans),
-    )
-
-
-def _query_rows(
-    token: Int64Array, request: Int64Array, seq_len: Int64Array, thin_spans: Int64Array
-) -> QueryRows:
-    # Queries come request by request, which need not be token order.
-    order = np.argsort(token, kind="stable")
-    return QueryRows(
-        tokens=token_range(token[order]),
-        rows=DecodeRows(
-            request=request[order].astype(np.int32),
-            seq_len=seq_len[order].astype(np.int32),
-            thin_spans=thin_spans[order].astype(np.int32),
-        ),
-    )

@@ -10,14 +10,9 @@ import torch
 from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
-from think_vllm.attention.cpu_builder import (
-    PrefillPart,
-    QueryRows,
-    ThinkCPUMetadata,
-    WaveRows,
-)
 from think_vllm.attention.cpu_dense import clear_tail
 from think_vllm.attention.cpu_evict import CPUEvictor
+from think_vllm.attention.cpu_parts import PrefillPart, QueryRows, ThinkCPUMetadata, WaveRows
 from think_vllm.attention.guard import loss_guard
 from think_vllm.attention.heads import rank_heads
 from think_vllm.attention.refusals import refuse_options

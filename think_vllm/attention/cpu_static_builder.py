@@ -16,7 +16,7 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
-from think_vllm.attention.cpu_builder import prefill_common
+from think_vllm.attention.cpu_parts import prefill_common
 from think_vllm.attention.cpu_scratch import BLOCK_SIZE, PromptScratch
 from think_vllm.attention.heads import rank_heads
 from think_vllm.attention.step import Prefill
