@@ -7,9 +7,9 @@ from think_vllm.evals.recall import CODE_DIGITS, RecallSample
 from think_vllm.evals.stats import wilson_interval
 
 HEADER = (
-    "| measured on | keys pruned | values pruned | format | channels by | thin | right "
+    "| measured on | keys pruned | format | channels by | thin | right "
     "| 95 % interval | record thin: right |\n"
-    "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+    "| --- | --- | --- | --- | --- | --- | --- | --- |"
 )
 
 
@@ -22,14 +22,12 @@ class Setting:
         ratio: Share of key channels that is pruned.
         format: Of old keys and values.
         policy: What chooses the channels.
-        value_ratio: Share of value channels that is pruned.
     """
 
     where: str
     ratio: float
     format: str
     policy: str
-    value_ratio: float = 0.0
 
 
 def table_row(
@@ -57,9 +55,8 @@ def table_row(
     cells = [
         setting.where,
         f"{setting.ratio:g}",
-        f"{setting.value_ratio:g}",
         setting.format,
-        setting.policy if setting.ratio or setting.value_ratio else "-",
+        setting.policy if setting.ratio else "-",
         f"{100 * thin:.0f} %",
         f"{hits / count:.3f}",
         f"{low:.3f} to {high:.3f}",

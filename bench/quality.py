@@ -1,13 +1,12 @@
 """Exact match of recall answers over thin KV blocks, by ratio and format, on the real server.
 
 Every configuration is a server of its own that answers the same held-out prompts over HTTP,
-greedily; policies follow, simulated (`quality_simulated.py`; served in `quality_choices.py`).
+greedily, as users see it; policies follow, simulated (``quality_simulated.py``). Everything else
+that can be chosen is in ``quality_tables.py``, led along the right answers.
 
 vLLM computes the first output token in the step that ends the prompt, from dense blocks. So
 prompts are sent without their final "?": the model says it first, and all four digits are
 generated from thin blocks. Where it says something else first, the answer counts as wrong.
-With `--kv-select static` the whole prompt is pruned as it is computed, so there is nothing to wait
-for: its rows send the question mark too. ("first": how often the model says it by itself.)
 
 Columns: "thin" is the share of the prompt that was thin; "record thin" counts the prompts whose
 record, all of it, was: the recent window and an unfinished span stay dense, and so easy. The
@@ -39,44 +38,31 @@ from think_vllm.planner import BlockPlan, plan_blocks
 
 RATIOS = (0.0, 0.4, 0.5, 0.6)
 ALL_RATIOS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
-VALUE_RATIOS = (0.0, 0.3, 0.5, 0.7)
 QUESTION_MARK = "?"
 VLLM_FP8 = "vllm-fp8"
 
 
 def served_settings() -> list[Setting]:
-    """Plain vLLM, its fp8 cache, every combination of ratios and format, and static channels."""
+    """Plain vLLM, its fp8 cache, and every combination of ratio and format."""
     return [
         Setting("served", 0.0, "none", "think"),
         Setting("served", 0.0, VLLM_FP8, "think"),
         *(
-            Setting("served", ratio, format_, "think", value_ratio)
-            for value_ratio in VALUE_RATIOS
+            Setting("served", ratio, format_, "think")
             for ratio in ALL_RATIOS
             for format_ in FORMATS
-            if ratio or value_ratio or format_ != "none"
-        ),
-        *(
-            Setting("served", ratio, format_, "static", value_ratio)
-            for value_ratio in VALUE_RATIOS
-            for ratio in ALL_RATIOS
-            for format_ in ("none", "fp8")
-            if ratio or value_ratio
+            if ratio or format_ != "none"
         ),
     ]
 
 
-def server_arguments(setting: Setting, group: int, tables: Path | None) -> list[str]:
+def server_arguments(setting: Setting, group: int) -> list[str]:
     """Flags of one configuration."""
     if setting.format == VLLM_FP8:
         return ["--kv-cache-dtype", "fp8"]
     flags = ["--kv-channel-prune", f"{setting.ratio:g}"] if setting.ratio else []
-    if setting.value_ratio:
-        flags += ["--kv-value-prune", f"{setting.value_ratio:g}"]
     if setting.format != "none":
         flags += ["--kv-quant", setting.format]
-    if setting.policy == "static":
-        flags += ["--kv-select", "static", "--kv-channel-tables-file", str(tables)]
     if FORMATS[setting.format].has_groups:
         flags += ["--kv-quant-group", str(group)]
     return flags
@@ -84,12 +70,11 @@ def server_arguments(setting: Setting, group: int, tables: Path | None) -> list[
 
 def plan_of(setting: Setting, options: argparse.Namespace) -> BlockPlan | None:
     """The plan that the server makes; None without blocks that become thin."""
-    if setting.format == VLLM_FP8 or setting.policy == "static":
+    if setting.format == VLLM_FP8:
         return None
     config = ThinkConfig.model_validate(
         {
             "kv_channel_prune": setting.ratio,
-            "kv_value_prune": setting.value_ratio,
             "kv_quant": setting.format,
             "kv_quant_group": options.group,
         }
@@ -104,20 +89,14 @@ def served_row(
     """Start a server, ask it everything, stop it."""
     arguments = ["--dtype", options.dtype, "--enforce-eager", "--no-enable-prefix-caching"]
     arguments += ["--max-num-seqs", str(options.concurrency)]
-    arguments += server_arguments(setting, options.group, options.channel_tables)
+    arguments += server_arguments(setting, options.group)
     with (
         tempfile.TemporaryDirectory() as folder,
         Server(options.model, arguments, Path(folder) / "server.log") as server,
         ThreadPoolExecutor(options.concurrency) as pool,
     ):
         right = list(pool.map(lambda sample: is_right(server, sample), samples))
-        if setting.policy == "static":
-            first = sum(right)
-            right = list(pool.map(lambda sample: is_right(server, sample, True), samples))
     plan = plan_of(setting, options)
-    if setting.policy == "static":
-        row = table_row(setting, samples, [x.num_prompt_tokens for x in samples], right)
-        return f"{row} first: {first} of {len(samples)} |"
     # The question mark is not part of the prompt that is sent.
     thin_tokens = [
         plan.rule.prompt_spans(sample.num_prompt_tokens - 1) * plan.span_tokens if plan else 0
@@ -126,13 +105,8 @@ def served_row(
     return table_row(setting, samples, thin_tokens, right)
 
 
-def is_right(server: Server, sample: RecallSample, whole: bool = False) -> bool:
-    """Send a prompt up to its question mark; return whether the digits after it are right.
-
-    A ``whole`` prompt is sent with it.
-    """
-    if whole:
-        return sample.is_answered_by(server.complete(sample.prompt, CODE_DIGITS).text)
+def is_right(server: Server, sample: RecallSample) -> bool:
+    """Send a prompt up to its question mark; return whether the digits after it are right."""
     prompt = sample.prompt.removesuffix(f" {QUESTION_MARK}")
     text = server.complete(prompt, 1 + CODE_DIGITS).text
     mark, _, digits = text.strip().partition(" ")
@@ -143,12 +117,7 @@ def rows(samples: Sequence[RecallSample], options: argparse.Namespace) -> Iterat
     """Yield the rows that were asked for."""
     if "served" in options.only:
         for setting in served_settings():
-            if (
-                setting.format in options.formats
-                and setting.ratio in options.ratios
-                and setting.value_ratio in options.value_ratios
-                and (setting.policy != "static" or options.channel_tables)
-            ):
+            if setting.format in options.formats and setting.ratio in options.ratios:
                 yield served_row(setting, samples, options)
     if "simulated" in options.only:
         formats = [name for name in SIMULATED_FORMATS if name in options.formats]
@@ -177,14 +146,6 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, default=8, help="prompts at once")
     formats = [*FORMATS, VLLM_FP8]
     parser.add_argument("--ratios", nargs="+", type=float, choices=ALL_RATIOS, default=RATIOS)
-    parser.add_argument(
-        "--value-ratios", nargs="+", type=float, choices=VALUE_RATIOS, default=[0.0],
-        help="of value channels; served only",
-    )  # fmt: skip
-    parser.add_argument(
-        "--channel-tables", type=Path, metavar="FILE",
-        help="of `think-vllm calibrate`: rows for --kv-select static too; served only",
-    )  # fmt: skip
     parser.add_argument("--formats", nargs="+", choices=formats, default=formats)
     kinds = ["served", "simulated"]
     parser.add_argument("--only", nargs="+", choices=kinds, default=kinds)

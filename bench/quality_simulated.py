@@ -1,6 +1,6 @@
 """Exact match of recall answers in plain transformers: a second opinion on what is served.
 
-All policies; ``bench/quality_choices.py`` asks servers. After the prompt without its last token,
+All policies; ``bench/quality_tables.py`` asks engines. After the prompt without its last token,
 everything older than the recent window is coded and decoded by the package's reference rules, keys
 per channel in groups of tokens and values per token in groups of channels; then pruned key channels
 are set to zero. Unlike the server, no span stays dense for want of tokens, and what was decoded is

@@ -74,6 +74,11 @@ class BlockPlan(ChannelPlan):
         return self.config.kv_observation_window if self.prunes else 0
 
     @property
+    def evicting_window(self) -> int | None:
+        """Last prompt tokens that choose tokens to keep; None for the whole prompt."""
+        return self.config.kv_observation_window if self.config.kv_evict == "snapkv" else None
+
+    @property
     def guards(self) -> bool:
         """Whether requests whose keys would lose too much stay dense."""
         return self.config.guards and self.prunes_keys

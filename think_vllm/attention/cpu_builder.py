@@ -140,7 +140,6 @@ class ThinkCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             replace(wave_rows(wave), packs=packed)
             for wave, packed in zip(metadata.step.waves, packs, strict=True)
         ]
-        window = self.plan.config.kv_observation_window
         return replace(
             metadata,
             waves=[
@@ -149,7 +148,7 @@ class ThinkCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             wave_table=table_of_entries(metadata.block_table),
             watched=watch(
                 rule,
-                window if self.plan.config.kv_evict == "snapkv" else None,
+                self.plan.evicting_window,
                 metadata.step.prefill,
                 prompt_lens,
                 evicted,

@@ -186,9 +186,8 @@ class ThinkCUDAMetadataBuilder(AttentionMetadataBuilder[ThinkCUDAMetadata]):
         evicted: Int64Array,
     ) -> StepParts:
         """Add what eviction has to do in a step, still on the host."""
-        rule, config = self.plan.rule, self.plan.config
+        rule = self.plan.rule
         stride = common.block_table_tensor.stride(0)
-        window = config.kv_observation_window if config.kv_evict == "snapkv" else None
         ends = step.prompt_ends
         waves = []
         for wave, packed in zip(parts.waves, packs, strict=True):
@@ -198,7 +197,14 @@ class ThinkCUDAMetadataBuilder(AttentionMetadataBuilder[ThinkCUDAMetadata]):
         return replace(
             parts,
             waves=waves,
-            watched=watch(rule, window, step.prefill, rows.prompt_lens, evicted, rows.request_ids),
+            watched=watch(
+                rule,
+                self.plan.evicting_window,
+                step.prefill,
+                rows.prompt_lens,
+                evicted,
+                rows.request_ids,
+            ),
             ended_rows=[] if ends is None else ends.request.tolist(),
         )
 
