@@ -1,13 +1,16 @@
-"""``think-vllm plan``, as a program."""
+"""``think-vllm plan``."""
 
+import io
 import json
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 
 from tests.support.models import make_llama
+from think_vllm.cli.main import main
 from think_vllm.cli.plan import budget_fields, parse_bytes
 from think_vllm.config import ThinkConfig
 from think_vllm.models import AttentionLayers
@@ -40,12 +43,20 @@ FIELDS = {
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "think_vllm.cli.main", "plan", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    """Run the command in this process, which has imported vLLM already."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            status = main(["plan", *arguments])
+        except SystemExit as stop:  # argparse
+            status = int(stop.code or 0)
+    return subprocess.CompletedProcess(arguments, status, out.getvalue(), err.getvalue())
 
 
-def test_plan_json_has_the_documented_fields(recall_model: Path) -> None:
-    done = run(str(recall_model), "--kv-channel-prune", "0.5", "--memory", "1GiB", "--json")
+def test_plan_program_prints_json_with_the_documented_fields(recall_model: Path) -> None:
+    command = [sys.executable, "-m", "think_vllm.cli.main", "plan", str(recall_model)]
+    command += ["--kv-channel-prune", "0.5", "--memory", "1GiB", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     fields = json.loads(done.stdout)
     assert set(fields) >= FIELDS
