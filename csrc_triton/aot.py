@@ -5,7 +5,7 @@ registers of a thread, the bytes that did not fit into them (spills) and the sha
 program. ``TRITON_INTERPRET`` must not be set.
 
 A module that has kernels lists the cases to compile in a function ``aot_cases(plan, dtype)`` and
-is named in ``MODULES``.
+is named in ``MODULES``, or in ``STATIC_MODULES`` if its plans are ``StaticPlan``s.
 """
 
 import argparse
@@ -28,9 +28,13 @@ from triton.compiler import ASTSource
 from think_vllm.config import ThinkConfig
 from think_vllm.formats import FORMATS
 from think_vllm.planner import BlockPlan, plan_blocks
+from think_vllm.static.plan import StaticPlan, plan_static
 
 #: Modules of this package that have kernels; those that do not exist are left out.
 MODULES = ("store", "scores", "compact", "decode", "context")
+#: The same, of kernels over static blocks, and the formats that those have.
+STATIC_MODULES = ("static_store", "static_decode", "static_context")
+STATIC_FORMATS = ("none", "fp8")
 #: Compute capabilities: A100 and H100.
 CAPABILITIES = (80, 90)
 #: Head size and dtype of what is compiled unless asked otherwise.
@@ -81,10 +85,16 @@ class Compiled:
     ptx: str
 
 
-def cases(plan: BlockPlan, dtype: torch.dtype, modules: Sequence[str] = MODULES) -> list[AotCase]:
-    """Everything that the given modules want compiled for a plan and a cache dtype."""
+def cases(
+    plan: BlockPlan | StaticPlan, dtype: torch.dtype, modules: Sequence[str] | None = None
+) -> list[AotCase]:
+    """Everything that the given modules want compiled for a plan and a cache dtype.
+
+    Modules of another kind of plan are left out. None takes all of them.
+    """
     found: list[AotCase] = []
-    for name in modules:
+    mine = STATIC_MODULES if isinstance(plan, StaticPlan) else MODULES
+    for name in mine if modules is None else [name for name in modules if name in mine]:
         full_name = f"csrc_triton.{name}"
         if importlib.util.find_spec(full_name) is not None:
             found += importlib.import_module(full_name).aot_cases(plan, dtype)
@@ -165,13 +175,32 @@ def make_plans(
             yield plan
 
 
+def make_static_plans(
+    formats: Sequence[str],
+    dtype: torch.dtype,
+    head_size: int,
+    ratio: float,
+    value_ratio: float = 0.0,
+) -> Iterator[StaticPlan]:
+    """A plan of static blocks for every format that they have."""
+    for name in formats:
+        # Its channels are of no interest here, so there is no file of them.
+        config = ThinkConfig.model_validate(
+            {"kv_channel_prune": ratio, "kv_value_prune": value_ratio, "kv_quant": name}
+        )
+        plan = plan_static(config, head_size, dtype.itemsize) if name in STATIC_FORMATS else None
+        if plan is not None:
+            yield plan
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Compile and print a table."""
+    every = [*MODULES, *STATIC_MODULES]
     parser = argparse.ArgumentParser(description="Compile every kernel ahead of time.")
     parser.add_argument("--capability", type=int, nargs="+", default=list(CAPABILITIES))
     parser.add_argument("--format", nargs="+", choices=FORMATS, default=list(FORMATS))
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"])
-    parser.add_argument("--module", nargs="+", choices=MODULES, default=list(MODULES))
+    parser.add_argument("--module", nargs="+", choices=every, default=every)
     parser.add_argument("--head-size", type=int, default=HEAD_SIZE)
     parser.add_argument("--ratio", type=float, default=0.5, help="share of key channels to prune")
     parser.add_argument("--value-ratio", type=float, default=0.0, help="the same of values")
@@ -183,9 +212,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ))  # fmt: skip
     for dtype_name in chosen.dtype:
         dtype, seen = DTYPES[dtype_name], set()
-        for plan in make_plans(
-            chosen.format, dtype, chosen.head_size, chosen.ratio, chosen.value_ratio
-        ):
+        wanted = (chosen.format, dtype, chosen.head_size, chosen.ratio, chosen.value_ratio)
+        for plan in (*make_plans(*wanted), *make_static_plans(*wanted)):
             for case in cases(plan, dtype, chosen.module):
                 key = (case.kernel.__name__, repr(case[1:]))
                 for capability in chosen.capability if key not in seen else ():

@@ -311,11 +311,20 @@ def _combine(
 ):  # fmt: skip
     """Weigh the splits of one row and query head against each other."""
     row, head = tl.program_id(0), tl.program_id(1)
+    first = (row.to(tl.int64) * tl.num_programs(1) + head) * splits
+    result = combine_splits(partial_ptr + first * (D + 2), splits, D, D_PAD, SPLITS_PAD)
+    result = tl.where(tl.load(seq_len_ptr + row) > 0, result, 0.0)
+    channels = tl.arange(0, D_PAD)
+    out = out_ptr + row.to(tl.int64) * out_stride + head * out_head_stride + channels
+    tl.store(out, result.to(out_ptr.dtype.element_ty), mask=channels < D)
+
+
+@triton.jit
+def combine_splits(partial, splits, D: tl.constexpr, D_PAD: tl.constexpr, SPLITS_PAD: tl.constexpr):
+    """Sum up splits, each of ``D`` channels, its maximum and its total, from ``partial`` on."""
     split = tl.arange(0, SPLITS_PAD)
     channels = tl.arange(0, D_PAD)
     channel_mask = channels < D
-    first = (row.to(tl.int64) * tl.num_programs(1) + head) * splits
-    partial = partial_ptr + first * (D + 2)
     tops = tl.load(partial + split * (D + 2) + D, mask=split < splits, other=float("-inf"))
     top = tl.max(tops, axis=0)
     # An empty split has -inf and 0, hence weight 0. A padding row has nothing else.
@@ -327,7 +336,4 @@ def _combine(
         total += factor * tl.load(partial + D + 1)
         result += factor * tl.load(partial + channels, mask=channel_mask, other=0.0)
         partial += D + 2
-    result = result / tl.where(total == 0.0, 1.0, total)
-    result = tl.where(tl.load(seq_len_ptr + row) > 0, result, 0.0)
-    out = out_ptr + row.to(tl.int64) * out_stride + head * out_head_stride + channels
-    tl.store(out, result.to(out_ptr.dtype.element_ty), mask=channel_mask)
+    return result / tl.where(total == 0.0, 1.0, total)

@@ -5,108 +5,27 @@ import pytest
 import torch
 
 from tests.kernels.helpers import ROUNDING, SUMMATION
-from think_vllm.config import ThinkConfig
+from tests.support.static_blocks import KEPT, QUANTS, StaticCase, make_plan
 from think_vllm.kernels.cpu.static_attention import static_attention
-from think_vllm.kernels.cpu.static_blocks import StaticChannels, static_parts
+from think_vllm.kernels.cpu.static_blocks import static_parts
 from think_vllm.kernels.cpu.static_store import read_back, store_static
-from think_vllm.reference.static import (
-    read_run,
-    run_parts,
-    static_attention_ref,
-    store_static_ref,
-)
-from think_vllm.static.plan import StaticPlan
+from think_vllm.reference.static import read_run, run_parts, store_static_ref
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-#: Kept key and value channels of 64: keys alone, values alone, both, either of them longer, odd
-#: numbers, hardly any.
-KEPT = [(32, 64), (64, 40), (31, 48), (50, 23), (13, 13), (63, 64), (1, 64)]
-QUANTS = ["none", "fp8"]
 
 
-def make_plan(
-    keys: int,
-    values: int,
-    dtype: torch.dtype,
-    block_size: int = 16,
-    head_size: int = 64,
-    quant: str = "none",
-) -> StaticPlan:
-    config = ThinkConfig.model_validate({"kv_channel_prune": 0.5, "kv_quant": quant})
-    return StaticPlan(config, head_size, keys, values, block_size, dtype.itemsize)
-
-
-class Case:
-    """Requests whose blocks were filled by the reference; every other byte is a NaN."""
-
-    def __init__(
-        self,
-        plan: StaticPlan,
-        dtype: torch.dtype,
-        heads: tuple[int, int],
-        lengths: list[int],
-        gap_blocks: int = 0,
-    ) -> None:
-        self.plan, self.dtype, self.lengths = plan, dtype, lengths
-        self.generator = torch.Generator().manual_seed(0)
-        num_heads, num_kv_heads = heads
-        kept = [
-            torch.stack(
-                [
-                    torch.randperm(plan.head_size, generator=self.generator)[:count].sort().values
-                    for _ in range(num_kv_heads)
-                ]
-            )
-            for count in (plan.key_channels, plan.value_channels)
-        ]
-        self.channels = StaticChannels(*kept)
-        entries = max(-(-length // plan.block_size) for length in lengths) + 1
-        num_blocks = len(lengths) * entries + 1
-        stored, poison = (torch.uint8, 255) if plan.is_coded else (dtype, torch.nan)
-        width = plan.layout.token_bytes // stored.itemsize
-        shape = (num_blocks, 1 + gap_blocks, num_kv_heads, plan.block_size, width)
-        self.kv_cache = torch.full(shape, poison, dtype=stored)[:, 0]
-        order = 1 + torch.randperm(num_blocks - 1, generator=self.generator)
-        # Entries that must not be read point at block 0, which stays NaN.
-        self.block_table = order.view(len(lengths), entries).to(torch.int32)
-        for request, length in enumerate(lengths):
-            used = -(-length // plan.block_size)
-            self.block_table[request, used:] = 0
-            key, value = self.random(length, num_kv_heads), self.random(length, num_kv_heads)
-            store_static_ref(
-                key, value, self.kv_cache, self.slots(request), *self.kept_lists(), plan
-            )
-        self.query = self.random(len(lengths), num_heads)
-
-    def random(self, tokens: int, heads: int) -> torch.Tensor:
-        shape = (tokens, heads, self.plan.head_size)
-        return torch.randn(shape, generator=self.generator).to(self.dtype)
-
-    def kept_lists(self) -> tuple[list[list[int]], list[list[int]]]:
-        return self.channels.keys.tolist(), self.channels.values.tolist()
-
-    def slots(self, request: int) -> list[int]:
-        size = self.plan.block_size
-        blocks = self.block_table[request]
-        return [int(blocks[i // size]) * size + i % size for i in range(self.lengths[request])]
-
-    def check(self, cap: float = 0.0, sinks: torch.Tensor | None = None) -> None:
-        """Compare kernel and reference."""
-        rows = np.arange(len(self.lengths), dtype=np.int32)
-        seq_len = np.array(self.lengths, np.int32)
-        out = torch.full_like(self.query, 7.0)
-        scale = self.plan.head_size**-0.5
-        static_attention(
-            self.query, self.kv_cache, self.block_table, rows, seq_len, self.channels, self.plan,
-            scale, out, cap, sinks,
-        )  # fmt: skip
-        expected = static_attention_ref(
-            self.query, self.kv_cache, self.block_table, rows.tolist(), self.lengths,
-            *self.kept_lists(), self.plan, scale, cap, sinks,
-        )  # fmt: skip
-        tolerance = ROUNDING[self.dtype] * float(expected.abs().max()) + SUMMATION
-        worst = float((out.double() - expected).abs().max())
-        assert worst <= tolerance, (worst, tolerance)
+def check(case: StaticCase, cap: float = 0.0, sinks: torch.Tensor | None = None) -> None:
+    """Compare kernel and reference."""
+    rows = np.arange(len(case.lengths), dtype=np.int32)
+    out = torch.full_like(case.query, 7.0)
+    static_attention(
+        case.query, case.kv_cache, case.block_table, rows, np.array(case.lengths, np.int32),
+        case.channels, case.plan, case.scale, out, cap, sinks,
+    )  # fmt: skip
+    expected = case.expected(case.query, rows.tolist(), case.lengths, cap, sinks)
+    tolerance = ROUNDING[case.dtype] * float(expected.abs().max()) + SUMMATION
+    worst = float((out.double() - expected).abs().max())
+    assert worst <= tolerance, (worst, tolerance)
 
 
 @pytest.mark.parametrize("quant", QUANTS)
@@ -116,37 +35,37 @@ def test_static_attention_reads_kept_channels(
     kept: tuple[int, int], dtype: torch.dtype, quant: str
 ) -> None:
     lengths = [1, 2, 15, 16, 17, 31, 32, 33, 100]
-    Case(make_plan(*kept, dtype, quant=quant), dtype, (4, 2), lengths).check()
+    check(StaticCase(make_plan(*kept, dtype, quant=quant), dtype, (4, 2), lengths))
 
 
 @pytest.mark.parametrize("heads", [(1, 1), (2, 2), (6, 2), (8, 1)], ids=str)
 def test_static_attention_serves_any_group(heads: tuple[int, int]) -> None:
-    Case(make_plan(32, 64, torch.bfloat16), torch.bfloat16, heads, [3, 40]).check()
+    check(StaticCase(make_plan(32, 64, torch.bfloat16), torch.bfloat16, heads, [3, 40]))
 
 
 @pytest.mark.parametrize("quant", QUANTS)
 def test_static_attention_combines_splits(quant: str) -> None:
     # 512 tokens are a split; three, and one token more.
     plan = make_plan(64, 96, torch.float32, block_size=128, head_size=128, quant=quant)
-    Case(plan, torch.float32, (4, 2), [1537, 1536, 513, 512]).check()
+    check(StaticCase(plan, torch.float32, (4, 2), [1537, 1536, 513, 512]))
 
 
 @pytest.mark.parametrize("quant", QUANTS)
 def test_static_attention_reads_blocks_with_gaps(quant: str) -> None:
     # As vLLM lays out layers that share an allocation.
     plan = make_plan(31, 48, torch.bfloat16, quant=quant)
-    Case(plan, torch.bfloat16, (4, 2), [5, 70], gap_blocks=2).check()
+    check(StaticCase(plan, torch.bfloat16, (4, 2), [5, 70], gap_blocks=2))
 
 
 def test_static_attention_caps_and_sinks() -> None:
-    case = Case(make_plan(32, 48, torch.float32), torch.float32, (4, 2), [5, 70])
-    case.check(cap=2.0)
-    case.check(sinks=torch.tensor([0.5, -1.0, 3.0, 0.0]))
+    case = StaticCase(make_plan(32, 48, torch.float32), torch.float32, (4, 2), [5, 70])
+    check(case, cap=2.0)
+    check(case, sinks=torch.tensor([0.5, -1.0, 3.0, 0.0]))
 
 
 def test_static_attention_of_padding_is_zero() -> None:
     for kept in ((32, 64), (32, 40)):
-        case = Case(make_plan(*kept, torch.float32), torch.float32, (4, 2), [5, 20])
+        case = StaticCase(make_plan(*kept, torch.float32), torch.float32, (4, 2), [5, 20])
         out = torch.full_like(case.query, 7.0)
         static_attention(
             case.query, case.kv_cache, case.block_table, np.arange(2, dtype=np.int32),
@@ -157,7 +76,7 @@ def test_static_attention_of_padding_is_zero() -> None:
 
 
 def test_static_attention_notices_a_wrong_key() -> None:
-    case = Case(make_plan(32, 64, torch.float32), torch.float32, (4, 2), [40])
+    case = StaticCase(make_plan(32, 64, torch.float32), torch.float32, (4, 2), [40])
     keys, _, _ = run_parts(case.kv_cache, int(case.block_table[0, 1]), 0, case.plan)
     rows, lengths = np.zeros(1, np.int32), np.array([40], np.int32)
     outputs = []
@@ -179,7 +98,7 @@ def test_store_static_writes_the_reference_bytes(
     kept: tuple[int, int], dtype: torch.dtype, quant: str
 ) -> None:
     plan = make_plan(*kept, dtype, quant=quant)
-    case = Case(plan, dtype, (4, 2), [37, 16, 1], gap_blocks=1)
+    case = StaticCase(plan, dtype, (4, 2), [37, 16, 1], gap_blocks=1)
     key, value = case.random(60, 2), case.random(60, 2)
     key[3], value[4] = 0.0, 1e-38
     key[7, 0, 1], value[8, 1, 2] = torch.inf, torch.nan
@@ -196,7 +115,7 @@ def test_store_static_writes_the_reference_bytes(
 def test_read_back_is_what_the_cache_says(quant: str) -> None:
     # What prompts see that start in a step, and what later queries see of them.
     plan = make_plan(31, 48, torch.float32, quant=quant)
-    case = Case(plan, torch.float32, (4, 2), [16])
+    case = StaticCase(plan, torch.float32, (4, 2), [16])
     key, value = case.random(16, 2), case.random(16, 2)
     store_static(key, value, case.kv_cache, torch.tensor(case.slots(0)), case.channels, plan)
     whole_key = read_back(key, case.channels.keys, plan)
@@ -212,7 +131,7 @@ def test_read_back_is_what_the_cache_says(quant: str) -> None:
 
 def test_static_parts_are_those_of_the_reference() -> None:
     plan = make_plan(31, 48, torch.bfloat16, quant="fp8")
-    case = Case(plan, torch.bfloat16, (4, 2), [40], gap_blocks=1)
+    case = StaticCase(plan, torch.bfloat16, (4, 2), [40], gap_blocks=1)
     parts = static_parts(case.kv_cache, plan)
     block = int(case.block_table[0, 1])
     for head in range(2):
@@ -224,7 +143,7 @@ def test_static_parts_are_those_of_the_reference() -> None:
 
 
 def test_launchers_refuse_what_does_not_fit() -> None:
-    case = Case(make_plan(32, 64, torch.float32), torch.float32, (4, 2), [5])
+    case = StaticCase(make_plan(32, 64, torch.float32), torch.float32, (4, 2), [5])
     slots = torch.tensor(case.slots(0))
     key = case.random(5, 2)
     rows, lengths = np.zeros(1, np.int32), np.array([5], np.int32)

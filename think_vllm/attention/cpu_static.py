@@ -8,23 +8,21 @@ other queries read the cache, each by itself.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
-from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from think_vllm.attention.cpu_backend import CustomCPUBackend
 from think_vllm.attention.cpu_static_builder import StaticCPUMetadata, StaticCPUMetadataBuilder
 from think_vllm.attention.refusals import refuse_options
 from think_vllm.attention.tokens import put_back
-from think_vllm.errors import ThinkError
 from think_vllm.kernels.cpu.static_attention import static_attention
-from think_vllm.kernels.cpu.static_blocks import StaticChannels
 from think_vllm.kernels.cpu.static_store import read_back, store_static
-from think_vllm.static.activation import WHO, remember_static, selected_static
+from think_vllm.static.activation import WHO, remember_static
+from think_vllm.static.blocks import StaticChannels
+from think_vllm.static.spec import customize_static_spec
 
 
 class StaticCPUImpl(CPUAttentionBackendImpl):
@@ -137,23 +135,5 @@ class StaticCPUBackend(CustomCPUBackend):
 
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:
-        """Say how many channels are stored: vLLM's own spec, with a shorter head of keys.
-
-        Raises:
-            ThinkError: If the layer does not have the shape that the plan was made for.
-        """
-        if type(spec) is not FullAttentionSpec:
-            return spec
-        plan = selected_static().plan
-        if spec.head_size != plan.head_size or spec.head_size_v != plan.head_size:
-            raise ThinkError(
-                f"{WHO}: an attention layer has head sizes {spec.head_size} (keys) and "
-                f"{spec.head_size_v} (values), the plan was made for {plan.head_size}; models "
-                "whose heads differ are not supported"
-            )
-        made = replace(spec, head_size=plan.key_channels, head_size_v=plan.value_channels)
-        if plan.is_coded:
-            # Codes and their scales are one packed run of bytes to vLLM.
-            size = plan.layout.token_bytes
-            made = replace(made, dtype=torch.uint8, state_content_bytes=size)
-        return made
+        """Say how many channels are stored."""
+        return customize_static_spec(spec)

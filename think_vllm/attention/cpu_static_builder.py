@@ -22,10 +22,9 @@ from think_vllm.attention.heads import rank_heads
 from think_vllm.attention.step import Prefill
 from think_vllm.attention.tokens import Tokens, token_range
 from think_vllm.kernels.cpu.static_attention import static_attention
-from think_vllm.kernels.cpu.static_blocks import StaticChannels
 from think_vllm.metrics.worker import begin_report
-from think_vllm.policies import LayerHeads
-from think_vllm.static.activation import StaticEngine, selected_static
+from think_vllm.static.activation import selected_static
+from think_vllm.static.blocks import StaticChannels, rank_channels
 
 
 @dataclass(frozen=True)
@@ -102,9 +101,9 @@ class StaticCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         heads = rank_heads(vllm_config, self.num_kv_heads, self.plan.head_size)
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         for name, layer in layers.items():
-            layer.impl.use(_channels(engine, heads.of_layer(name)))
+            layer.impl.use(rank_channels(engine, heads.of_layer(name)))
         # Here, because vLLM builds this before it reports healthy: nothing compiles later.
-        self._warm_up(_channels(engine, heads.of_layer(layer_names[0])))
+        self._warm_up(rank_channels(engine, heads.of_layer(layer_names[0])))
 
     def build(
         self,
@@ -170,13 +169,4 @@ def _build_rows(step: Prefill) -> CacheRows | None:
         tokens=token_range(token),
         request=np.repeat(step.request, step.num_tokens).astype(np.int32),
         seq_len=(token + np.repeat(first, step.num_tokens) + 1).astype(np.int32),
-    )
-
-
-def _channels(engine: StaticEngine, heads: LayerHeads) -> StaticChannels:
-    """Kept channels of the KV heads that this rank has of a layer."""
-    these = slice(heads.first, heads.first + heads.count)
-    return StaticChannels(
-        keys=torch.tensor(engine.tables.kept_keys(heads.layer, engine.plan)[these]),
-        values=torch.tensor(engine.tables.kept_values(heads.layer, engine.plan)[these]),
     )

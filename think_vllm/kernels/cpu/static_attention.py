@@ -22,14 +22,11 @@ from think_vllm.kernels.cpu.checks import check_query
 from think_vllm.kernels.cpu.decode import SPLIT_TOKENS, flat_sinks
 from think_vllm.kernels.cpu.elements import flat_elements, flat_indices
 from think_vllm.kernels.cpu.splits import Inputs, Sizes
-from think_vllm.kernels.cpu.static_blocks import (
-    StaticChannels,
-    check_static_cache,
-    gather_channels,
-)
+from think_vllm.kernels.cpu.static_blocks import gather_channels
 from think_vllm.kernels.cpu.threads import choose_threads
 from think_vllm.kernels.cpu.vectors import LANES
 from think_vllm.layout import align_up
+from think_vllm.static.blocks import StaticChannels, check_static_cache
 from think_vllm.static.plan import StaticPlan
 
 

@@ -4,12 +4,8 @@ import torch
 
 from think_vllm.formats import FP8_MAX
 from think_vllm.kernels.cpu.quantize import SMALLEST_NORMAL
-from think_vllm.kernels.cpu.static_blocks import (
-    StaticChannels,
-    check_static_cache,
-    gather_channels,
-    static_parts,
-)
+from think_vllm.kernels.cpu.static_blocks import gather_channels, static_parts
+from think_vllm.static.blocks import StaticChannels, check_static_cache
 from think_vllm.static.plan import StaticPlan
 
 

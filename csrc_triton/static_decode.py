@@ -1,0 +1,210 @@
+"""Decode attention over static blocks, in the form of ``decode.py``: splits, then their sum."""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from csrc_triton.aot import AotCase
+from csrc_triton.blocks import cache_bytes, cache_strides
+from csrc_triton.checks import check_tensor
+from csrc_triton.decode import (
+    MAX_SPLITS,
+    MIN_GROUP,
+    OPTIONS,
+    choose_splits,
+    combine_splits,
+    launch_options,
+    make_workspace,
+)
+from csrc_triton.static_blocks import (
+    ChannelOrder,
+    check_queries,
+    static_constants,
+    tile_tokens,
+)
+from csrc_triton.static_tiles import attend_static, gather_query
+from think_vllm.static.plan import StaticPlan
+
+#: Tokens of a tile. Codes need more registers: with more of them, some would spill.
+PLAIN_TILE = 64
+CODED_TILE = 32
+
+
+def static_decode(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_len: torch.Tensor,
+    order: ChannelOrder,
+    plan: StaticPlan,
+    scale: float,
+    out: torch.Tensor,
+    logits_soft_cap: float = 0.0,
+    workspace: torch.Tensor | None = None,
+    max_context: int | None = None,
+) -> None:
+    """Attend with one query of each request, whose own key and value are stored already.
+
+    Source: ThinK, arXiv 2407.21018, section 3.3, with channels that do not depend on the prompt.
+
+    Args:
+        query: ``[R, Hq, D]`` in the model's dtype; strides of dims 0 and 1 are free.
+        kv_cache: As for ``store_static``.
+        block_table: ``[n, W]`` int32 with ``n >= R``. Row ``r`` is that of query ``r``.
+        seq_len: ``[R]`` int32. Tokens that the query attends to; 0 for padding.
+        order: Of the layer.
+        plan: How blocks are laid out.
+        scale: Factor on ``q . k``.
+        out: ``[R, Hq, D]``. Written in full, zeros where ``seq_len`` is 0.
+        logits_soft_cap: If positive, scores become ``cap * tanh(score / cap)``.
+        workspace: Of ``make_workspace`` with head size V, for at least R rows. None makes one.
+        max_context: Longest context, for the number of splits; None takes the block table's width.
+
+    Raises:
+        ValueError: If shapes, dtypes or devices do not fit each other.
+    """
+    who = "static_decode"
+    check_queries(who, query, kv_cache, block_table, order, out, plan)
+    num_rows, num_heads, _ = query.shape
+    check_tensor(who, "seq_len", seq_len, torch.int32, (num_rows,), query.device)
+    if block_table.shape[0] < num_rows:
+        raise ValueError(f"{who}: block_table has {block_table.shape[0]} rows for {num_rows}")
+    if num_rows == 0:
+        return
+    num_kv_heads = kv_cache.shape[1]
+    if workspace is None:
+        longest = max_context or block_table.shape[1] * plan.block_size
+        splits = choose_splits(num_rows, num_kv_heads, longest)
+        workspace = make_workspace(num_rows, num_heads, plan.value_channels, splits, query.device)
+    splits = workspace.shape[2]
+    if workspace.shape[0] < num_rows or workspace.shape[3] != plan.value_channels + 2:
+        raise ValueError(
+            f"{who}: workspace is {tuple(workspace.shape)}; expected [{num_rows} or more, "
+            f"{num_heads}, splits, {plan.value_channels + 2}]"
+        )
+    group = num_heads // num_kv_heads
+    static_decode_kernel[(num_rows, num_kv_heads, splits)](
+        query,
+        cache_bytes(kv_cache),
+        block_table,
+        seq_len,
+        order.keys,
+        workspace,
+        scale,
+        logits_soft_cap,
+        query.stride(0),
+        query.stride(1),
+        block_table.stride(0),
+        **cache_strides(kv_cache),
+        splits=splits,
+        ROWS=max(MIN_GROUP, triton.next_power_of_2(group)),
+        **_constants(plan, query.dtype, group, logits_soft_cap > 0),
+        **launch_options(OPTIONS, query.dtype),
+    )
+    static_combine_kernel[(num_rows, num_heads)](
+        workspace,
+        seq_len,
+        order.values,
+        out,
+        out.stride(0),
+        out.stride(1),
+        splits,
+        SPLITS_PAD=max(MAX_SPLITS, triton.next_power_of_2(splits)),
+        **_combine_constants(plan, group),
+        num_warps=1,
+    )
+
+
+def _constants(plan: StaticPlan, dtype: torch.dtype, group: int, capped: bool) -> dict[str, Any]:
+    return {
+        "G": group,
+        "TILE": tile_tokens(plan, CODED_TILE if plan.is_coded else PLAIN_TILE),
+        "CAPPED": capped,
+        **static_constants(plan, dtype),
+    }
+
+
+def _combine_constants(plan: StaticPlan, group: int) -> dict[str, int]:
+    padded = triton.next_power_of_2(plan.head_size)
+    return {"G": group, "D": plan.head_size, "D_PAD": padded, "V": plan.value_channels}
+
+
+def aot_cases(plan: StaticPlan, dtype: torch.dtype) -> list[AotCase]:
+    """What ``csrc_triton/aot.py`` compiles: groups of 4 query heads."""
+    constants = {"ROWS": MIN_GROUP, **_constants(plan, dtype, 4, False)}
+    element = str(constants["DTYPE"])
+    pointers = {"query_ptr": element, "kv_ptr": "u8", "table_ptr": "i32", "seq_len_ptr": "i32",
+                "order_ptr": "i32", "partial_ptr": "fp32"}  # fmt: skip
+    signature = {name: f"*{kind}:16" for name, kind in pointers.items()}
+    signature |= dict.fromkeys(("scale", "cap"), "fp32")
+    strides = ("query_stride", "query_head_stride", "block_stride", "head_stride")
+    signature |= dict.fromkeys(strides, "i32:16")
+    signature |= dict.fromkeys(("table_stride", "splits"), "i32")
+    combine = {"partial_ptr": "*fp32:16", "seq_len_ptr": "*i32:16", "order_ptr": "*i32:16",
+               "out_ptr": f"*{element}:16", "out_stride": "i32:16", "out_head_stride": "i32:16",
+               "splits": "i32"}  # fmt: skip
+    sizes = {"SPLITS_PAD": MAX_SPLITS, **_combine_constants(plan, 4)}
+    return [
+        AotCase(static_decode_kernel, signature, constants, launch_options(OPTIONS, dtype)),
+        AotCase(static_combine_kernel, combine, sizes, {"num_warps": 1}),
+    ]
+
+
+# One binary whatever the batch and the model length: see ``decode.py``.
+@triton.jit(do_not_specialize=["table_stride", "splits"])
+def static_decode_kernel(
+    query_ptr, kv_ptr, table_ptr, seq_len_ptr, order_ptr, partial_ptr,
+    scale, cap, query_stride, query_head_stride, table_stride, block_stride, head_stride, splits,
+    G: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, CAPPED: tl.constexpr,
+    D: tl.constexpr, N: tl.constexpr, C: tl.constexpr, V: tl.constexpr, C_PAD: tl.constexpr,
+    V_PAD: tl.constexpr, BITS: tl.constexpr, KEYS: tl.constexpr, KEY_ROW: tl.constexpr,
+    VALUE_ROW: tl.constexpr, KEY_SCALES: tl.constexpr, VALUE_SCALES: tl.constexpr,
+    DTYPE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One split of one row and KV head: sums [G, V], maxima and totals [G]."""
+    row, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    seq_len = tl.load(seq_len_ptr + row)
+    per_split = tl.cdiv(tl.cdiv(seq_len, TILE), splits) * TILE
+    begin = split * per_split
+    heads = tl.arange(0, ROWS)
+    head_mask = heads < G
+    query_at = query_ptr + row.to(tl.int64) * query_stride
+    query_at += (kv_head * G + heads)[:, None] * query_head_stride
+    top, total, sums = attend_static(
+        tl.full((ROWS,), float("-inf"), tl.float32),
+        tl.zeros((ROWS,), tl.float32),
+        tl.zeros((ROWS, V_PAD), tl.float32),
+        gather_query(query_at, head_mask, order_ptr, kv_head, C, C_PAD, D),
+        tl.zeros((ROWS,), tl.int32) + seq_len - 1,
+        kv_ptr, table_ptr + row.to(tl.int64) * table_stride, kv_head,
+        begin, tl.minimum(begin + per_split, seq_len),
+        scale, cap, block_stride, head_stride,
+        TILE, CAPPED, D, N, C, V, C_PAD, V_PAD, BITS, KEYS, KEY_ROW, VALUE_ROW, KEY_SCALES,
+        VALUE_SCALES, DTYPE, DOT, PRECISION,
+    )  # fmt: skip
+    head = (row.to(tl.int64) * tl.num_programs(1) + kv_head) * G + heads
+    partial = partial_ptr + (head * splits + split) * (V + 2)
+    channels = tl.arange(0, V_PAD)
+    mask = head_mask[:, None] & (channels < V)[None, :]
+    tl.store(partial[:, None] + channels[None, :], sums, mask=mask)
+    tl.store(partial + V, top, mask=head_mask)
+    tl.store(partial + V + 1, total, mask=head_mask)
+
+
+@triton.jit(do_not_specialize=["splits"])
+def static_combine_kernel(
+    partial_ptr, seq_len_ptr, order_ptr, out_ptr, out_stride, out_head_stride, splits,
+    SPLITS_PAD: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    V: tl.constexpr,
+):  # fmt: skip
+    """Weigh the splits of one row and query head, and scatter: pruned channels become zeros."""
+    row, head = tl.program_id(0), tl.program_id(1)
+    index = tl.arange(0, D_PAD)
+    first = (row.to(tl.int64) * tl.num_programs(1) + head) * splits
+    result = combine_splits(partial_ptr + first * (V + 2), splits, V, D_PAD, SPLITS_PAD)
+    result = tl.where(tl.load(seq_len_ptr + row) > 0, result, 0.0)
+    channel = tl.load(order_ptr + head // G * D + index, mask=index < D, other=0)
+    out = out_ptr + row.to(tl.int64) * out_stride + head * out_head_stride + channel
+    tl.store(out, result.to(out_ptr.dtype.element_ty), mask=index < D)

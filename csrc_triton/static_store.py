@@ -1,0 +1,163 @@
+"""Store the kept channels of new keys and values in static blocks."""
+
+import torch
+import triton
+import triton.language as tl
+
+from csrc_triton.aot import AotCase
+from csrc_triton.blocks import cache_bytes, cache_strides
+from csrc_triton.checks import check_heads, check_tensor
+from csrc_triton.coding import (
+    MAGNITUDE,
+    as_float,
+    element_pointer,
+    fp8_codes,
+    fp8_inverse,
+    load_bits,
+    store_bits,
+)
+from csrc_triton.static_blocks import ChannelOrder, check_order, kept_channels, static_constants
+from think_vllm.static.blocks import check_static_cache
+from think_vllm.static.plan import StaticPlan
+
+#: Tokens of a program: one 32-byte sector of a key channel in bf16.
+TOKENS = 16
+#: Codes are the reference's to the bit: see ``csrc_triton/coding.py``.
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+#: What kernels are told; they need no more of ``static_constants``.
+NAMES = ("D", "N", "C", "V", "C_PAD", "V_PAD", "BITS", "KEYS", "KEY_SCALES", "VALUE_SCALES",
+         "DTYPE")  # fmt: skip
+
+
+def store_static(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    order: ChannelOrder,
+    plan: StaticPlan,
+) -> None:
+    """Write the kept channels of tokens into static blocks, coded if the plan says so.
+
+    The launch depends on shapes only, so it can be part of a CUDA graph.
+
+    Args:
+        key: ``[T, Hk, D]`` in the model's dtype; strides of dims 0 and 1 are free.
+        value: ``[T, Hk, D]``. As ``key``.
+        kv_cache: ``[num_blocks, Hk, N, C + V]`` in the model's dtype; in fp8 uint8 ``[num_blocks,
+            Hk, N, C + V + 8]``. Stride of dim 0 is free. Written.
+        slot_mapping: ``[n]`` int64 with ``n <= T``. Block number times N plus the place in the
+            block. Tokens whose slot is negative are skipped; so are those behind the last slot,
+            with which vLLM pads a batch.
+        order: Of the layer.
+        plan: How blocks are laid out.
+
+    Raises:
+        ValueError: If shapes, dtypes or devices do not fit each other.
+    """
+    who, device = "store_static", kv_cache.device
+    check_static_cache(who, kv_cache, key.dtype, plan)
+    check_order(who, order, kv_cache.shape[1], plan, device)
+    for name, tensor in (("key", key), ("value", value)):
+        check_heads(who, name, tensor, (key.dtype,), plan.head_size, device)
+    if key.shape != value.shape or key.shape[1] != kv_cache.shape[1]:
+        raise ValueError(
+            f"{who}: key is {tuple(key.shape)}, value is {tuple(value.shape)}; expected both "
+            f"[tokens, {kv_cache.shape[1]}, {plan.head_size}]"
+        )
+    num_tokens = slot_mapping.numel()
+    check_tensor(who, "slot_mapping", slot_mapping, torch.int64, (num_tokens,), device)
+    if num_tokens > key.shape[0]:
+        raise ValueError(
+            f"{who}: slot_mapping has {num_tokens} slots; expected at most {key.shape[0]}, one for "
+            "each token"
+        )
+    if num_tokens == 0:
+        return
+    static_store_kernel[(triton.cdiv(num_tokens, TOKENS), key.shape[1])](
+        key,
+        value,
+        cache_bytes(kv_cache),
+        slot_mapping,
+        order.keys,
+        order.values,
+        num_tokens,
+        key.stride(0),
+        key.stride(1),
+        value.stride(0),
+        value.stride(1),
+        **cache_strides(kv_cache),
+        **_constants(plan, key.dtype),
+        **OPTIONS,
+    )
+
+
+def _constants(plan: StaticPlan, dtype: torch.dtype) -> dict[str, object]:
+    constants = static_constants(plan, dtype)
+    return {name: constants[name] for name in NAMES} | {"TOKENS": TOKENS}
+
+
+def aot_cases(plan: StaticPlan, dtype: torch.dtype) -> list[AotCase]:
+    """What ``csrc_triton/aot.py`` compiles."""
+    constants = _constants(plan, dtype)
+    element = str(constants["DTYPE"])
+    pointers = {"key_ptr": element, "value_ptr": element, "kv_ptr": "u8", "slot_ptr": "i64",
+                "key_order_ptr": "i32", "value_order_ptr": "i32"}  # fmt: skip
+    signature = {name: f"*{kind}:16" for name, kind in pointers.items()} | {"num_tokens": "i32"}
+    strides = ("key_stride", "key_head_stride", "value_stride", "value_head_stride",
+               "block_stride", "head_stride")  # fmt: skip
+    signature |= dict.fromkeys(strides, "i32:16")
+    return [AotCase(static_store_kernel, signature, constants, dict(OPTIONS))]
+
+
+# One binary whatever the batch: see ``csrc_triton/decode.py``.
+@triton.jit(do_not_specialize=["num_tokens"])
+def static_store_kernel(
+    key_ptr, value_ptr, kv_ptr, slot_ptr, key_order_ptr, value_order_ptr, num_tokens,
+    key_stride, key_head_stride, value_stride, value_head_stride, block_stride, head_stride,
+    D: tl.constexpr, N: tl.constexpr, C: tl.constexpr, V: tl.constexpr, C_PAD: tl.constexpr,
+    V_PAD: tl.constexpr, BITS: tl.constexpr, KEYS: tl.constexpr, KEY_SCALES: tl.constexpr,
+    VALUE_SCALES: tl.constexpr, DTYPE: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """One program per (tile of tokens, KV head)."""
+    SIZE: tl.constexpr = DTYPE.primitive_bitwidth // 8
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    head = tl.program_id(1).to(tl.int64)
+    slot = tl.load(slot_ptr + token, mask=token < num_tokens, other=-1)
+    stored = slot >= 0
+    block, place = slot // N, slot % N
+    run = kv_ptr + block * block_stride + head * head_stride
+    wide = token.to(tl.int64)
+
+    # Channels first, so that threads write neighbouring tokens of a channel.
+    index = tl.arange(0, C_PAD)
+    channel = kept_channels(key_order_ptr, head, index, C, D)
+    mask = (index < C)[:, None] & stored[None, :]
+    source = element_pointer(key_ptr, SIZE) + head * key_head_stride + wide * key_stride
+    bits = load_bits(source[None, :] + channel[:, None], mask)
+    if BITS == 8:
+        keys = as_float(bits, DTYPE)
+        top = tl.max(keys.to(tl.int32, bitcast=True) & MAGNITUDE, axis=0)
+        scales, inverse = fp8_inverse(top)
+        codes = fp8_codes(keys * inverse[None, :]).to(tl.uint8)
+        tl.store((run + (KEYS + place))[None, :] + (index * N)[:, None], codes, mask=mask)
+        store_bits(element_pointer(run + KEY_SCALES, 4) + place, scales, stored)
+    else:
+        target = element_pointer(run + KEYS, SIZE) + place
+        store_bits(target[None, :] + (index * N)[:, None], bits, mask)
+
+    index = tl.arange(0, V_PAD)
+    channel = kept_channels(value_order_ptr, head, index, V, D)
+    mask = stored[:, None] & (index < V)[None, :]
+    source = element_pointer(value_ptr, SIZE) + head * value_head_stride + wide * value_stride
+    bits = load_bits(source[:, None] + channel[None, :], mask)
+    if BITS == 8:
+        values = as_float(bits, DTYPE)
+        top = tl.max(values.to(tl.int32, bitcast=True) & MAGNITUDE, axis=1)
+        scales, inverse = fp8_inverse(top)
+        codes = fp8_codes(values * inverse[:, None]).to(tl.uint8)
+        tl.store((run + place * V)[:, None] + index[None, :], codes, mask=mask)
+        store_bits(element_pointer(run + VALUE_SCALES, 4) + place, scales, stored)
+    else:
+        target = element_pointer(run, SIZE) + place * V
+        store_bits(target[:, None] + index[None, :], bits, mask)
