@@ -43,6 +43,8 @@ def activate(vllm_config: VllmConfig) -> None:
         else:
             _say(static_summary(static))
             compat_requests.watch_front_end()
+            if not _is_cpu():
+                _warn_of_gpus()
         return
     check_engine(vllm_config)
     plan = plan_engine(config, vllm_config)
@@ -68,11 +70,7 @@ def activate(vllm_config: VllmConfig) -> None:
     if _is_cpu():
         compat.request_prompt_lens(vllm_config.model_config)
     else:
-        logger.warning(
-            "think-vllm %s: the GPU kernels were tested in an interpreter; no GPU has run them "
-            "yet. Compare answers with a server without these flags (docs/gpu.md)",
-            __version__,
-        )
+        _warn_of_gpus()
     lines = plan_summary(plan) + window_summary(attention_layers(vllm_config.model_config))
     longest = vllm_config.model_config.max_model_len
     if longest < config.kv_plan_context:
@@ -107,7 +105,9 @@ def select_backend(vllm_config: VllmConfig, has_window: bool = False) -> str | N
     if config is not None and config.is_static:
         from think_vllm.static.activation import plan_static_engine
 
-        return compat.CPU_STATIC_BACKEND_PATH if plan_static_engine(config, vllm_config) else None
+        if plan_static_engine(config, vllm_config) is None:
+            return None
+        return compat.CPU_STATIC_BACKEND_PATH if _is_cpu() else compat.CUDA_STATIC_BACKEND_PATH
     if engine_plan(vllm_config) is None:
         return None
     if not _is_cpu():
@@ -340,6 +340,14 @@ def _say(lines: list[str]) -> None:
     is_first = multiprocessing.parent_process() is None
     for line in lines:
         logger.log(logging.INFO if is_first else logging.DEBUG, "think-vllm: %s", line)
+
+
+def _warn_of_gpus() -> None:
+    logger.warning(
+        "think-vllm %s: the GPU kernels were tested in an interpreter; no GPU has run them "
+        "yet. Compare answers with a server without these flags (docs/gpu.md)",
+        __version__,
+    )
 
 
 def _is_cpu() -> bool:

@@ -59,7 +59,8 @@ vLLM; subclasses of its classes call a few private methods that they inherit.
     Until they are given what a request asks for.
 ``CompilationConfig.static_forward_context`` is read on CUDA
     because it is where a builder finds its layers' caches: spans that are due are compacted
-    ahead of a full decode graph. Until builders are given them.
+    ahead of a full decode graph; and its layers, to give them their static channels. Until
+    builders are given them.
 ``vllm.v1.attention.backends.fa_utils`` is used on CUDA
     (in ``attention/cuda_flash.py``) because FlashAttention is the fastest way through a prompt
     that starts in the step, and comes with vLLM. That is the point, and stays.
@@ -92,6 +93,7 @@ CPU_BACKEND_PATH = "think_vllm.attention.cpu_backend.ThinkCPUBackend"
 CPU_WINDOW_BACKEND_PATH = "think_vllm.attention.cpu_window.WindowCPUBackend"
 CPU_STATIC_BACKEND_PATH = "think_vllm.attention.cpu_static.StaticCPUBackend"
 CUDA_BACKEND_PATH = "think_vllm.attention.cuda_backend.ThinkCUDABackend"
+CUDA_STATIC_BACKEND_PATH = "think_vllm.attention.cuda_static.StaticCUDABackend"
 
 _MARK = "_think_vllm_wrapped"
 _on_command_line = False

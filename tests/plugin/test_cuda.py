@@ -104,7 +104,8 @@ def test_the_cuda_backend_imports_no_kernels_for_cpus() -> None:
     code = """
 import sys
 import think_vllm.attention.cuda_backend as backend
-assert backend.ThinkCUDABackend.get_name() == "CUSTOM"
+import think_vllm.attention.cuda_static as static
+assert backend.ThinkCUDABackend.get_name() == static.StaticCUDABackend.get_name() == "CUSTOM"
 theirs = [m for m in sys.modules if m.startswith("think_vllm.kernels")]
 assert not theirs, theirs
 """

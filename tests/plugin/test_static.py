@@ -1,18 +1,24 @@
 """``--kv-select static`` up to the engine: the backend it takes, its plan, and what it refuses."""
 
 import json
+import logging
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from vllm.config import set_current_vllm_config
+from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
+from tests.plugin.test_cuda import Platform
 from tests.plugin.test_off import probe
 from tests.plugin.test_refusals import SMALL, refused
 from tests.support.models import make_config, make_llama
 from tests.support.static_tables import random_tables
+from think_vllm.activation import activate, select_backend
 from think_vllm.attention.cpu_static import StaticCPUBackend
 from think_vllm.cli.main import main
 from think_vllm.errors import ThinkError
@@ -55,8 +61,6 @@ def test_static_that_prunes_no_channel_is_off(recall_model: Path, file: Path) ->
 def test_spec_is_vllms_own_with_fewer_bytes(
     recall_model: Path, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vllm.engine.arg_utils import EngineArgs
-
     engine = EngineArgs(
         model=str(recall_model), dtype="bfloat16", enforce_eager=True,
         additional_config=settings(file, kv_value_prune=0.25),
@@ -122,11 +126,35 @@ def test_sliding_windows_are_refused(
     assert "some of its layers have a sliding window" in line
 
 
-def test_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    device = SimpleNamespace(is_cpu=lambda: False, device_name="cuda")
-    monkeypatch.setattr("vllm.platforms.current_platform", device)
+def test_gpus_get_the_same_plan_and_a_warning(
+    recall_model: Path,
+    file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    engine = EngineArgs(
+        model=str(recall_model), dtype="bfloat16", enforce_eager=True,
+        additional_config=settings(file),
+    ).create_engine_config()  # fmt: skip
+    monkeypatch.setattr("vllm.platforms.current_platform", Platform("cuda"))
+    # vLLM's own loggers hand nothing on.
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    activate(engine)
+    assert "no GPU has run them yet" in caplog.text
+    assert engine.cache_config.block_size == 128
+    assert engine.attention_config.backend is AttentionBackendEnum.CUSTOM
+    assert engine.model_config.rswa_window is None
+    path = "think_vllm.attention.cuda_static.StaticCUDABackend"
+    assert select_backend(engine) == path
+    engine.model_config.dtype = torch.float32
+    with pytest.raises(ThinkError, match="dtype is float32; on GPUs use --dtype bfloat16"):
+        activate(engine)
+
+
+def test_other_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm.platforms.current_platform", Platform("rocm"))
     config: Any = SimpleNamespace()
-    with pytest.raises(ThinkError, match="kernels for CPUs only, the device is cuda; use --kv-sel"):
+    with pytest.raises(ThinkError, match="kernels for CPUs and for NVIDIA GPUs, the device is roc"):
         check_static(config)
 
 

@@ -133,7 +133,8 @@ def test_vllm_signature_is_what_we_rely_on(
             | {"num_kv_heads", "logits_soft_cap", "do_kv_cache_update"},
         ),
         ("attention/cpu_parts.py", CPUAttentionMetadata, {"block_table", "scheduler_metadata"}),
-        ("attention/cpu_static.py", FullAttentionSpec, {"head_size", "head_size_v"}),
+        ("static/spec.py", FullAttentionSpec, {"head_size", "head_size_v"}),
+        ("static/spec.py", FullAttentionSpec, {"dtype", "state_content_bytes"}),
         ("attention/cpu_static_builder.py", Attention, {"impl"}),
     ],
     ids=name_of,
@@ -182,12 +183,12 @@ def test_vllm_base_is_what_we_rely_on(ours: str, kind: type, base: type) -> None
         ),
         # A page has as many bytes as its spec says, whatever heads the layer has.
         (
-            "attention/cpu_static.py",
+            "static/spec.py",
             AttentionSpec.state_content_size_bytes.fget,
             ["return (self.head_size + self.head_size_v) * get_dtype_size(self.dtype)"],
         ),
         (
-            "attention/cpu_static.py",
+            "static/spec.py",
             compute_layer_kv_cache_shape_bytes,
             ["spec.num_heads", "spec.state_content_size_bytes"],
         ),

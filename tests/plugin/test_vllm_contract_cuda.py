@@ -19,6 +19,7 @@ from vllm.config import (
     ParallelConfig,
     SchedulerConfig,
     VllmConfig,
+    get_current_vllm_config,
 )
 from vllm.model_executor.layers.attention import attention
 from vllm.platforms.interface import Platform
@@ -42,6 +43,7 @@ from think_vllm.spans import SpanRule
 
 BACKEND, BUILDER = "attention/cuda_backend.py", "attention/cuda_builder.py"
 IMPL, PARTS = "attention/cuda_impl.py", "attention/cuda_parts.py"
+LAYER, STATIC = "attention/cuda_layer.py", "attention/cuda_static_builder.py"
 ACTIVATION, COMPAT = "activation.py", "compat.py"
 
 
@@ -78,7 +80,7 @@ def names(function: Callable[..., Any]) -> list[str]:
             ],
         ),
         (
-            IMPL,
+            LAYER,
             AttentionImpl.__init__,
             [
                 "self",
@@ -110,6 +112,7 @@ def names(function: Callable[..., Any]) -> list[str]:
                 "output_block_scale",
             ],
         ),
+        ("attention/cuda_static.py", get_current_vllm_config, []),
         (BACKEND, AttentionBackend.supported_kv_cache_layouts, []),
         (BACKEND, AttentionBackend.get_supported_kernel_block_sizes, ["kv_cache_spec"]),
         (BACKEND, AttentionBackend.get_supported_head_sizes, []),
@@ -135,6 +138,14 @@ def test_vllm_signature_is_what_we_rely_on(
             CommonAttentionMetadata,
             {"seq_lens_cpu_upper_bound", "query_start_loc_cpu", "num_reqs"},
         ),
+        (
+            STATIC,
+            CommonAttentionMetadata,
+            {"query_start_loc", "query_start_loc_cpu", "seq_lens", "num_reqs", "max_seq_len"}
+            | {"block_table_tensor"},
+        ),
+        (STATIC, CompilationConfig, {"static_forward_context"}),
+        (STATIC, AttentionCGSupport, {"UNIFORM_SINGLE_TOKEN_DECODE"}),
         (COMPAT, AttentionConfig, {"backend"}),
         (BUILDER, CompilationConfig, {"static_forward_context"}),
         (BUILDER, SchedulerConfig, {"max_num_seqs"}),
@@ -155,6 +166,21 @@ def test_vllm_members_are_what_we_rely_on(ours: str, kind: type, expected: set[s
 def test_vllm_stores_keys_by_an_operator_of_its_own() -> None:
     called = "attn_layer.impl.do_kv_cache_update(#type:ignore[attr-defined]attn_layer,key,value,"
     assert called + "kv_cache,layer_slot_mapping,)" in tight(attention.unified_kv_cache_update)
+
+
+def test_vllm_graphs_are_captured_for_the_longest_context() -> None:
+    # A captured launch has as many splits as that wants, and lengths are read from where they lie.
+    from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    v2 = tight(DefaultModelState.prepare_attn)
+    assert "iffor_capture:" in v2
+    assert "max_seq_len=self.max_model_len" in v2
+    v1 = tight(GPUModelRunner._build_attention_metadata)
+    assert "query_start_loc=self.query_start_loc.gpu[:num_reqs_padded+1]" in v1
+    assert "seq_lens=self.seq_lens" in v1
+    # Rows that pad a batch have no tokens: in V1 by this, in V2 by its kernel.
+    assert "self.seq_lens[num_reqs:].fill_(0)" in tight(GPUModelRunner._prepare_inputs)
 
 
 def test_vllm_flash_attention_is_what_we_rely_on() -> None:

@@ -25,6 +25,18 @@ def make_plan(
     return StaticPlan(config, head_size, keys, values, block_size, dtype.itemsize)
 
 
+def random_channels(
+    plan: StaticPlan, num_kv_heads: int, generator: torch.Generator
+) -> StaticChannels:
+    """Channels at random, so that every head has its own."""
+
+    def draw(count: int) -> torch.Tensor:
+        order = [torch.randperm(plan.head_size, generator=generator) for _ in range(num_kv_heads)]
+        return torch.stack([channels[:count].sort().values for channels in order])
+
+    return StaticChannels(draw(plan.key_channels), draw(plan.value_channels))
+
+
 class StaticCase:
     """Requests whose blocks were filled by the reference; every other byte is a NaN."""
 
@@ -40,16 +52,7 @@ class StaticCase:
         self.scale = plan.head_size**-0.5
         self.generator = torch.Generator().manual_seed(0)
         num_heads, num_kv_heads = heads
-        kept = [
-            torch.stack(
-                [
-                    torch.randperm(plan.head_size, generator=self.generator)[:count].sort().values
-                    for _ in range(num_kv_heads)
-                ]
-            )
-            for count in (plan.key_channels, plan.value_channels)
-        ]
-        self.channels = StaticChannels(*kept)
+        self.channels = random_channels(plan, num_kv_heads, self.generator)
         entries = max(-(-length // plan.block_size) for length in lengths) + 1
         num_blocks = len(lengths) * entries + 1
         stored, poison = (torch.uint8, 255) if plan.is_coded else (dtype, torch.nan)

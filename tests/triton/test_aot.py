@@ -62,6 +62,44 @@ def test_kernels_compile(quant: str, capability: int, value_ratio: float) -> Non
         assert inexact not in made.stdout, inexact
 
 
+#: The same for static blocks, on both GPUs.
+STATIC_SCRIPT = """
+import torch
+from csrc_triton import aot
+
+for plan in aot.make_static_plans(aot.STATIC_FORMATS, torch.bfloat16, 128, 0.5, 0.3):
+    for case in aot.cases(plan, torch.bfloat16):
+        for capability in aot.CAPABILITIES:
+            made = aot.compile_case(case, capability)
+            print(made.name, plan.format.name, capability, made.registers, made.spill_bytes)
+            if made.name == "static_store_kernel":
+                print(made.ptx)
+            if made.name == "static_decode_kernel":
+                # Elements by 16 bytes, codes by 8, and none by itself.
+                size = 16 if plan.format.name == "none" else 8
+                assert f"], 0x{size:x}, " in made.ptx
+"""
+
+
+def test_kernels_over_static_blocks_compile() -> None:
+    made = run("-c", STATIC_SCRIPT)
+    assert made.returncode == 0, made.stderr
+    taken = re.findall(r"^(\w+_kernel) (\w+) (\d+) (\d+) (\d+)$", made.stdout, re.MULTILINE)
+    kinds = ("store", "decode", "combine", "context")
+    assert {row[:3] for row in taken} == {
+        (f"static_{kind}_kernel", quant, capability)
+        for kind in kinds
+        for quant in ("none", "fp8")
+        for capability in ("80", "90")
+    }
+    for name, _, _, registers, spill_bytes in taken:
+        assert 0 < int(registers) < 255, name
+        assert int(spill_bytes) == 0, name
+    assert "div.rn.f32" in made.stdout
+    for inexact in (".ftz", "fma.rn.f32", ".approx", "div.full"):
+        assert inexact not in made.stdout, inexact
+
+
 @pytest.mark.slow
 def test_every_kernel_fits_the_registers_of_both_gpus() -> None:
     printed = run("-m", "csrc_triton.aot", timeout=1200)

@@ -13,16 +13,17 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from think_vllm.activation import CUDA_CAPABILITY, CUDA_MIN_HEAD_SIZE
 from think_vllm.attention.cuda_builder import ThinkCUDAMetadataBuilder
-from think_vllm.attention.cuda_impl import PLAIN_DTYPES, ThinkCUDAImpl
+from think_vllm.attention.cuda_impl import ThinkCUDAImpl
+from think_vllm.attention.cuda_layer import PLAIN_DTYPES
 from think_vllm.blocks.spec import customize_spec
 from think_vllm.layout import MAX_HEAD_SIZE
 from think_vllm.planner import SIZE_MULTIPLE
 
 
-class ThinkCUDABackend(AttentionBackend):
-    """CUDA attention over thin and dense blocks."""
+class CustomCUDABackend(AttentionBackend):
+    """What our backends on NVIDIA GPUs have in common."""
 
-    # Keys and values are stored by an operator of its own, ``ThinkCUDAImpl.do_kv_cache_update``.
+    # Keys and values are stored by an operator of its own, ``do_kv_cache_update``.
     forward_includes_kv_cache_update = False
     supported_dtypes = (torch.float16, torch.bfloat16)
     supported_kv_cache_dtypes = PLAIN_DTYPES
@@ -61,6 +62,10 @@ class ThinkCUDABackend(AttentionBackend):
     def supports_attn_type(cls, attn_type: str) -> bool:
         """Decoders only."""
         return bool(attn_type == AttentionType.DECODER)
+
+
+class ThinkCUDABackend(CustomCUDABackend):
+    """CUDA attention over thin and dense blocks."""
 
     @staticmethod
     def get_impl_cls() -> type[ThinkCUDAImpl]:

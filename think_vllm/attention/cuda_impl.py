@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from vllm.config import get_current_vllm_config
-from vllm.v1.attention.backend import AttentionImpl
 
 from csrc_triton.compact import compact_spans
 from csrc_triton.context import context_attention
@@ -16,6 +15,7 @@ from csrc_triton.store import store_dense
 from think_vllm.attention.cuda_builder import ThinkCUDAMetadata
 from think_vllm.attention.cuda_evict import CUDAEvictor
 from think_vllm.attention.cuda_flash import flash_prompts, load_flash
+from think_vllm.attention.cuda_layer import CUDALayerImpl, refuse_output_scales
 from think_vllm.attention.cuda_parts import (
     Chunks,
     DueSpans,
@@ -26,64 +26,28 @@ from think_vllm.attention.cuda_parts import (
 )
 from think_vllm.attention.cuda_state import GroupState
 from think_vllm.attention.heads import rank_heads
-from think_vllm.attention.refusals import refuse_options
 from think_vllm.attention.tokens import put_back
 from think_vllm.choosing import Chooser
 from think_vllm.selection import remember_plan
 
-#: Values of ``--kv-cache-dtype`` that leave keys and values as computed.
-PLAIN_DTYPES = ("auto", "bfloat16", "float16")
 
-
-class ThinkCUDAImpl(AttentionImpl[ThinkCUDAMetadata]):
+class ThinkCUDAImpl(CUDALayerImpl[ThinkCUDAMetadata]):
     """Attention over thin and dense blocks; see ``attention/step.py`` for the order of work."""
 
-    def __init__(
-        self,
-        num_heads: int,
-        head_size: int,
-        scale: float,
-        num_kv_heads: int | None = None,
-        alibi_slopes: list[float] | None = None,
-        sliding_window: int | None = None,
-        kv_cache_dtype: str = "auto",
-        logits_soft_cap: float | None = None,
-        attn_type: str = "decoder",
-        kv_sharing_target_layer_name: str | None = None,
-        **others: Any,
-    ) -> None:
-        others = {name: value for name, value in others.items() if value is not None}
-        refuse_options(
-            "thin KV blocks",
-            (
-                (alibi_slopes, "ALiBi position biases"),
-                (sliding_window, "a sliding window"),
-                (others.pop("sinks", None), "attention sinks"),
-                (kv_sharing_target_layer_name, "a KV cache shared between layers"),
-                (None if attn_type == "decoder" else attn_type, f"attention of type {attn_type}"),
-                (others or None, f"options that are unknown here: {', '.join(others)}"),
-                (
-                    None if kv_cache_dtype in PLAIN_DTYPES else kv_cache_dtype,
-                    f"a KV cache of dtype {kv_cache_dtype}, perhaps its checkpoint's",
-                ),
-            ),
-        )
-        self.num_heads = num_heads
-        self.head_size = head_size
-        self.scale = float(scale)
-        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        self.kv_cache_dtype = kv_cache_dtype
-        self.logits_soft_cap = logits_soft_cap or 0.0
+    who = "thin KV blocks"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         # vLLM builds layers with their engine's config at hand, and asks for specs without it.
         config = get_current_vllm_config()
         self.plan = remember_plan(config)
         # Of which layer they are, the first forward pass says, vLLM's own at start-up.
-        self._heads = rank_heads(config, self.num_kv_heads, head_size)
+        self._heads = rank_heads(config, self.num_kv_heads, self.head_size)
         self._chooser: Chooser | None = None
         self.evictor = None
         if self.plan.config.evicts:
             self.evictor = CUDAEvictor(self.plan, self.scale, self.logits_soft_cap, None)
-        self._flash = load_flash(head_size, self.logits_soft_cap)
+        self._flash = load_flash(self.head_size, self.logits_soft_cap)
 
     def do_kv_cache_update(
         self,
@@ -133,8 +97,7 @@ class ThinkCUDAImpl(AttentionImpl[ThinkCUDAMetadata]):
         Returns:
             ``output``.
         """
-        if output_scale is not None or output_block_scale is not None:
-            raise NotImplementedError("think-vllm: outputs of attention cannot be quantized")
+        refuse_output_scales(output_scale, output_block_scale)
         if self._chooser is None:
             self._chooser = Chooser(self.plan, self._heads.of_layer(layer.layer_name))
         if attn_metadata is None:

@@ -6,10 +6,15 @@ from csrc_triton.compact import compact_spans
 from csrc_triton.context import context_attention
 from csrc_triton.decode import decode_attention
 from csrc_triton.scores import add_query_energy, key_energy
+from csrc_triton.static_blocks import ChannelOrder
+from csrc_triton.static_context import static_context
+from csrc_triton.static_decode import static_decode
+from csrc_triton.static_store import store_static
 from csrc_triton.store import store_dense
 from think_vllm.choosing import top_channels
 from think_vllm.eviction import table_of_entries
 from think_vllm.planner import BlockPlan
+from think_vllm.static.plan import StaticPlan
 
 
 def warm_up(
@@ -82,3 +87,37 @@ def _warm_up(
         rows = (query, kv_cache, table_of_entries(table))
         context_attention(*rows, starts, one, request, plan, scale, out, 1, cap, none)
         decode_attention(*rows, request, one, none, plan, scale, out, cap)
+
+
+def warm_up_static(
+    plan: StaticPlan,
+    order: ChannelOrder,
+    heads: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    logits_soft_cap: float = 0.0,
+) -> None:
+    """Run every kernel over static blocks once, as ``warm_up`` does.
+
+    Args:
+        plan: How blocks are laid out.
+        order: Of a layer.
+        heads: ``Hq`` and ``Hk``.
+        dtype: Of the model.
+        device: The GPU.
+        logits_soft_cap: Of the layers; attention with one is another kernel.
+    """
+    stored = torch.uint8 if plan.is_coded else dtype
+    width = plan.layout.token_bytes // stored.itemsize
+    kv_cache = torch.zeros(1, heads[1], plan.block_size, width, dtype=stored, device=device)
+    table = torch.zeros(1, 1, dtype=torch.int32, device=device)
+    query = torch.zeros(1, heads[0], plan.head_size, dtype=dtype, device=device)
+    key = torch.zeros(1, heads[1], plan.head_size, dtype=dtype, device=device)
+    slots = torch.zeros(1, dtype=torch.int64, device=device)
+    store_static(key, key, kv_cache, slots, order, plan)
+    one = torch.ones(1, dtype=torch.int32, device=device)
+    starts = torch.arange(2, dtype=torch.int32, device=device)
+    out, scale = torch.empty_like(query), plan.head_size**-0.5
+    cap = logits_soft_cap
+    static_decode(query, kv_cache, table, one, order, plan, scale, out, cap)
+    static_context(query, kv_cache, table, starts, one, 0, order, plan, scale, out, 1, cap)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from think_vllm import compat
 from think_vllm.config import ThinkConfig, config_from_additional
-from think_vllm.errors import FLAGS, WAY_OUT, ThinkError
+from think_vllm.errors import FLAGS, ThinkError
 from think_vllm.models import attention_layers, check_model
 from think_vllm.static.plan import StaticPlan, plan_static
 from think_vllm.static.tables import ChannelTables, ModelShape, load_tables
@@ -118,7 +118,9 @@ def check_static(vllm_config: VllmConfig) -> None:
     Raises:
         ThinkError: Naming the option or the property of the model, and the way out.
     """
-    _check_device(vllm_config)
+    from think_vllm.activation import check_device
+
+    check_device(vllm_config)
     check_static_model(vllm_config.model_config)
     parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
     plain_dtypes = ("auto", str(vllm_config.model_config.dtype).removeprefix("torch."))
@@ -152,19 +154,4 @@ def check_static_model(model_config: ModelConfig) -> None:
             f"{WHO} does not support {model_config.model} yet: some of its layers have a sliding "
             "window, and their blocks would have another size; use --kv-select think, or serve "
             f"without {FLAGS}"
-        )
-
-
-def _check_device(vllm_config: VllmConfig) -> None:
-    from vllm.platforms import current_platform
-
-    if not current_platform.is_cpu():
-        raise ThinkError(
-            f"{WHO}: there are kernels for CPUs only, the device is "
-            f"{current_platform.device_name}; use --kv-select think. {WAY_OUT}"
-        )
-    if vllm_config.use_v2_model_runner:
-        raise ThinkError(
-            f"{WHO} does not support vLLM's model runner V2 on CPUs yet; set "
-            f"VLLM_USE_V2_MODEL_RUNNER=0, or serve without {FLAGS}"
         )

@@ -9,7 +9,8 @@ from think_vllm.errors import WAY_OUT, ThinkError
 from think_vllm.layout import MAX_HEAD_SIZE, StaticLayout
 from think_vllm.planner import SIZE_MULTIPLE, pruned_channels
 
-#: vLLM's own block size on CPUs. Every token is pruned, so no other one would save more.
+#: vLLM's own block size on CPUs. Every token is pruned, so no other one would save more. On GPUs
+#: too: keys are channel-major, and short rows of them would be read in small pieces.
 BLOCK_SIZE = 128
 
 
