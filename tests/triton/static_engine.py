@@ -87,7 +87,7 @@ class StaticWorker:
         shape = (self.MAX_REQUESTS, self.WIDTH)
         self.block_table = torch.zeros(shape, dtype=torch.int32, device=device)
         self.seq_lens = torch.zeros(self.MAX_REQUESTS, dtype=torch.int32, device=device)
-        engine: Any = StaticEngine(plan, Tables(self.channels))  # type: ignore[arg-type]
+        engine: Any = StaticEngine(plan, Tables(self.channels))
         module = "think_vllm.attention.cuda_static"
         with (
             patch(f"{module}.get_current_vllm_config"),
