@@ -81,7 +81,8 @@ class StaticWorker:
         self.channels = [random_channels(plan, heads[1], self.generator) for _ in range(layers)]
         self.requests: dict[str, StaticRequest] = {}
         self.free = list(range(1, num_blocks))
-        self.graph_steps = 0
+        #: Rows without a query behind each batch that is no graph.
+        self.padding, self.graph_steps = 0, 0
         self.captured: dict[int, Any] = {}
         # Addresses that a graph keeps.
         shape = (self.MAX_REQUESTS, self.WIDTH)
@@ -189,9 +190,9 @@ class StaticWorker:
             request.computed += count
 
     def _common(self, batch: list[StaticRequest], counts: list[int]) -> CommonAttentionMetadata:
-        rows = len(batch)
+        rows = len(batch) + self.padding
         if self.graphs and max(counts) == 1:
-            rows = min(self.MAX_REQUESTS, rows + 2)
+            rows = min(self.MAX_REQUESTS, len(batch) + 2)
             if rows not in self.captured:
                 ones = self._metadata(list(range(rows + 1)), [1] * rows)
                 self.captured[rows] = self.builder.build_for_cudagraph_capture(ones)

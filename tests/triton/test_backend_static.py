@@ -12,8 +12,9 @@ from think_vllm.attention.cuda_warmup import warm_up_static
 from think_vllm.errors import ThinkError
 
 
-@pytest.mark.parametrize("heads", [(4, 2), (2, 2)], ids=["gqa", "mha"])
-@pytest.mark.parametrize("quant", QUANTS)
+@pytest.mark.parametrize(
+    ("quant", "heads"), [("none", (4, 2)), ("fp8", (4, 2)), ("fp8", (2, 2))], ids=str
+)
 def test_lives_of_several_requests(device, quant, heads):
     worker = StaticWorker(make_plan(31, 48, torch.float32, quant=quant), heads, device)
     worker.add("long", 60)
@@ -62,6 +63,15 @@ def test_batches_of_single_tokens_run_as_graphs(device):
     assert StaticCUDAMetadataBuilder._cudagraph_support is (
         AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
     )
+
+
+def test_rows_without_a_query_pad_batches(device):
+    worker = StaticWorker(make_plan(31, 48, torch.float32), (4, 2), device)
+    worker.padding = 2
+    worker.add("one", 40)
+    worker.add("two", 40)
+    worker.step(one=20, two=1)
+    worker.step(one=1, two=1)
 
 
 def test_single_queries_behind_a_chunk_are_served(device):

@@ -13,6 +13,7 @@ ROWS = [(kept, torch.bfloat16) for kept in KEPT]
 ROWS += [((31, 48), torch.float16), ((31, 48), torch.float32), ((64, 64), torch.bfloat16)]
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # infinities and NaN, in numpy
 @pytest.mark.parametrize("quant", QUANTS)
 @pytest.mark.parametrize(("kept", "dtype"), ROWS, ids=str)
 def test_store_static_writes_the_reference_bytes(device, kept, dtype, quant):
