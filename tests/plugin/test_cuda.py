@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from think_vllm import activation
+from think_vllm import activation, engine_checks
 from think_vllm.errors import ThinkError
 
 
@@ -56,7 +56,7 @@ def test_gpus_are_served(
     capability: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("vllm.platforms.current_platform", Platform("cuda", capability))
-    activation.check_device(config(dtype))
+    engine_checks.check_device(config(dtype))
     path = activation.select_backend(config(dtype))
     assert path == "think_vllm.attention.cuda_backend.ThinkCUDABackend"
 
@@ -78,7 +78,7 @@ def test_what_gpus_cannot_do_is_refused(
 ) -> None:
     monkeypatch.setattr("vllm.platforms.current_platform", platform)
     with pytest.raises(ThinkError, match=message) as error:
-        activation.check_device(engine)
+        engine_checks.check_device(engine)
     assert "without --kv-channel-prune" in str(error.value)
 
 
@@ -86,7 +86,7 @@ def test_batch_invariance_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vllm.platforms.current_platform", Platform("cuda"))
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
     with pytest.raises(ThinkError, match="VLLM_BATCH_INVARIANT"):
-        activation.check_device(config())
+        engine_checks.check_device(config())
 
 
 def test_the_cpu_backend_imports_neither_triton_nor_its_kernels() -> None:

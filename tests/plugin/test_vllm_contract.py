@@ -110,7 +110,7 @@ def test_vllm_defaults_and_keywords_are_what_we_rely_on() -> None:
     ("ours", "kind", "names"),
     [
         (
-            "activation.py",
+            "engine_checks.py",
             CacheConfig,
             {"block_size", "user_specified_block_size", "enable_prefix_caching", "cache_dtype"}
             | {"kv_offloading_size", "kv_sharing_fast_prefill"},
@@ -130,15 +130,15 @@ def test_vllm_defaults_and_keywords_are_what_we_rely_on() -> None:
             | {"rswa_window", "use_mla"},
         ),
         (
-            "activation.py",
+            "engine_checks.py",
             ParallelConfig,
             {"decode_context_parallel_size", "prefill_context_parallel_size", "use_ubatching"},
         ),
         ("compat.py", ModelArchitectureConfig, {"rswa_window"}),
         ("compat.py", attention.AttentionConfig, {"backend", "backend_per_kind"}),
         ("compat.py", AttentionBackendEnum, {"CUSTOM", "CPU_ATTN"}),
-        ("activation.py", Platform, {"is_cpu", "is_cuda", "device_name"}),
-        ("activation.py", DeviceCapability, {"as_version_str", "to_int"}),
+        ("engine_checks.py", Platform, {"is_cpu", "is_cuda", "device_name"}),
+        ("engine_checks.py", DeviceCapability, {"as_version_str", "to_int"}),
     ],
     ids=name_of,
 )
@@ -216,7 +216,7 @@ def test_vllm_does_what_we_rely_on(ours: str, function: Any, pieces: list[str]) 
 
 def test_vllm_values_are_what_we_rely_on() -> None:
     assert isinstance(platforms.current_platform, Platform), "compat.py"
-    assert "VLLM_BATCH_INVARIANT" in dir(envs), "activation.py"
+    assert "VLLM_BATCH_INVARIANT" in dir(envs), "engine_checks.py"
     assert "_actions" in vars(FlexibleArgumentParser()), "cli/flags.py"
     assert AttentionBackendEnum["CUSTOM"] is AttentionBackendEnum.CUSTOM
     assert DEFAULT_PLUGINS_GROUP == "vllm.general_plugins", "pyproject.toml registers there"

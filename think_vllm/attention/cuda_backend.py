@@ -11,11 +11,11 @@ import torch
 from vllm.v1.attention.backend import AttentionBackend, AttentionType, MultipleOf
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
-from think_vllm.activation import CUDA_CAPABILITY, CUDA_MIN_HEAD_SIZE
 from think_vllm.attention.cuda_builder import ThinkCUDAMetadataBuilder
 from think_vllm.attention.cuda_impl import ThinkCUDAImpl
 from think_vllm.attention.cuda_layer import PLAIN_DTYPES
 from think_vllm.blocks.spec import customize_spec
+from think_vllm.engine_checks import CUDA_CAPABILITY, CUDA_MIN_HEAD_SIZE
 from think_vllm.layout import MAX_HEAD_SIZE
 from think_vllm.planner import SIZE_MULTIPLE
 

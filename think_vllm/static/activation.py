@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from think_vllm import compat
 from think_vllm.config import ThinkConfig, config_from_additional
+from think_vllm.engine_checks import asked_block_size, check_device, plain_dtypes
 from think_vllm.errors import FLAGS, ThinkError
 from think_vllm.models import attention_layers, check_model
 from think_vllm.static.plan import StaticPlan, plan_static
@@ -63,12 +64,11 @@ def plan_static_engine(config: ThinkConfig, vllm_config: VllmConfig) -> StaticPl
     Raises:
         ThinkError: If no plan fits.
     """
-    cache_config = vllm_config.cache_config
     return plan_static(
         config,
         head_size=vllm_config.model_config.get_head_size(),
         itemsize=vllm_config.model_config.dtype.itemsize,
-        block_size=cache_config.block_size if cache_config.user_specified_block_size else None,
+        block_size=asked_block_size(vllm_config.cache_config),
     )
 
 
@@ -118,12 +118,9 @@ def check_static(vllm_config: VllmConfig) -> None:
     Raises:
         ThinkError: Naming the option or the property of the model, and the way out.
     """
-    from think_vllm.activation import check_device
-
     check_device(vllm_config)
     check_static_model(vllm_config.model_config)
     parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
-    plain_dtypes = ("auto", str(vllm_config.model_config.dtype).removeprefix("torch."))
     unsupported: list[tuple[Any, str]] = [
         (vllm_config.speculative_config, "--speculative-config"),
         (vllm_config.kv_transfer_config, "--kv-transfer-config (a KV connector)"),
@@ -132,7 +129,10 @@ def check_static(vllm_config: VllmConfig) -> None:
         (parallel.decode_context_parallel_size > 1, "--decode-context-parallel-size above 1"),
         (parallel.prefill_context_parallel_size > 1, "--prefill-context-parallel-size above 1"),
         (cache.kv_sharing_fast_prefill, "--kv-sharing-fast-prefill"),
-        (cache.cache_dtype not in plain_dtypes, f"--kv-cache-dtype {cache.cache_dtype}"),
+        (
+            cache.cache_dtype not in plain_dtypes(vllm_config.model_config),
+            f"--kv-cache-dtype {cache.cache_dtype}",
+        ),
     ]
     for present, name in unsupported:
         if present:
