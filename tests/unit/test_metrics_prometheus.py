@@ -112,6 +112,13 @@ def test_log_says_what_happened_since_the_last_line() -> None:
     ]
 
 
+def test_log_of_spans_that_freed_nothing() -> None:
+    log, lines = CompactionLog(), []
+    log.observe({"counters": {"spans_compacted": 2}})
+    log.log(lambda text, *values: lines.append(text % values))
+    assert lines == ["KV compaction: 2 spans, 0.0 MiB freed"]
+
+
 def test_every_metric_is_documented() -> None:
     text = (REPOSITORY / "docs" / "metrics.md").read_text(encoding="utf-8")
     documented = set(re.findall(r"^\| `think_vllm:(\w+)", text, re.MULTILINE))

@@ -31,7 +31,9 @@ class CompactionLog:
         """Write the line, unless nothing happened."""
         parts = []
         if spans := self._sums.get(SPANS):
-            parts.append(f"{spans:.0f} spans, {self._sums[BYTES] / 2**20:.1f} MiB freed")
+            # A plan that only evicts frees nothing of a prompt that its budget holds.
+            freed = self._sums.get(BYTES, 0)
+            parts.append(f"{spans:.0f} spans, {freed / 2**20:.1f} MiB freed")
         if seconds := self._sums.get(SECONDS):
             parts.append(f"{seconds:.3f} s")
         if self._choices:
