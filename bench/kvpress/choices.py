@@ -13,7 +13,12 @@ from think_vllm.config import parse_config
 from think_vllm.eviction import POOLING_TOKENS, split_runs
 from think_vllm.planner import plan_blocks
 from think_vllm.reference.eviction import attention_sums_ref, choose_tokens_ref, pool_ref
-from think_vllm.reference.scoring import key_energy_ref, query_energy_ref, select_channels_ref
+from think_vllm.reference.scoring import (
+    key_energy_ref,
+    key_scores_ref,
+    query_energy_ref,
+    top_channels_ref,
+)
 
 RATIOS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 #: Query and KV heads of models with random weights: one to one, and groups of 4.
@@ -156,7 +161,7 @@ def kept_channels(queries: torch.Tensor, keys: torch.Tensor, count: int) -> torc
     rows = torch.arange(blocks, dtype=torch.int32)[None]
     energy = key_energy_ref(cache, rows, [0], [length], plan)
     asked = query_energy_ref(queries.transpose(0, 1), num_heads)[None]
-    return select_channels_ref(asked, energy, count)[0]
+    return top_channels_ref(key_scores_ref("think", asked, energy), count)[0]
 
 
 def kept_tokens(queries: torch.Tensor, keys: torch.Tensor, count: int) -> torch.Tensor:

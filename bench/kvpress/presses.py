@@ -99,7 +99,7 @@ class Case:
         if not presses:
             return nullcontext()
         press = presses[0] if len(presses) == 1 else ComposedPress(presses)
-        return press(model)  # type: ignore[no-any-return]
+        return press(model)
 
     def _old_tokens(self, prompt_tokens: int) -> int:
         """Tokens of the prompt's full spans before the recent window."""

@@ -1,5 +1,6 @@
 """Pictures of results: a heat map of policies, and lines of log-probabilities and of eviction."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from bench.tables.configurations import BUDGETS, EVICTION_RATIOS, METHODS, RATIOS
@@ -101,12 +102,13 @@ def _eviction(results: Results, path: Path) -> Path:
     return path
 
 
-def _draw_line(panel: object, points: list[tuple[float, Estimate]], label: str | None) -> None:
+def _draw_line(panel: object, points: Sequence[tuple[float, Estimate]], label: str | None) -> None:
     """Draw figures, and their intervals where there are any."""
     if not points:
         return
     places = [place for place, _ in points]
     values = [estimate.value for _, estimate in points]
-    below = [0.0 if e.low is None else e.value - e.low for _, e in points]
-    above = [0.0 if e.high is None else e.high - e.value for _, e in points]
+    # An end that is the value itself may be rounded to the wrong side of it.
+    below = [0.0 if e.low is None else max(0.0, e.value - e.low) for _, e in points]
+    above = [0.0 if e.high is None else max(0.0, e.high - e.value) for _, e in points]
     panel.errorbar(places, values, [below, above], marker="o", markersize=3, label=label)  # type: ignore[attr-defined]
