@@ -2,8 +2,6 @@
 
 import random
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any
 
 import torch
@@ -68,9 +66,13 @@ def check_served(
 ) -> list[Completion]:
     """Complete prompts of these lengths and compare every log-probability."""
     prompts = random_prompts(lengths)
-    complete = partial(server.complete, **options)
-    with ThreadPoolExecutor(len(prompts) if together else 1) as pool:
-        completions = list(pool.map(complete, prompts, max_tokens))
+    if together:
+        completions = server.complete_all(prompts, max_tokens, **options)
+    else:
+        completions = [
+            server.complete(prompt, count, **options)
+            for prompt, count in zip(prompts, max_tokens, strict=True)
+        ]
     worst = worst_differences(reference, prompts, completions, thinning)
     assert all(x < TOLERANCE for x in worst.values()), worst
     return completions

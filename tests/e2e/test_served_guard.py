@@ -41,7 +41,7 @@ def test_requests_beyond_the_limit_stay_dense(
     pool = (MAX_MODEL_LEN // plan.block_size + 2) * plan.layout.run_bytes * 2 * 2
     limits = ("--max-model-len", str(MAX_MODEL_LEN), "--max-num-batched-tokens", "160")
     server = serve(*EAGER, *flags, *limits, kv_cache_bytes=pool)
-    answers = server.complete_all(prompts, [260] * len(prompts))
+    answers = server.complete_together(prompts, 260)
     assert server.metric("vllm:num_preemptions_total") > 0
     for prompt, answer, loss in zip(prompts, answers, lost, strict=True):
         kept, other = (None, thinning) if loss > limit else (thinning, None)

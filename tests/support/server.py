@@ -169,9 +169,11 @@ class Server:
         """Greedy completion of exactly ``max_tokens`` tokens."""
         return self._complete(prompt, max_tokens, **options)[0]
 
-    def complete_together(self, prompts: Sequence[list[int]], max_tokens: int) -> list[Completion]:
+    def complete_together(
+        self, prompts: Sequence[list[int]], max_tokens: int, **options: Any
+    ) -> list[Completion]:
         """Complete all prompts in one HTTP request; see ``complete``."""
-        return self._complete(list(prompts), max_tokens)
+        return self._complete(list(prompts), max_tokens, **options)
 
     def _complete(self, prompt: Any, max_tokens: int, **options: Any) -> list[Completion]:
         body = {
@@ -187,11 +189,29 @@ class Server:
         return [completion_of(choice) for choice in choices]
 
     def complete_all(
-        self, prompts: Sequence[list[int]], max_tokens: Sequence[int]
+        self, prompts: Sequence[list[int]], max_tokens: Sequence[int], **options: Any
     ) -> list[Completion]:
-        """Complete all prompts at the same time."""
-        with ThreadPoolExecutor(len(prompts)) as pool:
-            return list(pool.map(self.complete, prompts, max_tokens))
+        """Complete all prompts at the same time.
+
+        Those whose answers have the same length are one HTTP request, so that they run together
+        however slow the machine is.
+        """
+        groups: dict[int, list[int]] = {}
+        for place, count in enumerate(max_tokens):
+            groups.setdefault(count, []).append(place)
+        with ThreadPoolExecutor(len(groups)) as pool:
+            asked = {
+                pool.submit(
+                    self.complete_together, [prompts[i] for i in places], count, **options
+                ): places
+                for count, places in groups.items()
+            }
+            found = {
+                place: answer
+                for future, places in asked.items()
+                for place, answer in zip(places, future.result(), strict=True)
+            }
+        return [found[place] for place in range(len(prompts))]
 
     def wait_for_metric(self, name: str, value: float) -> None:
         """Wait until a metric has a value; vLLM updates its metrics after the answer."""
