@@ -182,7 +182,8 @@ def test_streams_join_to_the_whole_answer(server: Server, whole: Completion) -> 
     options = {"logprobs": 0, "stream_options": {"include_usage": True}}
     *chunks, last = server.stream(prompt=PROMPT, **VARIED, **options)
     pieces = [chunk["choices"][0] for chunk in chunks]
-    assert len(pieces) >= COUNT
+    # Tokens that the front end has not sent yet are joined to one piece.
+    assert len(pieces) > 1
     assert "".join(piece["text"] for piece in pieces) == whole.text
     assert [token for piece in pieces for token in piece["token_ids"] or ()] == whole.tokens
     logprobs = [p for piece in pieces for p in (piece["logprobs"] or {}).get("token_logprobs", ())]
