@@ -26,11 +26,15 @@ def comparison(ours: Results, theirs: Results) -> str:
     """Each of its rows beside ours of the same ratio and budget."""
     if (ours.seed, ours.samples) != (theirs.seed, theirs.samples):
         raise SystemExit(f"{FILE}: its questions are others; run bench.kvpress.compare again")
+    named: dict[str, list[Row]] = {}
+    for row in theirs.rows.values():
+        name = compared_name(row.labels["ratio"], row.labels["budget"])
+        named.setdefault(name, []).append(row)
+    # In our order, whichever was run first.
     lines = [
-        _line(row, name, way, ours.rows[name])
-        for row in theirs.rows.values()
-        for name in [compared_name(row.labels["ratio"], row.labels["budget"])]
-        if name in ours.rows
+        _line(row, name, way, mine)
+        for name, mine in ours.rows.items()
+        for row in named.get(name, [])
         for way in WAYS
         if way in row.answers
     ]
