@@ -1,6 +1,8 @@
 """``think-vllm bench``: what it refuses before anything is started."""
 
+import logging
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,15 @@ from think_vllm.cli.main import main
 from think_vllm.loadtest.configuration import DEFAULT_FLAGS, read_engine
 
 MEMORY = ("--kv-cache-memory-bytes", "50MB")
+
+
+@pytest.fixture(autouse=True)
+def vllm_level() -> Iterator[None]:
+    """The command silences vLLM's loggers for its process, which here has other tests to run."""
+    logger = logging.getLogger("vllm")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,7 @@ def test_gpus_get_the_same_plan_and_a_warning(
     monkeypatch.setattr("vllm.platforms.current_platform", Platform("cuda"))
     # vLLM's own loggers hand nothing on.
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    caplog.set_level(logging.WARNING, logger="vllm")
     activate(engine)
     assert "no GPU has run them yet" in caplog.text
     assert engine.cache_config.block_size == 128
