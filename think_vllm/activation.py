@@ -7,7 +7,8 @@ import multiprocessing
 from typing import TYPE_CHECKING
 
 from think_vllm import VLLM_SERIES, __version__, compat, compat_metrics, compat_requests
-from think_vllm.config import ThinkConfig, config_from_additional, prune_flags
+from think_vllm.config import ThinkConfig, prune_flags
+from think_vllm.config_parser import config_from_additional
 from think_vllm.engine_checks import asked_block_size, check_engine, check_guard, is_cpu
 from think_vllm.errors import WAY_OUT, ThinkError
 from think_vllm.models import attention_layers, window_summary

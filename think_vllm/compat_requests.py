@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from think_vllm.compat import wrap_method
-from think_vllm.config import config_from_additional
+from think_vllm.config_parser import config_from_additional
 from think_vllm.errors import WAY_OUT, ThinkError
 from think_vllm.request import own_rule, refuse_settings
 from think_vllm.spans import SpanRule

@@ -9,7 +9,7 @@ from kvpress import SnapKVPress, ThinKPress
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from bench.kvpress.presses import WINDOW_TOKENS
-from think_vllm.config import parse_config
+from think_vllm.config_parser import parse_config
 from think_vllm.eviction import POOLING_TOKENS, split_runs
 from think_vllm.planner import plan_blocks
 from think_vllm.reference.eviction import attention_sums_ref, choose_tokens_ref, pool_ref

@@ -17,7 +17,8 @@ from bench.tables.questions import ANSWER_TOKENS, Question, judge, questions
 from bench.tables.results import Results, Row
 from think_vllm import __version__
 from think_vllm.budget import kept_tokens
-from think_vllm.config import flag_name, parse_config
+from think_vllm.config import flag_name
+from think_vllm.config_parser import parse_config
 from think_vllm.doctor.examination import run_probe
 from think_vllm.doctor.probe import ProbeJob
 from think_vllm.errors import ThinkError

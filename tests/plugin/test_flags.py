@@ -9,7 +9,7 @@ import pytest
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from think_vllm.config import parse_config
+from think_vllm.config_parser import parse_config
 from think_vllm.plugin import register
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

@@ -4,7 +4,8 @@ from typing import get_args
 
 import pytest
 
-from think_vllm.config import ThinkConfig, config_from_additional, parse_config
+from think_vllm.config import ThinkConfig
+from think_vllm.config_parser import config_from_additional, parse_config
 from think_vllm.errors import ThinkError
 from think_vllm.formats import FORMATS, GROUP_SIZES
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from think_vllm.config import parse_config
+from think_vllm.config_parser import parse_config
 from think_vllm.planner import BlockPlan, plan_blocks
 from think_vllm.report import context_hint, plan_fields, plan_summary
 

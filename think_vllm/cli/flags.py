@@ -6,13 +6,8 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from think_vllm import compat
-from think_vllm.config import (
-    ADDITIONAL_CONFIG_KEY,
-    MAX_PRUNE_RATIO,
-    ThinkConfig,
-    flag_name,
-    parse_config,
-)
+from think_vllm.config import ADDITIONAL_CONFIG_KEY, MAX_PRUNE_RATIO, ThinkConfig, flag_name
+from think_vllm.config_parser import parse_config
 from think_vllm.errors import ThinkError
 
 _METAVARS = {

@@ -8,7 +8,8 @@ from typing import Any
 
 from think_vllm.capacity import PoolShape, pool_capacity
 from think_vllm.cli.flags import declare_flags, take_flags
-from think_vllm.config import parse_config, prune_flags
+from think_vllm.config import prune_flags
+from think_vllm.config_parser import parse_config
 from think_vllm.errors import ThinkError
 from think_vllm.models import AttentionLayers, attention_layers, check_model, window_summary
 from think_vllm.planner import BlockPlan, plan_blocks, pruned_channels

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from think_vllm import compat
 from think_vllm.activation import plan_engine
-from think_vllm.config import config_from_additional
+from think_vllm.config_parser import config_from_additional
 from think_vllm.doctor.comparison import Comparison, compare
 from think_vllm.doctor.finding import Finding, Level
 from think_vllm.doctor.machine import check_machine, check_versions

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
-from think_vllm.config import ADDITIONAL_CONFIG_KEY, ThinkConfig, config_from_additional, flag_name
+from think_vllm.config import ADDITIONAL_CONFIG_KEY, ThinkConfig, flag_name
+from think_vllm.config_parser import config_from_additional
 from think_vllm.errors import ThinkError
 from think_vllm.models import attention_layers, check_model
 from think_vllm.planner import BlockPlan, plan_blocks

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from think_vllm import compat
-from think_vllm.config import ThinkConfig, config_from_additional
+from think_vllm.config import ThinkConfig
+from think_vllm.config_parser import config_from_additional
 from think_vllm.engine_checks import asked_block_size, check_device, plain_dtypes
 from think_vllm.errors import FLAGS, ThinkError
 from think_vllm.models import attention_layers, check_model
