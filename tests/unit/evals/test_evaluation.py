@@ -206,7 +206,8 @@ from tests.unit.evals.test_evaluation import forgetful
 if "--die" in sys.argv:
     sys.exit("the reason")
 reply = forgetful if "--thin" in sys.argv else read_recall
-FakeApi(reply, port=int(sys.argv[-1])).__enter__()
+with FakeApi(reply, port=int(sys.argv[-1])):
+    threading.Event().wait()
 """
 
 
