@@ -2,7 +2,8 @@
 
 8 sequences of 4,096 tokens, 32/8 heads of 128 unless told otherwise. The kernels take turns, so
 each round meets the same machine; medians of rounds, and of their ratios to vLLM's kernel. With
-``--queries`` it is a chunk of a prompt behind a cached prefix: dense in vLLM, thin here.
+``--queries`` it is a chunk of a prompt behind a cached prefix: dense in vLLM, thin here; with
+``--static`` the channels of ``--kv-select static`` are measured beside it.
 Run: ``python -m bench.decode``.
 """
 
@@ -20,7 +21,11 @@ from think_vllm.config import ThinkConfig
 from think_vllm.formats import FORMATS
 from think_vllm.kernels.cpu.compaction import compact_spans
 from think_vllm.kernels.cpu.decode import DecodeRows, decode_attention
+from think_vllm.kernels.cpu.static_attention import static_attention
+from think_vllm.kernels.cpu.static_store import store_static
 from think_vllm.planner import BlockPlan, plan_blocks
+from think_vllm.static.blocks import StaticChannels
+from think_vllm.static.plan import StaticPlan, plan_static
 
 VLLM_BLOCK_SIZE = 128  # its default on CPUs
 
@@ -86,6 +91,40 @@ def think_kernel(
     return run
 
 
+def static_kernel(
+    query: torch.Tensor,
+    num_seqs: int,
+    num_kv_heads: int,
+    context: int,
+    plan: StaticPlan,
+) -> Callable[[], None]:
+    """Set up our kernel over blocks that are thin from the first token on."""
+    count, _, head_size = query.shape
+    queries = count // num_seqs
+    width = -(-context // plan.block_size)
+    num_tokens = num_seqs * width * plan.block_size
+    dtype = torch.uint8 if plan.is_coded else query.dtype
+    channels = plan.layout.token_bytes // dtype.itemsize
+    cache = torch.empty(num_seqs * width, num_kv_heads, plan.block_size, channels, dtype=dtype)
+    kept = StaticChannels(
+        *(
+            torch.rand(num_kv_heads, head_size).argsort(dim=-1)[:, :number].sort(dim=-1).values
+            for number in (plan.key_channels, plan.value_channels)
+        )
+    )
+    key, value = torch.randn(2, num_tokens, num_kv_heads, head_size).to(query.dtype)
+    store_static(key, value, cache, torch.arange(num_tokens), kept, plan)
+    table = torch.arange(num_seqs * width, dtype=torch.int32).view(num_seqs, width)
+    request = np.repeat(np.arange(num_seqs, dtype=np.int32), queries)
+    lengths = np.tile(np.arange(context - queries + 1, context + 1, dtype=np.int32), num_seqs)
+    out = torch.empty_like(query)
+
+    def run() -> None:
+        static_attention(query, cache, table, request, lengths, kept, plan, head_size**-0.5, out)
+
+    return run
+
+
 def main() -> None:
     """Print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -99,6 +138,7 @@ def main() -> None:
     parser.add_argument("--ratios", type=float, nargs="*", default=[0.0, 0.4, 0.5])
     parser.add_argument("--value-ratio", type=float, default=0.0, help="of value channels")
     parser.add_argument("--formats", nargs="*", choices=FORMATS, default=list(FORMATS))
+    parser.add_argument("--static", action="store_true", help="static channels, too")
     parser.add_argument("--rounds", type=int, default=31)
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -113,10 +153,15 @@ def main() -> None:
             config = ThinkConfig.model_validate(
                 {"kv_channel_prune": ratio, "kv_value_prune": values, "kv_quant": name}
             )
+            pruned = f"{ratio:g}, values {values:g}" if values else f"{ratio:g}"
+            if options.static and not config.format.has_groups:
+                static = plan_static(config, options.head_size, dtype.itemsize)
+                if static is not None:
+                    title = f"static, {name}, {pruned}"
+                    kernels[title] = static_kernel(query, count, *shape, static)
             plan = plan_blocks(config, options.head_size, dtype.itemsize)
             if plan is None:
                 continue
-            pruned = f"{ratio:g}, values {values:g}" if values else f"{ratio:g}"
             title = f"{name}, {pruned} ({plan.span_blocks} blocks of {plan.block_size} -> "
             title += f"{plan.thin_blocks})"
             kernels[title] = think_kernel(query, count, *shape, plan, True)
