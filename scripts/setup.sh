@@ -3,7 +3,7 @@
 # When .venv is up to date this returns at once. `make setup` calls it.
 #
 #   DEVICE=cpu|cuda   which vLLM to install; unset: cuda if nvidia-smi lists a GPU, else cpu
-#   PYTHON=path       which Python 3.11 or 3.12 to use; unset: the first that is found
+#   PYTHON=path       which Python, 3.11 to 3.14, to use; unset: the first that is found
 #   TORCH_INDEX=url   package index to take the CPU build of torch from
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -64,7 +64,7 @@ problem_with() {
   version=$("$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) ||
     { echo "it does not run"; return; }
   case $version in
-    3.11 | 3.12) ;;
+    3.11 | 3.12 | 3.13 | 3.14) ;;
     *) echo "it is Python $version"; return ;;
   esac
   "$1" -c 'import ensurepip, venv' 2>/dev/null ||
@@ -76,7 +76,7 @@ find_python() {
   if [[ -n ${PYTHON:-} ]]; then
     problem=$(problem_with "$PYTHON")
     [[ -z $problem ]] || die "PYTHON is '$PYTHON', which cannot be used: $problem." \
-      "It must be Python 3.11 or 3.12 with the venv module."
+      "It must be Python 3.11 to 3.14 with the venv module."
     echo "$PYTHON"
     return
   fi
@@ -86,10 +86,10 @@ find_python() {
     problem=$(problem_with "$candidate")
     [[ -n $problem ]] || { echo "$candidate"; return; }
     looked_at+=("  $candidate: $problem")
-  done < <(type -ap python3.12 python3.11 python3 | awk '!known[$0]++')
-  ((${#looked_at[@]})) || looked_at=("  there is no python3.12, python3.11 or python3 on the PATH")
-  die "no usable Python found; it takes Python 3.11 or 3.12 with the venv module" "${looked_at[@]}" \
-    "install one (on Debian and Ubuntu: apt install python3.11-venv, or python3.12-venv)," \
+  done < <(type -ap python3.12 python3.11 python3.13 python3.14 python3 | awk '!known[$0]++')
+  ((${#looked_at[@]})) || looked_at=("  there is no python3.11 to python3.14, nor python3, on the PATH")
+  die "no usable Python found; it takes Python 3.11 to 3.14 with the venv module" "${looked_at[@]}" \
+    "install one (on Debian and Ubuntu: apt install python3.12-venv, or the like)," \
     "or name one: make setup PYTHON=/path/to/python3.12"
 }
 
