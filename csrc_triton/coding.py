@@ -150,9 +150,16 @@ def pack(codes, BITS: tl.constexpr):
 
 
 @triton.jit
+def unit_byte(row, byte, ROWS: tl.constexpr):
+    """Where a byte of a row of codes is among the units of a matrix of ROWS rows."""
+    unit = byte // 4 * (ROWS // 2) + row // 2
+    return unit * 8 + byte // 2 % 2 * 4 + row % 2 * 2 + byte % 2
+
+
+@triton.jit
 def put_tile(
     run, bits, rows, columns, row_mask, column_mask, inverse,
-    OFFSET: tl.constexpr, ROW: tl.constexpr, SCALES: tl.constexpr, ZEROS: tl.constexpr,
+    OFFSET: tl.constexpr, ROW: tl.constexpr, SCALES: tl.constexpr,
     MATRIX_ROWS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Write a tile of a matrix.
@@ -166,22 +173,22 @@ def put_tile(
         column_mask: Columns that hold something; whole bytes of codes.
         inverse: For fp8, of the matrix's scale.
         OFFSET: Byte at which the matrix starts.
-        ROW: Bytes of a row.
-        SCALES: Byte at which the scales start.
-        ZEROS: Byte at which the zeros start.
-        MATRIX_ROWS: Rows between two groups of scales.
+        ROW: Bytes of a row of elements.
+        SCALES: Byte at which the scales start, and the zeros among them.
+        MATRIX_ROWS: Rows of the matrix, even where there are codes.
         BITS: Of a code; 0 for elements as they are, 8 for fp8.
         GROUP: Elements that share a scale.
         DTYPE: Of an element.
     """
-    start = run + OFFSET + rows * ROW
     mask = row_mask[:, None] & column_mask[None, :]
     if BITS == 0:
         SIZE: tl.constexpr = DTYPE.primitive_bitwidth // 8
-        store_bits(element_pointer(start, SIZE)[:, None] + columns[None, :], bits, mask)
+        start = element_pointer(run + OFFSET + rows * ROW, SIZE)
+        store_bits(start[:, None] + columns[None, :], bits, mask)
     elif BITS == 8:
         codes = fp8_codes(as_float(bits, DTYPE) * inverse)
-        tl.store(start[:, None] + columns[None, :], codes.to(tl.uint8), mask=mask)
+        target = run + OFFSET + unit_byte(rows[:, None], columns[None, :], MATRIX_ROWS)
+        tl.store(target, codes.to(tl.uint8), mask=mask)
     else:
         BYTES: tl.constexpr = GROUP * BITS // 8
         codes, scales, zeros = integer_codes(as_float(bits, DTYPE), mask, BITS)
@@ -189,9 +196,12 @@ def put_tile(
         byte = tl.arange(0, BYTES)
         # The last column that holds something is the last of its byte.
         held = (first + byte * (8 // BITS)) <= tl.max(tl.where(column_mask, columns, -1), axis=0)
-        target = start[:, None] + (first * BITS // 8 + byte)[None, :]
+        place = (first * BITS // 8 + byte)[None, :]
+        target = run + OFFSET + unit_byte(rows[:, None], place, MATRIX_ROWS)
         packed = pack(codes, BITS).to(tl.uint8)
         tl.store(target, packed, mask=row_mask[:, None] & held[None, :])
-        factor = first // GROUP * MATRIX_ROWS + rows
-        store_bits(element_pointer(run + SCALES, 2) + factor, scales, row_mask)
-        store_bits(element_pointer(run + ZEROS, 2) + factor, zeros, row_mask)
+        # Scales of two rows, then their zeros.
+        factor = first // GROUP * (2 * MATRIX_ROWS) + rows // 2 * 4 + rows % 2
+        factor_at = element_pointer(run + SCALES, 2) + factor
+        store_bits(factor_at, scales, row_mask)
+        store_bits(factor_at + 2, zeros, row_mask)

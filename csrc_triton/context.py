@@ -12,16 +12,12 @@ import triton.language as tl
 from csrc_triton.aot import AotCase
 from csrc_triton.blocks import cache_bytes, cache_strides, check_cache, element_type
 from csrc_triton.decode import attention_constants, check_rows, launch_options
-from csrc_triton.matrices import in_order, output_parts
 from csrc_triton.tiles import attend_dense, attend_thin
 from think_vllm.planner import BlockPlan
 
-#: Query rows of a program: tokens times heads of a group.
-ROWS = 32
+#: Queries of a program: tokens times heads of a group.
+QUERIES = 32
 OPTIONS = {"num_warps": 4}
-#: The same where thin blocks are read too, whose codes need the registers.
-THIN_ROWS = 16
-THIN_OPTIONS = {"num_warps": 4}
 
 
 def context_attention(
@@ -76,8 +72,7 @@ def context_attention(
         return
     group = query.shape[1] // kv_cache.shape[1]
     has_thin = thin_spans is not None
-    rows = max(THIN_ROWS if has_thin else ROWS, triton.next_power_of_2(group))
-    tiles = triton.cdiv(max_query_len * group, rows)
+    tiles = triton.cdiv(max_query_len * group, QUERIES)
     _attend[(tiles, num_requests, kv_cache.shape[1])](
         query,
         cache_bytes(kv_cache),
@@ -96,9 +91,9 @@ def context_attention(
         block_table.stride(0),
         **cache_strides(kv_cache),
         HAS_THIN=has_thin,
-        ROWS=rows,
+        QUERIES=QUERIES,
         **attention_constants(plan, kv_cache.dtype, group, logits_soft_cap > 0),
-        **launch_options(THIN_OPTIONS if has_thin else OPTIONS, kv_cache.dtype),
+        **launch_options(OPTIONS, kv_cache.dtype),
     )
 
 
@@ -113,11 +108,12 @@ def aot_cases(plan: BlockPlan, dtype: torch.dtype) -> list[AotCase]:
     strides = ("query_stride", "query_head_stride", "out_stride", "out_head_stride",
                "block_stride", "head_stride")  # fmt: skip
     signature |= dict.fromkeys(strides, "i32:16") | {"table_stride": "i32"}
-    constants = attention_constants(plan, dtype, 4, False)
-    dense, thin = {"HAS_THIN": False, "ROWS": ROWS}, {"HAS_THIN": True, "ROWS": THIN_ROWS}
+    constants = {"QUERIES": QUERIES, **attention_constants(plan, dtype, 4, False)}
     return [
-        AotCase(_attend, signature, constants | dense, launch_options(OPTIONS, dtype)),
-        AotCase(_attend, signature, constants | thin, launch_options(THIN_OPTIONS, dtype)),
+        AotCase(
+            _attend, signature, constants | {"HAS_THIN": thin}, launch_options(OPTIONS, dtype)
+        )
+        for thin in (False, True)
     ]
 
 
@@ -126,56 +122,53 @@ def _attend(
     query_ptr, kv_ptr, table_ptr, query_start_ptr, seq_len_ptr, request_ptr, thin_spans_ptr,
     out_ptr, scale, cap, query_stride, query_head_stride, out_stride, out_head_stride,
     table_stride, block_stride, head_stride,
-    HAS_THIN: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, D_PAD: tl.constexpr,
-    C_PAD: tl.constexpr, V_PAD: tl.constexpr, TILE: tl.constexpr,
-    DENSE_BLOCKS: tl.constexpr, N_PAD: tl.constexpr,
+    HAS_THIN: tl.constexpr, G: tl.constexpr, QUERIES: tl.constexpr, C_FIRST: tl.constexpr,
+    C_REST: tl.constexpr, V_PAD: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr,
+    DENSE_TILE: tl.constexpr, NUMBER: tl.constexpr, ASM: tl.constexpr,
     DTYPE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, CAPPED: tl.constexpr,
-    D: tl.constexpr, N: tl.constexpr, SPAN: tl.constexpr, THIN: tl.constexpr, T: tl.constexpr,
+    D: tl.constexpr, N: tl.constexpr, SPAN: tl.constexpr, T: tl.constexpr,
     C: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, GROUP: tl.constexpr,
-    KEY_ROW: tl.constexpr, KEY_SCALES: tl.constexpr, KEY_ZEROS: tl.constexpr,
-    VALUES: tl.constexpr, VALUE_ROW: tl.constexpr, VALUE_SCALES: tl.constexpr,
-    VALUE_ZEROS: tl.constexpr, TABLE: tl.constexpr, V: tl.constexpr, VALUE_TABLE: tl.constexpr,
+    KEY_SCALES: tl.constexpr, VALUES: tl.constexpr, VALUE_SCALES: tl.constexpr,
+    TABLE: tl.constexpr, V: tl.constexpr, VALUE_TABLE: tl.constexpr,
 ):  # fmt: skip
-    """A tile of query rows of one request and KV head."""
+    """A tile of queries of one request and KV head."""
     tile, index, kv_head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first_query = tl.load(query_start_ptr + index)
     num_queries = tl.load(query_start_ptr + index + 1) - first_query
-    if tile * ROWS >= num_queries * G:
+    if tile * QUERIES >= num_queries * G:
         return
     seq_len = tl.load(seq_len_ptr + index)
-    rows = tile * ROWS + tl.arange(0, ROWS)
-    token, head = rows // G, kv_head * G + rows % G
-    row_mask = token < num_queries
+    queries = tile * QUERIES + tl.arange(0, QUERIES)
+    token, head = queries // G, kv_head * G + queries % G
+    query_mask = token < num_queries
     position = seq_len - num_queries + token
-    # Queries of a tile are neighbours: nobody sees behind the last one.
-    end = tl.minimum(seq_len, seq_len - num_queries + (tile * ROWS + ROWS - 1) // G + 1)
+    # Queries of a tile are neighbours: none sees behind the last one.
+    end = tl.minimum(seq_len, seq_len - num_queries + (tile * QUERIES + QUERIES - 1) // G + 1)
     table = table_ptr + tl.load(request_ptr + index).to(tl.int64) * table_stride
     source = (first_query + token).to(tl.int64)
-    query_at = query_ptr + (source * query_stride + head * query_head_stride)[:, None]
+    query_at = query_ptr + source * query_stride + head * query_head_stride
 
-    top = tl.full((ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    sums = tl.zeros((ROWS, D_PAD), tl.float32)
+    top = tl.full((QUERIES,), float("-inf"), tl.float32)
+    total = tl.zeros((QUERIES,), tl.float32)
+    sums = tl.zeros((D_PAD, QUERIES), tl.float32)
     begin = 0
     if HAS_THIN:
         thin_spans = tl.load(thin_spans_ptr + index)
-        begin = thin_spans * SPAN
+        begin = thin_spans * (SPAN * N)
         top, total, sums = attend_thin(
-            top, total, sums, query_at, row_mask, kv_ptr, table, kv_head, 0, thin_spans * THIN,
-            scale, cap, block_stride, head_stride,
-            C_PAD, V_PAD, D_PAD, TILE, DTYPE, DOT, PRECISION, CAPPED,
-            D, N, SPAN, THIN, T, C, KEY_BITS, VALUE_BITS, GROUP, KEY_ROW, KEY_SCALES, KEY_ZEROS,
-            VALUES, VALUE_ROW, VALUE_SCALES, VALUE_ZEROS, TABLE, V, VALUE_TABLE,
+            top, total, sums, query_at, query_mask, kv_ptr, table, kv_head,
+            0, thin_spans * ((SPAN * N + TILE - 1) // TILE), scale, cap, block_stride, head_stride,
+            C_FIRST, C_REST, V_PAD, D_PAD, TILE, NUMBER, ASM, DTYPE, DOT, PRECISION, CAPPED,
+            D, N, SPAN, T, C, KEY_BITS, VALUE_BITS, GROUP, KEY_SCALES,
+            VALUES, VALUE_SCALES, TABLE, V, VALUE_TABLE,
         )  # fmt: skip
-        if output_parts(VALUE_BITS, VALUE_TABLE) > 1:
-            sums = in_order(sums, output_parts(VALUE_BITS, VALUE_TABLE))
     top, total, sums = attend_dense(
-        top, total, sums, query_at, row_mask, position, kv_ptr, table, kv_head,
-        begin, tl.cdiv(end, N), end, scale, cap, block_stride, head_stride,
-        D_PAD, DENSE_BLOCKS, N_PAD, DTYPE, DOT, PRECISION, CAPPED, D, N,
+        top, total, sums, query_at, query_mask, position, kv_ptr, table, kv_head,
+        begin, end, scale, cap, block_stride, head_stride,
+        D_PAD, DENSE_TILE, 1, DTYPE, DOT, PRECISION, CAPPED, D, N,
     )  # fmt: skip
     channels = tl.arange(0, D_PAD)
-    out = out_ptr + (source * out_stride + head * out_head_stride)[:, None] + channels[None, :]
-    mask = row_mask[:, None] & (channels < D)[None, :]
-    sums = sums / tl.where(row_mask, total, 1.0)[:, None]
+    out = out_ptr + (source * out_stride + head * out_head_stride)[None, :] + channels[:, None]
+    mask = query_mask[None, :] & (channels < D)[:, None]
+    sums = sums / tl.where(query_mask, total, 1.0)[None, :]
     tl.store(out, sums.to(out_ptr.dtype.element_ty), mask=mask)

@@ -1,10 +1,12 @@
 """Decode attention over thin and dense blocks (flash-decoding form).
 
-A program takes one row, one KV head and one split of the context, and reads every key and value
-of it once for all query heads of the group. A split is a run of blocks, all thin or all dense.
-Splits share a softmax through a second kernel.
+A program is one warp. It takes one row, up to 16 query heads of one KV head and one split of the
+context, and reads every key and value of it once for all of these heads. A split is a share of the
+thin tiles and a share of the dense tokens, so all splits of a row have equal work. Splits share a
+softmax through a second kernel.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,27 +22,49 @@ from csrc_triton.blocks import (
     layout_constants,
 )
 from csrc_triton.dots import dot_constants
-from csrc_triton.matrices import column_of, output_parts
-from csrc_triton.tiles import attend_dense, attend_thin
+from csrc_triton.tiles import BOOST, LOG2E, attend_dense, attend_thin
 from think_vllm.planner import BlockPlan
 
-#: Rows of ``tl.dot`` operands: a group of fewer query heads is padded.
-MIN_GROUP = 16
+#: Query heads of a program: 8 is the narrowest product of tensor cores.
+MIN_QUERIES = 8
+MAX_QUERIES = 16
 #: Fewest tokens of a split: below, the second kernel costs more than the parallel reading saves.
 MIN_SPLIT_TOKENS = 256
-#: Programs that keep a large GPU busy.
-WANTED_PROGRAMS = 1024
-#: Tokens of a tile. Integer keys: the smallest group, so that a tile has one scale per channel.
-PLAIN_TILE = 64
-INTEGER_TILE = 32
-#: Fewest tokens of a tile of dense blocks.
-DENSE_TILE = 32
 MAX_SPLITS = 64
-OPTIONS = {"num_warps": 4}
+#: Programs of one warp that a multiprocessor holds, by their registers, and multiprocessors where
+#: there is no GPU to ask: an H100's.
+PROGRAMS = 16
+MULTIPROCESSORS = 132
+#: Share of the places for programs that a launch should fill, its last wave included.
+FILLED = 0.85
+#: Tokens of a tile of keys as computed, and of dense blocks. Coded: eight threads hold a unit each.
+PLAIN_TILE = 32
+DENSE_TILE = 32
+#: Columns of a part of the splits that the second kernel reads at once.
+SPLITS_AT_ONCE = 8
+OPTIONS = {"num_warps": 1, "num_stages": 1}
+#: What of a layout the attention kernels need.
+ATTENTION_NAMES = (
+    "D", "N", "SPAN", "T", "C", "KEY_BITS", "VALUE_BITS", "GROUP", "KEY_SCALES",
+    "VALUES", "VALUE_SCALES", "TABLE", "V", "VALUE_TABLE",
+)  # fmt: skip
 
 
-def choose_splits(num_rows: int, num_kv_heads: int, max_context: int) -> int:
-    """Splits of a context, at least one for thin blocks and one for dense ones.
+@cache
+def count_multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; an H100's for the CPU, where kernels are only tested."""
+    if device.type != "cuda":
+        return MULTIPROCESSORS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def choose_splits(
+    num_rows: int,
+    num_kv_heads: int,
+    max_context: int,
+    multiprocessors: int = MULTIPROCESSORS,
+) -> int:
+    """Splits of a context: as few as fill the GPU.
 
     Depends on host numbers alone, so that CUDA graphs can keep it.
 
@@ -48,10 +72,19 @@ def choose_splits(num_rows: int, num_kv_heads: int, max_context: int) -> int:
         num_rows: Queries of the batch, padding included.
         num_kv_heads: ``Hk``.
         max_context: Longest context that the launch must serve, in tokens.
+        multiprocessors: Of the GPU.
     """
-    wanted = triton.cdiv(WANTED_PROGRAMS, max(1, num_rows * num_kv_heads))
-    useful = triton.cdiv(max_context, MIN_SPLIT_TOKENS)
-    return max(2, min(wanted, useful, MAX_SPLITS))
+    places = multiprocessors * PROGRAMS
+    most = max(1, min(triton.cdiv(max_context, MIN_SPLIT_TOKENS), MAX_SPLITS))
+    best, fullest = 1, 0.0
+    for splits in range(1, most + 1):
+        programs = max(1, num_rows * num_kv_heads) * splits
+        filled = programs / (triton.cdiv(programs, places) * places)
+        if filled >= FILLED:
+            return splits
+        if filled > fullest:
+            best, fullest = splits, filled
+    return best
 
 
 def make_workspace(
@@ -92,7 +125,7 @@ def decode_attention(
         scale: Factor on ``q . k``.
         out: ``[R, Hq, D]``. Written in full, zeros where ``seq_len`` is 0.
         logits_soft_cap: If positive, scores become ``cap * tanh(score / cap)``.
-        workspace: Of ``make_workspace``, for at least R rows; its splits, two or more, are used.
+        workspace: Of ``make_workspace``, for at least R rows; its splits are used.
             None makes one.
         max_context: Longest context, for the number of splits; None takes the block table's width.
 
@@ -114,16 +147,18 @@ def decode_attention(
         return
     if workspace is None:
         longest = max_context or block_table.shape[1] * plan.block_size
-        splits = choose_splits(num_rows, num_kv_heads, longest)
+        processors = count_multiprocessors(query.device)
+        splits = choose_splits(num_rows, num_kv_heads, longest, processors)
         workspace = make_workspace(num_rows, num_heads, head_size, splits, query.device)
     splits = workspace.shape[2]
-    if splits < 2 or workspace.shape[0] < num_rows:
+    if splits < 1 or workspace.shape[0] < num_rows:
         raise ValueError(
             f"{who}: workspace is {tuple(workspace.shape)}; expected at least {num_rows} rows and "
-            "2 splits"
+            "a split"
         )
     group = num_heads // num_kv_heads
-    _attend[(num_rows, num_kv_heads, splits)](
+    queries = count_queries(group)
+    _attend[(num_rows, num_kv_heads * triton.cdiv(group, queries), splits)](
         query,
         cache_bytes(kv_cache),
         block_table,
@@ -138,7 +173,7 @@ def decode_attention(
         block_table.stride(0),
         **cache_strides(kv_cache),
         splits=splits,
-        ROWS=max(MIN_GROUP, triton.next_power_of_2(group)),
+        QUERIES=queries,
         **attention_constants(plan, kv_cache.dtype, group, logits_soft_cap > 0),
         **launch_options(OPTIONS, kv_cache.dtype),
     )
@@ -152,8 +187,20 @@ def decode_attention(
         D=head_size,
         D_PAD=triton.next_power_of_2(head_size),
         SPLITS_PAD=max(MAX_SPLITS, triton.next_power_of_2(splits)),
+        AT_ONCE=SPLITS_AT_ONCE,
         num_warps=1,
     )
+
+
+def count_queries(group: int) -> int:
+    """Query heads of a program, for groups of ``group``: a narrower one is padded."""
+    return min(max(MIN_QUERIES, triton.next_power_of_2(group)), MAX_QUERIES)
+
+
+def loop_tokens(plan: BlockPlan) -> int:
+    """Tokens of a tile of thin blocks: eight units of coded keys, and 64 tokens or more."""
+    bits = plan.format.keys.value
+    return max(64, 256 // bits) if bits else PLAIN_TILE
 
 
 def launch_options(options: dict[str, int], dtype: torch.dtype) -> dict[str, int]:
@@ -169,20 +216,31 @@ def attention_constants(
     plan: BlockPlan, dtype: torch.dtype, group: int, capped: bool
 ) -> dict[str, Any]:
     """What the attention kernels, this one and ``context.py``'s, know at compile time."""
-    padded = triton.next_power_of_2(plan.block_size)
-    # A tile of integer values has whole groups.
-    least = plan.config.kv_quant_group if plan.format.values.is_integer else 16
+    # A part of the channels is a power of two; two parts waste fewer than one.
+    channels = triton.cdiv(plan.key_channels, 16) * 16
+    first = triton.next_power_of_2(channels)
+    rest = 0
+    if first > channels:
+        first //= 2
+        rest = max(16, triton.next_power_of_2(channels - first))
+    if rest == first:
+        first, rest = first + rest, 0
+    constants = dot_constants(dtype)
+    number = tl.float32 if dtype == torch.float32 else tl.float16
+    layout = layout_constants(plan)
     return {
         "G": group,
+        "C_FIRST": first,
+        "C_REST": rest,
+        "V_PAD": max(16, triton.next_power_of_2(plan.value_channels)),
         "D_PAD": triton.next_power_of_2(plan.head_size),
-        "C_PAD": max(16, triton.next_power_of_2(plan.key_channels)),
-        "V_PAD": max(least, triton.next_power_of_2(plan.value_channels)),
-        "TILE": INTEGER_TILE if plan.format.keys.is_integer else PLAIN_TILE,
-        "N_PAD": padded,
-        "DENSE_BLOCKS": max(1, DENSE_TILE // padded),
+        "TILE": loop_tokens(plan),
+        "DENSE_TILE": DENSE_TILE,
+        "NUMBER": number,
+        "ASM": number == tl.float16 and not triton.knobs.runtime.interpret,
         "CAPPED": capped,
-        **dot_constants(dtype),
-        **layout_constants(plan),
+        **constants,
+        **{name: layout[name] for name in ATTENTION_NAMES},
     }
 
 
@@ -196,10 +254,11 @@ def aot_cases(plan: BlockPlan, dtype: torch.dtype) -> list[AotCase]:
     strides = ("query_stride", "query_head_stride", "block_stride", "head_stride")
     signature |= dict.fromkeys(strides, "i32:16")
     signature |= dict.fromkeys(("table_stride", "splits"), "i32")
-    constants = {"ROWS": MIN_GROUP, **attention_constants(plan, dtype, 4, False)}
+    constants = {"QUERIES": MIN_QUERIES, **attention_constants(plan, dtype, 4, False)}
     combine = {"partial_ptr": "*fp32:16", "seq_len_ptr": "*i32:16", "out_ptr": f"*{element}:16",
                "out_stride": "i32:16", "out_head_stride": "i32:16", "splits": "i32"}  # fmt: skip
-    sizes = {"D": plan.head_size, "D_PAD": constants["D_PAD"], "SPLITS_PAD": MAX_SPLITS}
+    sizes = {"D": plan.head_size, "D_PAD": constants["D_PAD"], "SPLITS_PAD": MAX_SPLITS,
+             "AT_ONCE": SPLITS_AT_ONCE}  # fmt: skip
     return [
         AotCase(_attend, signature, constants, launch_options(OPTIONS, dtype)),
         AotCase(_combine, combine, sizes, {"num_warps": 1}),
@@ -241,78 +300,68 @@ def check_rows(who: str, query: torch.Tensor, kv_cache: torch.Tensor, out: torch
 def _attend(
     query_ptr, kv_ptr, table_ptr, request_ptr, seq_len_ptr, thin_spans_ptr, partial_ptr,
     scale, cap, query_stride, query_head_stride, table_stride, block_stride, head_stride, splits,
-    G: tl.constexpr, ROWS: tl.constexpr, D_PAD: tl.constexpr, C_PAD: tl.constexpr,
-    V_PAD: tl.constexpr, TILE: tl.constexpr, DENSE_BLOCKS: tl.constexpr, N_PAD: tl.constexpr,
+    G: tl.constexpr, QUERIES: tl.constexpr, C_FIRST: tl.constexpr, C_REST: tl.constexpr,
+    V_PAD: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr, DENSE_TILE: tl.constexpr,
+    NUMBER: tl.constexpr, ASM: tl.constexpr,
     DTYPE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, CAPPED: tl.constexpr,
-    D: tl.constexpr, N: tl.constexpr, SPAN: tl.constexpr, THIN: tl.constexpr, T: tl.constexpr,
+    D: tl.constexpr, N: tl.constexpr, SPAN: tl.constexpr, T: tl.constexpr,
     C: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, GROUP: tl.constexpr,
-    KEY_ROW: tl.constexpr, KEY_SCALES: tl.constexpr, KEY_ZEROS: tl.constexpr,
-    VALUES: tl.constexpr, VALUE_ROW: tl.constexpr, VALUE_SCALES: tl.constexpr,
-    VALUE_ZEROS: tl.constexpr, TABLE: tl.constexpr, V: tl.constexpr, VALUE_TABLE: tl.constexpr,
+    KEY_SCALES: tl.constexpr, VALUES: tl.constexpr, VALUE_SCALES: tl.constexpr,
+    TABLE: tl.constexpr, V: tl.constexpr, VALUE_TABLE: tl.constexpr,
 ):  # fmt: skip
     """One split of one row and KV head: sums [G, D], maxima and totals [G]."""
-    row, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    PARTS: tl.constexpr = (G + QUERIES - 1) // QUERIES
+    row, split = tl.program_id(0), tl.program_id(2)
+    kv_head, part = tl.program_id(1) // PARTS, tl.program_id(1) % PARTS
     seq_len = tl.load(seq_len_ptr + row)
     thin_spans = tl.load(thin_spans_ptr + row)
-    thin_blocks, first_dense = thin_spans * THIN, thin_spans * SPAN
-    last_dense = tl.maximum(tl.cdiv(seq_len, N), first_dense)
-    dense_blocks = last_dense - first_dense
-    # A split is all thin or all dense. A block has as many bytes either way, so they share the
-    # splits by blocks, and each gets one at least.
-    thin_splits = splits * thin_blocks // tl.maximum(thin_blocks + dense_blocks, 1)
-    thin_splits = tl.minimum(thin_splits, splits - tl.minimum(dense_blocks, 1))
-    thin_splits = tl.maximum(thin_splits, tl.minimum(thin_blocks, 1))
     table = table_ptr + tl.load(request_ptr + row).to(tl.int64) * table_stride
-
-    heads = tl.arange(0, ROWS)
-    head_mask = heads < G
-    query_at = query_ptr + row.to(tl.int64) * query_stride
-    query_at += (kv_head * G + heads)[:, None] * query_head_stride
-    top = tl.full((ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    sums = tl.zeros((ROWS, D_PAD), tl.float32)
-    head = (row.to(tl.int64) * tl.num_programs(1) + kv_head) * G + heads
-    partial = partial_ptr + (head * splits + split) * (D + 2)
-    if split < thin_splits:
-        per_split = tl.cdiv(thin_blocks, thin_splits)
-        begin = tl.minimum(split * per_split, thin_blocks)
-        top, total, sums = attend_thin(
-            top, total, sums, query_at, head_mask, kv_ptr, table, kv_head,
-            begin, tl.minimum(begin + per_split, thin_blocks),
-            scale, cap, block_stride, head_stride,
-            C_PAD, V_PAD, D_PAD, TILE, DTYPE, DOT, PRECISION, CAPPED,
-            D, N, SPAN, THIN, T, C, KEY_BITS, VALUE_BITS, GROUP, KEY_ROW, KEY_SCALES, KEY_ZEROS,
-            VALUES, VALUE_ROW, VALUE_SCALES, VALUE_ZEROS, TABLE, V, VALUE_TABLE,
-        )  # fmt: skip
-        parts: tl.constexpr = output_parts(VALUE_BITS, VALUE_TABLE)
-        channels = column_of(tl.arange(0, D_PAD), D_PAD, parts)
-        mask = head_mask[:, None] & (channels < D)[None, :]
-        tl.store(partial[:, None] + channels[None, :], sums, mask=mask)
-    else:
-        per_split = tl.cdiv(dense_blocks, splits - thin_splits)
-        begin = tl.minimum(first_dense + (split - thin_splits) * per_split, last_dense)
-        top, total, sums = attend_dense(
-            top, total, sums, query_at, head_mask, tl.zeros((ROWS,), tl.int32) + seq_len - 1,
-            kv_ptr, table, kv_head, begin, tl.minimum(begin + per_split, last_dense), seq_len,
-            scale, cap, block_stride, head_stride,
-            D_PAD, DENSE_BLOCKS, N_PAD, DTYPE, DOT, PRECISION, CAPPED, D, N,
-        )  # fmt: skip
-        channels = tl.arange(0, D_PAD)
-        mask = head_mask[:, None] & (channels < D)[None, :]
-        tl.store(partial[:, None] + channels[None, :], sums, mask=mask)
-    tl.store(partial + D, top, mask=head_mask)
-    tl.store(partial + D + 1, total, mask=head_mask)
+    member = part * QUERIES + tl.arange(0, QUERIES)
+    query_mask = member < G
+    head = kv_head * G + member
+    query_at = query_ptr + row.to(tl.int64) * query_stride + head * query_head_stride
+    top = tl.full((QUERIES,), float("-inf"), tl.float32)
+    total = tl.zeros((QUERIES,), tl.float32)
+    sums = tl.zeros((D_PAD, QUERIES), tl.float32)
+    tiles = thin_spans * ((SPAN * N + TILE - 1) // TILE)
+    top, total, sums = attend_thin(
+        top, total, sums, query_at, query_mask, kv_ptr, table, kv_head,
+        split * tiles // splits, (split + 1) * tiles // splits,
+        scale, cap, block_stride, head_stride,
+        C_FIRST, C_REST, V_PAD, D_PAD, TILE, NUMBER, ASM, DTYPE, DOT, PRECISION, CAPPED,
+        D, N, SPAN, T, C, KEY_BITS, VALUE_BITS, GROUP, KEY_SCALES,
+        VALUES, VALUE_SCALES, TABLE, V, VALUE_TABLE,
+    )  # fmt: skip
+    # Splits with a tile less come last among thin ones, and first here.
+    first_dense = thin_spans * (SPAN * N)
+    dense = tl.maximum(seq_len - first_dense, 0)
+    turn = splits - 1 - split
+    top, total, sums = attend_dense(
+        top, total, sums, query_at, query_mask, tl.zeros((QUERIES,), tl.int32) + seq_len - 1,
+        kv_ptr, table, kv_head,
+        first_dense + turn * dense // splits, first_dense + (turn + 1) * dense // splits,
+        scale, cap, block_stride, head_stride,
+        D_PAD, DENSE_TILE, 1, DTYPE, DOT, PRECISION, CAPPED, D, N,
+    )  # fmt: skip
+    heads = tl.num_programs(1) // PARTS * G
+    partial = partial_ptr + ((row.to(tl.int64) * heads + head) * splits + split) * (D + 2)
+    channels = tl.arange(0, D_PAD)
+    mask = query_mask[None, :] & (channels < D)[:, None]
+    tl.store(partial[None, :] + channels[:, None], sums, mask=mask)
+    # Weights are 2 ** BOOST too large, as if the maximum were lower.
+    tl.store(partial + D, (top - BOOST) / LOG2E, mask=query_mask)
+    tl.store(partial + D + 1, total, mask=query_mask)
 
 
 @triton.jit(do_not_specialize=["splits"])
 def _combine(
     partial_ptr, seq_len_ptr, out_ptr, out_stride, out_head_stride, splits,
-    D: tl.constexpr, D_PAD: tl.constexpr, SPLITS_PAD: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, SPLITS_PAD: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """Weigh the splits of one row and query head against each other."""
     row, head = tl.program_id(0), tl.program_id(1)
     first = (row.to(tl.int64) * tl.num_programs(1) + head) * splits
-    result = combine_splits(partial_ptr + first * (D + 2), splits, D, D_PAD, SPLITS_PAD)
+    result = combine_splits(partial_ptr + first * (D + 2), splits, D, D_PAD, SPLITS_PAD, AT_ONCE)
     result = tl.where(tl.load(seq_len_ptr + row) > 0, result, 0.0)
     channels = tl.arange(0, D_PAD)
     out = out_ptr + row.to(tl.int64) * out_stride + head * out_head_stride + channels
@@ -320,20 +369,26 @@ def _combine(
 
 
 @triton.jit
-def combine_splits(partial, splits, D: tl.constexpr, D_PAD: tl.constexpr, SPLITS_PAD: tl.constexpr):
+def combine_splits(
+    partial, splits, D: tl.constexpr, D_PAD: tl.constexpr, SPLITS_PAD: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+):  # fmt: skip
     """Sum up splits, each of ``D`` channels, its maximum and its total, from ``partial`` on."""
     split = tl.arange(0, SPLITS_PAD)
     channels = tl.arange(0, D_PAD)
-    channel_mask = channels < D
     tops = tl.load(partial + split * (D + 2) + D, mask=split < splits, other=float("-inf"))
     top = tl.max(tops, axis=0)
     # An empty split has -inf and 0, hence weight 0. A padding row has nothing else.
     top = tl.where(top == float("-inf"), 0.0, top)
     total = 0.0
     result = tl.zeros((D_PAD,), tl.float32)
-    for _ in range(splits):
-        factor = tl.exp(tl.load(partial + D) - top)
-        total += factor * tl.load(partial + D + 1)
-        result += factor * tl.load(partial + channels, mask=channel_mask, other=0.0)
-        partial += D + 2
+    for first in range(0, splits, AT_ONCE):
+        several = first + tl.arange(0, AT_ONCE)
+        there = several < splits
+        at = partial + several * (D + 2)
+        factor = tl.exp(tl.load(at + D, mask=there, other=float("-inf")) - top)
+        total += tl.sum(factor * tl.load(at + D + 1, mask=there, other=0.0), axis=0)
+        mask = there[:, None] & (channels < D)[None, :]
+        sums = tl.load(at[:, None] + channels[None, :], mask=mask, other=0.0)
+        result += tl.sum(sums * factor[:, None], axis=0)
     return result / tl.where(total == 0.0, 1.0, total)

@@ -19,7 +19,7 @@ def code_matrix(
     run, base, aside, entries, table, k, head, block_stride, head_stride, rows, columns,
     KEYS: tl.constexpr, D: tl.constexpr, N: tl.constexpr, T: tl.constexpr,
     MATRIX_ROWS: tl.constexpr, OFFSET: tl.constexpr, ROW: tl.constexpr, SCALES: tl.constexpr,
-    ZEROS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, TABLE: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, TABLE: tl.constexpr,
     DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Gather the keys ``[C, tokens]`` or values ``[tokens, V]`` of a thin block, and write them.
@@ -44,7 +44,6 @@ def code_matrix(
         OFFSET: See there.
         ROW: See there.
         SCALES: See there.
-        ZEROS: See there.
         BITS: See there.
         GROUP: See there.
         TABLE: Negative if every channel is kept.
@@ -74,7 +73,7 @@ def code_matrix(
             tile_rows, tile_columns = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
             put_tile(
                 run, bits, tile_rows, tile_columns, tile_rows < rows, tile_columns < columns,
-                inverse, OFFSET, ROW, SCALES, ZEROS, MATRIX_ROWS, BITS, GROUP, DTYPE,
+                inverse, OFFSET, ROW, SCALES, MATRIX_ROWS, BITS, GROUP, DTYPE,
             )  # fmt: skip
 
 

@@ -1,160 +1,370 @@
-"""The loops of attention: query rows over thin blocks, and over dense ones.
+"""The loops of attention: queries over thin blocks, and over dense ones.
 
-Rows are query heads of one KV head, of one token or of several, so that every key and value is
-read once for all of them. Both loops carry a running softmax: ``top`` and ``total`` [ROWS] and
-``sums`` [ROWS, D_PAD]. Thin blocks leave the channels of ``sums`` in byte order (``column_of``),
-unless some were pruned: sums over a block's kept channels are scattered, in order.
+Queries are columns here: query heads of one KV head, of one token or of several, so that every key
+and value is read once for all of them. Keys ``[tokens, channels]`` and values ``[channels, tokens]``
+are the left operands of products, which is what makes coded ones fit the registers of tensor cores
+(``units.py``), and a group of up to 8 query heads fills a product. Both loops carry a running
+softmax: ``top`` and ``total`` [QUERIES] and ``sums`` [D_PAD, QUERIES], channels in order. Weights
+are 2 ** BOOST times those of the softmax, in ``total`` and ``sums`` alike: small ones keep more
+digits in float16.
 """
 
 import triton
 import triton.language as tl
 
-from csrc_triton.blocks import find_run
 from csrc_triton.dots import dot
-from csrc_triton.matrices import (
-    as_elements,
-    column_of,
-    load_codes,
-    load_halves,
-    load_scale,
+from csrc_triton.matrices import as_elements, load_scale
+from csrc_triton.units import (
+    LANES,
+    channel_order,
+    load_keys,
     load_values,
-    parts_of,
-    scatter_channels,
+    natural_order,
+    shared_units,
 )
+
+LOG2E = tl.constexpr(1.4426950408889634)
+BOOST = tl.constexpr(8.0)
+
+
+@triton.jit
+def cap_scores(scores, cap):
+    """``cap * tanh(scores / cap)``, through exp."""
+    # Both libdevice's errors and this one's are far below the cache's.
+    decay = tl.exp(-2.0 * tl.abs(scores / cap))
+    capped = cap * (1.0 - decay) / (1.0 + decay)
+    return tl.where(scores > 0, capped, -capped)
 
 
 @triton.jit
 def weigh(scores, live, top, total, scale, cap, CAPPED: tl.constexpr):
-    """One step of the running softmax: weights, what older sums are worth, maximum, sum."""
-    scores = scores * scale
+    """One step of the running softmax: weights, what older sums are worth, maximum, sum.
+
+    Args:
+        scores: float32 ``[tokens, QUERIES]``.
+        live: Which of them count.
+        top: Of earlier scores, times log2(e).
+        total: Of earlier weights.
+        scale: Factor on the scores of each query, float32 ``[QUERIES]``, positive.
+        cap: See ``CAPPED``.
+        CAPPED: Whether scores become ``cap * tanh(score / cap)``.
+    """
     if CAPPED:
-        # tanh through exp; both libdevice's and this one's errors are far below the cache's.
-        decay = tl.exp(-2.0 * tl.abs(scores / cap))
-        capped = cap * (1.0 - decay) / (1.0 + decay)
-        scores = tl.where(scores > 0, capped, -capped)
+        scores, scale = cap_scores(scores * scale[None, :], cap), LOG2E
+    else:
+        scale = scale * LOG2E
     scores = tl.where(live, scores, float("-inf"))
-    highest = tl.maximum(top, tl.max(scores, axis=1))
+    # Scaled after the maximum, and then in one operation with the subtraction.
+    highest = tl.maximum(top, tl.max(scores, axis=0) * scale)
     # A split can start with tokens of which none is live.
     base = tl.where(highest == float("-inf"), 0.0, highest)
-    weights = tl.exp(scores - base[:, None])
-    older = tl.exp(top - base)
-    return weights, older, highest, total * older + tl.sum(weights, axis=1)
+    if CAPPED:
+        weights = tl.exp2(scores * scale - (base - BOOST)[None, :])
+    else:
+        weights = tl.exp2(scores * scale[None, :] - (base - BOOST)[None, :])
+    older = tl.exp2(top - base)
+    return weights, older, highest, total * older + tl.sum(weights, axis=0)
+
+
+@triton.jit
+def query_exponent(query_at, query_mask, D_PAD: tl.constexpr, D: tl.constexpr):
+    """Powers of two that bring queries into float16's range, ``[QUERIES]`` float32.
+
+    Channels beyond it, of models in bfloat16, would become infinite. A power of two costs no digit.
+    """
+    channels = tl.arange(0, D_PAD)
+    mask = query_mask[None, :] & (channels < D)[:, None]
+    query = tl.load(query_at[None, :] + channels[:, None], mask=mask, other=0.0)
+    largest = tl.max(tl.abs(query.to(tl.float32)), axis=0)
+    exponent = tl.minimum(largest.to(tl.int32, bitcast=True) >> 23, 253)
+    return ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def gather_query(
+    query_at, query_mask, factor, table, first, CHANNELS: tl.constexpr, C: tl.constexpr,
+    TABLE: tl.constexpr, BITS: tl.constexpr, NUMBER: tl.constexpr,
+):  # fmt: skip
+    """Channels of queries that a span keeps: ``[CHANNELS, QUERIES]``, 0 behind the last.
+
+    Args:
+        query_at: Pointers to the first channel of each query.
+        query_mask: Which of them are queries.
+        factor: Of ``query_exponent``.
+        table: Byte pointer to the span's kept channels.
+        first: First kept channel.
+        CHANNELS: How many; in the order in which keys are loaded.
+        C: Kept channels.
+        TABLE: Negative if every channel is kept.
+        BITS: Of key codes.
+        NUMBER: Of the result.
+    """
+    if BITS == 0:
+        kept = first + tl.arange(0, CHANNELS)
+    else:
+        kept = first + channel_order(CHANNELS, C)
+    channel = kept
+    if TABLE >= 0:
+        channel = tl.load(table + kept, mask=kept < C, other=0).to(tl.int32)
+    mask = query_mask[None, :] & (kept < C)[:, None]
+    query = tl.load(query_at[None, :] + channel[:, None], mask=mask, other=0.0)
+    if BITS == 0:
+        return query
+    else:
+        return (query.to(tl.float32) * factor[None, :]).to(NUMBER)
+
+
+@triton.jit
+def load_plain_keys(
+    kv_ptr, entries, head_offset, block_stride, first, channel,
+    TILE: tl.constexpr, CHANNELS: tl.constexpr, DTYPE: tl.constexpr,
+    N: tl.constexpr, SPAN: tl.constexpr, T: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Load keys as computed of tokens of a span: ``[TILE, CHANNELS]``. See ``units.load_keys``."""
+    STEP: tl.constexpr = 8 if T % 8 == 0 else 4  # tokens that lie in one block
+    step = tl.minimum(first // STEP + tl.arange(0, TILE // STEP), SPAN * N // STEP - 1)
+    page = tl.load(entries + step // (T // STEP))
+    run = as_elements(kv_ptr + page.to(tl.int64) * block_stride + head_offset, DTYPE)
+    channels = channel + tl.arange(0, CHANNELS)
+    at = (run + step % (T // STEP) * STEP)[None, :, None] + tl.arange(0, STEP)[None, None, :]
+    mask = (channels < C)[:, None, None]
+    keys = tl.load(at + channels[:, None, None] * T, mask=mask, other=0.0)
+    return tl.trans(tl.reshape(keys, [CHANNELS, TILE]))
+
+
+@triton.jit
+def load_plain_values(
+    kv_ptr, entries, head_offset, block_stride, first,
+    TILE: tl.constexpr, V_PAD: tl.constexpr, DTYPE: tl.constexpr,
+    N: tl.constexpr, SPAN: tl.constexpr, T: tl.constexpr, V: tl.constexpr, OFFSET: tl.constexpr,
+):  # fmt: skip
+    """Load values as computed of tokens of a span: ``[V_PAD, TILE]``. See ``units.load_values``."""
+    STEP: tl.constexpr = 8 if T % 8 == 0 else 4
+    step = tl.minimum(first // STEP + tl.arange(0, TILE // STEP), SPAN * N // STEP - 1)
+    page = tl.load(entries + step // (T // STEP))
+    run = as_elements(kv_ptr + page.to(tl.int64) * block_stride + head_offset, DTYPE)
+    SIZE: tl.constexpr = DTYPE.primitive_bitwidth // 8
+    row = step[:, None] % (T // STEP) * STEP + tl.arange(0, STEP)[None, :]
+    channels = tl.arange(0, V_PAD)
+    at = (run[:, None] + (OFFSET // SIZE + row * V))[:, :, None] + channels[None, None, :]
+    values = tl.load(at, mask=(channels < V)[None, None, :], other=0.0)
+    return tl.trans(tl.reshape(values, [TILE, V_PAD]))
+
+
+@triton.jit
+def load_scales(
+    kv_ptr, entries, head_offset, block_stride, first,
+    TILE: tl.constexpr, N: tl.constexpr, SPAN: tl.constexpr, T: tl.constexpr, OFFSET: tl.constexpr,
+):  # fmt: skip
+    """Scales of e4m3 matrices for tokens of a span, in order: float32 ``[TILE]``."""
+    octet = tl.minimum(first // 8 + tl.arange(0, TILE // 8), SPAN * N // 8 - 1)
+    page = tl.load(entries + octet // (T // 8))
+    run = kv_ptr + page.to(tl.int64) * block_stride + head_offset + OFFSET
+    scales = load_scale(run)
+    return tl.reshape(tl.broadcast_to(scales[:, None], [TILE // 8, 8]), [TILE])
 
 
 @triton.jit
 def attend_thin(
-    top, total, sums, query_at, row_mask, kv_ptr, table, kv_head, begin, end,
+    top, total, sums, query_at, query_mask, kv_ptr, table, kv_head, begin, end,
     scale, cap, block_stride, head_stride,
-    C_PAD: tl.constexpr, V_PAD: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr,
+    C_FIRST: tl.constexpr, C_REST: tl.constexpr, V_PAD: tl.constexpr, D_PAD: tl.constexpr,
+    TILE: tl.constexpr, NUMBER: tl.constexpr, ASM: tl.constexpr,
     DTYPE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, CAPPED: tl.constexpr,
-    D: tl.constexpr, N: tl.constexpr, SPAN: tl.constexpr, THIN: tl.constexpr, T: tl.constexpr,
+    D: tl.constexpr, N: tl.constexpr, SPAN: tl.constexpr, T: tl.constexpr,
     C: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, GROUP: tl.constexpr,
-    KEY_ROW: tl.constexpr, KEY_SCALES: tl.constexpr, KEY_ZEROS: tl.constexpr,
-    VALUES: tl.constexpr, VALUE_ROW: tl.constexpr, VALUE_SCALES: tl.constexpr,
-    VALUE_ZEROS: tl.constexpr, TABLE: tl.constexpr, V: tl.constexpr, VALUE_TABLE: tl.constexpr,
+    KEY_SCALES: tl.constexpr, VALUES: tl.constexpr, VALUE_SCALES: tl.constexpr,
+    TABLE: tl.constexpr, V: tl.constexpr, VALUE_TABLE: tl.constexpr,
 ):  # fmt: skip
-    """Attend to thin blocks ``begin .. end - 1`` of a request, counted from its first one.
+    """Attend to tiles ``begin .. end - 1`` of a request's thin spans, ``span_tiles`` in each.
 
-    Nobody's own token is thin, so there is no causal mask.
+    No query's own token is thin, so there is no causal mask. Tiles cross the thin blocks of a span,
+    and end with it: the next one can keep other channels. So queries are gathered once a span.
 
-    ``query_at`` ``[ROWS, 1]`` points to the first channel of each row's query, ``row_mask`` says
-    which rows are queries, ``table`` points to the request's row of the block table. Strides are
-    bytes; the constants are those of ``blocks.LAYOUT_NAMES`` and ``dots.dot_constants``.
+    ``query_at`` ``[QUERIES]`` points to the first channel of each query, ``query_mask`` says which
+    are queries, ``table`` points to the request's row of the block table. Strides are bytes; the
+    constants are those of ``blocks.LAYOUT_NAMES`` and ``decode.attention_constants``.
     """
-    kept = tl.arange(0, C_PAD)
-    kept_mask = kept < C
-    KEY_PARTS: tl.constexpr = parts_of(KEY_BITS)
-    for block in range(begin, end):
-        span, k = block // THIN, block % THIN
-        page = tl.load(table + span * SPAN + k)
-        run = find_run(kv_ptr, page, kv_head, block_stride, head_stride)
-        channel = kept
-        if TABLE >= 0:
-            channel = tl.load(run + TABLE + kept, mask=kept_mask, other=0).to(tl.int32)
-        gathered = tl.load(
-            query_at + channel[None, :], mask=row_mask[:, None] & kept_mask[None, :], other=0.0
+    QUERIES: tl.constexpr = query_at.shape[0]
+    TILES: tl.constexpr = (SPAN * N + TILE - 1) // TILE
+    head_offset = kv_head.to(tl.int64) * head_stride
+    factor = tl.full((QUERIES,), 1.0, tl.float32)
+    scales = scale * factor
+    if KEY_BITS != 0:
+        factor = query_exponent(query_at, query_mask, D_PAD, D)
+        # e4m3 codes come as a 256th of what they stand for.
+        scales = scale / factor * (256.0 if KEY_BITS == 8 else 1.0)
+    place = natural_places(TILE, KEY_BITS)
+    faded = tl.full((QUERIES,), 1.0, tl.float32)
+    kept_sums = tl.zeros((V_PAD, QUERIES), tl.float32)
+    QUERY: tl.constexpr = DTYPE if KEY_BITS == 0 else NUMBER
+    for span in range(begin // TILES, tl.cdiv(end, TILES)):
+        entries = table + span * SPAN
+        run = kv_ptr + tl.load(entries).to(tl.int64) * block_stride + head_offset
+        query = gather_query(
+            query_at, query_mask, factor, run + TABLE, 0, C_FIRST, C, TABLE, KEY_BITS, QUERY
         )
-        factor = scale
-        if KEY_BITS == 8:
-            factor = scale * load_scale(run + KEY_SCALES)
-        count = tl.minimum(T, SPAN * N - k * T)
-        if VALUE_TABLE >= 0:
-            kept_sums = tl.zeros((sums.shape[0], V_PAD), tl.float32)
-            faded = tl.full((sums.shape[0],), 1.0, tl.float32)
-        for first in range(0, count, TILE):
-            tokens = first + column_of(tl.arange(0, TILE), TILE, KEY_PARTS)
-            live = tokens < count
-            codes = load_codes(run, kept, kept_mask, first, TILE, TILE, KEY_ROW, KEY_BITS, DTYPE)
-            if KEY_PARTS > 1:
-                # A tile lies within a group: its scales go into the queries, its zeros into one
-                # number per query row.
-                index = first // GROUP * C + kept
-                scales = load_halves(run + KEY_SCALES, index, kept_mask)
-                zeros = load_halves(run + KEY_ZEROS, index, kept_mask)
-                wide = gathered.to(tl.float32)
-                scores = dot(wide * scales[None, :], codes, DTYPE, DOT, PRECISION)
-                scores += tl.sum(wide * zeros[None, :], axis=1)[:, None]
-            else:
-                scores = dot(gathered, codes, DTYPE, DOT, PRECISION)
-            weights, older, top, total = weigh(
-                scores, live[None, :], top, total, factor, cap, CAPPED
-            )
-            values = load_values(
-                run, tokens, live, V, V_PAD, T, VALUE_BITS, GROUP, VALUES, VALUE_ROW,
-                VALUE_SCALES, VALUE_ZEROS, DTYPE,
+        query_rest = query
+        if C_REST:
+            query_rest = gather_query(
+                query_at, query_mask, factor, run + TABLE, C_FIRST, C_REST, C, TABLE, KEY_BITS,
+                QUERY,
             )  # fmt: skip
-            added = dot(weights, values, DTYPE, DOT, PRECISION)
-            if VALUE_BITS == 8:
-                # Not into the weights: small ones would lose their digits in float16.
-                added = added * load_scale(run + VALUE_SCALES)
-            if VALUE_TABLE >= 0:
-                kept_sums = kept_sums * older[:, None] + added
-                faded *= older
+        last = tl.minimum(end - span * TILES, TILES) * TILE
+        for first in range(tl.maximum(begin - span * TILES, 0) * TILE, last, TILE):
+            # Triton would not see that otherwise.
+            first = tl.multiple_of(first, TILE)
+            if KEY_BITS == 0:
+                keys = load_plain_keys(
+                    kv_ptr, entries, head_offset, block_stride, first, 0, TILE, C_FIRST, DTYPE,
+                    N, SPAN, T, C,
+                )  # fmt: skip
+                scores = dot(keys, query, DTYPE, DOT, PRECISION)
+                if C_REST:
+                    keys = load_plain_keys(
+                        kv_ptr, entries, head_offset, block_stride, first, C_FIRST, TILE, C_REST,
+                        DTYPE, N, SPAN, T, C,
+                    )  # fmt: skip
+                    scores += dot(keys, query_rest, DTYPE, DOT, PRECISION)
             else:
-                sums = sums * older[:, None] + added
+                keys = load_keys(
+                    kv_ptr, entries, head_offset, block_stride, first, 0, TILE, C_FIRST, ASM,
+                    NUMBER, N, SPAN, T, C, KEY_BITS, GROUP, KEY_SCALES,
+                )  # fmt: skip
+                scores = dot(keys, query, NUMBER, NUMBER, PRECISION)
+                if C_REST:
+                    keys = load_keys(
+                        kv_ptr, entries, head_offset, block_stride, first, C_FIRST, TILE, C_REST,
+                        ASM, NUMBER, N, SPAN, T, C, KEY_BITS, GROUP, KEY_SCALES,
+                    )  # fmt: skip
+                    scores += dot(keys, query_rest, NUMBER, NUMBER, PRECISION)
+            if KEY_BITS == 8:
+                of_tokens = load_scales(
+                    kv_ptr, entries, head_offset, block_stride, first, TILE, N, SPAN, T, KEY_SCALES
+                )
+                scores = natural_order(scores, 32 // KEY_BITS, LANES) * of_tokens[:, None]
+            live = first + place < SPAN * N
+            weights, older, top, total = weigh(
+                scores, live[:, None], top, total, scales, cap, CAPPED
+            )
+            if KEY_BITS == 4 or KEY_BITS == 2:
+                weights = natural_order(weights, 32 // KEY_BITS, LANES)
+            if VALUE_TABLE >= 0:
+                sums = sums * older[None, :]
+            else:
+                faded *= older
+            kept_sums = kept_sums * older[None, :]
+            if VALUE_BITS == 0:
+                values = load_plain_values(
+                    kv_ptr, entries, head_offset, block_stride, first, TILE, V_PAD, DTYPE,
+                    N, SPAN, T, V, VALUES,
+                )  # fmt: skip
+                kept_sums += dot(values, weights, DTYPE, DOT, PRECISION)
+            else:
+                largest = 1.0
+                if VALUE_BITS == 8:
+                    # Blocks of a tile have scales of their own; the largest stays out of the
+                    # weights, so that these keep float16's range.
+                    of_tokens = load_scales(
+                        kv_ptr, entries, head_offset, block_stride, first, TILE, N, SPAN, T,
+                        VALUE_SCALES,
+                    )  # fmt: skip
+                    largest = tl.max(of_tokens, axis=0)
+                    share = of_tokens / tl.where(largest == 0.0, 1.0, largest)
+                    weights = weights * share[:, None]
+                values = load_values(
+                    kv_ptr, entries, head_offset, block_stride, first, TILE, V_PAD, ASM, NUMBER,
+                    N, SPAN, T, V, VALUE_BITS, GROUP, VALUES, VALUE_SCALES,
+                )  # fmt: skip
+                added = dot(values, weights, NUMBER, NUMBER, PRECISION)
+                kept_sums += added * (largest * 256.0) if VALUE_BITS == 8 else added
         if VALUE_TABLE >= 0:
-            found = scatter_channels(kept_sums, run + VALUE_TABLE, V, D_PAD, VALUE_BITS)
-            sums = sums * faded[:, None] + found
+            kept_sums = in_order(kept_sums, V_PAD, VALUE_BITS)
+            sums += scatter_channels(kept_sums, run + VALUE_TABLE, V, D_PAD)
+            kept_sums = tl.zeros((V_PAD, QUERIES), tl.float32)
+    if VALUE_TABLE < 0:
+        sums = sums * faded[None, :] + in_order(kept_sums, V_PAD, VALUE_BITS)
     return top, total, sums
 
 
 @triton.jit
+def natural_places(TILE: tl.constexpr, BITS: tl.constexpr):
+    """Which token of a tile each row of scores is, int32 ``[TILE]``."""
+    row = tl.arange(0, TILE)
+    if BITS == 4 or BITS == 2:
+        COLUMNS: tl.constexpr = 32 // BITS
+        return row // (LANES * COLUMNS) * (LANES * COLUMNS) + row % LANES * COLUMNS + (
+            row // LANES % COLUMNS
+        )
+    else:
+        return row
+
+
+@triton.jit
+def in_order(sums, V_PAD: tl.constexpr, BITS: tl.constexpr):
+    """Sums over coded values, channels in order."""
+    if BITS == 0:
+        return sums
+    else:
+        return natural_order(sums, 32 // BITS, shared_units(V_PAD, BITS))
+
+
+@triton.jit
+def scatter_channels(kept, table, V: tl.constexpr, D_PAD: tl.constexpr):
+    """Sums of kept channels ``[V_PAD, QUERIES]`` -> of all channels ``[D_PAD, QUERIES]``.
+
+    Those of pruned channels are 0.
+
+    Args:
+        kept: What is known of each kept channel.
+        table: Byte pointer to the kept channels, ascending.
+        V: Kept channels.
+        D_PAD: Channels, rounded up.
+    """
+    QUERIES: tl.constexpr = kept.shape[1]
+    index = tl.arange(0, kept.shape[0])
+    channel = tl.load(table + index, mask=index < V, other=0).to(tl.int32)
+    held = tl.histogram(channel, D_PAD, mask=index < V)
+    place = tl.maximum(tl.cumsum(held, axis=0) - 1, 0)
+    found = tl.gather(kept, tl.broadcast_to(place[:, None], [D_PAD, QUERIES]), axis=0)
+    return tl.where((held > 0)[:, None], found, 0.0)
+
+
+@triton.jit
 def attend_dense(
-    top, total, sums, query_at, row_mask, position, kv_ptr, table, kv_head, begin, end, seq_len,
+    top, total, sums, query_at, query_mask, position, kv_ptr, table, kv_head, begin, end,
     scale, cap, block_stride, head_stride,
-    D_PAD: tl.constexpr, BLOCKS: tl.constexpr, N_PAD: tl.constexpr,
+    D_PAD: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
     DTYPE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, CAPPED: tl.constexpr,
     D: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """Attend to dense blocks ``begin .. end - 1``, entries of the block table, BLOCKS at a time.
+    """Attend to tokens ``begin .. end - 1`` of a request's dense blocks, TILE at a time.
 
-    A row's query is at ``position`` ``[ROWS]`` and sees nothing behind it, nor behind ``seq_len``.
-    ``sums`` has its channels in order here. All else as in ``attend_thin``.
+    A query is at ``position`` ``[QUERIES]`` and sees nothing behind it. All else as in
+    ``attend_thin``.
     """
     channels = tl.arange(0, D_PAD)
-    channel_mask = channels < D
     query = tl.load(
-        query_at + channels[None, :], mask=row_mask[:, None] & channel_mask[None, :], other=0.0
+        query_at[None, :] + channels[:, None],
+        mask=query_mask[None, :] & (channels < D)[:, None],
+        other=0.0,
     )
-    place = tl.arange(0, N_PAD)
-    for first in range(begin, end, BLOCKS):
-        entry = first + tl.arange(0, BLOCKS)
-        page = tl.load(table + entry, mask=entry < end, other=0).to(tl.int64)
-        run = as_elements(kv_ptr + page * block_stride + kv_head * head_stride, DTYPE)
-        run = run[:, None, None]
-        tokens = tl.reshape(entry[:, None] * N + place[None, :], [BLOCKS * N_PAD])
-        inside = tl.reshape((entry < end)[:, None] & (place < N)[None, :], [BLOCKS * N_PAD])
-        live = inside & (tokens < seq_len)
-        key_at = run + channels[None, :, None] * N + place[None, None, :]
-        keys = tl.load(key_at, mask=channel_mask[None, :, None], other=0.0)
-        keys = tl.reshape(tl.permute(keys, (1, 0, 2)), [D_PAD, BLOCKS * N_PAD])
-        scores = dot(query, keys, DTYPE, DOT, PRECISION)
-        seen = live[None, :] & (tokens[None, :] <= position[:, None])
-        weights, older, top, total = weigh(scores, seen, top, total, scale, cap, CAPPED)
-        # Weights of tokens that nobody sees are 0, which leaves a NaN a NaN.
-        value_mask = tl.reshape(live, [BLOCKS, N_PAD])[:, :, None]
-        value_at = run + D * N + place[None, :, None] * D + channels[None, None, :]
-        values = tl.load(value_at, mask=value_mask & channel_mask[None, None, :], other=0.0)
-        values = tl.reshape(values, [BLOCKS * N_PAD, D_PAD])
-        sums = sums * older[:, None] + dot(weights, values, DTYPE, DOT, PRECISION)
+    scales = tl.full((query.shape[1],), 1.0, tl.float32) * scale
+    head_offset = kv_head.to(tl.int64) * head_stride
+    for first in tl.range(begin, end, TILE, num_stages=STAGES):
+        token = first + tl.arange(0, TILE)
+        live = token < end
+        page = tl.load(table + token // N, mask=live, other=0).to(tl.int64)
+        run = as_elements(kv_ptr + page * block_stride + head_offset, DTYPE)
+        place = token % N
+        mask = live[:, None] & (channels < D)[None, :]
+        keys = tl.load(run[:, None] + (channels[None, :] * N + place[:, None]), mask=mask, other=0.0)
+        scores = dot(keys, query, DTYPE, DOT, PRECISION)
+        seen = live[:, None] & (token[:, None] <= position[None, :])
+        weights, older, top, total = weigh(scores, seen, top, total, scales, cap, CAPPED)
+        # Weights of tokens that no query sees are 0, which leaves a NaN a NaN.
+        values = tl.load(
+            run[:, None] + (D * N + place[:, None] * D + channels[None, :]), mask=mask, other=0.0
+        )
+        sums = sums * older[None, :] + dot(tl.trans(values), weights, DTYPE, DOT, PRECISION)
     return top, total, sums

@@ -30,6 +30,17 @@ Keys and values of a thin block are each a coded matrix ``[R, X]``, rows contigu
     int2     scales   float16 [G, R]      element = zero[x // g, r] + code * scale[x // g, r]
              zeros    float16 [G, R]      G = ceil(X / g) groups of g elements of a row
 
+Codes lie in their ``R * ceil(X * bits / 8)`` bytes in one of two orders, whatever reads them fastest.
+On CPUs rows are contiguous, as above. On NVIDIA GPUs two rows are interleaved, in **units** of 8
+bytes, so that a thread finds in its registers what tensor cores take (``csrc_triton/units.py``)::
+
+    unit  [X / (32 / bits), R / 2]        rows 2 r and 2 r + 1, 32 / bits columns of each:
+          2 bytes of the one, 2 of the other, the next 2 of the one, the next 2 of the other
+
+    factors  float16 [G, R / 2, 2, 2]     scales of the two rows, then their zeros
+
+There ``X`` is rounded up to whole units, and ``R`` is even: the kept channels of coded keys are.
+
 Every part but the tables starts on a multiple of 16 bytes. The last thin block of a span may
 hold fewer tokens than ``t``; rows keep their length, what lies behind its tokens is undefined.
 Kernels read rows in vectors of 16 columns, and what they read behind the last row of pruned
@@ -61,6 +72,7 @@ keys 16,384..24,575; scales of keys 24,576..25,087, of values 25,088..25,599.
 """
 
 from dataclasses import dataclass
+from enum import Enum
 from functools import cached_property
 
 from think_vllm.errors import ThinkError
@@ -70,8 +82,17 @@ from think_vllm.formats import FORMATS, BlockFormat, Coding
 ALIGN_BYTES = 16
 #: A channel number is one byte in a table.
 MAX_HEAD_SIZE = 256
+#: A unit of codes: two rows, and as many columns as that leaves.
+UNIT_BYTES = 8
 #: Columns that kernels read at a time.
 VECTOR_COLUMNS = 16
+
+
+class BlockForm(Enum):
+    """For what blocks are laid out: codes lie in rows for CPUs, in units for GPUs."""
+
+    CPU = "cpu"
+    GPU = "gpu"
 
 
 def align_up(num_bytes: int, alignment: int = ALIGN_BYTES) -> int:
@@ -130,6 +151,19 @@ class MatrixLayout:
         return -(-self.columns * self.coding.element_bits(self.itemsize) // 8)
 
     @property
+    def unit_columns(self) -> int:
+        """Columns of a unit, for codings."""
+        return 32 // self.coding.value
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of the codes, in either order."""
+        rows = self.rows * self.row_bytes
+        if self.coding is Coding.PLAIN:
+            return rows
+        return max(rows, -(-self.columns // self.unit_columns) * -(-self.rows // 2) * UNIT_BYTES)
+
+    @property
     def groups(self) -> int:
         """``G``: groups of a row; 0 if the coding has none."""
         return -(-self.columns // self.group) if self.coding.is_integer else 0
@@ -143,7 +177,7 @@ class MatrixLayout:
     @property
     def scales_offset(self) -> int:
         """Byte at which the scales start: behind the codes."""
-        return align_up(self.offset + self.rows * self.row_bytes)
+        return align_up(self.offset + self.code_bytes)
 
     @property
     def zeros_offset(self) -> int:

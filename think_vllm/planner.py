@@ -13,7 +13,7 @@ from think_vllm.block_plan import BlockPlan
 from think_vllm.budget import fit_budget, kept_tokens
 from think_vllm.config import ThinkConfig
 from think_vllm.errors import WAY_OUT, ThinkError
-from think_vllm.formats import GROUP_SIZES
+from think_vllm.formats import GROUP_SIZES, Coding
 from think_vllm.layout import MAX_HEAD_SIZE, max_key_channels
 
 __all__ = ["BlockPlan", "plan_blocks", "pruned_channels"]
@@ -25,9 +25,10 @@ MAX_SPAN_BLOCKS = 32
 MAX_SPAN_TOKENS = 2048
 #: Head sizes and block sizes are multiples of this: one vector of the kernels.
 SIZE_MULTIPLE = 16
-#: Key rows of a thin block are whole multiples of this many tokens: whole bytes of 2-bit codes.
+#: Thin blocks hold whole multiples of this many tokens; coded ones twice as many, and whole units of
+#: keys: kernels for GPUs read as many at once.
 TOKEN_ALIGNMENT = 4
-#: Value rows of a thin block are whole multiples of this many channels, for the same reason.
+#: Value rows of a thin block are whole multiples of this many channels: whole bytes of 2-bit codes.
 CHANNEL_ALIGNMENT = 4
 #: Rows of integer codes are read in vectors of this many.
 INTEGER_HEAD_MULTIPLE = 32
@@ -162,23 +163,27 @@ def _spans(
     value_channels: int,
 ) -> Iterator[BlockPlan]:
     """All spans that free a block, with as many of the wanted key channels as fit."""
+    keys = config.format.keys
+    multiple, rows = token_multiple(keys), 1 if keys is Coding.PLAIN else 2
     for span_blocks in range(2, min(MAX_SPAN_BLOCKS, MAX_SPAN_TOKENS // block_size) + 1):
         span_tokens = span_blocks * block_size
         for thin_blocks in range(1, span_blocks):
             tokens = -(-span_tokens // thin_blocks)
-            tokens = -(-tokens // TOKEN_ALIGNMENT) * TOKEN_ALIGNMENT
+            tokens = -(-tokens // multiple) * multiple
             if (thin_blocks - 1) * tokens >= span_tokens:
                 continue
             fitting = max_key_channels(
                 head_size, tokens, block_size, itemsize, config.format, config.kv_quant_group,
                 value_channels,
             )  # fmt: skip
-            if fitting == 0:
+            # Two rows of codes make a unit.
+            kept = min(wanted, fitting) // rows * rows
+            if kept == 0:
                 continue
             yield BlockPlan(
                 config=config,
                 head_size=head_size,
-                key_channels=min(wanted, fitting),
+                key_channels=kept,
                 value_channels=value_channels,
                 block_size=block_size,
                 span_blocks=span_blocks,
@@ -186,6 +191,11 @@ def _spans(
                 thin_block_tokens=tokens,
                 itemsize=itemsize,
             )
+
+
+def token_multiple(keys: Coding) -> int:
+    """Tokens of which a thin block holds a whole multiple."""
+    return TOKEN_ALIGNMENT if keys is Coding.PLAIN else max(2 * TOKEN_ALIGNMENT, 32 // keys.value)
 
 
 def _best(candidates: Sequence[BlockPlan]) -> BlockPlan:

@@ -7,6 +7,7 @@ import torch
 
 from think_vllm.config import ThinkConfig
 from think_vllm.kernels.cpu.decode import DecodeRows
+from think_vllm.layout import BlockForm
 from think_vllm.planner import BlockPlan, plan_blocks
 from think_vllm.reference.compaction import thin_run, write_thin
 
@@ -56,6 +57,7 @@ class Case:
     block_table: torch.Tensor
     rows: DecodeRows
     scale: float
+    form: BlockForm = BlockForm.CPU
 
     @property
     def reference_rows(self) -> tuple[list[int], list[int], list[int]]:
@@ -77,11 +79,13 @@ def make_case(
     contexts: list[tuple[int, int]],
     seed: int = 0,
     gap_blocks: int = 0,
+    form: BlockForm = BlockForm.CPU,
 ) -> Case:
     """Build one request per (seq_len, thin_spans) in ``contexts``, with one row each.
 
     Args:
         gap_blocks: Blocks of other layers between two blocks of this one, filled with NaN.
+        form: For what blocks are laid out.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -104,7 +108,7 @@ def make_case(
                 entry = span * plan.span_blocks + k
                 block = int(blocks[request, entry])
                 block_table[request, entry] = block
-                fill_thin_block(kv_cache, block, k, table, plan, random)
+                fill_thin_block(kv_cache, block, k, table, plan, random, form)
         first = thin_spans * plan.span_blocks
         for entry in range(first, -(-seq_len // plan.block_size)):
             block = int(blocks[request, entry])
@@ -118,6 +122,7 @@ def make_case(
         block_table=block_table,
         rows=make_rows([(i, seq_len, thin) for i, (seq_len, thin) in enumerate(contexts)]),
         scale=plan.head_size**-0.5,
+        form=form,
     )
 
 
@@ -141,10 +146,10 @@ def fill_dense_block(kv_cache, block, count, plan, random):
     values[:, :count] = random(num_kv_heads, count, plan.head_size)
 
 
-def fill_thin_block(kv_cache, block, index, table, plan, random):
+def fill_thin_block(kv_cache, block, index, table, plan, random, form=BlockForm.CPU):
     """Write the ``index``-th thin block of a span; unused bytes become 0xFF."""
     count = min(plan.thin_block_tokens, plan.span_tokens - index * plan.thin_block_tokens)
     for head in range(kv_cache.shape[1]):
         thin_run(kv_cache, block, head).fill_(0xFF)
         keys, values = random(plan.key_channels, count), random(count, plan.value_channels)
-        write_thin(kv_cache, block, head, keys, values, table[head], plan)
+        write_thin(kv_cache, block, head, keys, values, table[head], plan, form)

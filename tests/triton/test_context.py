@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from csrc_triton.context import context_attention
-from tests.kernels.helpers import ROUNDING, SUMMATION, make_case, make_plan
-from tests.triton.test_decode import DEVICE
+from tests.kernels.helpers import ROUNDING, SUMMATION, make_plan
+from tests.triton.test_decode import DEVICE, make_case
 from think_vllm.reference.attention import decode_attention_ref
 
 
@@ -39,7 +39,8 @@ def check(plan, dtype, heads, requests, soft_cap=0.0) -> None:
         for i in range(count)
     ]
     expected = decode_attention_ref(
-        query, case.kv_cache, case.block_table, *zip(*rows, strict=True), plan, case.scale, soft_cap
+        query, case.kv_cache, case.block_table, *zip(*rows, strict=True), plan, case.scale, soft_cap,
+        form=case.form,
     )
     operands = 0 if dtype == torch.float32 else 2 * ROUNDING[dtype]
     tolerance = (ROUNDING[dtype] + operands) * float(expected.abs().max()) + SUMMATION

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from csrc_triton.decode import make_workspace
-from tests.kernels.helpers import make_case, make_plan
+from tests.kernels.helpers import make_plan
 from tests.triton import test_compact, test_context, test_decode
 
 #: 0.4 keeps 36 of 64 channels: no power of two, and groups that are not full.
@@ -69,7 +69,7 @@ def test_compact_spans_of_all_layers_inherits_tables(device, quant, ratio):
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 def test_decode_formats(quant, ratio, value_ratio, dtype):
     plan = pruned(64, dtype, quant, ratio, value_ratio)
-    test_decode.check(make_case(plan, dtype, 4, 2, test_decode.contexts_of(plan)))
+    test_decode.check(test_decode.make_case(plan, dtype, 4, 2, test_decode.contexts_of(plan)))
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_decode_formats(quant, ratio, value_ratio, dtype):
 def test_decode_of_odd_sizes(head_size, quant, group):
     plan = pruned(head_size, FP32, quant, 0.5, 0.3, 16, group)
     contexts = [(plan.span_tokens + 17, 1), (5, 0)]
-    test_decode.check(make_case(plan, FP32, 4, 2, contexts))
+    test_decode.check(test_decode.make_case(plan, FP32, 4, 2, contexts))
 
 
 @pytest.mark.parametrize("splits", [2, 5, 16])
@@ -87,7 +87,7 @@ def test_decode_of_odd_sizes(head_size, quant, group):
 def test_decode_splits(quant, splits):
     # More splits than blocks leave empty ones; a split may start within a span.
     plan = pruned(64, FP32, quant, 0.5, 0.3)
-    case = make_case(plan, FP32, 4, 2, test_decode.contexts_of(plan))
+    case = test_decode.make_case(plan, FP32, 4, 2, test_decode.contexts_of(plan))
     workspace = make_workspace(8, 4, 64, splits, test_decode.DEVICE).fill_(torch.nan)
     test_decode.check(case, workspace=workspace)
 

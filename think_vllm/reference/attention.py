@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
+from think_vllm.layout import BlockForm
 from think_vllm.planner import BlockPlan
 from think_vllm.reference.compaction import dense_tokens, read_thin, split_channels
 
@@ -15,6 +16,7 @@ def gather_context(
     seq_len: int,
     thin_spans: int,
     plan: BlockPlan,
+    form: BlockForm = BlockForm.CPU,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Read a request's context at full width, pruned channels being zero.
 
@@ -31,7 +33,9 @@ def gather_context(
             first = start + k * plan.thin_block_tokens
             count = min(plan.thin_block_tokens, start + plan.span_tokens - first)
             for head in range(num_heads):
-                thin_keys, thin_values, table = read_thin(kv_cache, block, head, count, plan)
+                thin_keys, thin_values, table = read_thin(
+                    kv_cache, block, head, count, plan, form
+                )
                 of_keys, of_values = split_channels(table, plan)
                 keys[head, first : first + count, of_keys] = thin_keys.T
                 values[head, first : first + count, of_values] = thin_values
@@ -54,6 +58,7 @@ def decode_attention_ref(
     scale: float,
     logits_soft_cap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    form: BlockForm = BlockForm.CPU,
 ) -> torch.Tensor:
     """Attend with single query tokens to contexts of thin, then dense blocks.
 
@@ -70,6 +75,7 @@ def decode_attention_ref(
         scale: Factor on ``q . k``.
         logits_soft_cap: If positive, scores become ``cap * tanh(score / cap)``.
         sinks: ``[Hq]``. One more score per query head, not capped, whose weight goes to no value.
+        form: For what blocks are laid out.
 
     Returns:
         ``[R, Hq, D]`` float64, zeros where ``seq_len`` is 0.
@@ -81,7 +87,7 @@ def decode_attention_ref(
         if length == 0:
             continue
         keys, values = gather_context(
-            kv_cache, block_table, int(source), int(length), int(thin), plan
+            kv_cache, block_table, int(source), int(length), int(thin), plan, form
         )
         for head in range(query.shape[1]):
             scores = keys[head // group] @ query[row, head].double() * scale

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
+from think_vllm.layout import BlockForm
 from think_vllm.planner import BlockPlan
 from think_vllm.reference.quantization import read_matrix, write_matrix
 
@@ -38,7 +39,12 @@ def thin_run(kv_cache: torch.Tensor, block: int, head: int) -> torch.Tensor:
 
 
 def read_thin(
-    kv_cache: torch.Tensor, block: int, head: int, count: int, plan: BlockPlan
+    kv_cache: torch.Tensor,
+    block: int,
+    head: int,
+    count: int,
+    plan: BlockPlan,
+    form: BlockForm = BlockForm.CPU,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Read one head's part of a thin block that holds ``count`` tokens.
 
@@ -47,8 +53,8 @@ def read_thin(
         uint8.
     """
     run, layout = thin_run(kv_cache, block, head), plan.layout
-    keys = read_matrix(run, layout.keys, plan.key_channels, count, kv_cache.dtype)
-    values = read_matrix(run, layout.values, count, plan.value_channels, kv_cache.dtype)
+    keys = read_matrix(run, layout.keys, plan.key_channels, count, kv_cache.dtype, form)
+    values = read_matrix(run, layout.values, count, plan.value_channels, kv_cache.dtype, form)
     table = torch.arange(plan.key_channels, dtype=torch.uint8)
     if layout.has_table:
         table = run[layout.table_offset :][: plan.key_channels].clone()
@@ -74,6 +80,7 @@ def write_thin(
     values: torch.Tensor,
     table: torch.Tensor,
     plan: BlockPlan,
+    form: BlockForm = BlockForm.CPU,
 ) -> None:
     """Write one head's part of a thin block.
 
@@ -85,10 +92,11 @@ def write_thin(
         values: ``[count, V]`` of the cache's dtype.
         table: ``[K]`` uint8. Kept channels of keys, then of values if some are pruned; ascending.
         plan: How blocks are laid out.
+        form: For what.
     """
     run, layout = thin_run(kv_cache, block, head), plan.layout
-    write_matrix(run, keys, layout.keys)
-    write_matrix(run, values, layout.values)
+    write_matrix(run, keys, layout.keys, form)
+    write_matrix(run, values, layout.values, form)
     if layout.has_table:
         run[layout.table_offset :][: plan.key_channels] = table[: plan.key_channels]
     if layout.has_value_table:
@@ -102,6 +110,7 @@ def compact_spans_ref(
     span: Sequence[int],
     channels: torch.Tensor,
     plan: BlockPlan,
+    form: BlockForm = BlockForm.CPU,
 ) -> None:
     """Compact spans in place.
 
@@ -116,6 +125,7 @@ def compact_spans_ref(
         channels: ``[n, Hk, K]`` uint8. Kept channels of keys, then of values if some are pruned;
             ascending.
         plan: How blocks are laid out.
+        form: For what.
     """
     for index, (row, number) in enumerate(zip(request, span, strict=True)):
         first = int(number) * plan.span_blocks
@@ -127,7 +137,7 @@ def compact_spans_ref(
                 table = channels[index, head]
                 of_keys, of_values = split_channels(table, plan)
                 kept = keys[head, tokens][:, of_keys].T, values[head, tokens][:, of_values]
-                write_thin(kv_cache, block, head, *kept, table, plan)
+                write_thin(kv_cache, block, head, *kept, table, plan, form)
 
 
 def read_channels_ref(

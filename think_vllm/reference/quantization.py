@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from think_vllm.formats import FP8_MAX, Coding
-from think_vllm.layout import MatrixLayout
+from think_vllm.layout import BlockForm, MatrixLayout
 
 FLOAT16_MAX = 65_504.0
 #: Of float32. The inverse of a smaller scale would overflow.
@@ -113,7 +113,32 @@ def code_and_back(matrix: torch.Tensor, coding: Coding, group: int) -> torch.Ten
     return dequantize(quantize_integer(matrix, coding.value, group), group)
 
 
-def write_matrix(run: torch.Tensor, matrix: torch.Tensor, layout: MatrixLayout) -> None:
+def to_units(codes: torch.Tensor) -> torch.Tensor:
+    """Bytes of whole units in rows ``[R, 4 * units]`` -> ``[units, R / 2, 8]``."""
+    # [row pair, row, unit, word, byte] -> [unit, row pair, word, row, byte]
+    pieces = codes.reshape(codes.shape[0] // 2, 2, -1, 2, 2)
+    return pieces.permute(2, 0, 3, 1, 4).flatten(2)
+
+
+def from_units(units: torch.Tensor) -> torch.Tensor:
+    """Undo ``to_units``: ``[R, 4 * units]``."""
+    pieces = units.view(*units.shape[:2], 2, 2, 2).permute(1, 3, 0, 2, 4)
+    return pieces.reshape(2 * units.shape[1], -1)
+
+
+def _read_codes(run: torch.Tensor, layout: MatrixLayout, form: BlockForm) -> torch.Tensor:
+    """Codes of a matrix in rows, uint8 ``[R, row_bytes]``; a copy of whole units for GPUs."""
+    if form is BlockForm.CPU or layout.coding is Coding.PLAIN:
+        return run[layout.offset :][: layout.rows * layout.row_bytes].view(layout.rows, -1)
+    return from_units(run[layout.offset :][: layout.code_bytes].view(-1, layout.rows // 2, 8))
+
+
+def write_matrix(
+    run: torch.Tensor,
+    matrix: torch.Tensor,
+    layout: MatrixLayout,
+    form: BlockForm = BlockForm.CPU,
+) -> None:
     """Code a matrix into a run.
 
     Args:
@@ -121,30 +146,46 @@ def write_matrix(run: torch.Tensor, matrix: torch.Tensor, layout: MatrixLayout) 
         matrix: ``[R', X']`` of the cache's dtype with ``R' <= R`` and ``X' <= X``: the last
             block of a span may hold fewer tokens.
         layout: Where it goes.
+        form: For what.
     """
     rows, columns = matrix.shape
-    coding, offset = layout.coding, layout.offset
-    codes = run[offset : offset + layout.rows * layout.row_bytes].view(layout.rows, -1)
+    coding = layout.coding
+    codes = _read_codes(run, layout, form)
     if coding is Coding.PLAIN:
         codes.view(matrix.dtype)[:rows, :columns] = matrix
         return
     if coding is Coding.FP8:
         quantized = quantize_fp8(matrix)
         codes[:rows, :columns] = quantized.codes
+        _put_units(run, codes, layout, form)
         scale = run[layout.scales_offset : layout.scales_offset + 4]
         scale.copy_(quantized.scales.view(1).view(torch.uint8))
         return
     quantized = quantize_integer(matrix, coding.value, layout.group)
     packed = pack(quantized.codes, coding.value)
     codes[:rows, : packed.shape[1]] = packed
-    scales, zeros = _factors(run, layout)
+    _put_units(run, codes, layout, form)
+    scales, zeros = _factors(run, layout, form)
     assert quantized.zeros is not None
-    scales[: quantized.scales.shape[0], :rows] = quantized.scales
-    zeros[: quantized.zeros.shape[0], :rows] = quantized.zeros
+    for held, made in ((scales, quantized.scales), (zeros, quantized.zeros)):
+        held[: made.shape[0], :rows] = made
+    _put_factors(run, (scales, zeros), layout, form)
+
+
+def _put_units(
+    run: torch.Tensor, codes: torch.Tensor, layout: MatrixLayout, form: BlockForm
+) -> None:
+    if form is BlockForm.GPU:
+        run[layout.offset :][: codes.numel()] = to_units(codes).flatten()
 
 
 def read_matrix(
-    run: torch.Tensor, layout: MatrixLayout, rows: int, columns: int, dtype: torch.dtype
+    run: torch.Tensor,
+    layout: MatrixLayout,
+    rows: int,
+    columns: int,
+    dtype: torch.dtype,
+    form: BlockForm = BlockForm.CPU,
 ) -> torch.Tensor:
     """Read the first ``rows`` by ``columns`` elements of a matrix, float64.
 
@@ -154,15 +195,16 @@ def read_matrix(
         rows: Rows that hold something.
         columns: Columns that hold something.
         dtype: Of the cache.
+        form: For what the run is laid out.
     """
-    coding, offset = layout.coding, layout.offset
-    codes = run[offset : offset + layout.rows * layout.row_bytes].view(layout.rows, -1)
+    coding = layout.coding
+    codes = _read_codes(run, layout, form)
     if coding is Coding.PLAIN:
         return codes.view(dtype)[:rows, :columns].double()
     if coding is Coding.FP8:
         scale = run[layout.scales_offset : layout.scales_offset + 4].clone().view(torch.float32)
         return dequantize(Quantized(codes[:rows, :columns].clone(), scale[0], None), layout.group)
-    scales, zeros = _factors(run, layout)
+    scales, zeros = _factors(run, layout, form)
     groups = -(-columns // layout.group)
     quantized = Quantized(
         unpack(codes[:rows], coding.value, columns),
@@ -172,10 +214,23 @@ def read_matrix(
     return dequantize(quantized, layout.group)
 
 
-def _factors(run: torch.Tensor, layout: MatrixLayout) -> tuple[torch.Tensor, torch.Tensor]:
-    size = 2 * layout.groups * layout.rows
-    views = [
-        run[start : start + size].view(torch.float16).view(layout.groups, layout.rows)
-        for start in (layout.scales_offset, layout.zeros_offset)
-    ]
-    return views[0], views[1]
+def _factors(
+    run: torch.Tensor, layout: MatrixLayout, form: BlockForm
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales and zeros, both ``[G, R]`` float16; copies for GPUs, else views."""
+    groups, rows = layout.groups, layout.rows
+    numbers = run[layout.scales_offset : layout.end].view(torch.float16)
+    if form is BlockForm.CPU:
+        zeros = numbers[(layout.zeros_offset - layout.scales_offset) // 2 :]
+        return numbers[: groups * rows].view(groups, rows), zeros.view(groups, rows)
+    pairs = numbers[: 2 * groups * rows].view(groups, rows // 2, 2, 2)
+    return pairs[:, :, 0].reshape(groups, rows), pairs[:, :, 1].reshape(groups, rows)
+
+
+def _put_factors(
+    run: torch.Tensor, factors: tuple[torch.Tensor, ...], layout: MatrixLayout, form: BlockForm
+) -> None:
+    if form is BlockForm.GPU:
+        numbers = run[layout.scales_offset : layout.end].view(torch.float16)
+        pairs = torch.stack([held.view(layout.groups, -1, 2) for held in factors], dim=2)
+        numbers[: pairs.numel()] = pairs.flatten()
