@@ -11,7 +11,7 @@ import triton.language as tl
 
 from csrc_triton.aot import AotCase
 from csrc_triton.blocks import cache_bytes, cache_strides, check_cache, element_type
-from csrc_triton.decode import attention_constants, check_rows, launch_options
+from csrc_triton.decode import attention_constants, check_rows, check_scale, launch_options
 from csrc_triton.tiles import attend_dense, attend_thin
 from think_vllm.planner import BlockPlan
 
@@ -57,6 +57,7 @@ def context_attention(
     who = "context_attention"
     check_cache(who, kv_cache, block_table, plan)
     check_rows(who, query, kv_cache, out)
+    check_scale(who, scale)
     num_requests = request.shape[0]
     expected = {"query_start": num_requests + 1, "seq_len": num_requests, "request": num_requests}
     given = {"query_start": query_start, "seq_len": seq_len, "request": request}

@@ -40,8 +40,8 @@ FILLED = 0.85
 #: Tokens of a tile of keys as computed, and of dense blocks. Coded: eight threads hold a unit each.
 PLAIN_TILE = 32
 DENSE_TILE = 32
-#: Columns of a part of the splits that the second kernel reads at once.
-SPLITS_AT_ONCE = 8
+#: Splits that the second kernel reads at once.
+SPLITS_AT_ONCE = tl.constexpr(8)
 OPTIONS = {"num_warps": 1, "num_stages": 1}
 #: What of a layout the attention kernels need.
 ATTENTION_NAMES = (
@@ -63,6 +63,7 @@ def choose_splits(
     num_kv_heads: int,
     max_context: int,
     multiprocessors: int = MULTIPROCESSORS,
+    programs: int = PROGRAMS,
 ) -> int:
     """Splits of a context: as few as fill the GPU.
 
@@ -73,13 +74,14 @@ def choose_splits(
         num_kv_heads: ``Hk``.
         max_context: Longest context that the launch must serve, in tokens.
         multiprocessors: Of the GPU.
+        programs: That one of them holds.
     """
-    places = multiprocessors * PROGRAMS
+    places = multiprocessors * programs
     most = max(1, min(triton.cdiv(max_context, MIN_SPLIT_TOKENS), MAX_SPLITS))
     best, fullest = 1, 0.0
     for splits in range(1, most + 1):
-        programs = max(1, num_rows * num_kv_heads) * splits
-        filled = programs / (triton.cdiv(programs, places) * places)
+        wanted = max(1, num_rows * num_kv_heads) * splits
+        filled = wanted / (triton.cdiv(wanted, places) * places)
         if filled >= FILLED:
             return splits
         if filled > fullest:
@@ -135,6 +137,7 @@ def decode_attention(
     who = "decode_attention"
     check_cache(who, kv_cache, block_table, plan)
     check_rows(who, query, kv_cache, out)
+    check_scale(who, scale)
     for name, values in (("request", request), ("seq_len", seq_len), ("thin_spans", thin_spans)):
         if values.shape != query.shape[:1] or values.dtype != torch.int32:
             raise ValueError(
@@ -187,7 +190,6 @@ def decode_attention(
         D=head_size,
         D_PAD=triton.next_power_of_2(head_size),
         SPLITS_PAD=max(MAX_SPLITS, triton.next_power_of_2(splits)),
-        AT_ONCE=SPLITS_AT_ONCE,
         num_warps=1,
     )
 
@@ -257,12 +259,21 @@ def aot_cases(plan: BlockPlan, dtype: torch.dtype) -> list[AotCase]:
     constants = {"QUERIES": MIN_QUERIES, **attention_constants(plan, dtype, 4, False)}
     combine = {"partial_ptr": "*fp32:16", "seq_len_ptr": "*i32:16", "out_ptr": f"*{element}:16",
                "out_stride": "i32:16", "out_head_stride": "i32:16", "splits": "i32"}  # fmt: skip
-    sizes = {"D": plan.head_size, "D_PAD": constants["D_PAD"], "SPLITS_PAD": MAX_SPLITS,
-             "AT_ONCE": SPLITS_AT_ONCE}  # fmt: skip
+    sizes = {"D": plan.head_size, "D_PAD": constants["D_PAD"], "SPLITS_PAD": MAX_SPLITS}
     return [
         AotCase(_attend, signature, constants, launch_options(OPTIONS, dtype)),
         AotCase(_combine, combine, sizes, {"num_warps": 1}),
     ]
+
+
+def check_scale(who: str, scale: float) -> None:
+    """Check the factor on ``q . k``: kernels take the maximum of scores before they scale it.
+
+    Raises:
+        ValueError: If it is not positive.
+    """
+    if not scale > 0:
+        raise ValueError(f"{who}: scale is {scale}; expected a positive factor on scores")
 
 
 def check_rows(who: str, query: torch.Tensor, kv_cache: torch.Tensor, out: torch.Tensor) -> None:
@@ -356,12 +367,12 @@ def _attend(
 @triton.jit(do_not_specialize=["splits"])
 def _combine(
     partial_ptr, seq_len_ptr, out_ptr, out_stride, out_head_stride, splits,
-    D: tl.constexpr, D_PAD: tl.constexpr, SPLITS_PAD: tl.constexpr, AT_ONCE: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, SPLITS_PAD: tl.constexpr,
 ):  # fmt: skip
     """Weigh the splits of one row and query head against each other."""
     row, head = tl.program_id(0), tl.program_id(1)
     first = (row.to(tl.int64) * tl.num_programs(1) + head) * splits
-    result = combine_splits(partial_ptr + first * (D + 2), splits, D, D_PAD, SPLITS_PAD, AT_ONCE)
+    result = combine_splits(partial_ptr + first * (D + 2), splits, D, D_PAD, SPLITS_PAD)
     result = tl.where(tl.load(seq_len_ptr + row) > 0, result, 0.0)
     channels = tl.arange(0, D_PAD)
     out = out_ptr + row.to(tl.int64) * out_stride + head * out_head_stride + channels
@@ -369,10 +380,7 @@ def _combine(
 
 
 @triton.jit
-def combine_splits(
-    partial, splits, D: tl.constexpr, D_PAD: tl.constexpr, SPLITS_PAD: tl.constexpr,
-    AT_ONCE: tl.constexpr,
-):  # fmt: skip
+def combine_splits(partial, splits, D: tl.constexpr, D_PAD: tl.constexpr, SPLITS_PAD: tl.constexpr):
     """Sum up splits, each of ``D`` channels, its maximum and its total, from ``partial`` on."""
     split = tl.arange(0, SPLITS_PAD)
     channels = tl.arange(0, D_PAD)
@@ -382,8 +390,8 @@ def combine_splits(
     top = tl.where(top == float("-inf"), 0.0, top)
     total = 0.0
     result = tl.zeros((D_PAD,), tl.float32)
-    for first in range(0, splits, AT_ONCE):
-        several = first + tl.arange(0, AT_ONCE)
+    for first in range(0, splits, SPLITS_AT_ONCE):
+        several = first + tl.arange(0, SPLITS_AT_ONCE)
         there = several < splits
         at = partial + several * (D + 2)
         factor = tl.exp(tl.load(at + D, mask=there, other=float("-inf")) - top)

@@ -11,10 +11,9 @@ from csrc_triton.blocks import cache_bytes, cache_strides
 from csrc_triton.checks import check_tensor
 from csrc_triton.decode import (
     MAX_SPLITS,
-    MIN_GROUP,
-    OPTIONS,
     choose_splits,
     combine_splits,
+    count_multiprocessors,
     launch_options,
     make_workspace,
 )
@@ -30,6 +29,11 @@ from think_vllm.static.plan import StaticPlan
 #: Tokens of a tile. Codes need more registers: with more of them, some would spill.
 PLAIN_TILE = 64
 CODED_TILE = 32
+#: Rows of ``tl.dot`` operands: a group of fewer query heads is padded.
+MIN_GROUP = 16
+OPTIONS = {"num_warps": 4}
+#: Programs that a multiprocessor holds, by their registers.
+PROGRAMS = 4
 
 
 def static_decode(
@@ -76,7 +80,9 @@ def static_decode(
     num_kv_heads = kv_cache.shape[1]
     if workspace is None:
         longest = max_context or block_table.shape[1] * plan.block_size
-        splits = choose_splits(num_rows, num_kv_heads, longest)
+        splits = choose_splits(
+            num_rows, num_kv_heads, longest, count_multiprocessors(query.device), PROGRAMS
+        )
         workspace = make_workspace(num_rows, num_heads, plan.value_channels, splits, query.device)
     splits = workspace.shape[2]
     if workspace.shape[0] < num_rows or workspace.shape[3] != plan.value_channels + 2:

@@ -1,6 +1,6 @@
 """The loop of attention over static blocks.
 
-As ``tiles.py`` has it: rows are query heads of one KV head, of one token or of several, and a
+Rows are query heads of one KV head, of one token or of several, and a
 running softmax is carried along. A query's own token is in the blocks, pruned and coded, so there
 is a causal mask here. Nothing is gathered or scattered for a block: channels are the layer's.
 """
@@ -12,7 +12,22 @@ from csrc_triton.blocks import find_run
 from csrc_triton.dots import dot
 from csrc_triton.matrices import as_elements, load_codes
 from csrc_triton.static_blocks import kept_channels
-from csrc_triton.tiles import weigh
+from csrc_triton.tiles import cap_scores
+
+
+@triton.jit
+def weigh(scores, live, top, total, scale, cap, CAPPED: tl.constexpr):
+    """One step of the running softmax: weights, what older sums are worth, maximum, sum."""
+    scores = scores * scale
+    if CAPPED:
+        scores = cap_scores(scores, cap)
+    scores = tl.where(live, scores, float("-inf"))
+    highest = tl.maximum(top, tl.max(scores, axis=1))
+    # A split can start with tokens of which none is live.
+    base = tl.where(highest == float("-inf"), 0.0, highest)
+    weights = tl.exp(scores - base[:, None])
+    older = tl.exp(top - base)
+    return weights, older, highest, total * older + tl.sum(weights, axis=1)
 
 
 @triton.jit

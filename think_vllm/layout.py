@@ -62,9 +62,9 @@ values is keys, within the run.
 
 Worked examples, bf16, D = 128. Pruned by half, N = 48, C = 63, t = 64: run 24,576 B; keys
 0..8,063; values 8,064..24,447; table 24,448..24,510; 65 B unused. The same with 4-bit keys
-and 2-bit values in groups of 32, N = 16, C = 64, t = 92: run 8,192 B; key codes 0..2,943,
-scales to 3,327, zeros to 3,711; value codes to 6,655, scales to 7,391, zeros to 8,127; table
-8,128..8,191; nothing unused. Both kinds of channels pruned by half, plain, N = 32, C = 63, V = 64,
+and 2-bit values in groups of 32, N = 16, C = 64, t = 88: run 8,192 B; key codes 0..2,815,
+scales to 3,199, zeros to 3,583; value codes to 6,399, scales to 7,103, zeros to 7,807; table
+7,808..7,871; 320 B unused. Both kinds of channels pruned by half, plain, N = 32, C = 63, V = 64,
 t = 64: run 16,384 B; keys 0..8,063; values 8,064..16,255; key table 16,256..16,318; value table
 16,319..16,382; 1 B unused. A static block with half of the keys, N = 128, C = 64, V = 128: run
 49,152 B; values 0..32,767; keys 32,768..49,151. The same in fp8: run 25,600 B; values 0..16,383;

@@ -1,6 +1,7 @@
 """Triton's decode attention in the interpreter, against the reference."""
 
 import functools
+import math
 
 import numpy as np
 import pytest
@@ -146,12 +147,34 @@ def test_decode_nan_shows_in_its_head_alone():
     assert out[:, 2:].isfinite().all()
 
 
-def test_choose_splits_depends_on_host_numbers_within_bounds():
-    assert choose_splits(1, 8, 131_072) == 64
-    assert choose_splits(64, 8, 131_072) == 2
-    assert choose_splits(512, 8, 131_072) == 2
-    assert choose_splits(1, 8, 300) == 2
-    assert choose_splits(1, 1, 1) == 2
+@pytest.mark.parametrize("magnitude", [1e-4, 1e4, 1e7])
+@pytest.mark.parametrize("quant", ["fp8", "kivi4", "kivi2"])
+def test_decode_of_queries_beyond_float16(quant, magnitude):
+    # Coded blocks are multiplied in float16, whatever the model's dtype; it ends at 65,504.
+    plan = make_plan(64, torch.bfloat16, 16, 0.5, quant)
+    case = make_case(plan, torch.bfloat16, 4, 2, [(plan.span_tokens + 9, 1), (40, 0)])
+    case.query[:, ::2] *= magnitude
+    case.scale /= magnitude
+    check(case)
+
+
+def test_choose_splits_fills_the_gpu_with_few():
+    def filled(rows, context):
+        splits = choose_splits(rows, 8, context, multiprocessors=132, programs=16)
+        waves = rows * 8 * splits / (132 * 16)
+        return splits, waves / math.ceil(waves)
+
+    for rows in (33, 64, 128, 200, 256, 512):
+        splits, share = filled(rows, 8192)
+        assert share >= 0.85, rows
+        assert all(rows * 8 * fewer / (132 * 16) % 1 < 0.85 for fewer in range(1, splits)), rows
+    assert filled(64, 8192)[0] == 4
+    assert filled(256, 8192)[0] == 1
+    # One request cannot fill it: splits are as many as there is work for, or memory to sum them.
+    assert filled(1, 8192)[0] == 32
+    assert filled(1, 131_072)[0] == 64
+    assert filled(1, 300)[0] == 2
+    assert filled(1, 1)[0] == 1
 
 
 @pytest.mark.parametrize(
@@ -166,7 +189,8 @@ def test_choose_splits_depends_on_host_numbers_within_bounds():
         ("block_table", lambda case: case.block_table.long(), "expected int32"),
         ("seq_len", lambda case: torch.ones(2, dtype=torch.int32), "seq_len is"),
         ("thin_spans", lambda case: torch.zeros(1), "thin_spans is"),
-        ("workspace", lambda case: torch.zeros(1, 4, 1, 66), "at least 1 rows and 2 splits"),
+        ("workspace", lambda case: torch.zeros(0, 4, 1, 66), "at least 1 rows and a split"),
+        ("scale", lambda case: 0.0, "scale is 0.0; expected a positive"),
     ],
 )
 def test_decode_refuses(name, change, message):

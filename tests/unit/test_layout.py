@@ -42,12 +42,12 @@ def test_plain_thin_layout_has_the_bytes_counted_by_hand(
 @pytest.mark.parametrize(
     ("layout", "keys", "values", "used"),
     [
-        # keys and values: codes, scale, end. 63 * 128 = 8,064; 128 * 128 = 16,384; table 63
+        # keys and values: codes, scale, end. 62 * 128 = 7,936; 128 * 128 = 16,384; table 62
         (
-            ThinLayout(128, 63, 128, 48, 2, FORMATS["fp8"]),
-            (0, 8_064, 8_068),
-            (8_080, 24_464, 24_468),
-            24_531,
+            ThinLayout(128, 62, 128, 48, 2, FORMATS["fp8"]),
+            (0, 7_936, 7_940),
+            (7_952, 24_336, 24_340),
+            24_402,
         ),
         # 128 * 60 = 7,680 each, no table
         (
@@ -56,12 +56,12 @@ def test_plain_thin_layout_has_the_bytes_counted_by_hand(
             (7_696, 15_376, 15_380),
             15_380,
         ),
-        # 31 * 20 = 620 is padded to 624; a code is one byte in a cache of fp32 too
+        # Two rows make a unit: 32 * 20; a code is one byte in a cache of fp32 too
         (
             ThinLayout(64, 31, 20, 16, 4, FORMATS["fp8"]),
-            (0, 624, 628),
-            (640, 1_920, 1_924),
-            1_955,
+            (0, 640, 644),
+            (656, 1_936, 1_940),
+            1_971,
         ),
     ],
     ids=["n48", "all-channels", "padded"],
@@ -87,12 +87,12 @@ def test_fp8_thin_layout_has_the_bytes_counted_by_hand(
             (2_976, 7_072, 7_584, 8_096),
             8_170,
         ),
-        # The worked example of layout.py: 92 tokens are 2.9 groups of 32
+        # The worked example of layout.py: 88 tokens are 2.75 groups of 32
         (
-            ThinLayout(128, 64, 92, 16, 2, FORMATS["k4v2"], 32),
-            (0, 2_944, 3_328, 3_712),
-            (3_712, 6_656, 7_392, 8_128),
-            8_192,
+            ThinLayout(128, 64, 88, 16, 2, FORMATS["k4v2"], 32),
+            (0, 2_816, 3_200, 3_584),
+            (3_584, 6_400, 7_104, 7_808),
+            7_872,
         ),
         # 62 rows of 28 B = 1,736 are padded; 112 tokens are 3.5 groups of 32
         (
@@ -108,12 +108,13 @@ def test_fp8_thin_layout_has_the_bytes_counted_by_hand(
             (4_096, 7_680, 7_904, 8_128),
             8_128,
         ),
-        # The cache's own dtype plays no part: keys 64 rows of 50 B, values 100 rows of 32 B
+        # The cache's own dtype plays no part: keys 64 rows of 13 units of 8 tokens, 52 B for the 50
+        # that they need; values 100 rows of 32 B
         (
             ThinLayout(64, 64, 100, 16, 4, FORMATS["kivi4"], 64),
-            (0, 3_200, 3_456, 3_712),
-            (3_712, 6_912, 7_120, 7_320),
-            7_320,
+            (0, 3_328, 3_584, 3_840),
+            (3_840, 7_040, 7_248, 7_448),
+            7_448,
         ),
     ],
     ids=["kivi4", "k4v2", "kivi2", "kivi2-g128", "fp32-kivi4-g64"],
@@ -163,19 +164,20 @@ def test_content_bytes_leave_padding_out(format: str, keys: int, values: int) ->
             (24_192, 24_192),
             24_280,
         ),
-        # fp8: 61 * 112 = 6,832; values 112 * 44 = 4,928 behind a scale, and their own
+        # fp8: 62 * 112 = 6,944; values 112 * 44 = 4,928 behind a scale, and their own
         (
             ThinLayout(64, 61, 112, 96, 2, FORMATS["fp8"], value_channels=44),
-            (6_848, 11_780),
-            (11_780, 11_841),
-            11_885,
+            (6_960, 11_892),
+            (11_892, 11_953),
+            11_997,
         ),
-        # Values 224 rows of 88 * 2 / 8 = 22 B, and 3 groups, the last one of 24 channels
+        # Values 224 rows of 6 units of 16 channels, 24 B for the 22 that 88 need, and 3 groups, the
+        # last one of 24 channels
         (
-            ThinLayout(128, 61, 224, 32, 2, FORMATS["k4v2"], 32, 88),
-            (8_560, 16_176),
-            (16_176, 16_237),
-            16_325,
+            ThinLayout(128, 50, 224, 32, 2, FORMATS["k4v2"], 32, 88),
+            (7_008, 15_072),
+            (15_072, 15_122),
+            15_210,
         ),
         # A vector of 16 columns of the last row ends 24 B behind its 4 values, table or not
         (ThinLayout(16, 16, 17, 16, 2, value_channels=4), (544, 680), (680, 680), 704),
@@ -207,8 +209,8 @@ def test_dense_layout_splits_a_run_in_half() -> None:
 def test_thin_layout_refuses_what_does_not_fit() -> None:
     with pytest.raises(ThinkError, match="take 24640 bytes, a block has 24576"):
         ThinLayout(128, 64, 64, 48, 2)
-    with pytest.raises(ThinkError, match=r"65 of 128 key channels \(k4v2\) take 82\d\d bytes"):
-        ThinLayout(128, 65, 92, 16, 2, FORMATS["k4v2"])
+    with pytest.raises(ThinkError, match=r"69 of 128 key channels \(k4v2\) take 82\d\d bytes"):
+        ThinLayout(128, 69, 88, 16, 2, FORMATS["k4v2"])
     with pytest.raises(ThinkError, match=r"64 of 128 key channels and 68 value channels \(none\)"):
         ThinLayout(128, 64, 64, 32, 2, value_channels=68)
     with pytest.raises(ThinkError, match="value_columns=129, head_size=128"):
