@@ -9,6 +9,7 @@ PRUNE ?= 0.5
 QUANT ?= none
 TESTS ?= tests
 NAME ?=
+PART ?=
 ARGS ?=
 
 BIN := .venv/bin
@@ -16,7 +17,7 @@ BUNDLED := models/tiny-recall
 CHART := deploy/helm/think-vllm
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
 
-.PHONY: help setup serve test fmt lint type model bench bench-load quality-tables gpu-check clean
+.PHONY: help setup serve test fmt lint type model bench bench-load quality-tables gpu-kit gpu-check clean
 
 help: ## Show this list
 	@echo "usage: make TARGET [VARIABLE=value ...]"
@@ -71,11 +72,11 @@ bench-load: setup ## Compare plain vLLM with pruned servers under load (MODEL=, 
 quality-tables: setup ## Quality of every configuration on the bundled model, for docs/quality.md (ARGS=)
 	$(OFFLINE) $(BIN)/python -m bench.quality_tables $(ARGS)
 
-gpu-check: setup ## On a machine with a GPU: test the kernels on it, then measure them
-	$(BIN)/python -c 'import torch; assert torch.cuda.is_available(), "no GPU: torch sees none"'
-	$(OFFLINE) $(BIN)/python -m pytest tests/triton $(ARGS)
-	mkdir -p results
-	$(OFFLINE) $(BIN)/python -m bench.gpu_attention --out results/gpu-attention.json
+gpu-kit: setup ## Pack vLLM's CUDA build into .kit/, for gpu-check on a machine without an index
+	$(BIN)/python -m scripts.gpu_kit.build $(ARGS)
+
+gpu-check: setup ## On a machine with a GPU: test and measure on it, 15 minutes (PART=1|2, ARGS=)
+	$(OFFLINE) $(BIN)/python -m bench.gpu_check $(PART) $(ARGS)
 
 clean: ## Remove caches and build output; .venv and the model stay
 	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -1,16 +1,16 @@
-"""Decode attention on an NVIDIA GPU: every format, beside FlashAttention, torch and the memory.
+"""Decode attention on an NVIDIA GPU: every format, beside other kernels and the memory.
 
-For each batch and context: our kernels over thin blocks, vLLM's FlashAttention over its own bf16
-cache where it can be imported, torch's attention over contiguous keys and values, and the time in
-which the machine copies as many bytes as each format holds (measured, half of a device-to-device
-copy's read and write). Kernels take turns, so that each round meets the same clocks; medians of
-rounds, timed with events after the L2 cache has been overwritten.
+For each batch and context: our kernels over thin blocks, those of ``bench/gpu_rivals.py`` that
+load, and the time in which the machine copies as many bytes as each of them reads (measured, half
+of a device-to-device copy's read and write). Kernels take turns, so that each round meets the same
+clocks; medians of rounds, timed with events after the L2 cache has been overwritten. What fails is
+left out and named.
 
-Writes JSON with date, GPU and versions. Run: ``python -m bench.gpu_attention --out FILE.json``.
+Prints tables, and writes JSON with date, GPU and versions after every batch and context. Run:
+``python -m bench.gpu_attention --out FILE.json``.
 """
 
 import argparse
-import datetime
 import json
 import statistics
 from collections.abc import Callable
@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 
+from bench.gpu_check.machine import gpu_machine
+from bench.gpu_rivals import RIVALS, Kernel, Maker, flash_version, take
 from csrc_triton.decode import choose_splits, decode_attention, make_workspace
-from think_vllm import __version__
 from think_vllm.config import ThinkConfig
 from think_vllm.formats import FORMATS
 from think_vllm.planner import BlockPlan, plan_blocks
@@ -59,159 +59,141 @@ def measure_bandwidth() -> float:
     return 2 * COPY_BYTES / (took * 1e-6)
 
 
-def think_kernel(
-    query: torch.Tensor, num_kv_heads: int, context: int, plan: BlockPlan
-) -> tuple[Callable[[], None], int]:
-    """Our decode attention, and the bytes that it has to read.
-
-    The cache holds random bytes: speed does not depend on what they spell.
-    """
-    num_seqs, _, head_size = query.shape
-    width = -(-context // plan.block_size)
-    spans = plan.rule.prompt_spans(context)
-    freed = plan.span_blocks - plan.thin_blocks
-    num_blocks = num_seqs * (width - spans * freed) + 1
-    shape = (num_blocks, num_kv_heads, plan.block_size, 2 * head_size)
-    # As bytes from the start: int64 would take eight times the memory.
-    size = (*shape[:3], shape[3] * plan.itemsize)
-    cache = torch.randint(0, 64, size, dtype=torch.uint8, device="cuda").view(query.dtype)
-    # Row entries behind a span's thin blocks are null, as vLLM's manager leaves them.
-    position = torch.arange(width)
-    held = (position >= spans * plan.span_blocks) | (position % plan.span_blocks < plan.thin_blocks)
-    order = (1 + torch.randperm(num_blocks - 1)).to(torch.int32).view(num_seqs, -1)
-    table = torch.zeros(num_seqs, width, dtype=torch.int32)
-    table[:, held] = order
-    table = table.cuda()
-    request = torch.arange(num_seqs, dtype=torch.int32, device="cuda")
-    seq_len, thin = torch.full_like(request, context), torch.full_like(request, spans)
-    splits = choose_splits(num_seqs, num_kv_heads, context)
-    workspace = make_workspace(num_seqs, query.shape[1], head_size, splits, query.device)
-    out = torch.empty_like(query)
-
-    def run() -> None:
-        decode_attention(
-            query, cache, table, request, seq_len, thin, plan, head_size**-0.5, out,
-            workspace=workspace,
-        )  # fmt: skip
-
-    dense = context - spans * plan.span_tokens
-    per_token = plan.key_bytes_per_token_head + plan.value_bytes_per_token_head
-    thin_bytes = spans * plan.span_tokens * per_token
-    read = thin_bytes + dense * plan.dense_bytes_per_token_head
-    return run, int(num_seqs * num_kv_heads * read)
+def random_memory(num_bytes: int) -> torch.Tensor:
+    """Memory for caches: bytes that are finite numbers in every format."""
+    return torch.randint(0, 64, (num_bytes,), dtype=torch.uint8, device="cuda")
 
 
-def torch_kernel(query: torch.Tensor, num_kv_heads: int, context: int) -> Callable[[], Any]:
-    """Torch's attention over contiguous keys and values."""
-    num_seqs, _, head_size = query.shape
-    shape = (num_seqs, num_kv_heads, context, head_size)
-    keys, values = (torch.randn(shape, device="cuda", dtype=query.dtype) for _ in range(2))
-    attention = torch.nn.functional.scaled_dot_product_attention
-    return lambda: attention(query[:, :, None], keys, values, enable_gqa=True)
+def memory_needed(batch: int, context: int, num_kv_heads: int, head_size: int) -> int:
+    """Bytes of the largest cache: of bf16, with a span more for each request."""
+    return batch * (context + 2048) * num_kv_heads * 2 * head_size * 2
 
 
-def flash_version(head_size: int) -> int | None:
-    """Version of FlashAttention that vLLM takes on this GPU; its function defaults to 2."""
-    try:
-        from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
-    except ImportError:
-        return None
-    version: int | None = get_flash_attn_version(head_size=head_size)
-    return version
+def think_kernel(plan: BlockPlan) -> Maker:
+    """Our decode attention over blocks of a plan."""
+
+    def make(query: torch.Tensor, num_kv_heads: int, context: int, memory: torch.Tensor) -> Kernel:
+        num_seqs, num_heads, head_size = query.shape
+        width = -(-context // plan.block_size)
+        spans = plan.rule.prompt_spans(context)
+        freed = plan.span_blocks - plan.thin_blocks
+        num_blocks = num_seqs * (width - spans * freed) + 1
+        shape = (num_blocks, num_kv_heads, plan.block_size, 2 * head_size)
+        cache = take(memory, shape, query.dtype)
+        # Row entries behind a span's thin blocks are null, as vLLM's manager leaves them.
+        position = torch.arange(width)
+        held = position >= spans * plan.span_blocks
+        held |= position % plan.span_blocks < plan.thin_blocks
+        table = torch.zeros(num_seqs, width, dtype=torch.int32)
+        table[:, held] = (1 + torch.randperm(num_blocks - 1)).int().view(num_seqs, -1)
+        table = table.to(query.device)
+        request = torch.arange(num_seqs, dtype=torch.int32, device=query.device)
+        seq_len, thin = torch.full_like(request, context), torch.full_like(request, spans)
+        splits = choose_splits(num_seqs, num_kv_heads, context)
+        workspace = make_workspace(num_seqs, num_heads, head_size, splits, query.device)
+        out = torch.empty_like(query)
+
+        def run() -> None:
+            decode_attention(
+                query, cache, table, request, seq_len, thin, plan, head_size**-0.5, out,
+                workspace=workspace,
+            )  # fmt: skip
+
+        dense = context - spans * plan.span_tokens
+        per_token = plan.key_bytes_per_token_head + plan.value_bytes_per_token_head
+        read = spans * plan.span_tokens * per_token + dense * plan.dense_bytes_per_token_head
+        return Kernel(run, int(num_seqs * num_kv_heads * read))
+
+    return make
 
 
-def flash_kernel(query: torch.Tensor, num_kv_heads: int, context: int) -> Callable[[], Any] | None:
-    """FlashAttention of vLLM over its paged bf16 cache; None where it cannot be imported."""
-    version = flash_version(query.shape[2])
-    if version is None:
-        return None
-    from vllm.vllm_flash_attn import flash_attn_varlen_func
-
-    num_seqs, _, head_size = query.shape
-    width = -(-context // 16)
-    shape = (num_seqs * width, 16, num_kv_heads, head_size)
-    keys, values = (torch.randn(shape, device="cuda", dtype=query.dtype) for _ in range(2))
-    table = torch.randperm(num_seqs * width, device="cuda").to(torch.int32).view(num_seqs, width)
-    starts = torch.arange(num_seqs + 1, dtype=torch.int32, device="cuda")
-    lengths = torch.full((num_seqs,), context, dtype=torch.int32, device="cuda")
-    return lambda: flash_attn_varlen_func(
-        query,
-        keys,
-        values,
-        max_seqlen_q=1,
-        cu_seqlens_q=starts,
-        max_seqlen_k=context,
-        seqused_k=lengths,
-        block_table=table,
-        causal=True,
-        fa_version=version,
-    )
-
-
-def measure(batch: int, context: int, options: argparse.Namespace) -> dict[str, Any]:
-    """All kernels at one batch and context."""
-    shape = (batch, options.heads, options.head_size)
-    query = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
-    kernels: dict[str, Callable[[], Any]] = {
-        "torch": torch_kernel(query, options.kv_heads, context)
-    }
-    flash = flash_kernel(query, options.kv_heads, context)
-    if flash is not None:
-        kernels["FlashAttention"] = flash
-    read = {}
-    for name in FORMATS:
+def makers_of(options: argparse.Namespace) -> dict[str, Maker]:
+    """All kernels that were asked for, by title."""
+    makers = {name: RIVALS[name] for name in RIVALS if name not in options.without}
+    for name in options.formats:
         for ratio in options.ratios:
             config = ThinkConfig.model_validate({"kv_channel_prune": ratio, "kv_quant": name})
             plan = plan_blocks(config, options.head_size, 2)
             if plan is not None:
-                title = f"{name} {ratio:g}"
-                kernels[title], read[title] = think_kernel(query, options.kv_heads, context, plan)
-    times = time_in_turns(kernels, options.rounds)
-    return {"batch": batch, "context": context, "microseconds": times, "bytes": read}
+                makers[f"{name} {ratio:g}"] = think_kernel(plan)
+    return makers
+
+
+def measure(
+    batch: int, context: int, makers: dict[str, Maker], options: argparse.Namespace
+) -> dict[str, Any]:
+    """All kernels at one batch and context."""
+    shape = (batch, options.heads, options.head_size)
+    query = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+    size = memory_needed(batch, context, options.kv_heads, options.head_size)
+    memory = random_memory(size)
+    kernels: dict[str, Kernel] = {}
+    errors: dict[str, str] = {}
+    for title, make in makers.items():
+        try:
+            kernel = make(query, options.kv_heads, context, memory)
+            kernel.run()
+            torch.cuda.synchronize()
+        except Exception as error:  # whatever another's kernel raises
+            errors[title] = f"{type(error).__name__}: {error}"
+        else:
+            kernels[title] = kernel
+    times = time_in_turns({name: kernel.run for name, kernel in kernels.items()}, options.rounds)
+    read = {name: kernel.num_bytes for name, kernel in kernels.items()}
+    return {
+        "batch": batch, "context": context, "microseconds": times, "bytes": read, "errors": errors,
+    }  # fmt: skip
+
+
+def table_of(result: dict[str, Any], bandwidth: float) -> str:
+    """One batch and context as Markdown."""
+    text = f"\nbatch {result['batch']}, context {result['context']}\n\n"
+    text += "| kernel | us | of the byte ideal |\n| --- | --- | --- |\n"
+    for name, took in result["microseconds"].items():
+        share = 1e8 * result["bytes"][name] / bandwidth / took
+        text += f"| {name} | {took:.1f} | {share:.0f} % |\n"
+    return text + "".join(f"\n{name}: {error}\n" for name, error in result["errors"].items())
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Arguments of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--batches", type=int, nargs="*", default=[1, 16, 64, 128])
+    parser.add_argument("--contexts", type=int, nargs="*", default=[8192, 32768])
+    parser.add_argument("--max-tokens", type=int, default=2**22, help="batch * context at most")
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--head-size", type=int, default=128)
+    parser.add_argument("--formats", nargs="*", choices=FORMATS, default=list(FORMATS))
+    parser.add_argument("--ratios", type=float, nargs="*", default=[0.4, 0.5])
+    parser.add_argument("--without", nargs="*", choices=RIVALS, default=[])
+    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--out", type=Path)
+    return parser
 
 
 def main() -> None:
     """Print a table per batch and context, and write everything as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--batches", type=int, nargs="*", default=[1, 8, 64])
-    parser.add_argument("--contexts", type=int, nargs="*", default=[2048, 8192, 32768, 131072])
-    parser.add_argument("--max-tokens", type=int, default=2**20, help="batch * context at most")
-    parser.add_argument("--heads", type=int, default=32)
-    parser.add_argument("--kv-heads", type=int, default=8)
-    parser.add_argument("--head-size", type=int, default=128)
-    parser.add_argument("--ratios", type=float, nargs="*", default=[0.0, 0.4, 0.5])
-    parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
+    options = make_parser().parse_args()
     torch.manual_seed(0)
     bandwidth = measure_bandwidth()
-    machine = {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
+    machine = gpu_machine() | {
         "flash_attention": flash_version(options.head_size),
-        "think_vllm": __version__,
         "copy_bytes_per_second": bandwidth,
     }
     print(machine)
+    makers = makers_of(options)
     results = []
     for batch in options.batches:
         for context in options.contexts:
             if batch * context > options.max_tokens:
                 continue
-            result = measure(batch, context, options)
-            results.append(result)
-            print(f"\nbatch {batch}, context {context}\n")
-            print("| kernel | us | of the byte ideal |\n| --- | --- | --- |")
-            for name, took in result["microseconds"].items():
-                ideal = 1e6 * result["bytes"].get(name, 0) / bandwidth
-                share = f"{100 * ideal / took:.0f} %" if ideal else "-"
-                print(f"| {name} | {took:.1f} | {share} |", flush=True)
+            results.append(measure(batch, context, makers, options))
+            print(table_of(results[-1], bandwidth), flush=True)
             torch.cuda.empty_cache()
-    if options.out is not None:
-        text = json.dumps({"machine": machine, "results": results}, indent=2)
-        options.out.write_text(text + "\n", encoding="utf-8")
+            if options.out is not None:
+                text = json.dumps({"machine": machine, "results": results}, indent=2)
+                options.out.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -73,6 +73,7 @@ class Compiled:
         shared_bytes: Of a program.
         warps: Of a program.
         ptx: The code before the assembler.
+        fp_fusion: Whether the assembler may make one instruction of a product and a sum.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Compiled:
     shared_bytes: int
     warps: int
     ptx: str
+    fp_fusion: bool
 
 
 def cases(
@@ -124,7 +126,7 @@ def compile_case(case: AotCase, capability: int) -> Compiled:
     target = GPUTarget("cuda", capability, THREADS_PER_WARP)
     made = triton.compile(source, target=target, options=dict(case.options))
     ptx = made.asm["ptx"]
-    log = _assemble(ptx, capability, made.metadata.enable_fp_fusion)
+    log, _ = assemble(ptx, capability, made.metadata.enable_fp_fusion)
     return Compiled(
         name=case.kernel.__name__,
         capability=capability,
@@ -135,20 +137,41 @@ def compile_case(case: AotCase, capability: int) -> Compiled:
         shared_bytes=made.metadata.shared,
         warps=made.metadata.num_warps,
         ptx=ptx,
+        fp_fusion=made.metadata.enable_fp_fusion,
     )
 
 
-def _assemble(ptx: str, capability: int, fp_fusion: bool) -> str:
-    """What the assembler says about PTX. Triton keeps it only where a GPU can load the result."""
+def assemble(ptx: str, capability: int, fp_fusion: bool) -> tuple[str, bytes]:
+    """Assemble PTX as Triton does. Triton keeps the result only where a GPU can load it.
+
+    Args:
+        ptx: The code.
+        capability: Compute capability, such as 90.
+        fp_fusion: As in ``Compiled``.
+
+    Returns:
+        What the assembler says, and its output: an ELF file with source lines.
+    """
     # As in Triton's backend: only these architectures have their own instructions.
     gpu = f"sm_{capability}{'a' if capability >= 90 else ''}"
-    command = [triton.knobs.nvidia.ptxas.path, "-v", "--regAllocOptLevel=2", f"--gpu-name={gpu}"]
-    command += [] if fp_fusion else ["--fmad=false"]
+    command = [triton.knobs.nvidia.ptxas.path, "-v", "-lineinfo", "--regAllocOptLevel=2"]
+    command += [f"--gpu-name={gpu}", *([] if fp_fusion else ["--fmad=false"])]
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
-        command += [str(source), "-o", str(source.with_suffix(".cubin"))]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stderr
+        cubin = source.with_suffix(".cubin")
+        command += [str(source), "-o", str(cubin)]
+        log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+        return log, cubin.read_bytes()
+
+
+def disassemble(cubin: bytes) -> str:
+    """Machine code of an ELF file as text, with source lines."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.cubin"
+        source.write_bytes(cubin)
+        command = [triton.knobs.nvidia.nvdisasm.path, "-c", "-g", str(source)]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def _number(pattern: str, log: str) -> int:

@@ -1,0 +1,101 @@
+"""Whether vLLM's CUDA build loads, and what of it."""
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.gpu_check.machine import gpu_machine
+
+
+def _kernels() -> str:
+    import torch
+
+    importlib.import_module("vllm._C_stable_libtorch")
+    return str(torch.ops._C.rms_norm)
+
+
+def _platform() -> str:
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cuda():
+        raise RuntimeError(f"vLLM runs on {current_platform!r}, not on CUDA")
+    return str(current_platform.get_device_name())
+
+
+def _flash_attention(version: int) -> Callable[[], str]:
+    def load() -> str:
+        from vllm.vllm_flash_attn.flash_attn_interface import is_fa_version_supported
+
+        if not is_fa_version_supported(version):
+            raise RuntimeError("not supported")
+        return "supported"
+
+    return load
+
+
+def _engine() -> str:
+    from vllm import LLM
+
+    return str(LLM)
+
+
+def _plugin() -> str:
+    from think_vllm.plugin import register
+
+    register()
+    return "registered"
+
+
+#: What must load, then what may be missing.
+NEEDED: dict[str, Callable[[], Any]] = {
+    "kernels": _kernels,
+    "platform": _platform,
+    "FlashAttention 3": _flash_attention(3),
+    "engine": _engine,
+    "think-vllm": _plugin,
+}
+OPTIONAL: dict[str, Callable[[], Any]] = {
+    "FlashAttention 2": _flash_attention(2),
+    "int4_per_token_head": lambda: (
+        importlib.import_module("vllm.v1.attention.ops.int4_per_token_head").__name__
+    ),
+}
+
+
+def try_all(loaders: dict[str, Callable[[], Any]]) -> tuple[dict[str, str], dict[str, str]]:
+    """What loaded, and errors of what did not."""
+    loaded, errors = {}, {}
+    for name, load in loaders.items():
+        try:
+            loaded[name] = str(load())
+        except Exception as error:  # whatever an import raises
+            errors[name] = f"{type(error).__name__}: {error}"
+    return loaded, errors
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Arguments of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Try everything; 1 if something that is needed does not load."""
+    options = make_parser().parse_args(arguments)
+    loaded, errors = try_all(NEEDED)
+    more, missing = try_all(OPTIONAL)
+    for name, said in {**loaded, **more, **errors, **missing}.items():
+        print(f"{name}: {said}")
+    if options.out is not None:
+        told = {"machine": gpu_machine(), "loaded": loaded | more, "errors": errors | missing}
+        options.out.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    return 1 if errors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""What was measured, and on what."""
+
+import datetime
+import platform
+import re
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
+#: Written by ``make gpu-kit``: the copy on a lent machine may have no history.
+KIT_COMMIT = REPOSITORY / ".kit" / "commit"
+PACKAGES = ("torch", "triton", "vllm", "transformers", "numba", "numpy")
+#: Names of ours, and what nvidia-smi calls them.
+GPU_FIELDS = {
+    "gpu": "name",
+    "driver": "driver_version",
+    "gpu_memory": "memory.total",
+    "sm_clock": "clocks.sm",
+    "max_sm_clock": "clocks.max.sm",
+    "memory_clock": "clocks.mem",
+    "power_limit": "power.limit",
+}
+
+
+def gpu_machine() -> dict[str, object]:
+    """Date, GPU, clocks, driver, versions, command and commit; what cannot be told is left out."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **read_gpu(_ask(["nvidia-smi", f"--query-gpu={_query()}", "--format=csv,noheader"])),
+        "python": platform.python_version(),
+        "versions": package_versions(),
+        "command": [sys.executable, *sys.orig_argv[1:]],
+        "commit": find_commit(),
+    }
+
+
+def _query() -> str:
+    return ",".join(GPU_FIELDS.values())
+
+
+def read_gpu(answer: str) -> dict[str, str]:
+    """What nvidia-smi said of the first GPU; empty if it said nothing."""
+    if not answer:
+        return {}
+    return dict(zip(GPU_FIELDS, map(str.strip, answer.splitlines()[0].split(",")), strict=False))
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that are installed."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def find_commit() -> str:
+    """Commit of the repository, ``-dirty`` behind it if files were changed; empty if unknown."""
+    said = _ask(["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=40"])
+    if said:
+        return said.strip()
+    return KIT_COMMIT.read_text(encoding="utf-8").strip() if KIT_COMMIT.is_file() else ""
+
+
+def folder_name(machine: dict[str, object]) -> str:
+    """``gpu-NAME-DATE``, in characters that every file system takes."""
+    name = re.sub(r"[^a-z0-9]+", "-", str(machine.get("gpu", "none")).lower()).strip("-")
+    return f"gpu-{name}-{str(machine['date'])[:10]}"
+
+
+def _ask(command: list[str]) -> str:
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return said.stdout if said.returncode == 0 else ""

@@ -1,0 +1,129 @@
+"""What ``bench/instructions.py`` counts, and the tables that it prints."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from bench.occupancy import MULTIPROCESSORS, Multiprocessor, Occupancy, byte_ideal_share
+from bench.sass import KINDS, load_bits
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What was counted of one format on one GPU.
+
+    Args:
+        format: Of the blocks.
+        capability: Compute capability, such as 90.
+        instructions: Warp instructions per token and KV head, by kind.
+        bytes: Per token and KV head: codes, scales and channel table.
+        tokens: That one iteration of the loop covers.
+        loads: Opcode of each load in the loop, how often an iteration runs it.
+        code_load_bits: Bits that a thread moves with each load of codes or elements, how often.
+        lines: Instructions of an iteration per innermost source line, most first.
+        other_loops: Instructions of further innermost loops over thin blocks, not counted.
+        registers: Of a thread.
+        spill_bytes: Of a thread.
+        shared_bytes: Of a program.
+        warps: Of a program.
+        occupancy: Programs that a multiprocessor holds, by limit.
+    """
+
+    format: str
+    capability: int
+    instructions: dict[str, float]
+    bytes: float
+    tokens: int
+    loads: dict[str, int]
+    code_load_bits: dict[int, int]
+    lines: dict[str, int]
+    other_loops: list[int]
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    warps: int
+    occupancy: Occupancy
+
+    @property
+    def total(self) -> float:
+        """Warp instructions per token and KV head, of all kinds."""
+        return sum(self.instructions.values())
+
+    @property
+    def multiprocessor(self) -> Multiprocessor:
+        """What it runs on."""
+        return MULTIPROCESSORS[self.capability]
+
+    @property
+    def share(self) -> float:
+        """Most of the bandwidth that the instruction rate leaves."""
+        return byte_ideal_share(self.multiprocessor, self.total, self.bytes)
+
+    def to_json(self) -> dict[str, Any]:
+        """All figures."""
+        derived = {"total": self.total, "share": self.share, "programs": self.occupancy.programs}
+        return asdict(self) | derived
+
+
+def write_table(figures: Iterable[Figures], num_lines: int) -> str:
+    """Everything as Markdown."""
+    rows = list(figures)
+    head = ["format", "GPU", "total", *KINDS]
+    counts = [
+        [f.format, f"sm_{f.capability}", f"{f.total:.1f}"]
+        + [f"{f.instructions[kind]:.1f}" for kind in KINDS]
+        for f in rows
+    ]
+    text = "Warp instructions per token and KV head in the loop over thin blocks:\n\n"
+    text += _table(head, counts)
+    head = ["format", "GPU", "tokens a tile", "registers", "spill bytes", "shared bytes", "warps",
+            "programs by registers / shared memory / threads / count", "warps resident",
+            "bytes per token and head", "share of the byte ideal, at most"]  # fmt: skip
+    text += "\nWhat a program takes, and what the instruction rate leaves of the bandwidth:\n\n"
+    text += _table(head, [
+        [f.format, f"sm_{f.capability}", str(f.tokens), str(f.registers), str(f.spill_bytes),
+         str(f.shared_bytes), str(f.warps),
+         " / ".join(map(str, asdict(f.occupancy).values())),
+         str(f.occupancy.programs * f.warps), f"{f.bytes:.0f}", f"{100 * f.share:.0f} %"]
+        for f in rows
+    ])  # fmt: skip
+    text += "\nLoads of an iteration, by bits of a thread:\n\n"
+    text += _table(["format", "GPU", "codes", "all"], [
+        [f.format, f"sm_{f.capability}",
+         ", ".join(f"{times} x {bits}" for bits, times in f.code_load_bits.items()),
+         _loads(f.loads)]
+        for f in rows
+    ])  # fmt: skip
+    for f in rows if num_lines else ():
+        text += f"\n{f.format}, sm_{f.capability}: instructions of an iteration by source line\n\n"
+        text += "".join(f"* {times} {line}\n" for line, times in list(f.lines.items())[:num_lines])
+    for f in rows:
+        if f.other_loops:
+            text += (
+                f"\n{f.format}, sm_{f.capability}: further loops, not counted: {f.other_loops}\n"
+            )
+    return text
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def _loads(loads: dict[str, int]) -> str:
+    return ", ".join(f"{times} x {opcode} ({load_bits(opcode)})" for opcode, times in loads.items())
+
+
+def assumptions(capabilities: Iterable[int]) -> str:
+    """What the shares rest on."""
+    text = ""
+    for capability in capabilities:
+        on = MULTIPROCESSORS[capability]
+        text += (
+            f"* sm_{capability} ({on.name}): {on.registers} registers, {on.shared_bytes} bytes of "
+            f"shared memory, {on.threads} threads and {on.programs} programs a multiprocessor. "
+            f"Assumed: {on.bandwidth / 1e12:.2f} TB/s, {on.count} multiprocessors at "
+            f"{on.clock / 1e9:.2f} GHz, so {on.bytes_per_cycle:.1f} bytes a cycle each, and "
+            f"{on.issue:g} warp instructions a cycle.\n"
+        )
+    return text

@@ -1,0 +1,234 @@
+"""Machine code of NVIDIA GPUs as ``nvdisasm`` and ``cuobjdump -sass`` print it: loops and kinds.
+
+Pure functions over text. Nothing here needs a GPU, CUDA or Triton.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+#: Kinds of instructions, in the order in which tables have them.
+KINDS = (
+    "tensor", "float", "integer", "conversion", "shared memory", "global memory", "barrier",
+    "shuffle", "other",
+)  # fmt: skip
+
+_BASES: dict[str, tuple[str, ...]] = {
+    "tensor": ("HMMA", "IMMA", "DMMA", "BMMA", "QMMA", "HGMMA", "IGMMA", "QGMMA", "BGMMA", "OMMA"),
+    "float": (
+        "FADD", "FADD2", "FADD32I", "FMUL", "FMUL2", "FMUL32I", "FFMA", "FFMA2", "FFMA32I", "FMNMX",
+        "FMNMX3", "FSEL", "FSET", "FSETP", "FCHK", "FSWZADD", "MUFU", "RRO", "HADD2", "HADD2_32I",
+        "HMUL2", "HMUL2_32I", "HFMA2", "HFMA2_32I", "HSET2", "HSETP2", "HMNMX2", "DADD", "DMUL",
+        "DFMA", "DMNMX", "DSET", "DSETP",
+    ),
+    "conversion": ("F2F", "F2FP", "F2I", "F2IP", "I2F", "I2FP", "I2I", "I2IP", "FRND"),
+    "shared memory": ("LDS", "STS", "LDSM", "STSM", "ATOMS"),
+    "global memory": (
+        "LDG", "STG", "LDGSTS", "LD", "ST", "LDL", "STL", "ATOM", "ATOMG", "RED", "REDG", "CCTL",
+        "CCTLL", "UBLKCP", "UBLKPF", "UTMALDG", "UTMASTG", "UTMAPF", "UTMAREDG",
+    ),
+    "barrier": (
+        "BAR", "B2R", "DEPBAR", "LDGDEPBAR", "MEMBAR", "ERRBAR", "FENCE", "SYNCS", "WARPGROUP",
+        "WARPSYNC", "ARRIVES", "UCGABAR_ARV", "UCGABAR_WAIT", "UTMACMDFLUSH", "ACQBULK",
+    ),
+    "shuffle": ("SHFL", "MATCH", "REDUX", "CREDUX"),
+    "integer": (
+        "IADD", "IADD2", "IADD3", "IADD32I", "IMAD", "IMAD32I", "IMUL", "IMUL32I", "IMNMX",
+        "ISCADD", "ISET", "ISETP", "IABS", "IDP", "LEA", "LOP", "LOP3", "LOP32I", "SHF", "SHL",
+        "SHR", "SEL", "PRMT", "MOV", "MOV32I", "MOVM", "SGXT", "BMSK", "BREV", "FLO", "POPC",
+        "PLOP3", "PSETP", "P2R", "R2P", "VIADD", "VIADDMNMX", "VIMNMX", "VIMNMX3", "VABSDIFF",
+        "VABSDIFF4", "VHMNMX", "CS2R", "R2UR", "R2UR_OR", "S2R", "S2UR", "VOTE", "VOTEU",
+    ),
+}  # fmt: skip
+_KIND_OF = {base: kind for kind, bases in _BASES.items() for base in bases}
+#: Of the uniform datapath, ``U`` before an integer instruction.
+_UNIFORM = re.compile(r"^U(\w+)$")
+
+_LABEL = re.compile(r"^\s*(\.L\w*)\s*:")
+_LINE = re.compile(r'^\s*//## File "[^"]*", line (\d+)')
+_INSTRUCTION = re.compile(
+    r"/\*(?P<address>[0-9a-fA-F]{4,})\*/\s+(?:\{\s*)?(?:@(?P<predicate>!?U?P\w+)\s+)?"
+    r"(?P<opcode>[A-Z][\w.]*)\s*(?P<operands>[^;]*?)\s*;"
+)
+_TARGET = re.compile(r"(?:`\((?P<label>\.L\w*)\)|(?P<bare>\.L\w+)|(?P<address>0x[0-9a-fA-F]+))$")
+_BRANCHES = ("BRA", "JMP")
+#: Nothing runs behind these unless they are predicated.
+_ENDS = ("EXIT", "RET", "BRX", "BRXU", "JMX", "JMXU", "KILL", "BREAK")
+
+_WIDTHS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One machine instruction.
+
+    Args:
+        address: Bytes from the start of the kernel.
+        opcode: With its modifiers, such as ``LDG.E.128``.
+        operands: As printed.
+        predicate: Register that decides whether it runs, with ``!`` if negated; empty for none.
+        line: Source line that the text attributes it to, None without line information.
+        target: Index of the instruction that a branch goes to; None for everything else.
+    """
+
+    address: int
+    opcode: str
+    operands: str
+    predicate: str
+    line: int | None
+    target: int | None
+
+    @property
+    def base(self) -> str:
+        """The opcode without modifiers."""
+        return self.opcode.split(".")[0]
+
+    @property
+    def falls_through(self) -> bool:
+        """Whether the next instruction may run after it."""
+        if self.base not in (*_BRANCHES, *_ENDS):
+            return True
+        # A condition is a predicate in front (``@P0 BRA``) or, in newer forms, an operand
+        # (``BRA.U UP0, ...``, ``BRA.DIV UR4, ...``).
+        return bool(self.predicate) or (self.base in _BRANCHES and "," in self.operands)
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A natural loop: whatever runs between entering at ``header`` and going back there.
+
+    Args:
+        header: Index of its first instruction.
+        body: Indices of all its instructions, those of inner loops included.
+    """
+
+    header: int
+    body: frozenset[int]
+
+
+def parse(text: str) -> list[Instruction]:
+    """Instructions of one kernel, in order.
+
+    Args:
+        text: What ``nvdisasm -c`` (with ``-g`` for source lines) or ``cuobjdump -sass`` prints.
+
+    Raises:
+        ValueError: If there is no instruction, or a branch goes to a place that is not there.
+    """
+    found: list[tuple[re.Match[str], int | None]] = []
+    labels: dict[str, int] = {}
+    line: int | None = None
+    for row in text.splitlines():
+        if label := _LABEL.match(row):
+            labels[label[1]] = len(found)
+        elif source := _LINE.match(row):
+            line = int(source[1])
+        elif instruction := _INSTRUCTION.search(row):
+            found.append((instruction, line))
+    if not found:
+        raise ValueError("no instruction in the disassembly")
+    addresses = {int(match["address"], 16): index for index, (match, _) in enumerate(found)}
+    return [
+        Instruction(
+            address=int(match["address"], 16),
+            opcode=match["opcode"],
+            operands=match["operands"],
+            predicate=match["predicate"] or "",
+            line=source_line,
+            target=_target(match, labels, addresses),
+        )
+        for match, source_line in found
+    ]
+
+
+def _target(match: re.Match[str], labels: dict[str, int], addresses: dict[int, int]) -> int | None:
+    if match["opcode"].split(".")[0] not in _BRANCHES:
+        return None
+    place = _TARGET.search(match["operands"])
+    if place is None:
+        raise ValueError(f"a branch without a target: {match[0]}")
+    label = place["label"] or place["bare"]
+    index = labels.get(label) if label else addresses.get(int(place["address"], 16))
+    if index is None:
+        raise ValueError(f"a branch to a place that is not there: {match[0]}")
+    return index
+
+
+def find_loops(code: Sequence[Instruction]) -> list[Loop]:
+    """All natural loops, by header.
+
+    A branch backwards makes a loop only if its target dominates it: code that the assembler has
+    moved behind the kernel's end and that jumps back into the middle of a loop makes none.
+    """
+    after = [_successors(code, index) for index in range(len(code))]
+    before: list[list[int]] = [[] for _ in code]
+    reached = _reach(after, 0)
+    for index in reached:
+        for successor in after[index]:
+            before[successor].append(index)
+    bodies: dict[int, set[int]] = {}
+    for index in sorted(reached):
+        for header in after[index]:
+            if header <= index and (header == 0 or index not in _reach(after, 0, without=header)):
+                bodies.setdefault(header, {header}).update(_reach(before, index, without=header))
+    return [Loop(header, frozenset(body)) for header, body in sorted(bodies.items())]
+
+
+def _successors(code: Sequence[Instruction], index: int) -> list[int]:
+    following = [index + 1] if code[index].falls_through and index + 1 < len(code) else []
+    target = code[index].target
+    # A target behind the last instruction is a label at the end of the text.
+    return following if target is None or target >= len(code) else [*following, target]
+
+
+def _reach(edges: Sequence[Sequence[int]], start: int, without: int | None = None) -> set[int]:
+    """Nodes that can be reached from ``start``, itself included, on ways around ``without``."""
+    if start == without:
+        return set()
+    seen, todo = {start}, [start]
+    while todo:
+        for node in edges[todo.pop()]:
+            if node not in seen and node != without:
+                seen.add(node)
+                todo.append(node)
+    return seen
+
+
+def enclosing(loop: Loop, loops: Iterable[Loop]) -> list[Loop]:
+    """Loops around ``loop``, innermost first."""
+    around = [other for other in loops if other.body > loop.body]
+    return sorted(around, key=lambda other: len(other.body))
+
+
+def kind_of(opcode: str) -> str:
+    """One of ``KINDS``. Moves, special registers and the uniform datapath count as integer."""
+    base, *modifiers = opcode.split(".")
+    # The way from half to single precision is an addition of -0.
+    if base == "HADD2" and "F32" in modifiers:
+        return "conversion"
+    if base in _KIND_OF:
+        return _KIND_OF[base]
+    uniform = _UNIFORM.match(base)
+    return _KIND_OF.get(uniform[1], "other") if uniform else "other"
+
+
+def count_kinds(code: Iterable[Instruction]) -> dict[str, int]:
+    """Instructions of each of ``KINDS``; the kinds that do not occur are 0."""
+    counts = Counter(kind_of(instruction.opcode) for instruction in code)
+    return {kind: counts[kind] for kind in KINDS}
+
+
+def load_bits(opcode: str) -> int | None:
+    """Bits that a load moves for each thread; None for everything that is no load.
+
+    Loads are those of global memory (``LDG``), of global into shared memory (``LDGSTS``) and of
+    shared memory (``LDS``, ``LDSM``).
+    """
+    base, *modifiers = opcode.split(".")
+    if base == "LDSM":
+        # A count of matrices of 8 x 8 halves: 32 bits of each for a thread.
+        return 32 * int(modifiers[-1]) if modifiers[-1].isdigit() else 32
+    if base not in ("LDG", "LDGSTS", "LDS"):
+        return None
+    return next((_WIDTHS[name] for name in modifiers if name in _WIDTHS), 32)
