@@ -43,29 +43,9 @@ CODE_LOADERS = re.compile(r"(load|read|fetch)_\w*(code|word|element|key|value)")
 OTHER_LOADERS = re.compile(r"scale|half|halves|zero|table|page|query|queries")
 
 
-def tokens_per_iteration(plan: BlockPlan) -> int:
-    """Tokens that one iteration of the innermost loop over thin blocks covers."""
-    if hasattr(decode, "loop_tokens"):
-        return int(decode.loop_tokens(plan))
-    return decode.INTEGER_TILE if plan.format.keys.is_integer else decode.PLAIN_TILE
-
-
 def iterations_of_span(plan: BlockPlan, tokens: int) -> int:
-    """Iterations that cover a span, tiles that are not full included.
-
-    Args:
-        plan: How blocks are laid out.
-        tokens: Of an iteration: a part of a block, a block padded to a size that tiles have, or
-            several whole blocks.
-    """
-    block_tokens = plan.thin_block_tokens
-    if tokens % block_tokens == 0:
-        return -(-plan.thin_blocks * block_tokens // tokens)
-    held = [
-        min(block_tokens, plan.span_tokens - block * block_tokens)
-        for block in range(plan.thin_blocks)
-    ]
-    return sum(-(-count // tokens) for count in held)
+    """Iterations of ``tokens`` each that cover a span, across its blocks; the last may overhang."""
+    return -(-plan.span_tokens // tokens)
 
 
 def thin_loops(code: Sequence[Instruction], chains: Sequence[Chain]) -> list[list[Loop]]:
@@ -117,7 +97,7 @@ def count(plan: BlockPlan, capability: int, dtype: torch.dtype) -> Figures:
     _, cubin = aot.assemble(ptx, capability, made.fp_fusion)
     code = parse(aot.disassemble(cubin))
     (main, *around), *others = thin_loops(code, chains)
-    tokens = tokens_per_iteration(plan)
+    tokens = decode.loop_tokens(plan)
     instructions = per_token(code, [main, *around], plan, tokens, made.warps)
     body = [code[i] for i in sorted(main.body)]
     loads = Counter(i.opcode for i in body if load_bits(i.opcode) is not None)
@@ -161,7 +141,7 @@ def per_token(
     Args:
         code: The kernel.
         nest: The innermost loop and those around it, innermost first. The first one around it, if
-            any, runs once for every block; what is around that one is not counted.
+            any, runs once for every span; what is around that one is not counted.
         plan: How blocks are laid out.
         tokens: Of an iteration of the innermost loop.
         warps: Of a program: each of them runs all of it.
@@ -170,10 +150,9 @@ def per_token(
     times = iterations_of_span(plan, tokens)
     outer = count_kinds(code[i] for i in nest[1].body - nest[0].body) if len(nest) > 1 else {}
     return {
-        kind: warps * (times * inner[kind] + plan.thin_blocks * outer.get(kind, 0))
-        / plan.span_tokens
+        kind: warps * (times * inner[kind] + outer.get(kind, 0)) / plan.span_tokens
         for kind in KINDS
-    }  # fmt: skip
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

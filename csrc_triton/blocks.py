@@ -103,6 +103,13 @@ def find_run(kv_ptr, block, head, block_stride, head_stride):
     return kv_ptr + block.to(tl.int64) * block_stride + head.to(tl.int64) * head_stride
 
 
+@triton.jit
+def find_pages(kv_ptr, entries, index, head_offset, block_stride):
+    """Byte pointers to runs, by their places in a block table from ``entries`` on."""
+    page = tl.load(entries + index)
+    return kv_ptr + page.to(tl.int64) * block_stride + head_offset
+
+
 def element_type(dtype: torch.dtype) -> Any:
     """Triton's name of a cache dtype, for a ``tl.constexpr`` argument."""
     return {

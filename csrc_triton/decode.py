@@ -33,7 +33,7 @@ MIN_SPLIT_TOKENS = 256
 MAX_SPLITS = 64
 #: Programs of one warp that a multiprocessor holds, by their registers, and multiprocessors where
 #: there is no GPU to ask: an H100's.
-PROGRAMS = 16
+PROGRAMS = 10
 MULTIPROCESSORS = 132
 #: Share of the places for programs that a launch should fill, its last wave included.
 FILLED = 0.85
@@ -42,7 +42,9 @@ PLAIN_TILE = 32
 DENSE_TILE = 32
 #: Splits that the second kernel reads at once.
 SPLITS_AT_ONCE = tl.constexpr(8)
-OPTIONS = {"num_warps": 1, "num_stages": 1}
+#: Registers are limited so that many programs run at once. Heads wider than 128 need two warps.
+OPTIONS = {"num_warps": 1, "num_stages": 1, "maxnreg": 200}
+WIDE_OPTIONS = {"num_warps": 2, "num_stages": 1, "maxnreg": 255}
 #: What of a layout the attention kernels need.
 ATTENTION_NAMES = (
     "D", "N", "SPAN", "T", "C", "KEY_BITS", "VALUE_BITS", "GROUP", "KEY_SCALES",
@@ -178,7 +180,7 @@ def decode_attention(
         splits=splits,
         QUERIES=queries,
         **attention_constants(plan, kv_cache.dtype, group, logits_soft_cap > 0),
-        **launch_options(OPTIONS, kv_cache.dtype),
+        **decode_options(plan),
     )
     _combine[(num_rows, num_heads)](
         workspace,
@@ -203,6 +205,11 @@ def loop_tokens(plan: BlockPlan) -> int:
     """Tokens of a tile of thin blocks: eight units of coded keys, and 64 tokens or more."""
     bits = plan.format.keys.value
     return max(64, 256 // bits) if bits else PLAIN_TILE
+
+
+def decode_options(plan: BlockPlan) -> dict[str, int]:
+    """Options of a launch."""
+    return OPTIONS if plan.head_size <= 128 else WIDE_OPTIONS
 
 
 def launch_options(options: dict[str, int], dtype: torch.dtype) -> dict[str, int]:
@@ -261,7 +268,7 @@ def aot_cases(plan: BlockPlan, dtype: torch.dtype) -> list[AotCase]:
                "out_stride": "i32:16", "out_head_stride": "i32:16", "splits": "i32"}  # fmt: skip
     sizes = {"D": plan.head_size, "D_PAD": constants["D_PAD"], "SPLITS_PAD": MAX_SPLITS}
     return [
-        AotCase(_attend, signature, constants, launch_options(OPTIONS, dtype)),
+        AotCase(_attend, signature, constants, decode_options(plan)),
         AotCase(_combine, combine, sizes, {"num_warps": 1}),
     ]
 

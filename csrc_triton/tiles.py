@@ -12,6 +12,7 @@ digits in float16.
 import triton
 import triton.language as tl
 
+from csrc_triton.blocks import find_pages
 from csrc_triton.dots import dot
 from csrc_triton.matrices import as_elements, load_scale
 from csrc_triton.units import (
@@ -123,8 +124,8 @@ def load_plain_keys(
     """Load keys as computed of tokens of a span: ``[TILE, CHANNELS]``. See ``units.load_keys``."""
     STEP: tl.constexpr = 8 if T % 8 == 0 else 4  # tokens that lie in one block
     step = tl.minimum(first // STEP + tl.arange(0, TILE // STEP), SPAN * N // STEP - 1)
-    page = tl.load(entries + step // (T // STEP))
-    run = as_elements(kv_ptr + page.to(tl.int64) * block_stride + head_offset, DTYPE)
+    run = find_pages(kv_ptr, entries, step // (T // STEP), head_offset, block_stride)
+    run = as_elements(run, DTYPE)
     channels = channel + tl.arange(0, CHANNELS)
     at = (run + step % (T // STEP) * STEP)[None, :, None] + tl.arange(0, STEP)[None, None, :]
     mask = (channels < C)[:, None, None]
@@ -141,8 +142,8 @@ def load_plain_values(
     """Load values as computed of tokens of a span: ``[V_PAD, TILE]``. See ``units.load_values``."""
     STEP: tl.constexpr = 8 if T % 8 == 0 else 4
     step = tl.minimum(first // STEP + tl.arange(0, TILE // STEP), SPAN * N // STEP - 1)
-    page = tl.load(entries + step // (T // STEP))
-    run = as_elements(kv_ptr + page.to(tl.int64) * block_stride + head_offset, DTYPE)
+    run = find_pages(kv_ptr, entries, step // (T // STEP), head_offset, block_stride)
+    run = as_elements(run, DTYPE)
     SIZE: tl.constexpr = DTYPE.primitive_bitwidth // 8
     row = step[:, None] % (T // STEP) * STEP + tl.arange(0, STEP)[None, :]
     channels = tl.arange(0, V_PAD)
@@ -158,9 +159,8 @@ def load_scales(
 ):  # fmt: skip
     """Scales of e4m3 matrices for tokens of a span, in order: float32 ``[TILE]``."""
     octet = tl.minimum(first // 8 + tl.arange(0, TILE // 8), SPAN * N // 8 - 1)
-    page = tl.load(entries + octet // (T // 8))
-    run = kv_ptr + page.to(tl.int64) * block_stride + head_offset + OFFSET
-    scales = load_scale(run)
+    run = find_pages(kv_ptr, entries, octet // (T // 8), head_offset, block_stride)
+    scales = load_scale(run + OFFSET)
     return tl.reshape(tl.broadcast_to(scales[:, None], [TILE // 8, 8]), [TILE])
 
 
@@ -200,7 +200,7 @@ def attend_thin(
     QUERY: tl.constexpr = DTYPE if KEY_BITS == 0 else NUMBER
     for span in range(begin // TILES, tl.cdiv(end, TILES)):
         entries = table + span * SPAN
-        run = kv_ptr + tl.load(entries).to(tl.int64) * block_stride + head_offset
+        run = find_pages(kv_ptr, entries, 0, head_offset, block_stride)
         query = gather_query(
             query_at, query_mask, factor, run + TABLE, 0, C_FIRST, C, TABLE, KEY_BITS, QUERY
         )
@@ -247,8 +247,6 @@ def attend_thin(
             weights, older, top, total = weigh(
                 scores, live[:, None], top, total, scales, cap, CAPPED
             )
-            if KEY_BITS == 4 or KEY_BITS == 2:
-                weights = natural_order(weights, 32 // KEY_BITS, LANES)
             if VALUE_TABLE >= 0:
                 sums = sums * older[None, :]
             else:
@@ -272,12 +270,19 @@ def attend_thin(
                     largest = tl.max(of_tokens, axis=0)
                     share = of_tokens / tl.where(largest == 0.0, 1.0, largest)
                     weights = weights * share[:, None]
-                values = load_values(
-                    kv_ptr, entries, head_offset, block_stride, first, TILE, V_PAD, ASM, NUMBER,
-                    N, SPAN, T, V, VALUE_BITS, GROUP, VALUES, VALUE_SCALES,
-                )  # fmt: skip
-                added = dot(values, weights, NUMBER, NUMBER, PRECISION)
-                kept_sums += added * (largest * 256.0) if VALUE_BITS == 8 else added
+                # Both halves of 2-bit units, of 8 tokens each; otherwise too much is in registers.
+                PARTS: tl.constexpr = 2 if KEY_BITS == 2 else 1
+                for part in tl.static_range(PARTS):
+                    some = part_of(weights, part, PARTS)
+                    if KEY_BITS == 4 or KEY_BITS == 2:
+                        some = natural_order(some, 8, LANES)
+                    values = load_values(
+                        kv_ptr, entries, head_offset, block_stride, first // 8 + part,
+                        TILE // PARTS, PARTS, V_PAD, ASM, NUMBER,
+                        N, SPAN, T, V, VALUE_BITS, GROUP, VALUES, VALUE_SCALES,
+                    )  # fmt: skip
+                    added = dot(values, some, NUMBER, NUMBER, PRECISION)
+                    kept_sums += added * (largest * 256.0) if VALUE_BITS == 8 else added
         if VALUE_TABLE >= 0:
             kept_sums = in_order(kept_sums, V_PAD, VALUE_BITS)
             sums += scatter_channels(kept_sums, run + VALUE_TABLE, V, D_PAD)
@@ -285,6 +290,21 @@ def attend_thin(
     if VALUE_TABLE < 0:
         sums = sums * faded[None, :] + in_order(kept_sums, V_PAD, VALUE_BITS)
     return top, total, sums
+
+
+@triton.jit
+def part_of(weights, part: tl.constexpr, PARTS: tl.constexpr):
+    """Rows of one of PARTS equal parts of a tile."""
+    if PARTS == 1:
+        return weights
+    else:
+        ROWS: tl.constexpr = weights.shape[0] // 2
+        halves = tl.permute(tl.reshape(weights, [2, ROWS, weights.shape[1]]), (1, 2, 0))
+        first, second = tl.split(halves)
+        if part == 0:
+            return first
+        else:
+            return second
 
 
 @triton.jit
@@ -358,13 +378,13 @@ def attend_dense(
         run = as_elements(kv_ptr + page * block_stride + head_offset, DTYPE)
         place = token % N
         mask = live[:, None] & (channels < D)[None, :]
-        keys = tl.load(run[:, None] + (channels[None, :] * N + place[:, None]), mask=mask, other=0.0)
+        keys = tl.load(run[:, None] + (place[:, None] * (2 * D) + channels[None, :]), mask=mask, other=0.0)
         scores = dot(keys, query, DTYPE, DOT, PRECISION)
         seen = live[:, None] & (token[:, None] <= position[None, :])
         weights, older, top, total = weigh(scores, seen, top, total, scales, cap, CAPPED)
         # Weights of tokens that no query sees are 0, which leaves a NaN a NaN.
         values = tl.load(
-            run[:, None] + (D * N + place[:, None] * D + channels[None, :]), mask=mask, other=0.0
+            run[:, None] + (place[:, None] * (2 * D) + D + channels[None, :]), mask=mask, other=0.0
         )
         sums = sums * older[None, :] + dot(tl.trans(values), weights, DTYPE, DOT, PRECISION)
     return top, total, sums

@@ -18,6 +18,8 @@ with a constant offset, and the offset goes into the zero.
 import triton
 import triton.language as tl
 
+from csrc_triton.blocks import find_pages
+
 #: Columns of a tile's units that lie in different threads, and threads that share its rows.
 LANES = tl.constexpr(8)
 
@@ -254,11 +256,9 @@ def load_keys(
     LAST: tl.constexpr = (SPAN * N + COLUMNS - 1) // COLUMNS - 1
     unit = first // COLUMNS + tl.arange(0, OUTER)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     unit = tl.minimum(unit, LAST)
-    page = tl.load(entries + unit // (T // COLUMNS))
+    run = find_pages(kv_ptr, entries, unit // (T // COLUMNS), head_offset, block_stride)
+    run = run.to(tl.pointer_type(tl.int32), bitcast=True)
     place = unit % (T // COLUMNS)
-    run = (kv_ptr + page.to(tl.int64) * block_stride + head_offset).to(
-        tl.pointer_type(tl.int32), bitcast=True
-    )
     times = channel + tl.arange(0, TIMES)[None, :, None, None] * WORDS
     word = times + tl.arange(0, WORDS)[None, None, None, :]
     words = tl.load((run + place * C)[:, None, :, None] + word)
@@ -280,14 +280,20 @@ def load_keys(
 
 @triton.jit
 def load_values(
-    kv_ptr, entries, head_offset, block_stride, first,
-    TOKENS: tl.constexpr, V_PAD: tl.constexpr, ASM: tl.constexpr, NUMBER: tl.constexpr,
+    kv_ptr, entries, head_offset, block_stride, first_octet,
+    TOKENS: tl.constexpr, STEP: tl.constexpr, V_PAD: tl.constexpr, ASM: tl.constexpr, NUMBER: tl.constexpr,
     N: tl.constexpr, SPAN: tl.constexpr, T: tl.constexpr, V: tl.constexpr, BITS: tl.constexpr,
     GROUP: tl.constexpr, OFFSET: tl.constexpr, FACTORS: tl.constexpr,
 ):  # fmt: skip
     """Load coded values of tokens of a span, as ``load_keys`` does.
 
     Channels behind the last one are some of the others.
+
+    Args:
+        first_octet: First of the octets of tokens that are loaded.
+        TOKENS: How many.
+        STEP: From one octet to the next.
+        V_PAD: Channels.
 
     Returns:
         ``[V_PAD, TOKENS]`` of NUMBER, channels in the order that ``natural_order`` mends, with
@@ -297,13 +303,11 @@ def load_values(
     SHARED: tl.constexpr = shared_units(V_PAD, BITS)
     OUTER: tl.constexpr = V_PAD // (SHARED * COLUMNS)
     TIMES: tl.constexpr = TOKENS // 16
-    octet = first // 8 + tl.arange(0, TIMES)[:, None] * 2 + tl.arange(0, 2)[None, :]
-    octet = tl.minimum(octet, SPAN * N // 8 - 1)
-    page = tl.load(entries + octet // (T // 8))
+    octet = tl.arange(0, TIMES)[:, None] * 2 + tl.arange(0, 2)[None, :]
+    octet = tl.minimum(first_octet + octet * STEP, SPAN * N // 8 - 1)
+    run = find_pages(kv_ptr, entries, octet // (T // 8), head_offset, block_stride)
+    run = run.to(tl.pointer_type(tl.int32), bitcast=True)
     place = octet % (T // 8)
-    run = (kv_ptr + page.to(tl.int64) * block_stride + head_offset).to(
-        tl.pointer_type(tl.int32), bitcast=True
-    )
     unit = tl.arange(0, OUTER)[:, None] * SHARED + tl.arange(0, SHARED)[None, :]
     unit = tl.minimum(unit, (V + COLUMNS - 1) // COLUMNS - 1)[:, None, :, None, None]
     at = (run + (OFFSET // 4 + place * 8))[None, :, None, :, None]

@@ -5,13 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import instructions
 from bench.instructions import (
     iterations_of_span,
     loads_code,
     per_token,
     thin_loops,
-    tokens_per_iteration,
 )
 from bench.sass import parse
 from bench.source_lines import Place, function_at, number_lines
@@ -78,28 +76,18 @@ def test_shares_of_the_inner_and_the_outer_loop() -> None:
     counts = per_token(parse(CODE), nest, plan, tokens, warps=4)
     times = iterations_of_span(plan, tokens)
     assert counts["tensor"] == pytest.approx(4 * times / plan.span_tokens)
-    # A move and a branch once a block; a branch in every tile.
-    assert counts["integer"] == pytest.approx(4 * plan.thin_blocks / plan.span_tokens)
-    assert counts["other"] == pytest.approx(4 * (times + plan.thin_blocks) / plan.span_tokens)
+    # A move and a branch once a span; a branch in every tile.
+    assert counts["integer"] == pytest.approx(4 / plan.span_tokens)
+    assert counts["other"] == pytest.approx(4 * (times + 1) / plan.span_tokens)
 
 
-def test_tiles_that_are_not_full_count_whole() -> None:
+def test_a_tile_that_is_not_full_counts_whole() -> None:
     plan = plan_of("k4v2")
-    held, blocks = plan.thin_block_tokens, plan.thin_blocks
-    rest = plan.span_tokens - (blocks - 1) * held
-    assert 0 < rest <= held
-    assert iterations_of_span(plan, held) == blocks
     assert iterations_of_span(plan, 1) == plan.span_tokens
-    # A tile that was padded to more than a block still covers one.
-    assert iterations_of_span(plan, held + 1) == blocks
-    # A tile of two blocks.
-    assert iterations_of_span(plan, 2 * held) == -(-blocks // 2)
-    assert iterations_of_span(plan, held - 1) == 2 * (blocks - 1) + (2 if rest == held else 1)
-
-
-def test_the_kernel_may_say_what_an_iteration_covers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(instructions.decode, "loop_tokens", lambda plan: 128, raising=False)
-    assert tokens_per_iteration(plan_of("fp8")) == 128
+    assert iterations_of_span(plan, plan.span_tokens) == 1
+    assert iterations_of_span(plan, plan.span_tokens - 1) == 2
+    # Tiles go on from block to block.
+    assert iterations_of_span(plan, 2 * plan.thin_block_tokens) == -(-plan.thin_blocks // 2)
 
 
 def test_loads_of_codes() -> None:
