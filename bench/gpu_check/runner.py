@@ -169,7 +169,8 @@ def run_all(
         ended = run_section(section, out, end - time.monotonic())
         done.append(ended)
         print(_tail(out / ended.output), end="")
-        print(f"-- {ended.name}: {ended.status} {ended.why} in {ended.seconds:g} s\n", flush=True)
+        why = f" ({ended.why})" if ended.why else ""
+        print(f"-- {ended.name}: {ended.status}{why}, {ended.seconds:g} s\n", flush=True)
         text = json.dumps({"machine": machine, "sections": [asdict(e) for e in done]}, indent=2)
         (out / f"check-{part}.json").write_text(text + "\n", encoding="utf-8")
         if archive is not None:
