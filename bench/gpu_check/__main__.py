@@ -23,6 +23,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bench.gpu_check", description=__doc__)
     parser.add_argument("part", type=int, nargs="?", choices=[1, 2], help="both if left out")
     parser.add_argument("--out", type=Path, help="results/gpu-NAME-DATE if left out")
+    parser.add_argument("--archive", type=Path, help="pack results into this .tar.gz, too")
     parser.add_argument("--section", nargs="*", help="run only these")
     return parser
 
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sections = sections_of(part)
         if options.section is not None:
             sections = [section for section in sections if section.name in options.section]
-        done = run_all(str(part), sections, out.resolve(), BUDGETS[part], machine)
+        done = run_all(str(part), sections, out.resolve(), BUDGETS[part], machine, options.archive)
         bad += [ended.name for ended in done if ended.status in (FAILED, TIMED_OUT)]
     print(f"results: {out}; " + (f"failed: {', '.join(bad)}" if bad else "nothing failed"))
     return 1 if bad else 0

@@ -161,7 +161,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--cases", nargs="*", choices=CASES, default=list(CASES))
     parser.add_argument("--prompts", type=int, default=PROMPTS)
     parser.add_argument("--new-tokens", type=int, default=NEW_TOKENS)
-    parser.add_argument("--together", type=int, default=4, help="engines at a time")
+    parser.add_argument("--together", type=int, default=6, help="engines at a time")
     parser.add_argument("--limit", type=float, default=75, help="seconds for a case")
     parser.add_argument("--out", type=Path)
     return parser

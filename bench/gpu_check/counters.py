@@ -30,7 +30,7 @@ SKIPPED = 2
 def command_of(quant: str) -> list[str]:
     """What measures one format."""
     return [
-        "ncu", "--csv", "--clock-control", "none", "-k", "regex:_attend", "-s", str(SKIPPED),
+        "ncu", "--csv", "--clock-control", "none", "-k", "regex:attend", "-s", str(SKIPPED),
         "-c", "1", "--metrics", ",".join(METRICS),
         sys.executable, "-m", "bench.gpu_check.kernel", quant,
     ]  # fmt: skip

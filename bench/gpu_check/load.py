@@ -112,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     figures["start_seconds"] = ready - begun
     complete = figures["output_tokens"] == options.requests * options.new_tokens
     title = f"{options.ratio:g} {options.quant}" if options.quant else (
-        f"plain {options.kv_cache_dtype}"
+        f"plain {'bf16' if options.kv_cache_dtype == 'auto' else options.kv_cache_dtype}"
     )  # fmt: skip
     print(title + ("" if complete else ", cut off"))
     for name, figure in figures.items():

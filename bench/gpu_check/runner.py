@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import subprocess
+import tarfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -142,7 +143,12 @@ def _json_files(folder: Path) -> dict[str, int]:
 
 
 def run_all(
-    part: str, sections: Sequence[Section], out: Path, budget_s: float, machine: dict[str, Any]
+    part: str,
+    sections: Sequence[Section],
+    out: Path,
+    budget_s: float,
+    machine: dict[str, Any],
+    archive: Path | None = None,
 ) -> list[Ended]:
     """Run all sections in their order, say what became of each, and write it down.
 
@@ -152,6 +158,8 @@ def run_all(
         out: Folder of results; made if it is not there.
         budget_s: Most seconds for all together.
         machine: What they run on.
+        archive: A ``.tar.gz`` to pack all results into after each section: what a lent machine
+            gives back can be limited to a few files.
     """
     out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + budget_s
@@ -161,10 +169,22 @@ def run_all(
         ended = run_section(section, out, end - time.monotonic())
         done.append(ended)
         print(_tail(out / ended.output), end="")
-        print(f"-- {ended.name}: {ended.status} {ended.why} in {ended.seconds:g} s\n", flush=True)
+        why = f" ({ended.why})" if ended.why else ""
+        print(f"-- {ended.name}: {ended.status}{why}, {ended.seconds:g} s\n", flush=True)
         text = json.dumps({"machine": machine, "sections": [asdict(e) for e in done]}, indent=2)
         (out / f"check-{part}.json").write_text(text + "\n", encoding="utf-8")
+        if archive is not None:
+            _pack(out, archive)
     return done
+
+
+def _pack(out: Path, archive: Path) -> None:
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    # Whoever ends this program while it packs still finds the archive of the section before.
+    unfinished = archive.with_name(archive.name + ".part")
+    with tarfile.open(unfinished, "w:gz") as packed:
+        packed.add(out, arcname=out.name)
+    unfinished.replace(archive)
 
 
 def _tail(path: Path) -> str:

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,17 @@ def test_results_are_kept_after_each_section(tmp_path: Path) -> None:
     assert done[1].status == PASSED
     told = json.loads((tmp_path / "second.txt").read_text())
     assert [one["name"] for one in told["sections"]] == ["first"]
+
+
+def test_results_are_packed_after_each_section(tmp_path: Path) -> None:
+    out, archive = tmp_path / "results", tmp_path / "given" / "part-1.tar.gz"
+    code = f"import tarfile; print(sorted(tarfile.open({str(archive)!r}).getnames()))"
+    run_all("1", [python("first", ""), python("second", code)], out, 100, MACHINE, archive)
+    told = (out / "second.txt").read_text()
+    assert told == "['results', 'results/check-1.json', 'results/first.txt']\n"
+    with tarfile.open(archive) as packed:
+        assert "results/second.txt" in packed.getnames()
+    assert list(archive.parent.iterdir()) == [archive]
 
 
 def test_a_section_that_hangs_is_ended_with_all_its_processes(
