@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from csrc_triton.launch import STRIDE_MULTIPLE
 from think_vllm.layout import ThinLayout
 from think_vllm.planner import BlockPlan
 
@@ -84,11 +85,14 @@ def check_cache(
 
 
 def cache_strides(kv_cache: torch.Tensor) -> dict[str, int]:
-    """Run-time distances in bytes: between blocks, and between the KV heads of a block."""
-    itemsize = kv_cache.itemsize
+    """Run-time distances between blocks, and between the KV heads of a block.
+
+    In units of 16 bytes (``launch.whole_stride``): head sizes and block sizes are multiples of 16.
+    """
+    size = kv_cache.itemsize
     return {
-        "block_stride": kv_cache.stride(0) * itemsize,
-        "head_stride": kv_cache.stride(1) * itemsize,
+        "block_stride": kv_cache.stride(0) * size // STRIDE_MULTIPLE,
+        "head_stride": kv_cache.stride(1) * size // STRIDE_MULTIPLE,
     }
 
 

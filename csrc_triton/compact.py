@@ -8,7 +8,6 @@ program's own part of a workspace. Programs never touch each other's bytes.
 """
 
 import torch
-import triton
 import triton.language as tl
 
 from csrc_triton.aot import AotCase
@@ -24,6 +23,7 @@ from csrc_triton.blocks import (
 from csrc_triton.checks import check_tasks, check_tensor
 from csrc_triton.coding import element_pointer
 from csrc_triton.gather import code_matrix
+from csrc_triton.launch import kernel, whole_stride
 from think_vllm.planner import BlockPlan
 
 #: Programs at most: a few for each multiprocessor. They share out (span, KV head) items.
@@ -187,7 +187,7 @@ def _constants(plan: BlockPlan, dtype: torch.dtype) -> dict[str, object]:
     }  # fmt: skip
 
 
-@triton.jit
+@kernel(unaligned=("table_ptr", "request_ptr", "span_ptr", "channel_ptr", "layer_ptr"))
 def compact_kernel(
     kv_ptr, layer_ptr, table_ptr, request_ptr, span_ptr, channel_ptr, workspace_ptr,
     num_tasks, num_heads, num_layers, table_stride, block_stride, head_stride,
@@ -200,6 +200,7 @@ def compact_kernel(
     WORDS: tl.constexpr, LAYERED: tl.constexpr, INHERIT: tl.constexpr,
 ):  # fmt: skip
     """Programs share out (due task, layer, KV head) items."""
+    block_stride, head_stride = whole_stride(block_stride), whole_stride(head_stride)
     RUN: tl.constexpr = 2 * N * D * (DTYPE.primitive_bitwidth // 8)
     KEY_COLUMNS: tl.constexpr = GROUP if (KEY_BITS == 2 or KEY_BITS == 4) else COLUMNS
     VALUE_COLUMNS: tl.constexpr = GROUP if (VALUE_BITS == 2 or VALUE_BITS == 4) else COLUMNS
@@ -270,7 +271,7 @@ def aot_cases(plan: BlockPlan, dtype: torch.dtype) -> list[AotCase]:
                 "span_ptr": "i32", "channel_ptr": "u8", "workspace_ptr": "u8"}  # fmt: skip
     signature = {name: f"*{kind}:16" for name, kind in pointers.items()}
     signature |= dict.fromkeys(("num_tasks", "num_heads", "num_layers"), "i32")
-    signature |= {"table_stride": "i32", "block_stride": "i32:16", "head_stride": "i32:16"}
+    signature |= {"table_stride": "i32", "block_stride": "i32", "head_stride": "i32"}
     constants = _constants(plan, dtype)
     assert set(LAYOUT_NAMES) < set(constants)
     return [

@@ -12,6 +12,7 @@ import triton.language as tl
 from csrc_triton.aot import AotCase
 from csrc_triton.blocks import cache_bytes, cache_strides, check_cache, element_type
 from csrc_triton.decode import attention_constants, check_rows, check_scale, launch_options
+from csrc_triton.launch import kernel, row_strides, whole_stride
 from csrc_triton.tiles import attend_dense, attend_thin
 from think_vllm.planner import BlockPlan
 
@@ -85,10 +86,8 @@ def context_attention(
         out,
         scale,
         logits_soft_cap,
-        query.stride(0),
-        query.stride(1),
-        out.stride(0),
-        out.stride(1),
+        *row_strides(who, "query", query),
+        *row_strides(who, "out", out),
         block_table.stride(0),
         **cache_strides(kv_cache),
         HAS_THIN=has_thin,
@@ -106,19 +105,17 @@ def aot_cases(plan: BlockPlan, dtype: torch.dtype) -> list[AotCase]:
                 "out_ptr": element}  # fmt: skip
     signature = {name: f"*{kind}:16" for name, kind in pointers.items()}
     signature |= dict.fromkeys(("scale", "cap"), "fp32")
-    strides = ("query_stride", "query_head_stride", "out_stride", "out_head_stride",
-               "block_stride", "head_stride")  # fmt: skip
-    signature |= dict.fromkeys(strides, "i32:16") | {"table_stride": "i32"}
+    numbers = ("query_stride", "query_head_stride", "out_stride", "out_head_stride",
+               "table_stride", "block_stride", "head_stride")  # fmt: skip
+    signature |= dict.fromkeys(numbers, "i32")
     constants = {"QUERIES": QUERIES, **attention_constants(plan, dtype, 4, False)}
     return [
-        AotCase(
-            _attend, signature, constants | {"HAS_THIN": thin}, launch_options(OPTIONS, dtype)
-        )
+        AotCase(_attend, signature, constants | {"HAS_THIN": thin}, launch_options(OPTIONS, dtype))
         for thin in (False, True)
     ]
 
 
-@triton.jit
+@kernel(unaligned=("table_ptr", "query_start_ptr", "seq_len_ptr", "request_ptr", "thin_spans_ptr"))
 def _attend(
     query_ptr, kv_ptr, table_ptr, query_start_ptr, seq_len_ptr, request_ptr, thin_spans_ptr,
     out_ptr, scale, cap, query_stride, query_head_stride, out_stride, out_head_stride,
@@ -133,6 +130,9 @@ def _attend(
     TABLE: tl.constexpr, V: tl.constexpr, VALUE_TABLE: tl.constexpr,
 ):  # fmt: skip
     """A tile of queries of one request and KV head."""
+    query_stride, query_head_stride = whole_stride(query_stride), whole_stride(query_head_stride)
+    out_stride, out_head_stride = whole_stride(out_stride), whole_stride(out_head_stride)
+    block_stride, head_stride = whole_stride(block_stride), whole_stride(head_stride)
     tile, index, kv_head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first_query = tl.load(query_start_ptr + index)
     num_queries = tl.load(query_start_ptr + index + 1) - first_query

@@ -22,6 +22,7 @@ from csrc_triton.blocks import (
     layout_constants,
 )
 from csrc_triton.dots import dot_constants
+from csrc_triton.launch import kernel, row_strides, whole_stride
 from csrc_triton.tiles import BOOST, LOG2E, attend_dense, attend_thin
 from think_vllm.planner import BlockPlan
 
@@ -173,8 +174,7 @@ def decode_attention(
         workspace,
         scale,
         logits_soft_cap,
-        query.stride(0),
-        query.stride(1),
+        *row_strides(who, "query", query),
         block_table.stride(0),
         **cache_strides(kv_cache),
         splits=splits,
@@ -186,8 +186,7 @@ def decode_attention(
         workspace,
         seq_len,
         out,
-        out.stride(0),
-        out.stride(1),
+        *row_strides(who, "out", out),
         splits,
         D=head_size,
         D_PAD=triton.next_power_of_2(head_size),
@@ -260,12 +259,12 @@ def aot_cases(plan: BlockPlan, dtype: torch.dtype) -> list[AotCase]:
                 "seq_len_ptr": "i32", "thin_spans_ptr": "i32", "partial_ptr": "fp32"}  # fmt: skip
     signature = {name: f"*{kind}:16" for name, kind in pointers.items()}
     signature |= dict.fromkeys(("scale", "cap"), "fp32")
-    strides = ("query_stride", "query_head_stride", "block_stride", "head_stride")
-    signature |= dict.fromkeys(strides, "i32:16")
-    signature |= dict.fromkeys(("table_stride", "splits"), "i32")
+    numbers = ("query_stride", "query_head_stride", "table_stride", "block_stride", "head_stride",
+               "splits")  # fmt: skip
+    signature |= dict.fromkeys(numbers, "i32")
     constants = {"QUERIES": MIN_QUERIES, **attention_constants(plan, dtype, 4, False)}
     combine = {"partial_ptr": "*fp32:16", "seq_len_ptr": "*i32:16", "out_ptr": f"*{element}:16",
-               "out_stride": "i32:16", "out_head_stride": "i32:16", "splits": "i32"}  # fmt: skip
+               "out_stride": "i32", "out_head_stride": "i32", "splits": "i32"}  # fmt: skip
     sizes = {"D": plan.head_size, "D_PAD": constants["D_PAD"], "SPLITS_PAD": MAX_SPLITS}
     return [
         AotCase(_attend, signature, constants, decode_options(plan)),
@@ -314,7 +313,7 @@ def check_rows(who: str, query: torch.Tensor, kv_cache: torch.Tensor, out: torch
 
 # One binary whatever the batch and the model length: model runner V1 warms up with prompts before
 # it captures a decode graph, and compiling and loading a kernel during a capture may fail.
-@triton.jit(do_not_specialize=["table_stride", "splits"])
+@kernel(unaligned=("table_ptr", "request_ptr", "seq_len_ptr", "thin_spans_ptr"))
 def _attend(
     query_ptr, kv_ptr, table_ptr, request_ptr, seq_len_ptr, thin_spans_ptr, partial_ptr,
     scale, cap, query_stride, query_head_stride, table_stride, block_stride, head_stride, splits,
@@ -328,6 +327,8 @@ def _attend(
     TABLE: tl.constexpr, V: tl.constexpr, VALUE_TABLE: tl.constexpr,
 ):  # fmt: skip
     """One split of one row and KV head: sums [G, D], maxima and totals [G]."""
+    query_stride, query_head_stride = whole_stride(query_stride), whole_stride(query_head_stride)
+    block_stride, head_stride = whole_stride(block_stride), whole_stride(head_stride)
     PARTS: tl.constexpr = (G + QUERIES - 1) // QUERIES
     row, split = tl.program_id(0), tl.program_id(2)
     kv_head, part = tl.program_id(1) // PARTS, tl.program_id(1) % PARTS
@@ -371,12 +372,13 @@ def _attend(
     tl.store(partial + D + 1, total, mask=query_mask)
 
 
-@triton.jit(do_not_specialize=["splits"])
+@kernel(unaligned=("seq_len_ptr",))
 def _combine(
     partial_ptr, seq_len_ptr, out_ptr, out_stride, out_head_stride, splits,
     D: tl.constexpr, D_PAD: tl.constexpr, SPLITS_PAD: tl.constexpr,
 ):  # fmt: skip
     """Weigh the splits of one row and query head against each other."""
+    out_stride, out_head_stride = whole_stride(out_stride), whole_stride(out_head_stride)
     row, head = tl.program_id(0), tl.program_id(1)
     first = (row.to(tl.int64) * tl.num_programs(1) + head) * splits
     result = combine_splits(partial_ptr + first * (D + 2), splits, D, D_PAD, SPLITS_PAD)

@@ -15,6 +15,7 @@ from csrc_triton.aot import AotCase
 from csrc_triton.blocks import cache_bytes, cache_strides, check_cache, element_type, find_run
 from csrc_triton.checks import ELEMENTS, check_heads, check_tasks, check_tensor
 from csrc_triton.coding import as_float, element_pointer, load_bits
+from csrc_triton.launch import kernel, row_strides, whole_stride
 from think_vllm.planner import BlockPlan
 
 #: Tokens whose keys one program sums up, in whole blocks.
@@ -141,8 +142,7 @@ def add_query_energy(
         begin,
         end,
         energy,
-        query.stride(0) * query.itemsize,
-        query.stride(1) * query.itemsize,
+        *(stride * query.itemsize for stride in row_strides(who, "query", query)),
         num_kv_heads,
         GROUP=group,
         GROUP_PAD=triton.next_power_of_2(group),
@@ -168,7 +168,7 @@ def _constants(plan: BlockPlan, dtype: torch.dtype) -> dict[str, object]:
     }
 
 
-@triton.jit
+@kernel(unaligned=("table_ptr", "request_ptr", "length_ptr", "first_ptr"))
 def chunk_kernel(
     kv_ptr, table_ptr, request_ptr, length_ptr, first_ptr, part_ptr, num_heads, num_chunks,
     table_stride, block_stride, head_stride,
@@ -176,6 +176,7 @@ def chunk_kernel(
     CHUNK: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Sums of squares per (prompt, chunk, KV head, tile of channels)."""
+    block_stride, head_stride = whole_stride(block_stride), whole_stride(head_stride)
     SIZE: tl.constexpr = DTYPE.primitive_bitwidth // 8
     prompt, chunk = tl.program_id(0) // num_chunks, tl.program_id(0) % num_chunks
     head = tl.program_id(1)
@@ -200,7 +201,7 @@ def chunk_kernel(
         tl.store(part_ptr + part * D + channel, tl.sum(squares, axis=1), mask=channel < D)
 
 
-@triton.jit
+@kernel(unaligned=("length_ptr", "first_ptr"))
 def mean_kernel(
     part_ptr, length_ptr, first_ptr, energy_ptr, num_heads, num_chunks,
     D: tl.constexpr, D_PAD: tl.constexpr, N: tl.constexpr, CHUNK_TOKENS: tl.constexpr,
@@ -217,13 +218,14 @@ def mean_kernel(
     tl.store(energy_ptr + item * D + channel, mean, mask=channel < D)
 
 
-@triton.jit
+@kernel(unaligned=("begin_ptr", "end_ptr"))
 def query_kernel(
     query_ptr, begin_ptr, end_ptr, energy_ptr, query_stride, query_head_stride, num_kv_heads,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     DTYPE: tl.constexpr,
 ):  # fmt: skip
     """One program per (window, KV head). Strides are in bytes."""
+    query_stride, query_head_stride = whole_stride(query_stride), whole_stride(query_head_stride)
     SIZE: tl.constexpr = DTYPE.primitive_bitwidth // 8
     window, kv_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     channel, member = tl.arange(0, D_PAD), tl.arange(0, GROUP_PAD)
@@ -247,7 +249,7 @@ def aot_cases(plan: BlockPlan, dtype: torch.dtype) -> list[AotCase]:
         "kv_ptr": "*u8:16", "table_ptr": "*i32:16", "request_ptr": "*i32:16",
         "length_ptr": "*i32:16", "first_ptr": "*i32:16", "part_ptr": "*fp32:16",
         "num_heads": "i32", "num_chunks": "i32",
-        "table_stride": "i32", "block_stride": "i32:16", "head_stride": "i32:16",
+        "table_stride": "i32", "block_stride": "i32", "head_stride": "i32",
     }  # fmt: skip
     mean = {
         "part_ptr": "*fp32:16", "length_ptr": "*i32:16", "first_ptr": "*i32:16",
@@ -255,7 +257,7 @@ def aot_cases(plan: BlockPlan, dtype: torch.dtype) -> list[AotCase]:
     }  # fmt: skip
     query = {
         "query_ptr": "*u8:16", "begin_ptr": "*i32:16", "end_ptr": "*i32:16",
-        "energy_ptr": "*fp32:16", "query_stride": "i32:16", "query_head_stride": "i32:16",
+        "energy_ptr": "*fp32:16", "query_stride": "i32", "query_head_stride": "i32",
         "num_kv_heads": "i32",
     }  # fmt: skip
     sizes = {"D": plan.head_size, "D_PAD": d_pad}

@@ -13,6 +13,7 @@ from csrc_triton.aot import AotCase
 from csrc_triton.blocks import cache_bytes, cache_strides
 from csrc_triton.checks import check_tensor
 from csrc_triton.decode import launch_options
+from csrc_triton.launch import kernel, row_strides, whole_stride
 from csrc_triton.static_blocks import (
     ChannelOrder,
     check_queries,
@@ -90,10 +91,8 @@ def static_context(
         out,
         scale,
         logits_soft_cap,
-        query.stride(0),
-        query.stride(1),
-        out.stride(0),
-        out.stride(1),
+        *row_strides(who, "query", query),
+        *row_strides(who, "out", out),
         block_table.stride(0),
         **cache_strides(kv_cache),
         first_request=first,
@@ -122,15 +121,14 @@ def aot_cases(plan: StaticPlan, dtype: torch.dtype) -> list[AotCase]:
                 "out_ptr": element}  # fmt: skip
     signature = {name: f"*{kind}:16" for name, kind in pointers.items()}
     signature |= dict.fromkeys(("scale", "cap"), "fp32")
-    strides = ("query_stride", "query_head_stride", "out_stride", "out_head_stride",
-               "block_stride", "head_stride")  # fmt: skip
-    signature |= dict.fromkeys(strides, "i32:16")
-    signature |= dict.fromkeys(("table_stride", "first_request"), "i32")
+    numbers = ("query_stride", "query_head_stride", "out_stride", "out_head_stride",
+               "table_stride", "block_stride", "head_stride", "first_request")  # fmt: skip
+    signature |= dict.fromkeys(numbers, "i32")
     return [AotCase(static_context_kernel, signature, constants, launch_options(OPTIONS, dtype))]
 
 
 # One binary whatever the batch and the model length: see ``decode.py``.
-@triton.jit(do_not_specialize=["table_stride", "first_request"])
+@kernel(unaligned=("table_ptr", "query_start_ptr", "seq_len_ptr"))
 def static_context_kernel(
     query_ptr, kv_ptr, table_ptr, query_start_ptr, seq_len_ptr, key_order_ptr, value_order_ptr,
     out_ptr, scale, cap, query_stride, query_head_stride, out_stride, out_head_stride,
@@ -142,6 +140,9 @@ def static_context_kernel(
     VALUE_SCALES: tl.constexpr, DTYPE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile of query rows of one request and KV head."""
+    query_stride, query_head_stride = whole_stride(query_stride), whole_stride(query_head_stride)
+    out_stride, out_head_stride = whole_stride(out_stride), whole_stride(out_head_stride)
+    block_stride, head_stride = whole_stride(block_stride), whole_stride(head_stride)
     tile, request, kv_head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     request += first_request
     first_query = tl.load(query_start_ptr + request)

@@ -17,6 +17,7 @@ from csrc_triton.decode import (
     launch_options,
     make_workspace,
 )
+from csrc_triton.launch import kernel, row_strides, whole_stride
 from csrc_triton.static_blocks import (
     ChannelOrder,
     check_queries,
@@ -100,8 +101,7 @@ def static_decode(
         workspace,
         scale,
         logits_soft_cap,
-        query.stride(0),
-        query.stride(1),
+        *row_strides(who, "query", query),
         block_table.stride(0),
         **cache_strides(kv_cache),
         splits=splits,
@@ -114,8 +114,7 @@ def static_decode(
         seq_len,
         order.values,
         out,
-        out.stride(0),
-        out.stride(1),
+        *row_strides(who, "out", out),
         splits,
         SPLITS_PAD=max(MAX_SPLITS, triton.next_power_of_2(splits)),
         **_combine_constants(plan, group),
@@ -145,11 +144,11 @@ def aot_cases(plan: StaticPlan, dtype: torch.dtype) -> list[AotCase]:
                 "order_ptr": "i32", "partial_ptr": "fp32"}  # fmt: skip
     signature = {name: f"*{kind}:16" for name, kind in pointers.items()}
     signature |= dict.fromkeys(("scale", "cap"), "fp32")
-    strides = ("query_stride", "query_head_stride", "block_stride", "head_stride")
-    signature |= dict.fromkeys(strides, "i32:16")
-    signature |= dict.fromkeys(("table_stride", "splits"), "i32")
+    numbers = ("query_stride", "query_head_stride", "table_stride", "block_stride", "head_stride",
+               "splits")  # fmt: skip
+    signature |= dict.fromkeys(numbers, "i32")
     combine = {"partial_ptr": "*fp32:16", "seq_len_ptr": "*i32:16", "order_ptr": "*i32:16",
-               "out_ptr": f"*{element}:16", "out_stride": "i32:16", "out_head_stride": "i32:16",
+               "out_ptr": f"*{element}:16", "out_stride": "i32", "out_head_stride": "i32",
                "splits": "i32"}  # fmt: skip
     sizes = {"SPLITS_PAD": MAX_SPLITS, **_combine_constants(plan, 4)}
     return [
@@ -159,7 +158,7 @@ def aot_cases(plan: StaticPlan, dtype: torch.dtype) -> list[AotCase]:
 
 
 # One binary whatever the batch and the model length: see ``decode.py``.
-@triton.jit(do_not_specialize=["table_stride", "splits"])
+@kernel(unaligned=("table_ptr", "seq_len_ptr"))
 def static_decode_kernel(
     query_ptr, kv_ptr, table_ptr, seq_len_ptr, order_ptr, partial_ptr,
     scale, cap, query_stride, query_head_stride, table_stride, block_stride, head_stride, splits,
@@ -170,6 +169,8 @@ def static_decode_kernel(
     DTYPE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One split of one row and KV head: sums [G, V], maxima and totals [G]."""
+    query_stride, query_head_stride = whole_stride(query_stride), whole_stride(query_head_stride)
+    block_stride, head_stride = whole_stride(block_stride), whole_stride(head_stride)
     row, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     seq_len = tl.load(seq_len_ptr + row)
     per_split = tl.cdiv(tl.cdiv(seq_len, TILE), splits) * TILE
@@ -199,13 +200,14 @@ def static_decode_kernel(
     tl.store(partial + V + 1, total, mask=head_mask)
 
 
-@triton.jit(do_not_specialize=["splits"])
+@kernel(unaligned=("seq_len_ptr",))
 def static_combine_kernel(
     partial_ptr, seq_len_ptr, order_ptr, out_ptr, out_stride, out_head_stride, splits,
     SPLITS_PAD: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     V: tl.constexpr,
 ):  # fmt: skip
     """Weigh the splits of one row and query head, and scatter: pruned channels become zeros."""
+    out_stride, out_head_stride = whole_stride(out_stride), whole_stride(out_head_stride)
     row, head = tl.program_id(0), tl.program_id(1)
     index = tl.arange(0, D_PAD)
     first = (row.to(tl.int64) * tl.num_programs(1) + head) * splits

@@ -16,6 +16,7 @@ from csrc_triton.coding import (
     load_bits,
     store_bits,
 )
+from csrc_triton.launch import kernel, row_strides, whole_stride
 from csrc_triton.static_blocks import ChannelOrder, check_order, kept_channels, static_constants
 from think_vllm.static.blocks import check_static_cache
 from think_vllm.static.plan import StaticPlan
@@ -82,10 +83,8 @@ def store_static(
         order.keys,
         order.values,
         num_tokens,
-        key.stride(0),
-        key.stride(1),
-        value.stride(0),
-        value.stride(1),
+        *row_strides(who, "key", key),
+        *row_strides(who, "value", value),
         **cache_strides(kv_cache),
         **_constants(plan, key.dtype),
         **OPTIONS,
@@ -106,12 +105,12 @@ def aot_cases(plan: StaticPlan, dtype: torch.dtype) -> list[AotCase]:
     signature = {name: f"*{kind}:16" for name, kind in pointers.items()} | {"num_tokens": "i32"}
     strides = ("key_stride", "key_head_stride", "value_stride", "value_head_stride",
                "block_stride", "head_stride")  # fmt: skip
-    signature |= dict.fromkeys(strides, "i32:16")
+    signature |= dict.fromkeys(strides, "i32")
     return [AotCase(static_store_kernel, signature, constants, dict(OPTIONS))]
 
 
 # One binary whatever the batch: see ``csrc_triton/decode.py``.
-@triton.jit(do_not_specialize=["num_tokens"])
+@kernel(unaligned=("slot_ptr",))
 def static_store_kernel(
     key_ptr, value_ptr, kv_ptr, slot_ptr, key_order_ptr, value_order_ptr, num_tokens,
     key_stride, key_head_stride, value_stride, value_head_stride, block_stride, head_stride,
@@ -120,6 +119,9 @@ def static_store_kernel(
     VALUE_SCALES: tl.constexpr, DTYPE: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """One program per (tile of tokens, KV head)."""
+    key_stride, key_head_stride = whole_stride(key_stride), whole_stride(key_head_stride)
+    value_stride, value_head_stride = whole_stride(value_stride), whole_stride(value_head_stride)
+    block_stride, head_stride = whole_stride(block_stride), whole_stride(head_stride)
     SIZE: tl.constexpr = DTYPE.primitive_bitwidth // 8
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     head = tl.program_id(1).to(tl.int64)

@@ -7,6 +7,7 @@ import triton.language as tl
 from csrc_triton.aot import AotCase
 from csrc_triton.blocks import cache_bytes, cache_strides, check_blocks, element_type
 from csrc_triton.checks import check_heads, check_tensor
+from csrc_triton.launch import kernel, row_strides, whole_stride
 from think_vllm.planner import BlockPlan
 
 #: Tokens of a program: one 32-byte sector of a key channel.
@@ -62,10 +63,8 @@ def store_dense(
         cache_bytes(kv_cache),
         slot_mapping,
         num_tokens,
-        key.stride(0),
-        key.stride(1),
-        value.stride(0),
-        value.stride(1),
+        *row_strides(who, "key", key),
+        *row_strides(who, "value", value),
         **cache_strides(kv_cache),
         **_constants(plan, kv_cache.dtype),
         num_warps=WARPS,
@@ -82,7 +81,7 @@ def _constants(plan: BlockPlan, dtype: torch.dtype) -> dict[str, object]:
     }
 
 
-@triton.jit
+@kernel(unaligned=("slot_ptr",))
 def store_kernel(
     key_ptr, value_ptr, kv_ptr, slot_ptr, num_tokens, key_stride, key_head_stride,
     value_stride, value_head_stride, block_stride, head_stride,
@@ -90,6 +89,9 @@ def store_kernel(
     TOKENS: tl.constexpr,
 ):  # fmt: skip
     """One program per (tile of tokens, KV head)."""
+    key_stride, key_head_stride = whole_stride(key_stride), whole_stride(key_head_stride)
+    value_stride, value_head_stride = whole_stride(value_stride), whole_stride(value_head_stride)
+    block_stride, head_stride = whole_stride(block_stride), whole_stride(head_stride)
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     head = tl.program_id(1).to(tl.int64)
     slot = tl.load(slot_ptr + token, mask=token < num_tokens, other=-1)
@@ -123,11 +125,11 @@ def aot_cases(plan: BlockPlan, dtype: torch.dtype) -> list[AotCase]:
         "kv_ptr": "*u8:16",
         "slot_ptr": "*i64:16",
         "num_tokens": "i32",
-        "key_stride": "i32:16",
-        "key_head_stride": "i32:16",
-        "value_stride": "i32:16",
-        "value_head_stride": "i32:16",
-        "block_stride": "i32:16",
-        "head_stride": "i32:16",
+        "key_stride": "i32",
+        "key_head_stride": "i32",
+        "value_stride": "i32",
+        "value_head_stride": "i32",
+        "block_stride": "i32",
+        "head_stride": "i32",
     }
     return [AotCase(store_kernel, signature, constants, {"num_warps": WARPS})]

@@ -1,12 +1,12 @@
 """The loops of attention: queries over thin blocks, and over dense ones.
 
 Queries are columns here: query heads of one KV head, of one token or of several, so that every key
-and value is read once for all of them. Keys ``[tokens, channels]`` and values ``[channels, tokens]``
-are the left operands of products, which is what makes coded ones fit the registers of tensor cores
-(``units.py``), and a group of up to 8 query heads fills a product. Both loops carry a running
-softmax: ``top`` and ``total`` [QUERIES] and ``sums`` [D_PAD, QUERIES], channels in order. Weights
-are 2 ** BOOST times those of the softmax, in ``total`` and ``sums`` alike: small ones keep more
-digits in float16.
+and value is read once for all of them. Keys ``[tokens, channels]`` and values ``[channels,
+tokens]`` are the left operands of products, which is what makes coded ones fit the registers of
+tensor cores (``units.py``), and a group of up to 8 query heads fills a product. Both loops carry a
+running softmax: ``top`` and ``total`` [QUERIES] and ``sums`` [D_PAD, QUERIES], channels in order.
+``top`` is times log2(e). Weights are 2 ** BOOST times those of the softmax, in ``total`` and
+``sums`` alike: small ones keep more digits in float16.
 """
 
 import triton
@@ -313,8 +313,10 @@ def natural_places(TILE: tl.constexpr, BITS: tl.constexpr):
     row = tl.arange(0, TILE)
     if BITS == 4 or BITS == 2:
         COLUMNS: tl.constexpr = 32 // BITS
-        return row // (LANES * COLUMNS) * (LANES * COLUMNS) + row % LANES * COLUMNS + (
-            row // LANES % COLUMNS
+        return (
+            row // (LANES * COLUMNS) * (LANES * COLUMNS)
+            + row % LANES * COLUMNS
+            + (row // LANES % COLUMNS)
         )
     else:
         return row
@@ -378,7 +380,9 @@ def attend_dense(
         run = as_elements(kv_ptr + page * block_stride + head_offset, DTYPE)
         place = token % N
         mask = live[:, None] & (channels < D)[None, :]
-        keys = tl.load(run[:, None] + (place[:, None] * (2 * D) + channels[None, :]), mask=mask, other=0.0)
+        keys = tl.load(
+            run[:, None] + (place[:, None] * (2 * D) + channels[None, :]), mask=mask, other=0.0
+        )
         scores = dot(keys, query, DTYPE, DOT, PRECISION)
         seen = live[:, None] & (token[:, None] <= position[None, :])
         weights, older, top, total = weigh(scores, seen, top, total, scales, cap, CAPPED)

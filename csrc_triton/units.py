@@ -147,7 +147,7 @@ def _unpack_plainly(words, scales, zeros, BITS: tl.constexpr, NUMBER: tl.constex
     else:
         scale = _half(tl.expand_dims(_of_words(scales, words), RANK), row)
         zero = _half(tl.expand_dims(_of_words(zeros, words), RANK), row)
-        if NUMBER == tl.float32:
+        if tl.float32 == NUMBER:
             return codes.to(tl.float32) * scale + zero
         else:
             offset = tl.full(column.shape, 16.0, tl.float32)
@@ -194,7 +194,7 @@ def _join8(a, b, c, d, e, f, g, h):
 @triton.jit
 def _last(joined, words, SIZE: tl.constexpr):
     """Make one dimension of those that were joined."""
-    return tl.reshape(joined, words.shape + [SIZE])
+    return tl.reshape(joined, [*words.shape, SIZE])
 
 
 @triton.jit
@@ -230,22 +230,12 @@ def load_keys(
     N: tl.constexpr, SPAN: tl.constexpr, T: tl.constexpr, C: tl.constexpr, BITS: tl.constexpr,
     GROUP: tl.constexpr, FACTORS: tl.constexpr,
 ):  # fmt: skip
-    """Load coded keys of tokens of a span, across its thin blocks.
+    """Load coded keys of a span, across its thin blocks: ``[TILE, CHANNELS]`` of NUMBER.
 
-    Tokens behind the last one of the span are some of its others. Columns from C on are finite.
-
-    Args:
-        kv_ptr: Byte pointer to the cache.
-        entries: Pointer to the span's block numbers.
-        head_offset: Bytes from the start of a block to the run.
-        block_stride: Bytes between blocks.
-        first: First token, a multiple of TILE.
-        channel: First channel.
-        TILE: Tokens.
-        CHANNELS: How many, in the order of ``channel_order``.
-
-    Returns:
-        ``[TILE, CHANNELS]`` of NUMBER, tokens in the order that ``natural_order`` mends.
+    Tokens from ``first`` on, a multiple of TILE, in the order that ``natural_order`` mends; behind
+    the last one of the span are some of its others. Channels from ``channel`` on, in the order of
+    ``channel_order``; those from C on are finite. ``entries`` points to the span's block numbers,
+    ``head_offset`` are the bytes from the start of a block to the run.
     """
     COLUMNS: tl.constexpr = 32 // BITS
     OUTER: tl.constexpr = TILE // (LANES * COLUMNS)
@@ -281,23 +271,16 @@ def load_keys(
 @triton.jit
 def load_values(
     kv_ptr, entries, head_offset, block_stride, first_octet,
-    TOKENS: tl.constexpr, STEP: tl.constexpr, V_PAD: tl.constexpr, ASM: tl.constexpr, NUMBER: tl.constexpr,
+    TOKENS: tl.constexpr, STEP: tl.constexpr, V_PAD: tl.constexpr, ASM: tl.constexpr,
+    NUMBER: tl.constexpr,
     N: tl.constexpr, SPAN: tl.constexpr, T: tl.constexpr, V: tl.constexpr, BITS: tl.constexpr,
     GROUP: tl.constexpr, OFFSET: tl.constexpr, FACTORS: tl.constexpr,
 ):  # fmt: skip
-    """Load coded values of tokens of a span, as ``load_keys`` does.
+    """Load coded values of a span, across its thin blocks: ``[V_PAD, TOKENS]`` of NUMBER.
 
-    Channels behind the last one are some of the others.
-
-    Args:
-        first_octet: First of the octets of tokens that are loaded.
-        TOKENS: How many.
-        STEP: From one octet to the next.
-        V_PAD: Channels.
-
-    Returns:
-        ``[V_PAD, TOKENS]`` of NUMBER, channels in the order that ``natural_order`` mends, with
-        ``shared_units`` of it; tokens in order.
+    As ``load_keys``, but channels are in the order that ``natural_order`` mends, with
+    ``shared_units``, and those behind the last one are some of the others. Tokens are in order: the
+    octets ``first_octet``, ``first_octet + STEP`` and so on.
     """
     COLUMNS: tl.constexpr = 32 // BITS
     SHARED: tl.constexpr = shared_units(V_PAD, BITS)

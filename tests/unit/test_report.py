@@ -60,10 +60,10 @@ def test_plan_summary_says_what_is_kept_and_how(settings: dict[str, object], exp
 
 def test_plan_summary_says_what_it_is_worth() -> None:
     line = plan_summary(make(kv_channel_prune=0.5, kv_quant="k4v2"))[2]
-    # 3 x 8,192 bytes / 272 tokens; keys (3,712 + 64) / 92, values 4,416 / 92
+    # 2 x 8,192 bytes / 176 tokens; keys (3,584 + 64) / 88, values 4,224 / 88
     assert line == (
-        "bytes per token and KV head: 512 dense, 90.4 thin (keys 41.0, values 48.0, waste 1.4 %): "
-        "x5.667; whole requests x4.10 at 2k, x5.17 at 8k, x5.53 at 32k tokens; "
+        "bytes per token and KV head: 512 dense, 93.1 thin (keys 41.5, values 48.0, waste 3.9 %): "
+        "x5.500; whole requests x4.35 at 2k, x5.16 at 8k, x5.41 at 32k tokens; "
         "planned for 8192"
     )
 
@@ -71,7 +71,7 @@ def test_plan_summary_says_what_it_is_worth() -> None:
 def test_context_hint_is_given_where_it_pays() -> None:
     plan = make(kv_channel_prune=0.5, kv_quant="k4v2")
     assert context_hint(plan, 1024) == [
-        "--kv-plan-context 1024 would make it x3.90 instead of x3.21 for requests of 1024 tokens"
+        "--kv-plan-context 1024 would make it x3.90 instead of x3.60 for requests of 1024 tokens"
     ]
     assert context_hint(plan, 8192) == []
     assert context_hint(make(kv_channel_prune=0.5), 1024) == []
