@@ -104,6 +104,18 @@ def find_run(kv_ptr, block, head, block_stride, head_stride):
     return kv_ptr + block.to(tl.int64) * block_stride + head.to(tl.int64) * head_stride
 
 
+@triton.jit
+def dense_rows(run, place, D: tl.constexpr):
+    """Pointers to tokens of dense blocks: ``layout.DenseForm.TOKEN_ROWS``.
+
+    Args:
+        run: Pointers to elements at the start of runs.
+        place: Places of tokens in their blocks.
+        D: Head size. A key starts where the answer points to, its value ``D`` elements behind.
+    """
+    return run + place * (2 * D)
+
+
 def element_type(dtype: torch.dtype) -> Any:
     """Triton's name of a cache dtype, for a ``tl.constexpr`` argument."""
     return {

@@ -128,7 +128,7 @@ def _attend(
     table_stride, block_stride, head_stride,
     HAS_THIN: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, D_PAD: tl.constexpr,
     C_PAD: tl.constexpr, V_PAD: tl.constexpr, TILE: tl.constexpr,
-    DENSE_BLOCKS: tl.constexpr, N_PAD: tl.constexpr,
+    DENSE_TILE: tl.constexpr,
     DTYPE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, CAPPED: tl.constexpr,
     D: tl.constexpr, N: tl.constexpr, SPAN: tl.constexpr, THIN: tl.constexpr, T: tl.constexpr,
     C: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, GROUP: tl.constexpr,
@@ -172,7 +172,7 @@ def _attend(
     top, total, sums = attend_dense(
         top, total, sums, query_at, row_mask, position, kv_ptr, table, kv_head,
         begin, tl.cdiv(end, N), end, scale, cap, block_stride, head_stride,
-        D_PAD, DENSE_BLOCKS, N_PAD, DTYPE, DOT, PRECISION, CAPPED, D, N,
+        D_PAD, DENSE_TILE, DTYPE, DOT, PRECISION, CAPPED, D, N,
     )  # fmt: skip
     channels = tl.arange(0, D_PAD)
     out = out_ptr + (source * out_stride + head * out_head_stride)[:, None] + channels[None, :]

@@ -22,6 +22,7 @@ from csrc_triton.blocks import (
 from csrc_triton.dots import dot_constants
 from csrc_triton.matrices import column_of, output_parts
 from csrc_triton.tiles import attend_dense, attend_thin
+from think_vllm.formats import FORMATS
 from think_vllm.planner import BlockPlan
 
 #: Rows of ``tl.dot`` operands: a group of fewer query heads is padded.
@@ -33,8 +34,9 @@ WANTED_PROGRAMS = 1024
 #: Tokens of a tile. Integer keys: the smallest group, so that a tile has one scale per channel.
 PLAIN_TILE = 64
 INTEGER_TILE = 32
-#: Fewest tokens of a tile of dense blocks.
-DENSE_TILE = 32
+#: Bytes that the keys, or the values, of a tile of elements take at most: two tiles of each have to
+#: fit shared memory, of which GPUs of compute capability 8.6 and 8.9 have 99 KiB for a program.
+TILE_BYTES = 16 * 2**10
 MAX_SPLITS = 64
 OPTIONS = {"num_warps": 4}
 
@@ -169,17 +171,18 @@ def attention_constants(
     plan: BlockPlan, dtype: torch.dtype, group: int, capped: bool
 ) -> dict[str, Any]:
     """What the attention kernels, this one and ``context.py``'s, know at compile time."""
-    padded = triton.next_power_of_2(plan.block_size)
+    wide = triton.next_power_of_2(plan.head_size)
+    plain = max(16, min(PLAIN_TILE, TILE_BYTES // (wide * dtype.itemsize)))
+    coded = INTEGER_TILE if plan.format.keys.is_integer else PLAIN_TILE
     # A tile of integer values has whole groups.
     least = plan.config.kv_quant_group if plan.format.values.is_integer else 16
     return {
         "G": group,
-        "D_PAD": triton.next_power_of_2(plan.head_size),
+        "D_PAD": wide,
         "C_PAD": max(16, triton.next_power_of_2(plan.key_channels)),
         "V_PAD": max(least, triton.next_power_of_2(plan.value_channels)),
-        "TILE": INTEGER_TILE if plan.format.keys.is_integer else PLAIN_TILE,
-        "N_PAD": padded,
-        "DENSE_BLOCKS": max(1, DENSE_TILE // padded),
+        "TILE": plain if plan.format is FORMATS["none"] else coded,
+        "DENSE_TILE": plain,
         "CAPPED": capped,
         **dot_constants(dtype),
         **layout_constants(plan),
@@ -242,7 +245,7 @@ def _attend(
     query_ptr, kv_ptr, table_ptr, request_ptr, seq_len_ptr, thin_spans_ptr, partial_ptr,
     scale, cap, query_stride, query_head_stride, table_stride, block_stride, head_stride, splits,
     G: tl.constexpr, ROWS: tl.constexpr, D_PAD: tl.constexpr, C_PAD: tl.constexpr,
-    V_PAD: tl.constexpr, TILE: tl.constexpr, DENSE_BLOCKS: tl.constexpr, N_PAD: tl.constexpr,
+    V_PAD: tl.constexpr, TILE: tl.constexpr, DENSE_TILE: tl.constexpr,
     DTYPE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, CAPPED: tl.constexpr,
     D: tl.constexpr, N: tl.constexpr, SPAN: tl.constexpr, THIN: tl.constexpr, T: tl.constexpr,
     C: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, GROUP: tl.constexpr,
@@ -295,7 +298,7 @@ def _attend(
             top, total, sums, query_at, head_mask, tl.zeros((ROWS,), tl.int32) + seq_len - 1,
             kv_ptr, table, kv_head, begin, tl.minimum(begin + per_split, last_dense), seq_len,
             scale, cap, block_stride, head_stride,
-            D_PAD, DENSE_BLOCKS, N_PAD, DTYPE, DOT, PRECISION, CAPPED, D, N,
+            D_PAD, DENSE_TILE, DTYPE, DOT, PRECISION, CAPPED, D, N,
         )  # fmt: skip
         channels = tl.arange(0, D_PAD)
         mask = head_mask[:, None] & (channels < D)[None, :]

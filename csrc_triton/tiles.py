@@ -9,7 +9,7 @@ unless some were pruned: sums over a block's kept channels are scattered, in ord
 import triton
 import triton.language as tl
 
-from csrc_triton.blocks import find_run
+from csrc_triton.blocks import dense_rows, find_run
 from csrc_triton.dots import dot
 from csrc_triton.matrices import (
     as_elements,
@@ -122,11 +122,11 @@ def attend_thin(
 def attend_dense(
     top, total, sums, query_at, row_mask, position, kv_ptr, table, kv_head, begin, end, seq_len,
     scale, cap, block_stride, head_stride,
-    D_PAD: tl.constexpr, BLOCKS: tl.constexpr, N_PAD: tl.constexpr,
+    D_PAD: tl.constexpr, TILE: tl.constexpr,
     DTYPE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, CAPPED: tl.constexpr,
     D: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """Attend to dense blocks ``begin .. end - 1``, entries of the block table, BLOCKS at a time.
+    """Attend to dense blocks ``begin .. end - 1``, entries of the block table, TILE tokens a time.
 
     A row's query is at ``position`` ``[ROWS]`` and sees nothing behind it, nor behind ``seq_len``.
     ``sums`` has its channels in order here. All else as in ``attend_thin``.
@@ -136,25 +136,20 @@ def attend_dense(
     query = tl.load(
         query_at + channels[None, :], mask=row_mask[:, None] & channel_mask[None, :], other=0.0
     )
-    place = tl.arange(0, N_PAD)
-    for first in range(begin, end, BLOCKS):
-        entry = first + tl.arange(0, BLOCKS)
-        page = tl.load(table + entry, mask=entry < end, other=0).to(tl.int64)
-        run = as_elements(kv_ptr + page * block_stride + kv_head * head_stride, DTYPE)
-        run = run[:, None, None]
-        tokens = tl.reshape(entry[:, None] * N + place[None, :], [BLOCKS * N_PAD])
-        inside = tl.reshape((entry < end)[:, None] & (place < N)[None, :], [BLOCKS * N_PAD])
-        live = inside & (tokens < seq_len)
-        key_at = run + channels[None, :, None] * N + place[None, None, :]
-        keys = tl.load(key_at, mask=channel_mask[None, :, None], other=0.0)
-        keys = tl.reshape(tl.permute(keys, (1, 0, 2)), [D_PAD, BLOCKS * N_PAD])
-        scores = dot(query, keys, DTYPE, DOT, PRECISION)
+    last = tl.minimum(end * N, seq_len)
+    for first in range(begin * N, last, TILE):
+        tokens = first + tl.arange(0, TILE)
+        live = tokens < last
+        # Tokens have pages of their own, so tiles need not fit blocks.
+        page = tl.load(table + tokens // N, mask=live, other=0)
+        run = as_elements(find_run(kv_ptr, page, kv_head, block_stride, head_stride), DTYPE)
+        rows = dense_rows(run, tokens % N, D)
+        # Weights of tokens that nobody sees are 0, which leaves a NaN a NaN.
+        mask = live[:, None] & channel_mask[None, :]
+        keys = tl.load(rows[:, None] + channels[None, :], mask=mask, other=0.0)
+        scores = dot(query, tl.trans(keys), DTYPE, DOT, PRECISION)
         seen = live[None, :] & (tokens[None, :] <= position[:, None])
         weights, older, top, total = weigh(scores, seen, top, total, scale, cap, CAPPED)
-        # Weights of tokens that nobody sees are 0, which leaves a NaN a NaN.
-        value_mask = tl.reshape(live, [BLOCKS, N_PAD])[:, :, None]
-        value_at = run + D * N + place[None, :, None] * D + channels[None, None, :]
-        values = tl.load(value_at, mask=value_mask & channel_mask[None, None, :], other=0.0)
-        values = tl.reshape(values, [BLOCKS * N_PAD, D_PAD])
+        values = tl.load((rows + D)[:, None] + channels[None, :], mask=mask, other=0.0)
         sums = sums * older[:, None] + dot(weights, values, DTYPE, DOT, PRECISION)
     return top, total, sums

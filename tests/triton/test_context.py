@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from csrc_triton.context import context_attention
-from tests.kernels.helpers import ROUNDING, SUMMATION, make_case, make_plan
+from tests.kernels.helpers import ROUNDING, SUMMATION, make_plan
+from tests.triton.reference import decode_attention_ref, make_case
 from tests.triton.test_decode import DEVICE
-from think_vllm.reference.attention import decode_attention_ref
 
 
 def check(plan, dtype, heads, requests, soft_cap=0.0) -> None:

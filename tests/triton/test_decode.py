@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from csrc_triton.decode import choose_splits, decode_attention, make_workspace
-from tests.kernels.helpers import FORMATS, ROUNDING, SUMMATION, Case, make_case, make_plan
-from think_vllm.reference.attention import decode_attention_ref
+from tests.kernels.helpers import FORMATS, ROUNDING, SUMMATION, Case, make_plan
+from tests.triton.reference import decode_attention_ref, make_case
 from think_vllm.reference.compaction import thin_run
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from csrc_triton.decode import make_workspace
-from tests.kernels.helpers import make_case, make_plan
+from tests.kernels.helpers import make_plan
 from tests.triton import test_compact, test_context, test_decode
+from tests.triton.reference import make_case
 
 #: 0.4 keeps 36 of 64 channels: no power of two, and groups that are not full.
 PLANS = [

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
+from think_vllm.layout import DenseForm
 from think_vllm.planner import BlockPlan
 from think_vllm.reference.compaction import dense_tokens, read_thin, split_channels
 
@@ -15,8 +16,11 @@ def gather_context(
     seq_len: int,
     thin_spans: int,
     plan: BlockPlan,
+    form: DenseForm = DenseForm.CHANNEL_MAJOR,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Read a request's context at full width, pruned channels being zero.
+
+    ``form`` is that of dense blocks, all else as for ``decode_attention_ref``.
 
     Returns:
         Keys and values, both ``[Hk, seq_len, D]`` float64.
@@ -38,7 +42,7 @@ def gather_context(
     start = thin_spans * plan.span_tokens
     if seq_len > start:
         blocks = block_table[request, start // plan.block_size : -(-seq_len // plan.block_size)]
-        dense = dense_tokens(kv_cache, blocks.tolist(), seq_len - start)
+        dense = dense_tokens(kv_cache, blocks.tolist(), seq_len - start, form)
         keys[:, start:], values[:, start:] = dense[0].double(), dense[1].double()
     return keys, values
 
@@ -54,6 +58,7 @@ def decode_attention_ref(
     scale: float,
     logits_soft_cap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    form: DenseForm = DenseForm.CHANNEL_MAJOR,
 ) -> torch.Tensor:
     """Attend with single query tokens to contexts of thin, then dense blocks.
 
@@ -70,6 +75,7 @@ def decode_attention_ref(
         scale: Factor on ``q . k``.
         logits_soft_cap: If positive, scores become ``cap * tanh(score / cap)``.
         sinks: ``[Hq]``. One more score per query head, not capped, whose weight goes to no value.
+        form: Of dense blocks.
 
     Returns:
         ``[R, Hq, D]`` float64, zeros where ``seq_len`` is 0.
@@ -81,7 +87,7 @@ def decode_attention_ref(
         if length == 0:
             continue
         keys, values = gather_context(
-            kv_cache, block_table, int(source), int(length), int(thin), plan
+            kv_cache, block_table, int(source), int(length), int(thin), plan, form
         )
         for head in range(query.shape[1]):
             scores = keys[head // group] @ query[row, head].double() * scale
