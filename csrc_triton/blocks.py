@@ -114,6 +114,18 @@ def find_pages(kv_ptr, entries, index, head_offset, block_stride):
     return kv_ptr + page.to(tl.int64) * block_stride + head_offset
 
 
+@triton.jit
+def dense_rows(run, place, D: tl.constexpr):
+    """Pointers to tokens of dense blocks: ``layout.BlockForm.GPU``.
+
+    Args:
+        run: Pointers to elements at the start of runs.
+        place: Places of tokens in their blocks.
+        D: Head size. A key starts where the answer points to, its value ``D`` elements behind.
+    """
+    return run + place * (2 * D)
+
+
 def element_type(dtype: torch.dtype) -> Any:
     """Triton's name of a cache dtype, for a ``tl.constexpr`` argument."""
     return {

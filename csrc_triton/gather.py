@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from csrc_triton.blocks import find_run
+from csrc_triton.blocks import dense_rows, find_run
 from csrc_triton.coding import (
     MAGNITUDE,
     as_float,
@@ -96,15 +96,16 @@ def load_tile(
     block = tl.load(entries + entry, mask=held, other=0)
     runs = find_run(base, block, head, block_stride, head_stride)
     runs = tl.where(entry == k, aside, runs)
+    # Neighbouring threads read channels of one token, kept or not: a block has tokens in rows.
+    rows = dense_rows(element_pointer(runs, SIZE), place, D)[:, None]
     if KEYS:
         channel = tile_rows
         if TABLE >= 0:
             channel = tl.load(table + tile_rows, mask=row_mask, other=0).to(tl.int32)
-        pointer = (element_pointer(runs, SIZE) + place)[None, :] + (channel * N)[:, None]
+        bits = load_bits(rows + channel[None, :], column_mask[:, None] & row_mask[None, :])
+        return tl.trans(bits)
     else:
         channel = tile_columns
         if TABLE >= 0:
             channel = tl.load(table + tile_columns, mask=column_mask, other=0).to(tl.int32)
-        pointer = (element_pointer(runs, SIZE) + (D * N + place * D))[:, None]
-        pointer += channel[None, :]
-    return load_bits(pointer, row_mask[:, None] & column_mask[None, :])
+        return load_bits(rows + D + channel[None, :], row_mask[:, None] & column_mask[None, :])

@@ -12,7 +12,14 @@ import triton
 import triton.language as tl
 
 from csrc_triton.aot import AotCase
-from csrc_triton.blocks import cache_bytes, cache_strides, check_cache, element_type, find_run
+from csrc_triton.blocks import (
+    cache_bytes,
+    cache_strides,
+    check_cache,
+    dense_rows,
+    element_type,
+    find_run,
+)
 from csrc_triton.checks import ELEMENTS, check_heads, check_tasks, check_tensor
 from csrc_triton.coding import as_float, element_pointer, load_bits
 from csrc_triton.launch import kernel, row_strides, whole_stride
@@ -20,8 +27,8 @@ from think_vllm.planner import BlockPlan
 
 #: Tokens whose keys one program sums up, in whole blocks.
 CHUNK_TOKENS = 1024
-#: Channels of such a program.
-CHANNELS = 32
+#: Channels of such a program: a 128-byte line of a token's key, of two-byte elements.
+CHANNELS = 64
 WARPS = 4
 #: Of a program that sums up the queries of one KV head.
 QUERY_WARPS = 4
@@ -187,18 +194,19 @@ def chunk_kernel(
         channel = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
         place = tl.arange(0, N_PAD)
         entries = table_ptr + tl.load(request_ptr + prompt).to(tl.int64) * table_stride + first
-        squares = tl.zeros((CHANNELS, N_PAD), tl.float32)
+        squares = tl.zeros((N_PAD, CHANNELS), tl.float32)
         last = tl.minimum((chunk + 1) * CHUNK, (length + N - 1) // N)
         for entry in range(chunk * CHUNK, last):
             block = tl.load(entries + entry)
             run = find_run(kv_ptr, block, head, block_stride, head_stride)
             held = (place < N) & (entry * N + place < length)
-            pointer = element_pointer(run, SIZE) + channel[:, None] * N + place[None, :]
-            bits = load_bits(pointer, (channel < D)[:, None] & held[None, :])
+            rows = dense_rows(element_pointer(run, SIZE), place, D)
+            pointer = rows[:, None] + channel[None, :]
+            bits = load_bits(pointer, held[:, None] & (channel < D)[None, :])
             keys = as_float(bits, DTYPE)
             squares += keys * keys
         part = (prompt.to(tl.int64) * num_heads + head) * num_chunks + chunk
-        tl.store(part_ptr + part * D + channel, tl.sum(squares, axis=1), mask=channel < D)
+        tl.store(part_ptr + part * D + channel, tl.sum(squares, axis=0), mask=channel < D)
 
 
 @kernel(unaligned=("length_ptr", "first_ptr"))

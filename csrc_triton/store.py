@@ -1,16 +1,24 @@
-"""Store new keys and values in dense blocks."""
+"""Store new keys and values in dense blocks, and clear what lies behind them."""
 
 import torch
 import triton
 import triton.language as tl
 
 from csrc_triton.aot import AotCase
-from csrc_triton.blocks import cache_bytes, cache_strides, check_blocks, element_type
+from csrc_triton.blocks import (
+    cache_bytes,
+    cache_strides,
+    check_blocks,
+    check_cache,
+    dense_rows,
+    element_type,
+    find_run,
+)
 from csrc_triton.checks import check_heads, check_tensor
 from csrc_triton.launch import kernel, row_strides, whole_stride
 from think_vllm.planner import BlockPlan
 
-#: Tokens of a program: one 32-byte sector of a key channel.
+#: Tokens of a program.
 TOKENS = 16
 WARPS = 4
 
@@ -22,7 +30,7 @@ def store_dense(
     slot_mapping: torch.Tensor,
     plan: BlockPlan,
 ) -> None:
-    """Write tokens into dense blocks: keys channel-major, values token-major.
+    """Write tokens into dense blocks, in rows of a key and a value.
 
     The launch depends on shapes only, so it can be part of a CUDA graph.
 
@@ -71,6 +79,40 @@ def store_dense(
     )
 
 
+def clear_tails(
+    kv_cache: torch.Tensor, pages: torch.Tensor, seq_len: torch.Tensor, plan: BlockPlan
+) -> None:
+    """Set the values behind the last token of contexts to zero, up to the end of its block.
+
+    FlashAttention may read whole blocks, and gives what lies behind a context the weight zero,
+    which leaves a NaN a NaN. A block that was thin before has codes and tables there, whose bytes
+    can spell one. Scores of such keys are replaced, so keys stay as they are.
+
+    Args:
+        kv_cache: ``[num_blocks, Hk, N, 2 * D]``; stride of dim 0 is free. Written.
+        pages: ``[n, W]`` int32. Blocks of each context.
+        seq_len: ``[n]`` int32. Tokens of each, at least one, the last of them in a dense block.
+        plan: How blocks are laid out.
+
+    Raises:
+        ValueError: If shapes, dtypes or devices do not fit each other.
+    """
+    who, num_contexts = "clear_tails", pages.shape[0]
+    check_cache(who, kv_cache, pages, plan)
+    check_tensor(who, "seq_len", seq_len, torch.int32, (num_contexts,), kv_cache.device)
+    if num_contexts == 0:
+        return
+    clear_kernel[(num_contexts, kv_cache.shape[1])](
+        cache_bytes(kv_cache),
+        pages,
+        seq_len,
+        pages.stride(0),
+        **cache_strides(kv_cache),
+        **_constants(plan, kv_cache.dtype),
+        num_warps=WARPS,
+    )
+
+
 def _constants(plan: BlockPlan, dtype: torch.dtype) -> dict[str, object]:
     return {
         "D": plan.head_size,
@@ -103,16 +145,34 @@ def store_kernel(
     channel = tl.arange(0, D_PAD)
     wide = token.to(tl.int64)
 
-    # Channels first, so that threads write neighbouring tokens of a channel.
-    mask = (channel < D)[:, None] & stored[None, :]
-    source = key_ptr + head * key_head_stride + wide * key_stride
-    keys = tl.load(source[None, :] + channel[:, None], mask=mask)
-    tl.store((run + place)[None, :] + (channel * N)[:, None], keys, mask=mask)
-
     mask = stored[:, None] & (channel < D)[None, :]
+    target = dense_rows(run, place, D)[:, None] + channel[None, :]
+    source = key_ptr + head * key_head_stride + wide * key_stride
+    tl.store(target, tl.load(source[:, None] + channel[None, :], mask=mask), mask=mask)
     source = value_ptr + head * value_head_stride + wide * value_stride
-    values = tl.load(source[:, None] + channel[None, :], mask=mask)
-    tl.store((run + (D * N + place * D))[:, None] + channel[None, :], values, mask=mask)
+    tl.store(target + D, tl.load(source[:, None] + channel[None, :], mask=mask), mask=mask)
+
+
+# One binary whatever the length of a context.
+@triton.jit(do_not_specialize=["page_stride"])
+def clear_kernel(
+    kv_ptr, page_ptr, length_ptr, page_stride, block_stride, head_stride,
+    D: tl.constexpr, D_PAD: tl.constexpr, N: tl.constexpr, DTYPE: tl.constexpr,
+    TOKENS: tl.constexpr,
+):  # fmt: skip
+    """One program per (context, KV head)."""
+    context = tl.program_id(0)
+    length = tl.load(length_ptr + context)
+    entry = (length - 1) // N
+    block = tl.load(page_ptr + context.to(tl.int64) * page_stride + entry)
+    run = find_run(kv_ptr, block, tl.program_id(1), block_stride, head_stride)
+    run = run.to(tl.pointer_type(DTYPE), bitcast=True)
+    channel = tl.arange(0, D_PAD)
+    zeros = tl.zeros((TOKENS, D_PAD), DTYPE)
+    for first in range(length - entry * N, N, TOKENS):
+        place = first + tl.arange(0, TOKENS)
+        target = dense_rows(run, place, D)[:, None] + D + channel[None, :]
+        tl.store(target, zeros, mask=(place < N)[:, None] & (channel < D)[None, :])
 
 
 def aot_cases(plan: BlockPlan, dtype: torch.dtype) -> list[AotCase]:
@@ -132,4 +192,9 @@ def aot_cases(plan: BlockPlan, dtype: torch.dtype) -> list[AotCase]:
         "block_stride": "i32",
         "head_stride": "i32",
     }
-    return [AotCase(store_kernel, signature, constants, {"num_warps": WARPS})]
+    clear = {"kv_ptr": "*u8:16", "page_ptr": "*i32:16", "length_ptr": "*i32:16",
+             "page_stride": "i32", "block_stride": "i32:16", "head_stride": "i32:16"}  # fmt: skip
+    return [
+        AotCase(store_kernel, signature, constants, {"num_warps": WARPS}),
+        AotCase(clear_kernel, clear, constants, {"num_warps": WARPS}),
+    ]

@@ -12,7 +12,7 @@ running softmax: ``top`` and ``total`` [QUERIES] and ``sums`` [D_PAD, QUERIES], 
 import triton
 import triton.language as tl
 
-from csrc_triton.blocks import find_pages
+from csrc_triton.blocks import dense_rows, find_pages
 from csrc_triton.dots import dot
 from csrc_triton.matrices import as_elements, load_scale
 from csrc_triton.units import (
@@ -378,17 +378,13 @@ def attend_dense(
         live = token < end
         page = tl.load(table + token // N, mask=live, other=0).to(tl.int64)
         run = as_elements(kv_ptr + page * block_stride + head_offset, DTYPE)
-        place = token % N
         mask = live[:, None] & (channels < D)[None, :]
-        keys = tl.load(
-            run[:, None] + (place[:, None] * (2 * D) + channels[None, :]), mask=mask, other=0.0
-        )
+        rows = dense_rows(run, token % N, D)[:, None] + channels[None, :]
+        keys = tl.load(rows, mask=mask, other=0.0)
         scores = dot(keys, query, DTYPE, DOT, PRECISION)
         seen = live[:, None] & (token[:, None] <= position[None, :])
         weights, older, top, total = weigh(scores, seen, top, total, scales, cap, CAPPED)
         # Weights of tokens that no query sees are 0, which leaves a NaN a NaN.
-        values = tl.load(
-            run[:, None] + (place[:, None] * (2 * D) + D + channels[None, :]), mask=mask, other=0.0
-        )
+        values = tl.load(rows + D, mask=mask, other=0.0)
         sums = sums * older[None, :] + dot(tl.trans(values), weights, DTYPE, DOT, PRECISION)
     return top, total, sums

@@ -9,6 +9,7 @@ A prompt that keeps fewer tokens than it has is packed in its last old spans; se
 
 import torch
 
+from think_vllm.layout import BlockForm, DenseLayout
 from think_vllm.planner import BlockPlan
 
 #: Neighbours along the prompt over which SnapKV averages its scores: its authors' setting for
@@ -19,18 +20,25 @@ POOLING_TOKENS = 7
 TILE_SCORES, GPU_TILE_SCORES = 1 << 19, 1 << 24
 
 
-def split_runs(kv_cache: torch.Tensor, plan: BlockPlan) -> tuple[torch.Tensor, torch.Tensor]:
+def split_runs(
+    kv_cache: torch.Tensor, plan: BlockPlan, form: BlockForm
+) -> tuple[torch.Tensor, torch.Tensor]:
     """View a cache as dense keys ``[num_blocks, Hk, D, N]`` and values ``[num_blocks, Hk, N, D]``.
 
     Args:
         kv_cache: ``[num_blocks, Hk, N, 2 * D]``; stride of dim 0 is free.
         plan: How blocks are laid out.
+        form: Of dense blocks.
     """
-    size, head_size = plan.block_size, plan.head_size
-    runs, blocks = kv_cache.flatten(2), kv_cache.shape[:2]
-    keys = runs[:, :, : size * head_size].view(*blocks, head_size, size)
-    values = runs[:, :, size * head_size :].view(*blocks, size, head_size)
-    return keys, values
+    size, head_size, start = plan.block_size, plan.head_size, kv_cache.storage_offset()
+    layout = DenseLayout(head_size, size, kv_cache.itemsize, form)
+    blocks, strides = kv_cache.shape[:2], kv_cache.stride()[:2]
+    (of_token, of_channel), of_value = layout.key_strides, layout.value_strides
+    first = start + layout.values_offset // kv_cache.itemsize
+    return (
+        kv_cache.as_strided((*blocks, head_size, size), (*strides, of_channel, of_token), start),
+        kv_cache.as_strided((*blocks, size, head_size), (*strides, *of_value), first),
+    )
 
 
 def add_attention(
@@ -43,6 +51,7 @@ def add_attention(
     scale: float,
     logits_soft_cap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    form: BlockForm = BlockForm.CPU,
 ) -> None:
     """Add the attention that a prompt's tokens get from some of its queries.
 
@@ -56,6 +65,7 @@ def add_attention(
         scale: Factor on ``q . k``.
         logits_soft_cap: If positive, scores become ``cap * tanh(score / cap)``.
         sinks: ``[Hq]``. One more score per query head, whose weight goes to no token.
+        form: Of dense blocks.
 
     Notes:
         Float32. Nothing waits for a device.
@@ -63,7 +73,7 @@ def add_attention(
     count, num_heads, head_size = query.shape
     num_kv_heads = sums.shape[0]
     group, seen = num_heads // num_kv_heads, first + count
-    keys, _ = split_runs(kv_cache, plan)
+    keys, _ = split_runs(kv_cache, plan, form)
     position = torch.arange(seen, device=query.device)
     held = TILE_SCORES if query.device.type == "cpu" else GPU_TILE_SCORES
     tile = max(1, held // (group * seen))
@@ -114,7 +124,11 @@ def choose_tokens(scores: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def gather_tokens(
-    kv_cache: torch.Tensor, blocks: torch.Tensor, tokens: torch.Tensor, plan: BlockPlan
+    kv_cache: torch.Tensor,
+    blocks: torch.Tensor,
+    tokens: torch.Tensor,
+    plan: BlockPlan,
+    form: BlockForm = BlockForm.CPU,
 ) -> torch.Tensor:
     """Copy each head's tokens into dense blocks of their own.
 
@@ -123,6 +137,7 @@ def gather_tokens(
         blocks: int64 ``[n]``. Dense blocks of the prompt's old tokens.
         tokens: int64 ``[Hk, count]``, ``count`` a multiple of ``N``.
         plan: How blocks are laid out.
+        form: Of dense blocks.
 
     Returns:
         ``[count / N, Hk, N, 2 * D]``, in the dense form of the cache.
@@ -131,9 +146,9 @@ def gather_tokens(
     size = plan.block_size
     block, slot = blocks[tokens // size], tokens % size
     head = torch.arange(num_heads, device=tokens.device)[:, None]
-    keys, values = split_runs(kv_cache, plan)
+    keys, values = split_runs(kv_cache, plan, form)
     packed = kv_cache.new_empty(count // size, num_heads, size, 2 * plan.head_size)
-    packed_keys, packed_values = split_runs(packed, plan)
+    packed_keys, packed_values = split_runs(packed, plan, form)
     shape = (num_heads, count // size, size, plan.head_size)
     packed_keys.copy_(keys[block, head, :, slot].view(shape).permute(1, 0, 3, 2))
     packed_values.copy_(values[block, head, slot].view(shape).transpose(0, 1))

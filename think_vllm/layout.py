@@ -6,8 +6,11 @@ vLLM's page of one layer is ``[kv_head, N, 2 * D]`` elements (layout ``LBHNC``),
 (block, KV head) is one contiguous **run** of ``N * 2 * D * itemsize`` bytes. Both block
 kinds live in such a run::
 
-    dense block   keys   [D, N]   channel-major    at 0
+    dense block   keys   [D, N]   channel-major    at 0                          on CPUs
                   values [N, D]   token-major      at D * N * itemsize
+
+    dense block   rows   [N, 2, D]                 at 0                          on GPUs
+                  row n is the key, then the value of token n
 
     thin block    keys   [C, t]   channel-major    at 0
                   values [t, V]   token-major      behind the keys
@@ -18,8 +21,11 @@ kinds live in such a run::
 ``D`` is the head size, ``N`` the block size in tokens, ``C <= D`` the kept key channels,
 ``V <= D`` the kept value channels and ``t > N`` the tokens of a thin block. The tables say which
 channel a row of keys, or a column of values, holds, ascending: a thin block describes itself, per
-KV head. The dense form is the one that vLLM's CPU kernels (``vec``/``vec16``) store and read, so
-they serve dense blocks as they are.
+KV head.
+
+A dense block has the form that vLLM's own kernels store and read, so that these serve it as it is:
+the CPU kernels (``vec``/``vec16``) want keys channel-major, FlashAttention wants tokens in rows and
+takes ``[num_blocks, N, Hk, D]`` views of keys and of values.
 
 Keys and values of a thin block are each a coded matrix ``[R, X]``, rows contiguous::
 
@@ -30,8 +36,8 @@ Keys and values of a thin block are each a coded matrix ``[R, X]``, rows contigu
     int2     scales   float16 [G, R]      element = zero[x // g, r] + code * scale[x // g, r]
              zeros    float16 [G, R]      G = ceil(X / g) groups of g elements of a row
 
-Codes lie in their ``R * ceil(X * bits / 8)`` bytes in one of two orders, whatever reads them fastest.
-On CPUs rows are contiguous, as above. On NVIDIA GPUs two rows are interleaved, in **units** of 8
+Codes lie in their ``R * ceil(X * bits / 8)`` bytes in one of two orders, for what reads them. On
+CPUs rows are contiguous, as above. On NVIDIA GPUs two rows are interleaved, in **units** of 8
 bytes, so that a thread finds in its registers what tensor cores take (``csrc_triton/units.py``)::
 
     unit  [X / (32 / bits), R / 2]        rows 2 r and 2 r + 1, 32 / bits columns of each:
@@ -89,9 +95,11 @@ VECTOR_COLUMNS = 16
 
 
 class BlockForm(Enum):
-    """For what blocks are laid out: codes lie in rows for CPUs, in units for GPUs."""
+    """For what blocks are laid out, which depends on whose kernels read them."""
 
+    #: Dense keys ``[D, N]``, then values ``[N, D]``; codes in rows.
     CPU = "cpu"
+    #: Dense rows ``[N, 2, D]`` of a key and a value; codes in units.
     GPU = "gpu"
 
 
@@ -102,17 +110,19 @@ def align_up(num_bytes: int, alignment: int = ALIGN_BYTES) -> int:
 
 @dataclass(frozen=True)
 class DenseLayout:
-    """Byte offsets inside the run of a dense block.
+    """Where a dense block has its keys and values.
 
     Args:
         head_size: Channels of a key and of a value.
         block_size: Tokens of a block.
         itemsize: Bytes of an element.
+        form: Which of the two forms it has.
     """
 
     head_size: int
     block_size: int
     itemsize: int
+    form: BlockForm = BlockForm.CPU
 
     @property
     def run_bytes(self) -> int:
@@ -121,8 +131,23 @@ class DenseLayout:
 
     @property
     def values_offset(self) -> int:
-        """Byte at which the values start."""
-        return self.head_size * self.block_size * self.itemsize
+        """Byte at which the first token's value starts; its key starts at 0."""
+        tokens = 1 if self.form is BlockForm.GPU else self.block_size
+        return self.head_size * tokens * self.itemsize
+
+    @property
+    def key_strides(self) -> tuple[int, int]:
+        """Elements from one token's key to the next one's, and from channel to channel."""
+        if self.form is BlockForm.GPU:
+            return 2 * self.head_size, 1
+        return 1, self.block_size
+
+    @property
+    def value_strides(self) -> tuple[int, int]:
+        """The same of values."""
+        if self.form is BlockForm.GPU:
+            return 2 * self.head_size, 1
+        return self.head_size, 1
 
 
 @dataclass(frozen=True)

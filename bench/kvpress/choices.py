@@ -11,6 +11,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from bench.kvpress.presses import WINDOW_TOKENS
 from think_vllm.config_parser import parse_config
 from think_vllm.eviction import POOLING_TOKENS, split_runs
+from think_vllm.layout import BlockForm
 from think_vllm.planner import plan_blocks
 from think_vllm.reference.eviction import attention_sums_ref, choose_tokens_ref, pool_ref
 from think_vllm.reference.scoring import (
@@ -156,7 +157,7 @@ def kept_channels(queries: torch.Tensor, keys: torch.Tensor, count: int) -> torc
     cache = torch.zeros(blocks, num_heads, plan.block_size, 2 * head_size)
     padded = torch.zeros(num_heads, blocks * plan.block_size, head_size)
     padded[:, :length] = keys
-    dense, _ = split_runs(cache, plan)
+    dense, _ = split_runs(cache, plan, BlockForm.CPU)
     dense.copy_(padded.view(num_heads, blocks, plan.block_size, head_size).permute(1, 0, 3, 2))
     rows = torch.arange(blocks, dtype=torch.int32)[None]
     energy = key_energy_ref(cache, rows, [0], [length], plan)

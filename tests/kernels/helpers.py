@@ -9,7 +9,7 @@ from think_vllm.config import ThinkConfig
 from think_vllm.kernels.cpu.decode import DecodeRows
 from think_vllm.layout import BlockForm
 from think_vllm.planner import BlockPlan, plan_blocks
-from think_vllm.reference.compaction import thin_run, write_thin
+from think_vllm.reference.compaction import split_dense, thin_run, write_thin
 
 #: Rounding the output, relative to the largest one: half a unit in the last of 24, 8 or 11 bits.
 ROUNDING = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}
@@ -57,7 +57,6 @@ class Case:
     block_table: torch.Tensor
     rows: DecodeRows
     scale: float
-    form: BlockForm = BlockForm.CPU
 
     @property
     def reference_rows(self) -> tuple[list[int], list[int], list[int]]:
@@ -114,7 +113,7 @@ def make_case(
             block = int(blocks[request, entry])
             block_table[request, entry] = block
             count = min(plan.block_size, seq_len - entry * plan.block_size)
-            fill_dense_block(kv_cache, block, count, plan, random)
+            fill_dense_block(kv_cache, block, count, plan, random, form)
     return Case(
         plan=plan,
         query=random(len(contexts), num_heads, plan.head_size),
@@ -122,7 +121,6 @@ def make_case(
         block_table=block_table,
         rows=make_rows([(i, seq_len, thin) for i, (seq_len, thin) in enumerate(contexts)]),
         scale=plan.head_size**-0.5,
-        form=form,
     )
 
 
@@ -135,15 +133,12 @@ def random_channels(plan: BlockPlan, num_kv_heads: int, generator: torch.Generat
     return torch.cat(kept, dim=1)
 
 
-def fill_dense_block(kv_cache, block, count, plan, random):
+def fill_dense_block(kv_cache, block, count, plan, random, form=BlockForm.CPU):
     """Write the first ``count`` tokens; the others stay NaN."""
     num_kv_heads = kv_cache.shape[1]
-    keys = kv_cache[block].view(num_kv_heads, 2, -1)[:, 0]
-    values = kv_cache[block].view(num_kv_heads, 2, -1)[:, 1]
-    keys = keys.view(num_kv_heads, plan.head_size, plan.block_size)
-    values = values.view(num_kv_heads, plan.block_size, plan.head_size)
-    keys[:, :, :count] = random(num_kv_heads, plan.head_size, count)
-    values[:, :count] = random(num_kv_heads, count, plan.head_size)
+    keys, values = split_dense(kv_cache, form)
+    keys[block, :, :count] = random(num_kv_heads, plan.head_size, count).transpose(1, 2)
+    values[block, :, :count] = random(num_kv_heads, count, plan.head_size)
 
 
 def fill_thin_block(kv_cache, block, index, table, plan, random, form=BlockForm.CPU):

@@ -8,17 +8,21 @@ from typing import Any
 
 import torch
 
+from tests.triton.reference import (
+    compact_spans_ref,
+    dense_tokens,
+    gather_context,
+    gather_tokens_ref,
+    key_energy_ref,
+    split_dense,
+)
 from think_vllm.planner import BlockPlan
-from think_vllm.reference.attention import gather_context
-from think_vllm.reference.compaction import compact_spans_ref, dense_tokens
 from think_vllm.reference.eviction import (
     attention_sums_ref,
     choose_tokens_ref,
-    gather_tokens_ref,
     pool_ref,
 )
 from think_vllm.reference.scoring import (
-    key_energy_ref,
     key_scores_ref,
     query_energy_ref,
     top_channels_ref,
@@ -134,7 +138,7 @@ class _Life:
         self.table = torch.arange(len(self.kv_cache), dtype=torch.int32)[None]
         self.channels: list[torch.Tensor] = []
         self.out = torch.zeros(query.shape, dtype=torch.float64)
-        self.context_spans, self.context = -1, []
+        self.context_state, self.context = None, []
         self.evicted = 0
 
     def run(self, start, cached, borders):
@@ -203,9 +207,11 @@ class _Life:
             self.channels.append(channels)
 
     def _attend(self, begin, end):
-        total, thin = len(self.query), len(self.channels)
-        if thin != self.context_spans:
-            self.context_spans, group = thin, self.query.shape[1] // self.kv_cache.shape[1]
+        # What is only evicted stays dense.
+        total, thin = len(self.query), len(self.channels) if self.plan.rule.shrinks else 0
+        state = thin, self.evicted
+        if state != self.context_state:
+            self.context_state, group = state, self.query.shape[1] // self.kv_cache.shape[1]
             # Later tokens are in there too, masked below.
             context = gather_context(self.kv_cache, self.table, 0, total, thin, self.plan)
             self.context = [x.repeat_interleave(group, 0) for x in context]
@@ -221,11 +227,9 @@ def _dense_cache(key, value, plan):
     total, num_kv_heads, head_size = key.shape
     count = -(-total // plan.block_size)
     kv_cache = torch.zeros(count, num_kv_heads, plan.block_size, 2 * head_size)
-    halves = kv_cache.view(count, num_kv_heads, 2, -1)
-    padded = torch.zeros(count * plan.block_size, num_kv_heads, head_size)
-    for half, (tensor, shape) in enumerate(((key, (0, 2, 3, 1)), (value, (0, 2, 1, 3)))):
+    for part, tensor in zip(split_dense(kv_cache), (key, value), strict=True):
+        padded = torch.zeros(count * plan.block_size, num_kv_heads, head_size)
         padded[:total] = tensor
-        blocks = padded.view(count, plan.block_size, num_kv_heads, head_size).permute(shape)
-        halves[:, :, half] = blocks.reshape(count, num_kv_heads, -1)
+        part.copy_(padded.unflatten(0, (count, plan.block_size)).transpose(1, 2))
     assert torch.equal(dense_tokens(kv_cache, range(count), total)[0], key.transpose(0, 1))
     return kv_cache

@@ -1,5 +1,3 @@
-import functools
-
 import numpy as np
 import pytest
 import torch
@@ -7,10 +5,8 @@ import torch
 from csrc_triton import compact
 from csrc_triton.compact import compact_spans, compact_workspace, read_channels
 from tests.kernels.helpers import FORMATS, make_plan, random_channels
-from think_vllm.layout import BlockForm
-from think_vllm.reference import compaction
+from tests.triton.reference import compact_spans_ref, split_dense
 
-compact_spans_ref = functools.partial(compaction.compact_spans_ref, form=BlockForm.GPU)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 #: An odd number of heads, and another layer between two blocks of this one.
 HEADS, LAYERS = 3, 2
@@ -114,8 +110,8 @@ def fixed_values(device, dtype, quant, numbers):
     plan = make_plan(32, dtype, 16, 0.0, quant)
     layers, block_table = make_cache(plan, dtype, 1, 1)
     layers.zero_()
-    runs = layers.flatten(3).unflatten(3, (2, plan.block_size * plan.head_size))
-    runs[:, :, :, 1].unflatten(3, (-1, plan.head_size))[..., : len(numbers)] = torch.tensor(numbers)
+    for layer in layers:
+        split_dense(layer)[1][..., : len(numbers)] = torch.tensor(numbers)
     check(layers, block_table, [0], [0], make_channels(plan, 1), plan, device)
 
 

@@ -5,8 +5,8 @@ import torch
 
 from csrc_triton.context import context_attention
 from tests.kernels.helpers import ROUNDING, SUMMATION, make_plan
-from tests.triton.test_decode import DEVICE, make_case
-from think_vllm.reference.attention import decode_attention_ref
+from tests.triton.reference import decode_attention_ref, make_case
+from tests.triton.test_decode import DEVICE
 
 
 def check(plan, dtype, heads, requests, soft_cap=0.0) -> None:
@@ -46,7 +46,6 @@ def check(plan, dtype, heads, requests, soft_cap=0.0) -> None:
         plan,
         case.scale,
         soft_cap,
-        form=case.form,
     )
     operands = 0 if dtype == torch.float32 else 2 * ROUNDING[dtype]
     tolerance = (ROUNDING[dtype] + operands) * float(expected.abs().max()) + SUMMATION

@@ -1,6 +1,5 @@
 """Triton's decode attention in the interpreter, against the reference."""
 
-import functools
 import math
 
 import numpy as np
@@ -9,13 +8,10 @@ import torch
 
 from csrc_triton.decode import choose_splits, decode_attention, make_workspace
 from tests.kernels.helpers import FORMATS, ROUNDING, SUMMATION, Case, make_plan
-from tests.kernels.helpers import make_case as make_any_case
-from think_vllm.layout import BlockForm
-from think_vllm.reference.attention import decode_attention_ref
+from tests.triton.reference import decode_attention_ref, make_case
 from think_vllm.reference.compaction import thin_run
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-make_case = functools.partial(make_any_case, form=BlockForm.GPU)
 formats = pytest.mark.parametrize(("quant", "ratio"), FORMATS)
 
 
@@ -45,7 +41,6 @@ def check(case: Case, logits_soft_cap: float = 0.0, **options) -> None:
         case.plan,
         case.scale,
         logits_soft_cap,
-        form=case.form,
     )
     actual = run(case, logits_soft_cap=logits_soft_cap, **options).double()
     # Tensor cores take weights, and queries times scales, rounded to the cache's dtype too.

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from csrc_triton.scores import add_query_energy, key_energy
-from tests.kernels.helpers import make_case, make_plan
-from think_vllm.reference.scoring import key_energy_ref, query_energy_ref
+from tests.kernels.helpers import make_plan
+from tests.triton.reference import key_energy_ref, make_case, split_dense
+from think_vllm.reference.scoring import query_energy_ref
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 #: A few hundred float32 roundings in another order; elements are converted exactly.
@@ -101,8 +102,8 @@ def test_key_energy_sees_every_key(device):
     plan = make_plan(64, torch.float32)
     case = make_case(plan, torch.float32, 1, 1, [(40, 0)])
     before = energy_of(case, [0], [40], device)[0, 0]
-    block = case.kv_cache[int(case.block_table[0, 2]), 0].view(2, 64, 16)
-    block[0, 5, 7] += 1.0  # channel 5 of token 39
+    keys, _ = split_dense(case.kv_cache)
+    keys[int(case.block_table[0, 2]), 0, 7, 5] += 1.0  # channel 5 of token 39
     after = energy_of(case, [0], [40], device)[0, 0]
     assert (after != before).nonzero().tolist() == [[5]]
 

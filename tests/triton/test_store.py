@@ -3,7 +3,8 @@ import torch
 
 from csrc_triton.store import store_dense
 from tests.kernels.helpers import make_plan
-from think_vllm.reference.compaction import dense_tokens
+from tests.triton.reference import FORM, dense_tokens
+from think_vllm.layout import DenseLayout
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -21,14 +22,19 @@ def random_bits(*shape: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
 
 
 def store_by_hand(key, value, kv_cache, slots, plan):
-    num_heads, N, D = kv_cache.shape[1], plan.block_size, plan.head_size
+    """Write element by element, where the layout says."""
+    layout = DenseLayout(plan.head_size, plan.block_size, plan.itemsize, FORM)
+    channel = torch.arange(plan.head_size)
+    runs = kv_cache.flatten(2)
     for token, slot in enumerate(slots.tolist()):
         if slot < 0:
             continue
-        block, place = divmod(slot, N)
-        halves = kv_cache[block].view(num_heads, 2, N * D)
-        halves[:, 0].view(num_heads, D, N)[:, :, place] = key[token]
-        halves[:, 1].view(num_heads, N, D)[:, place] = value[token]
+        block, place = divmod(slot, plan.block_size)
+        for part, (of_token, of_channel), first in (
+            (key, layout.key_strides, 0),
+            (value, layout.value_strides, layout.values_offset // plan.itemsize),
+        ):
+            runs[block][:, first + place * of_token + channel * of_channel] = part[token]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -10,6 +10,7 @@ from think_vllm.errors import ThinkError
 from think_vllm.formats import FORMATS, GROUP_SIZES
 from think_vllm.layout import (
     ALIGN_BYTES,
+    BlockForm,
     DenseLayout,
     MatrixLayout,
     StaticLayout,
@@ -204,6 +205,13 @@ def test_keeping_all_values_is_the_layout_without_a_table(format: str) -> None:
 def test_dense_layout_splits_a_run_in_half() -> None:
     layout = DenseLayout(head_size=128, block_size=48, itemsize=2)
     assert (layout.run_bytes, layout.values_offset) == (24_576, 12_288)
+    assert (layout.key_strides, layout.value_strides) == ((1, 48), (128, 1))
+
+
+def test_dense_layout_of_token_rows_has_a_key_and_a_value_in_each() -> None:
+    layout = DenseLayout(128, 48, 2, BlockForm.GPU)
+    assert (layout.run_bytes, layout.values_offset) == (24_576, 256)
+    assert layout.key_strides == layout.value_strides == (256, 1)
 
 
 def test_thin_layout_refuses_what_does_not_fit() -> None:

@@ -8,11 +8,14 @@ from think_vllm.attention.step import Int64Array
 from think_vllm.kernels.cpu.compaction import compact_spans
 from think_vllm.kernels.cpu.decode import DecodeRows
 from think_vllm.kernels.cpu.scoring import key_energy
+from think_vllm.layout import BlockForm
 from think_vllm.spans import SpanRule
 
 
 class CPUEvictor(Evictor):
     """An evictor whose kernels are numba's."""
+
+    form = BlockForm.CPU
 
     def _key_energy(
         self,

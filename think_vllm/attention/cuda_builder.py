@@ -27,9 +27,22 @@ from vllm.v1.attention.backend import (
 from csrc_triton.compact import compact_spans, compact_workspace
 from think_vllm import compat_metrics, compat_rows
 from think_vllm.attention.cuda_evict import EmptySpans, skip_evicted
-from think_vllm.attention.cuda_parts import DueSpans, Rows, StepParts, WaveParts, to_device
+from think_vllm.attention.cuda_parts import (
+    DueSpans,
+    Rows,
+    StepParts,
+    WaveParts,
+    to_device,
+    with_pages,
+)
 from think_vllm.attention.cuda_state import GroupState
-from think_vllm.attention.cuda_step import StepSlots, due_spans, keeps_channels, step_parts
+from think_vllm.attention.cuda_step import (
+    StepSlots,
+    due_spans,
+    keep_dense,
+    keeps_channels,
+    step_parts,
+)
 from think_vllm.attention.cuda_warmup import warm_up
 from think_vllm.attention.evicting import Pack, take_packs, watch
 from think_vllm.attention.sorting import leading_thin_spans, sort_step
@@ -127,7 +140,7 @@ class ThinkCUDAMetadataBuilder(AttentionMetadataBuilder[ThinkCUDAMetadata]):
         if rows is None:
             step = _dummy_step(query_start, seq_len[: query_start.size - 1])
             parts = step_parts(step, StepSlots(), self.plan.rule, self.plan.chooses_per_span)
-            return self._metadata(common, to_device(parts, self.device))
+            return self._prompt_step(common, parts)
         count = rows.prompt_lens.size
         step = sort_step(
             self.plan.rule,
@@ -145,17 +158,18 @@ class ThinkCUDAMetadataBuilder(AttentionMetadataBuilder[ThinkCUDAMetadata]):
             take_packs(self.plan.rule, wave, rows.prompt_lens, evicted, rows.request_ids)
             for wave in step.waves
         ]
+        if not self.plan.rule.shrinks:
+            keep_dense(step.waves, evicted)
         slots = self._find_slots(step, rows, packs)
         if _is_decode(step, count, query_start):
             (wave,) = step.waves
             self._pack(common.block_table_tensor, _packing(packs[0], slots))
             self._compact(common.block_table_tensor, due_spans(wave, slots))
             return self._decode(common, wave.thin_spans, evicted)
-        parts = step_parts(step, slots, self.plan.rule, self.plan.chooses_per_span)
+        parts = step_parts(step, slots, self.plan.rule, self.plan.chooses_per_span, evicted)
         if self._empty is not None:
             parts = self._evict(common, step, slots, rows, packs, parts, evicted)
-        metadata = self._metadata(common, to_device(parts, self.device))
-        return replace(metadata, known=rows.known)
+        return replace(self._prompt_step(common, parts), known=rows.known)
 
     def build_for_cudagraph_capture(
         self, common_attn_metadata: CommonAttentionMetadata
@@ -163,6 +177,12 @@ class ThinkCUDAMetadataBuilder(AttentionMetadataBuilder[ThinkCUDAMetadata]):
         """Rows of a graph of single-token queries; vLLM fills in which, when it replays it."""
         none = np.zeros(0, np.int64)
         return self._decode(common_attn_metadata, none, none)
+
+    def _prompt_step(self, common: CommonAttentionMetadata, parts: StepParts) -> ThinkCUDAMetadata:
+        """Send a step that is no decode batch, and cut the block table to what it attends to."""
+        metadata = self._metadata(common, to_device(parts, self.device))
+        tables = metadata.block_table, metadata.wave_table
+        return replace(metadata, parts=with_pages(metadata.parts, *tables, self.plan.block_size))
 
     def _metadata(self, common: CommonAttentionMetadata, parts: StepParts) -> ThinkCUDAMetadata:
         table = common.block_table_tensor
@@ -230,7 +250,7 @@ class ThinkCUDAMetadataBuilder(AttentionMetadataBuilder[ThinkCUDAMetadata]):
             thin_spans=self._thin_spans[:count],
         )
         return self._metadata(
-            common, StepParts([], None, None, None, None, [WaveParts(None, rows, None)])
+            common, StepParts([], None, None, None, None, [WaveParts(None, rows, [])])
         )
 
     def _find_slots(
@@ -305,7 +325,7 @@ class ThinkCUDAMetadataBuilder(AttentionMetadataBuilder[ThinkCUDAMetadata]):
 
 def _packing(packs: list[Pack], slots: StepSlots) -> WaveParts:
     """The packs of a wave, and where their channels are kept."""
-    return WaveParts(None, None, None, packs, [slots.requests.get(pack.row, 0) for pack in packs])
+    return WaveParts(None, None, [], packs, [slots.requests.get(pack.row, 0) for pack in packs])
 
 
 def _is_decode(step: Step, count: int, query_start: Int64Array) -> bool:

@@ -14,6 +14,7 @@ from csrc_triton.scores import key_energy
 from think_vllm.attention.cuda_parts import Chunks, Rows, WaveParts
 from think_vllm.attention.evictor import Evictor
 from think_vllm.attention.step import Int64Array
+from think_vllm.layout import BlockForm
 from think_vllm.spans import SpanRule
 
 Q = TypeVar("Q", Rows, Chunks)
@@ -21,6 +22,8 @@ Q = TypeVar("Q", Rows, Chunks)
 
 class CUDAEvictor(Evictor):
     """An evictor whose kernels are Triton's. Nothing waits for the device."""
+
+    form = BlockForm.GPU
 
     def _key_energy(
         self,
@@ -63,18 +66,18 @@ def skip_evicted(
 
     def skip(queries: Q) -> Q:
         empty = torch.from_numpy(evicted[queries.request.numpy()]).int()
-        assert queries.thin_spans is not None
+        thin = queries.thin_spans
         return replace(
             queries,
             request=queries.request * row_entries + empty * rule.span_blocks,
             seq_len=queries.seq_len - empty * rule.span_tokens,
-            thin_spans=queries.thin_spans - empty,
+            thin_spans=None if thin is None else thin - empty,
         )
 
     return replace(
         wave,
         rows=None if wave.rows is None else skip(wave.rows),
-        chunks=None if wave.chunks is None else skip(wave.chunks),
+        chunks=[skip(chunks) for chunks in wave.chunks],
     )
 
 

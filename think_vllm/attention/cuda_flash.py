@@ -1,4 +1,4 @@
-"""VLLM's FlashAttention, for prompts that need nothing from the cache."""
+"""VLLM's FlashAttention, over a step's own keys and over dense blocks, which have its form."""
 
 from collections.abc import Callable
 from functools import partial
@@ -8,7 +8,7 @@ import torch
 
 
 def load_flash(head_size: int, logits_soft_cap: float) -> Callable[..., Any] | None:
-    """Find causal attention over ``q``, ``k`` and ``v`` of several prompts.
+    """Find causal attention over prompts, which reads keys as they are or from pages.
 
     Imported here and not above: the module behind it exists on GPUs only. Asks for the current
     config, so it is called while layers are built.
@@ -67,6 +67,54 @@ def flash_prompts(
         cu_seqlens_k=starts,
         max_seqlen_q=max_len,
         max_seqlen_k=max_len,
+        softmax_scale=scale,
+        softcap=logits_soft_cap,
+    )
+
+
+def flash_pages(
+    flash: Callable[..., Any],
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    pages: torch.Tensor,
+    starts: torch.Tensor,
+    seq_len: torch.Tensor,
+    max_query_len: int,
+    max_seq_len: int,
+    scale: float,
+    logits_soft_cap: float,
+    out: torch.Tensor,
+) -> None:
+    """Attend with the last queries of contexts that are dense blocks, causally.
+
+    FlashAttention gives what lies behind a context the weight zero, which leaves a NaN a NaN, and
+    may read whole blocks: the rest of a context's last one must hold finite values.
+
+    Args:
+        flash: Of ``load_flash``.
+        query: ``[tokens, Hq, D]``.
+        kv_cache: ``[num_blocks, Hk, N, 2 * D]``. Rows of a key and a value (``layout.py``).
+        pages: ``[n, width]`` int32. Blocks of each request.
+        starts: ``[n + 1]`` int32. Start of each request's queries.
+        seq_len: ``[n]`` int32. Tokens that the last query of each attends to.
+        max_query_len: Most queries of a request, a host number.
+        max_seq_len: Most tokens of ``seq_len``, a host number.
+        scale: Factor on ``q . k``.
+        logits_soft_cap: If positive, scores become ``cap * tanh(score / cap)``.
+        out: ``[tokens, Hq, D]``. Written.
+    """
+    # Strides of heads and tokens are multiples of 16 bytes, as its wide loads want them.
+    keys, values = kv_cache.transpose(1, 2).split(query.shape[2], dim=-1)
+    flash(
+        q=query,
+        k=keys,
+        v=values,
+        out=out,
+        cu_seqlens_q=starts,
+        seqused_k=seq_len,
+        block_table=pages,
+        max_seqlen_q=max_query_len,
+        max_seqlen_k=max_seq_len,
         softmax_scale=scale,
         softcap=logits_soft_cap,
     )

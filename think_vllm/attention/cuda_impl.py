@@ -11,10 +11,10 @@ from csrc_triton.compact import compact_spans
 from csrc_triton.context import context_attention
 from csrc_triton.decode import decode_attention
 from csrc_triton.scores import add_query_energy, key_energy
-from csrc_triton.store import store_dense
+from csrc_triton.store import clear_tails, store_dense
 from think_vllm.attention.cuda_builder import ThinkCUDAMetadata
 from think_vllm.attention.cuda_evict import CUDAEvictor
-from think_vllm.attention.cuda_flash import flash_prompts, load_flash
+from think_vllm.attention.cuda_flash import flash_pages, flash_prompts, load_flash
 from think_vllm.attention.cuda_layer import CUDALayerImpl, refuse_output_scales
 from think_vllm.attention.cuda_parts import (
     Chunks,
@@ -127,9 +127,9 @@ class ThinkCUDAImpl(CUDALayerImpl[ThinkCUDAMetadata]):
                 self._compact(kv_cache, metadata, index, wave.due)
             if wave.rows is not None:
                 self._attend_rows(query, kv_cache, metadata, wave.rows, output)
-            if wave.chunks is not None:
+            for chunks in wave.chunks:
                 table = metadata.wave_table
-                self._attend_chunks(query, key, value, kv_cache, table, wave.chunks, output)
+                self._attend_chunks(query, key, value, kv_cache, table, chunks, output)
         return output
 
     def _watch(
@@ -191,6 +191,21 @@ class ThinkCUDAImpl(CUDALayerImpl[ThinkCUDAMetadata]):
                 value[where],
                 chunks.starts,
                 chunks.max_query_len,
+                self.scale,
+                self.logits_soft_cap,
+                answer,
+            )
+        elif chunks.pages is not None and self._flash is not None:
+            clear_tails(kv_cache, chunks.pages, chunks.seq_len, self.plan)
+            flash_pages(
+                self._flash,
+                query[where],
+                kv_cache,
+                chunks.pages,
+                chunks.starts,
+                chunks.seq_len,
+                chunks.max_query_len,
+                chunks.max_seq_len,
                 self.scale,
                 self.logits_soft_cap,
                 answer,

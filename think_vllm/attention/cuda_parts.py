@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -31,6 +31,9 @@ class Chunks:
         request: int32 [n]. Row of the block table.
         thin_spans: int32 [n]. Spans that each request's see thin; None for none.
         max_query_len: Most queries of a request.
+        max_seq_len: Most tokens of ``seq_len``.
+        pages: int32 [n, width]. Blocks of each request, for those that see earlier steps' keys and
+            no thin spans; None for others, and until ``with_pages`` adds them.
     """
 
     fresh: bool
@@ -40,6 +43,8 @@ class Chunks:
     request: torch.Tensor
     thin_spans: torch.Tensor | None
     max_query_len: int
+    max_seq_len: int
+    pages: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -148,14 +153,14 @@ class WaveParts:
     Args:
         due: What is compacted first; None for nothing.
         rows: Those of requests that have one; None for none.
-        chunks: Those of resumed requests that have several; None for none.
+        chunks: Those of resumed requests that have several, those that see thin spans apart.
         packs: Prompts that are packed before that.
         pack_slots: Where the channels of each are kept.
     """
 
     due: DueSpans | None
     rows: Rows | None
-    chunks: Chunks | None
+    chunks: list[Chunks]
     packs: list[Pack] = field(default_factory=list)
     pack_slots: list[int] = field(default_factory=list)
 
@@ -183,6 +188,40 @@ class StepParts:
     waves: list[WaveParts]
     watched: list[Watched] = field(default_factory=list)
     ended_rows: list[int] = field(default_factory=list)
+
+
+def with_pages(
+    parts: StepParts, block_table: torch.Tensor, wave_table: torch.Tensor, block_size: int
+) -> StepParts:
+    """Add the blocks of chunks that FlashAttention can read, once for all layers.
+
+    Args:
+        parts: On the device.
+        block_table: int32 [num_reqs, width]. Of prompt queries.
+        wave_table: int32 [rows, width]. Of queries past their prompts: the same, or
+            ``table_of_entries`` of it.
+        block_size: Tokens of a block.
+    """
+
+    def add(chunks: list[Chunks], table: torch.Tensor) -> list[Chunks]:
+        return [
+            part
+            if part.fresh or part.thin_spans is not None
+            else replace(part, pages=_rows(table, part.request, -(-part.max_seq_len // block_size)))
+            for part in chunks
+        ]
+
+    waves = [replace(wave, chunks=add(wave.chunks, wave_table)) for wave in parts.waves]
+    return replace(parts, prompts=add(parts.prompts, block_table), waves=waves)
+
+
+def _rows(table: torch.Tensor, request: torch.Tensor, width: int) -> torch.Tensor:
+    """``width`` entries of a block table from the start of each request's row on, a copy."""
+    if width <= table.shape[1]:
+        return table[:, :width].index_select(0, request)
+    # A row begins at every entry. Nobody reads what is behind a request's own entries.
+    entries = request[:, None] + torch.arange(width, dtype=torch.int32, device=table.device)
+    return table.flatten().take(entries.clamp_(max=table.shape[0] - 1))
 
 
 def to_device(parts: T, device: torch.device) -> T:

@@ -42,7 +42,11 @@ class StepSlots:
 
 
 def step_parts(
-    step: Step, slots: StepSlots, rule: SpanRule, chooses_per_span: bool = False
+    step: Step,
+    slots: StepSlots,
+    rule: SpanRule,
+    chooses_per_span: bool = False,
+    evicted: Int64Array | None = None,
 ) -> StepParts:
     """Write a step in tensors, still on the host.
 
@@ -51,6 +55,7 @@ def step_parts(
         slots: Where its requests' state is kept.
         rule: What a span is.
         chooses_per_span: Whether each span of a prompt has channels of its own.
+        evicted: int64 [num_reqs]. Empty spans of each request, which count as thin; None for none.
     """
     chunks, chunk_windows = step.chunk_ends, []
     if chunks is not None and chunks.num_observed.any():
@@ -62,7 +67,7 @@ def step_parts(
         # These windows begin and end here, whatever is kept of their prompts' windows.
         chunk_observed=_observed(chunk_windows, StepSlots()),
         chunk_ends=_ended(chunks, slots, rule, chooses_per_span),
-        waves=[_wave_parts(wave, slots) for wave in step.waves],
+        waves=[_wave_parts(wave, slots, evicted) for wave in step.waves],
     )
 
 
@@ -94,6 +99,21 @@ def due_spans(wave: Wave, slots: StepSlots) -> DueSpans | None:
     )
 
 
+def keep_dense(waves: list[Wave], evicted: Int64Array) -> None:
+    """Let spans stay dense that would take as many blocks once they are thin.
+
+    Thin blocks that nothing was pruned or coded of would hold the same elements in another form,
+    which FlashAttention cannot read.
+
+    Args:
+        waves: Without packs. Changed: nothing is due, and only empty spans count as thin.
+        evicted: int64 [num_reqs]. Empty spans of each request.
+    """
+    for wave in waves:
+        wave.due_request, wave.due_span, wave.due_kept = [], [], []
+        wave.thin_spans = np.minimum(wave.thin_spans, evicted[wave.request])
+
+
 def _prompt_parts(prefill: Prefill | None) -> list[Chunks]:
     """Prompts that start in this step, those that go on, and those that see thin spans."""
     if prefill is None:
@@ -109,6 +129,7 @@ def _prompt_parts(prefill: Prefill | None) -> list[Chunks]:
             request=_ints(chosen.request),
             thin_spans=_ints(chosen.thin_spans) if sees_thin else None,
             max_query_len=int(chosen.num_tokens.max()),
+            max_seq_len=int(chosen.seq_len.max()),
         )
         for is_fresh, sees_thin, which in (
             (True, False, fresh),
@@ -179,7 +200,7 @@ def _final(ends: Ends, choices: Choices) -> torch.Tensor | None:
     return _ints(np.flatnonzero(~packed)) if packed.any() else None
 
 
-def _wave_parts(wave: Wave, slots: StepSlots) -> WaveParts:
+def _wave_parts(wave: Wave, slots: StepSlots, evicted: Int64Array | None) -> WaveParts:
     # Rows of one wave come request by request, each in token order.
     _, first, count = np.unique(wave.request, return_index=True, return_counts=True)
     single = first[count == 1]
@@ -192,14 +213,22 @@ def _wave_parts(wave: Wave, slots: StepSlots) -> WaveParts:
             seq_len=_ints(wave.seq_len[single]),
             thin_spans=_ints(wave.thin_spans[single]),
         )
+    first, count = first[count > 1], count[count > 1]
+    thin = wave.thin_spans[first]
+    if evicted is not None:
+        thin = thin - evicted[wave.request[first]]
     return WaveParts(
-        due_spans(wave, slots), rows, _resumed_chunks(wave, first[count > 1], count[count > 1])
+        due_spans(wave, slots),
+        rows,
+        [
+            _resumed_chunks(wave, first[which], count[which], sees_thin)
+            for sees_thin, which in ((False, thin == 0), (True, thin > 0))
+            if which.any()
+        ],
     )
 
 
-def _resumed_chunks(wave: Wave, first: Int64Array, count: Int64Array) -> Chunks | None:
-    if not first.size:
-        return None
+def _resumed_chunks(wave: Wave, first: Int64Array, count: Int64Array, sees_thin: bool) -> Chunks:
     order = np.argsort(wave.token[first])
     first, count = first[order], count[order]
     last = first + count - 1
@@ -212,8 +241,9 @@ def _resumed_chunks(wave: Wave, first: Int64Array, count: Int64Array) -> Chunks 
         starts=_ints(np.concatenate(([0], np.cumsum(count)))),
         seq_len=_ints(wave.seq_len[last]),
         request=_ints(wave.request[last]),
-        thin_spans=_ints(wave.thin_spans[last]),
+        thin_spans=_ints(wave.thin_spans[last]) if sees_thin else None,
         max_query_len=int(count.max()),
+        max_seq_len=int(wave.seq_len[last].max()),
     )
 
 

@@ -10,7 +10,7 @@ from csrc_triton.static_blocks import ChannelOrder
 from csrc_triton.static_context import static_context
 from csrc_triton.static_decode import static_decode
 from csrc_triton.static_store import store_static
-from csrc_triton.store import store_dense
+from csrc_triton.store import clear_tails, store_dense
 from think_vllm.choosing import top_channels
 from think_vllm.eviction import table_of_entries
 from think_vllm.planner import BlockPlan
@@ -59,6 +59,7 @@ def _warm_up(
     out = torch.empty_like(query)
 
     store_dense(key, key, kv_cache, request.long() * plan.span_tokens, plan)
+    clear_tails(kv_cache, table, one, plan)
     starts = torch.arange(requests + 1, dtype=torch.int32, device=device)
     scale = plan.head_size**-0.5
     for thin in (None, none):

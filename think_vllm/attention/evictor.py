@@ -13,6 +13,7 @@ import torch
 from think_vllm.attention.evicting import Pack, Watched
 from think_vllm.choosing import Chooser
 from think_vllm.eviction import add_attention, choose_tokens, gather_tokens, pool
+from think_vllm.layout import BlockForm
 from think_vllm.planner import BlockPlan
 
 
@@ -38,7 +39,11 @@ class Evictor(ABC):
         scale: Factor on ``q . k``.
         logits_soft_cap: Of the layer's scores, 0 for none.
         sinks: [Hq]. Attention sinks of the layer; None for none.
+
+    Class attribute ``form`` is the form of the device's dense blocks.
     """
+
+    form: BlockForm
 
     def __init__(
         self, plan: BlockPlan, scale: float, logits_soft_cap: float, sinks: torch.Tensor | None
@@ -90,6 +95,7 @@ class Evictor(ABC):
                 self.scale,
                 self.logits_soft_cap,
                 self.sinks,
+                self.form,
             )
             if seen.ends:
                 sums = self._sums.pop(seen.request)
@@ -130,7 +136,7 @@ class Evictor(ABC):
             old = (pack.first_span + pack.num_spans) * plan.span_tokens
             blocks = self._blocks(block_table, pack.row, 0, old)
             # A copy: compaction writes into blocks that kept tokens are read from.
-            packed = gather_tokens(kv_cache, blocks, kept.tokens, plan)
+            packed = gather_tokens(kv_cache, blocks, kept.tokens, plan, self.form)
             channels = None
             if chooser is not None and kept.energy is not None and plan.prunes:
                 keys = None

@@ -20,6 +20,8 @@ def gather_context(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Read a request's context at full width, pruned channels being zero.
 
+    ``form`` is that of dense blocks, all else as for ``decode_attention_ref``.
+
     Returns:
         Keys and values, both ``[Hk, seq_len, D]`` float64.
     """
@@ -33,16 +35,14 @@ def gather_context(
             first = start + k * plan.thin_block_tokens
             count = min(plan.thin_block_tokens, start + plan.span_tokens - first)
             for head in range(num_heads):
-                thin_keys, thin_values, table = read_thin(
-                    kv_cache, block, head, count, plan, form
-                )
+                thin_keys, thin_values, table = read_thin(kv_cache, block, head, count, plan, form)
                 of_keys, of_values = split_channels(table, plan)
                 keys[head, first : first + count, of_keys] = thin_keys.T
                 values[head, first : first + count, of_values] = thin_values
     start = thin_spans * plan.span_tokens
     if seq_len > start:
         blocks = block_table[request, start // plan.block_size : -(-seq_len // plan.block_size)]
-        dense = dense_tokens(kv_cache, blocks.tolist(), seq_len - start)
+        dense = dense_tokens(kv_cache, blocks.tolist(), seq_len - start, form)
         keys[:, start:], values[:, start:] = dense[0].double(), dense[1].double()
     return keys, values
 

@@ -9,8 +9,27 @@ from think_vllm.planner import BlockPlan
 from think_vllm.reference.quantization import read_matrix, write_matrix
 
 
+def split_dense(kv_cache: torch.Tensor, form: BlockForm) -> tuple[torch.Tensor, torch.Tensor]:
+    """View a cache as keys and values of dense blocks, both ``[num_blocks, Hk, N, D]``.
+
+    Args:
+        kv_cache: ``[num_blocks, Hk, N, 2 * D]``; stride of dim 0 is free.
+        form: Of dense blocks.
+    """
+    block_size, width = kv_cache.shape[2:]
+    head_size = width // 2
+    if form is BlockForm.GPU:
+        return kv_cache[..., :head_size], kv_cache[..., head_size:]
+    runs, half = kv_cache.flatten(2), block_size * head_size
+    keys = runs[..., :half].unflatten(2, (head_size, block_size)).transpose(2, 3)
+    return keys, runs[..., half:].unflatten(2, (block_size, head_size))
+
+
 def dense_tokens(
-    kv_cache: torch.Tensor, blocks: Sequence[int], num_tokens: int
+    kv_cache: torch.Tensor,
+    blocks: Sequence[int],
+    num_tokens: int,
+    form: BlockForm = BlockForm.CPU,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Read keys and values of consecutive dense blocks.
 
@@ -18,19 +37,16 @@ def dense_tokens(
         kv_cache: ``[num_blocks, Hk, N, 2 * D]``.
         blocks: Block numbers, in token order.
         num_tokens: How many tokens to read.
+        form: Of dense blocks.
 
     Returns:
         Keys and values, both ``[Hk, num_tokens, D]``, copies.
     """
-    num_heads, block_size, width = kv_cache.shape[1:]
-    head_size = width // 2
-    runs = kv_cache[list(blocks)].reshape(len(blocks), num_heads, 2, -1)
-    keys = runs[:, :, 0].reshape(len(blocks), num_heads, head_size, block_size).transpose(2, 3)
-    values = runs[:, :, 1].reshape(len(blocks), num_heads, block_size, head_size)
-    return (
-        keys.transpose(0, 1).reshape(num_heads, -1, head_size)[:, :num_tokens].clone(),
-        values.transpose(0, 1).reshape(num_heads, -1, head_size)[:, :num_tokens].clone(),
+    keys, values = (
+        part[list(blocks)].transpose(0, 1).flatten(1, 2)[:, :num_tokens].clone()
+        for part in split_dense(kv_cache, form)
     )
+    return keys, values
 
 
 def thin_run(kv_cache: torch.Tensor, block: int, head: int) -> torch.Tensor:
@@ -130,7 +146,7 @@ def compact_spans_ref(
     for index, (row, number) in enumerate(zip(request, span, strict=True)):
         first = int(number) * plan.span_blocks
         blocks = block_table[int(row), first : first + plan.span_blocks].tolist()
-        keys, values = dense_tokens(kv_cache, blocks, plan.span_tokens)
+        keys, values = dense_tokens(kv_cache, blocks, plan.span_tokens, form)
         for k, block in enumerate(blocks[: plan.thin_blocks]):
             tokens = slice(k * plan.thin_block_tokens, (k + 1) * plan.thin_block_tokens)
             for head in range(kv_cache.shape[1]):

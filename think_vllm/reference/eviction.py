@@ -9,8 +9,9 @@ pooling is an average (SnapKV's code offers that and the maximum).
 import torch
 
 from think_vllm.eviction import POOLING_TOKENS
+from think_vllm.layout import BlockForm
 from think_vllm.planner import BlockPlan
-from think_vllm.reference.compaction import dense_tokens
+from think_vllm.reference.compaction import dense_tokens, split_dense
 
 
 def attention_sums_ref(
@@ -80,7 +81,11 @@ def choose_tokens_ref(scores: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def gather_tokens_ref(
-    kv_cache: torch.Tensor, blocks: list[int], tokens: torch.Tensor, plan: BlockPlan
+    kv_cache: torch.Tensor,
+    blocks: list[int],
+    tokens: torch.Tensor,
+    plan: BlockPlan,
+    form: BlockForm = BlockForm.CPU,
 ) -> torch.Tensor:
     """Copy each head's tokens into dense blocks of their own.
 
@@ -89,17 +94,18 @@ def gather_tokens_ref(
         blocks: Dense blocks of the prompt's old tokens.
         tokens: ``[Hk, count]`` int64, ``count`` a multiple of ``N``.
         plan: How blocks are laid out.
+        form: Of dense blocks.
 
     Returns:
         ``[count / N, Hk, N, 2 * D]``, in the dense form of the cache.
     """
     num_heads, block_size, width = kv_cache.shape[1:]
-    keys, values = dense_tokens(kv_cache, blocks, len(blocks) * block_size)
+    keys, values = dense_tokens(kv_cache, blocks, len(blocks) * block_size, form)
     packed = kv_cache.new_zeros(tokens.shape[1] // block_size, num_heads, block_size, width)
-    runs = packed.view(*packed.shape[:2], 2, -1)
+    packed_keys, packed_values = split_dense(packed, form)
     for head in range(num_heads):
         for place, token in enumerate(tokens[head].tolist()):
             block, slot = divmod(place, block_size)
-            runs[block, head, 0].view(-1, block_size)[:, slot] = keys[head, token]
-            runs[block, head, 1].view(block_size, -1)[slot] = values[head, token]
+            packed_keys[block, head, slot] = keys[head, token]
+            packed_values[block, head, slot] = values[head, token]
     return packed

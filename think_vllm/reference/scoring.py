@@ -19,6 +19,7 @@ from collections.abc import Sequence
 
 import torch
 
+from think_vllm.layout import BlockForm
 from think_vllm.planner import BlockPlan
 from think_vllm.reference.compaction import dense_tokens
 
@@ -30,6 +31,7 @@ def key_energy_ref(
     prompt_len: Sequence[int],
     plan: BlockPlan,
     first_block: Sequence[int] | None = None,
+    form: BlockForm = BlockForm.CPU,
 ) -> torch.Tensor:
     """Mean of each channel's squared keys over the dense blocks of a prompt.
 
@@ -40,6 +42,7 @@ def key_energy_ref(
         prompt_len: ``[n]``. Tokens of the prompt.
         plan: How blocks are laid out.
         first_block: ``[n]``. First dense block; those before it are left out. None for 0.
+        form: Of dense blocks.
 
     Returns:
         ``[n, Hk, D]`` float64.
@@ -49,7 +52,8 @@ def key_energy_ref(
     for row, length, first in zip(request, prompt_len, firsts, strict=True):
         count = -(-int(length) // plan.block_size)
         blocks = block_table[int(row), int(first) : count].tolist()
-        keys, _ = dense_tokens(kv_cache, blocks, int(length) - int(first) * plan.block_size)
+        dense = int(length) - int(first) * plan.block_size
+        keys, _ = dense_tokens(kv_cache, blocks, dense, form)
         energies.append(keys.double().square().mean(dim=1))
     return torch.stack(energies)
 
