@@ -80,7 +80,7 @@ def store_dense(
 
 
 def clear_tails(
-    kv_cache: torch.Tensor, pages: torch.Tensor, seq_len: torch.Tensor, plan: BlockPlan
+    kv_cache: torch.Tensor, block_table: torch.Tensor, seq_len: torch.Tensor, plan: BlockPlan
 ) -> None:
     """Set the values behind the last token of contexts to zero, up to the end of its block.
 
@@ -90,23 +90,23 @@ def clear_tails(
 
     Args:
         kv_cache: ``[num_blocks, Hk, N, 2 * D]``; stride of dim 0 is free. Written.
-        pages: ``[n, W]`` int32. Blocks of each context.
-        seq_len: ``[n]`` int32. Tokens of each, at least one, the last of them in a dense block.
+        block_table: ``[n, W]`` int32. Blocks of each context.
+        seq_len: ``[n]`` int32. Tokens of each, the last of them in a dense block; 0 for none.
         plan: How blocks are laid out.
 
     Raises:
         ValueError: If shapes, dtypes or devices do not fit each other.
     """
-    who, num_contexts = "clear_tails", pages.shape[0]
-    check_cache(who, kv_cache, pages, plan)
+    who, num_contexts = "clear_tails", block_table.shape[0]
+    check_cache(who, kv_cache, block_table, plan)
     check_tensor(who, "seq_len", seq_len, torch.int32, (num_contexts,), kv_cache.device)
     if num_contexts == 0:
         return
     clear_kernel[(num_contexts, kv_cache.shape[1])](
         cache_bytes(kv_cache),
-        pages,
+        block_table,
         seq_len,
-        pages.stride(0),
+        block_table.stride(0),
         **cache_strides(kv_cache),
         **_constants(plan, kv_cache.dtype),
         num_warps=WARPS,
@@ -153,18 +153,20 @@ def store_kernel(
     tl.store(target + D, tl.load(source[:, None] + channel[None, :], mask=mask), mask=mask)
 
 
-# One binary whatever the length of a context.
-@triton.jit(do_not_specialize=["page_stride"])
+@kernel(unaligned=("table_ptr", "length_ptr"))
 def clear_kernel(
-    kv_ptr, page_ptr, length_ptr, page_stride, block_stride, head_stride,
+    kv_ptr, table_ptr, length_ptr, table_stride, block_stride, head_stride,
     D: tl.constexpr, D_PAD: tl.constexpr, N: tl.constexpr, DTYPE: tl.constexpr,
     TOKENS: tl.constexpr,
 ):  # fmt: skip
     """One program per (context, KV head)."""
+    block_stride, head_stride = whole_stride(block_stride), whole_stride(head_stride)
     context = tl.program_id(0)
     length = tl.load(length_ptr + context)
+    if length == 0:
+        return
     entry = (length - 1) // N
-    block = tl.load(page_ptr + context.to(tl.int64) * page_stride + entry)
+    block = tl.load(table_ptr + context.to(tl.int64) * table_stride + entry)
     run = find_run(kv_ptr, block, tl.program_id(1), block_stride, head_stride)
     run = run.to(tl.pointer_type(DTYPE), bitcast=True)
     channel = tl.arange(0, D_PAD)
@@ -192,8 +194,8 @@ def aot_cases(plan: BlockPlan, dtype: torch.dtype) -> list[AotCase]:
         "block_stride": "i32",
         "head_stride": "i32",
     }
-    clear = {"kv_ptr": "*u8:16", "page_ptr": "*i32:16", "length_ptr": "*i32:16",
-             "page_stride": "i32", "block_stride": "i32:16", "head_stride": "i32:16"}  # fmt: skip
+    clear = {"kv_ptr": "*u8:16", "table_ptr": "*i32:16", "length_ptr": "*i32:16",
+             "table_stride": "i32", "block_stride": "i32", "head_stride": "i32"}  # fmt: skip
     return [
         AotCase(store_kernel, signature, constants, {"num_warps": WARPS}),
         AotCase(clear_kernel, clear, constants, {"num_warps": WARPS}),

@@ -25,8 +25,8 @@ MAX_SPAN_BLOCKS = 32
 MAX_SPAN_TOKENS = 2048
 #: Head sizes and block sizes are multiples of this: one vector of the kernels.
 SIZE_MULTIPLE = 16
-#: Thin blocks hold whole multiples of this many tokens; coded ones of twice as many, and whole units
-#: of keys: kernels for GPUs read as many at once.
+#: Thin blocks hold whole multiples of this many tokens; coded ones of twice as many, and of whole
+#: units of keys: kernels for GPUs read as many at once.
 TOKEN_ALIGNMENT = 4
 #: Value rows of a thin block are whole multiples of this many channels: whole bytes of 2-bit codes.
 CHANNEL_ALIGNMENT = 4

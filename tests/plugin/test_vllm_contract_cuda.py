@@ -198,6 +198,8 @@ def test_vllm_flash_attention_is_what_we_rely_on() -> None:
         "out",
         "cu_seqlens_q",
         "cu_seqlens_k",
+        "seqused_k",
+        "block_table",
         "max_seqlen_q",
         "max_seqlen_k",
         "softmax_scale",

@@ -35,6 +35,7 @@ class Engine:
         device: Of tensors.
         version: Of the model runner: 1 or 2.
         layers: How many.
+        flash: What prompts without thin spans attend with; None for our own kernel.
         graphs: Whether decode batches run as full CUDA graphs do: with the metadata that was
             built before, for more rows than the batch has.
     """
@@ -52,9 +53,10 @@ class Engine:
         graphs: bool = False,
         num_blocks: int = 120,
         seed: int = 0,
+        flash: Any = None,
     ) -> None:
         self.plan, self.heads, self.version, self.device = plan, heads, version, device
-        self.graphs = graphs
+        self.graphs, self.flash = graphs, flash
         self.random = random.Random(seed)
         self.requests: dict[str, Request] = {}
         self.free = list(range(1, num_blocks))
@@ -104,8 +106,7 @@ class Engine:
         memory = torch.full(shape, torch.nan, device=self.device)
         with (
             patch("think_vllm.attention.cuda_impl.get_current_vllm_config"),
-            # On a GPU there is one, which has no float32.
-            patch("think_vllm.attention.cuda_impl.load_flash", return_value=None),
+            patch("think_vllm.attention.cuda_impl.load_flash", return_value=self.flash),
             patch("think_vllm.attention.cuda_impl.remember_plan", return_value=plan),
             patch(
                 "think_vllm.attention.cuda_impl.rank_heads",

@@ -5,6 +5,8 @@ import random
 import pytest
 import torch
 
+from tests.support.compilations import record_binaries
+from tests.support.flash import FlashAttention
 from tests.triton.lives import PLANS, Life
 from think_vllm.attention.cuda_backend import ThinkCUDABackend
 from think_vllm.attention.cuda_state import GroupState
@@ -184,39 +186,54 @@ def test_profiling_runs_have_no_metadata(device):
     assert not out.any()
 
 
-def test_fresh_prompts_run_in_flash_attention(device, monkeypatch):
-    lengths = []
-
-    def flash(q, k, v, out, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options):
-        assert torch.equal(cu_seqlens_q, cu_seqlens_k)
-        assert options == {"softmax_scale": 0.2, "softcap": 0.0}
-        lens = cu_seqlens_q.diff().tolist()
-        assert max_seqlen_q == max_seqlen_k == max(lens)
-        lengths.append(lens)
-        for parts in zip(*(x.split(lens) for x in (q, k, v, out)), strict=True):
-            query, key, value = (x.transpose(0, 1).double() for x in parts[:3])
-            parts[3][:] = torch.nn.functional.scaled_dot_product_attention(
-                query, key, value, is_causal=True, scale=0.2, enable_gqa=True
-            ).transpose(0, 1)
-
-    life = Life("k4v2-0.5", 2, device)
-    monkeypatch.setattr(life.engine.layers[0].impl, "_flash", flash)
+def test_prompts_without_thin_spans_run_in_flash_attention(device):
+    flash = FlashAttention()
+    life = Life("k4v2-0.5", 2, device, flash=flash)
     one = life.add("one", 60, 75)
     life.add("two", 20, 22)
     life.add("three", 70, 72)
     life.step(one=60, two=20)
     life.step(one=1, two=1, three=31)
-    life.step(one=1, three=39)
-    assert [sorted(x) for x in lengths] == [[20, 60], [31]]
-    # A resumed request's prompt is fresh, its output is not.
+    assert [sorted(x) for x in flash.fresh] == [[20, 60], [31]]
+    assert flash.paged == []
+    # A later chunk sees dense blocks, as they lie in the cache.
+    with record_binaries() as used:
+        life.step(one=1, three=39)
+    assert flash.paged == [[(39, 70)]]
+    assert not any("context" in kernel for kernel, *_ in used)
+    # A resumed request's prompt is fresh; its output sees what its first queries saw.
     life.engine.preempt(one)
     life.step(one=74, two=1, three=1)
     life.step(one=1)
-    assert lengths[2:] == [[60]]
-    # Nor is a prompt behind thin blocks.
+    assert flash.fresh[2:] == [[60]]
+    # Nor is a prompt behind thin blocks dense.
+    calls = len(flash.fresh), len(flash.paged)
     life.add("four", 66, 67, hit=(one, life.plan.span_tokens))
     life.step(four=18)
-    assert lengths[3:] == []
+    assert (len(flash.fresh), len(flash.paged)) == calls
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_lives_with_flash_attention(name, device):
+    flash = FlashAttention()
+    life = Life(name, 2, device, layers=2, flash=flash, seed=3)
+    span, due = life.plan.span_tokens, life.rule.due_position
+    long = life.add("long", 2 * span + 20, due(2) + 3)
+    short = life.add("short", 30, due(0) + 4)
+    # Chunks of two prompts at once, of different lengths and places in their blocks.
+    life.step(long=span + 3, short=7)
+    life.step(long=span - 5, short=12)
+    life.step(long=22, short=11)
+    life.step(long=1, short=1)
+    # Blocks that were thin are dense blocks of others now, with bytes of codes behind their tokens.
+    life.engine.finish(long)
+    other = life.add("other", span + 25, span + 30)
+    life.step(other=5, short=1)
+    life.step(other=span + 20, short=1)
+    life.engine.preempt(short)
+    life.step(short=short.total - 2, other=1)
+    assert other.computed == span + 26
+    assert len(flash.paged) >= 6
 
 
 @pytest.mark.parametrize(

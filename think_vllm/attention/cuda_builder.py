@@ -66,6 +66,7 @@ class ThinkCUDAMetadata:
         workspace: For compaction.
         parts: The sorted step.
         wave_table: The block table that rows of queries past their prompts are of.
+        seq_len: int32 [num_reqs]. Tokens of each request at the end of the step.
         known: Ids of the requests that the runner knows.
     """
 
@@ -75,6 +76,7 @@ class ThinkCUDAMetadata:
     workspace: torch.Tensor
     parts: StepParts
     wave_table: torch.Tensor
+    seq_len: torch.Tensor
     known: Container[str] = ()
 
 
@@ -193,6 +195,7 @@ class ThinkCUDAMetadataBuilder(AttentionMetadataBuilder[ThinkCUDAMetadata]):
             state=self.state,
             workspace=self._workspace,
             parts=parts,
+            seq_len=common.seq_lens,
         )
 
     def _evict(

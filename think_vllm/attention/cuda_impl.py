@@ -104,6 +104,9 @@ class ThinkCUDAImpl(CUDALayerImpl[ThinkCUDAMetadata]):
             return output.fill_(0)
         metadata: ThinkCUDAMetadata = attn_metadata
         parts = metadata.parts
+        if self._flash is not None and parts.reads_pages:
+            # All tokens of the step are stored: what lies behind them is nobody's.
+            clear_tails(kv_cache, metadata.block_table, metadata.seq_len, self.plan)
         for chunks in parts.prompts:
             table = metadata.block_table
             self._attend_chunks(query, key, value, kv_cache, table, chunks, output)
@@ -196,7 +199,6 @@ class ThinkCUDAImpl(CUDALayerImpl[ThinkCUDAMetadata]):
                 answer,
             )
         elif chunks.pages is not None and self._flash is not None:
-            clear_tails(kv_cache, chunks.pages, chunks.seq_len, self.plan)
             flash_pages(
                 self._flash,
                 query[where],

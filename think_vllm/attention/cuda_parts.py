@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, TypeVar
@@ -189,6 +190,12 @@ class StepParts:
     watched: list[Watched] = field(default_factory=list)
     ended_rows: list[int] = field(default_factory=list)
 
+    @property
+    def reads_pages(self) -> bool:
+        """Whether FlashAttention can read blocks of the cache for some of its queries."""
+        chunks = itertools.chain(self.prompts, *(wave.chunks for wave in self.waves))
+        return any(part.pages is not None for part in chunks)
+
 
 def with_pages(
     parts: StepParts, block_table: torch.Tensor, wave_table: torch.Tensor, block_size: int
@@ -221,7 +228,7 @@ def _rows(table: torch.Tensor, request: torch.Tensor, width: int) -> torch.Tenso
         return table[:, :width].index_select(0, request)
     # A row begins at every entry. Nobody reads what is behind a request's own entries.
     entries = request[:, None] + torch.arange(width, dtype=torch.int32, device=table.device)
-    return table.flatten().take(entries.clamp_(max=table.shape[0] - 1))
+    return table.flatten()[entries.clamp_(max=table.shape[0] - 1)]
 
 
 def to_device(parts: T, device: torch.device) -> T:

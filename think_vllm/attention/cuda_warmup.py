@@ -24,10 +24,7 @@ def warm_up(
     device: torch.device,
     logits_soft_cap: float = 0.0,
 ) -> None:
-    """Run every kernel once on a few blocks, and once more for a single request.
-
-    Triton compiles whole numbers that are 1 into a kernel, so that is another one. Others, such
-    as multiples of 16, may still compile when they first come.
+    """Run every kernel once on a few blocks: none is compiled later (``csrc_triton/launch.py``).
 
     Args:
         plan: How blocks are laid out.
@@ -36,31 +33,19 @@ def warm_up(
         device: The GPU.
         logits_soft_cap: Of the layers; attention with one is another kernel.
     """
-    for requests in (3, 1):
-        _warm_up(plan, heads, dtype, device, requests, logits_soft_cap)
-
-
-def _warm_up(
-    plan: BlockPlan,
-    heads: tuple[int, int],
-    dtype: torch.dtype,
-    device: torch.device,
-    requests: int,
-    cap: float,
-) -> None:
-    blocks = requests * plan.span_blocks
-    shape = (blocks, heads[1], plan.block_size, 2 * plan.head_size)
+    cap = logits_soft_cap
+    shape = (plan.span_blocks, heads[1], plan.block_size, 2 * plan.head_size)
     kv_cache = torch.zeros(shape, dtype=dtype, device=device)
-    table = torch.arange(blocks, dtype=torch.int32, device=device).view(requests, -1)
-    request = torch.arange(requests, dtype=torch.int32, device=device)
+    table = torch.arange(plan.span_blocks, dtype=torch.int32, device=device)[None]
+    request = torch.zeros(1, dtype=torch.int32, device=device)
     none, one = torch.zeros_like(request), torch.ones_like(request)
-    query = torch.zeros(requests, heads[0], plan.head_size, dtype=dtype, device=device)
-    key = torch.zeros(requests, heads[1], plan.head_size, dtype=dtype, device=device)
+    query = torch.zeros(1, heads[0], plan.head_size, dtype=dtype, device=device)
+    key = torch.zeros(1, heads[1], plan.head_size, dtype=dtype, device=device)
     out = torch.empty_like(query)
 
     store_dense(key, key, kv_cache, request.long() * plan.span_tokens, plan)
     clear_tails(kv_cache, table, one, plan)
-    starts = torch.arange(requests + 1, dtype=torch.int32, device=device)
+    starts = torch.arange(2, dtype=torch.int32, device=device)
     scale = plan.head_size**-0.5
     for thin in (None, none):
         context_attention(
@@ -68,11 +53,11 @@ def _warm_up(
         )
     channels = None
     if plan.prunes:
-        size = (requests, heads[1], plan.head_size)
+        size = (1, heads[1], plan.head_size)
         energy = torch.zeros(size, dtype=torch.float32, device=device)
         add_query_energy(query, request, request + 1, energy)
         channels = torch.arange(plan.head_size, dtype=torch.uint8, device=device)
-        channels = channels.repeat(requests, heads[1], 1)
+        channels = channels.repeat(1, heads[1], 1)
         if plan.prunes_keys:
             keys = key_energy(kv_cache, table, request, one, plan, max_tokens=1)
             channels = top_channels(energy * keys, plan.key_channels)
@@ -84,7 +69,6 @@ def _warm_up(
     compact_spans(kv_cache, table, request, none, layered, plan, layers=layers)
     decode_attention(query, kv_cache, table, request, one, none, plan, scale, out, cap)
     if plan.config.evicts:
-        # Its rows are one entry long, another number that is compiled in.
         rows = (query, kv_cache, table_of_entries(table))
         context_attention(*rows, starts, one, request, plan, scale, out, 1, cap, none)
         decode_attention(*rows, request, one, none, plan, scale, out, cap)
