@@ -14,11 +14,13 @@ from csrc_triton.blocks import cache_bytes, cache_strides, check_cache, element_
 from csrc_triton.decode import attention_constants, check_rows, check_scale, launch_options
 from csrc_triton.launch import kernel, row_strides, whole_stride
 from csrc_triton.tiles import attend_dense, attend_thin
+from think_vllm.formats import Coding
 from think_vllm.planner import BlockPlan
 
-#: Queries of a program: tokens times heads of a group.
+#: Queries of a program: tokens times heads of a group. Tiles of 2-bit keys leave fewer registers.
 QUERIES = 32
-OPTIONS = {"num_warps": 4}
+INT2_QUERIES = 16
+OPTIONS = {"num_warps": 4, "maxnreg": 255}
 
 
 def context_attention(
@@ -74,7 +76,8 @@ def context_attention(
         return
     group = query.shape[1] // kv_cache.shape[1]
     has_thin = thin_spans is not None
-    tiles = triton.cdiv(max_query_len * group, QUERIES)
+    queries = count_queries(plan)
+    tiles = triton.cdiv(max_query_len * group, queries)
     _attend[(tiles, num_requests, kv_cache.shape[1])](
         query,
         cache_bytes(kv_cache),
@@ -91,10 +94,15 @@ def context_attention(
         block_table.stride(0),
         **cache_strides(kv_cache),
         HAS_THIN=has_thin,
-        QUERIES=QUERIES,
+        QUERIES=queries,
         **attention_constants(plan, kv_cache.dtype, group, logits_soft_cap > 0),
         **launch_options(OPTIONS, kv_cache.dtype),
     )
+
+
+def count_queries(plan: BlockPlan) -> int:
+    """Queries of a program."""
+    return INT2_QUERIES if plan.format.keys is Coding.INT2 else QUERIES
 
 
 def aot_cases(plan: BlockPlan, dtype: torch.dtype) -> list[AotCase]:
@@ -108,7 +116,7 @@ def aot_cases(plan: BlockPlan, dtype: torch.dtype) -> list[AotCase]:
     numbers = ("query_stride", "query_head_stride", "out_stride", "out_head_stride",
                "table_stride", "block_stride", "head_stride")  # fmt: skip
     signature |= dict.fromkeys(numbers, "i32")
-    constants = {"QUERIES": QUERIES, **attention_constants(plan, dtype, 4, False)}
+    constants = {"QUERIES": count_queries(plan), **attention_constants(plan, dtype, 4, False)}
     return [
         AotCase(_attend, signature, constants | {"HAS_THIN": thin}, launch_options(OPTIONS, dtype))
         for thin in (False, True)

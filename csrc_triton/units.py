@@ -70,6 +70,12 @@ mov.b32 {$0, $1}, a; mov.b32 {$2, $3}, b; }""")
 
 
 @triton.constexpr_function
+def with_last(shape, SIZE):
+    """``[S...]`` -> ``[S..., SIZE]``."""
+    return [*shape, SIZE]
+
+
+@triton.constexpr_function
 def pairs_of(shape):
     """``[S..., 2 * X]`` -> ``[S..., X, 2]``."""
     return [*shape[:-1], shape[-1] // 2, 2]
@@ -194,7 +200,7 @@ def _join8(a, b, c, d, e, f, g, h):
 @triton.jit
 def _last(joined, words, SIZE: tl.constexpr):
     """Make one dimension of those that were joined."""
-    return tl.reshape(joined, [*words.shape, SIZE])
+    return tl.reshape(joined, with_last(words.shape, SIZE))
 
 
 @triton.jit

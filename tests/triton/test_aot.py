@@ -17,16 +17,10 @@ from csrc_triton import aot
 
 plan = next(aot.make_plans([sys.argv[1]], torch.bfloat16, 64, 0.5, float(sys.argv[3])))
 for case in aot.cases(plan, torch.bfloat16, ["store", "scores", "compact"]):
-    # As Triton specializes a launch with one task of one head.
-    ones = {name: 1 for name, kind in case.signature.items() if kind == "i32"}
-    rest = {name: kind for name, kind in case.signature.items() if name not in ones}
-    for made in (
-        aot.compile_case(case, int(sys.argv[2])),
-        aot.compile_case(case._replace(signature=rest, constants=case.constants | ones), 80),
-    ):
-        print(made.name, made.registers, made.spill_bytes)
-        if made.name == "compact_kernel":
-            print(made.ptx)
+    made = aot.compile_case(case, int(sys.argv[2]))
+    print(made.name, made.registers, made.spill_bytes)
+    if made.name == "compact_kernel":
+        print(made.ptx)
 """
 
 
@@ -50,7 +44,8 @@ def test_kernels_compile(quant: str, capability: int, value_ratio: float) -> Non
     taken = re.findall(r"^(\w+_kernel) (\d+) (\d+)$", made.stdout, re.MULTILINE)
     names = {name for name, _, _ in taken}
     assert names == {
-        "store_kernel", "chunk_kernel", "mean_kernel", "query_kernel", "compact_kernel",
+        "store_kernel", "clear_kernel", "chunk_kernel", "mean_kernel", "query_kernel",
+        "compact_kernel",
     }  # fmt: skip
     for name, registers, spill_bytes in taken:
         assert 0 < int(registers) < 255, name
@@ -115,6 +110,17 @@ def test_every_kernel_fits_the_registers_of_both_gpus() -> None:
     assert [row for row in rows if int(row["spills"])] == []
 
 
+def test_wide_heads_fit_the_shared_memory_of_small_gpus() -> None:
+    options = ("--module", "decode", "context", "--head-size", "256", "--format", "none", "kivi4")
+    printed = run("-m", "csrc_triton.aot", *options, "--capability", "80")
+    assert printed.returncode == 0, printed.stderr
+    heading, *lines = (line.split() for line in printed.stdout.splitlines())
+    taken = [int(line[heading.index("shared")]) for line in lines if line[0] == "_attend"]
+    assert len(taken) == 6
+    # Compute capability 8.6 and 8.9.
+    assert max(taken) <= 99 * 1024
+
+
 def test_attention_over_pruned_values_compiles() -> None:
     options = ("--module", "decode", "--format", "k4v2", "--capability", "80")
     printed = run("-m", "csrc_triton.aot", *options, "--value-ratio", "0.3")
@@ -129,9 +135,12 @@ def test_table() -> None:
         "-m", "csrc_triton.aot", "--module", "store", "--format", "none", "--capability", "80"
     )
     assert printed.returncode == 0, printed.stderr
-    heading, line = printed.stdout.splitlines()
+    heading, *lines = printed.stdout.splitlines()
     assert heading.split()[:3] == ["kernel", "format", "dtype"]
-    assert line.split()[:4] == ["store_kernel", "none", "bfloat16", "sm_80"]
+    assert [line.split()[:4] for line in lines] == [
+        ["store_kernel", "none", "bfloat16", "sm_80"],
+        ["clear_kernel", "none", "bfloat16", "sm_80"],
+    ]
 
 
 def test_compiling_refuses_to_interpret() -> None:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from csrc_triton.store import store_dense
+from csrc_triton.store import clear_tails, store_dense
 from tests.kernels.helpers import make_plan
 from tests.triton.reference import FORM, dense_tokens
 from think_vllm.layout import DenseLayout
@@ -93,3 +93,33 @@ def test_store_dense_refuses(device):
         store_dense(rows[:2], rows[:2], kv_cache, slots, plan)
     with pytest.raises(ValueError, match="stride 2 being 1"):
         store_dense(torch.zeros(3, 2, 128, device=device)[:, :, ::2], rows, kv_cache, slots, plan)
+
+
+@pytest.mark.parametrize(("head_size", "block_size"), [(64, 16), (80, 48)])
+def test_clear_tails(device, head_size, block_size):
+    plan = make_plan(head_size, torch.bfloat16, block_size)
+    shape = (8, 2, 3, block_size, 2 * head_size)
+    layers = random_bits(*shape, dtype=torch.bfloat16, seed=0)
+    table = torch.tensor([[3, 1], [5, 2], [6, 7], [0, 4]], dtype=torch.int32)
+    # In a second block, to the end of a block, one token, and a row that pads a batch.
+    lengths = [block_size + 5, 2 * block_size, 1, 0]
+    expected = layers.clone()
+    for row, length in enumerate(lengths):
+        if length:
+            block = int(table[row, (length - 1) // block_size])
+            expected[block, 1, :, (length - 1) % block_size + 1 :, head_size:] = 0
+    layers = layers.to(device)
+    seq_len = torch.tensor(lengths, dtype=torch.int32, device=device)
+    clear_tails(layers[:, 1], table.to(device), seq_len, plan)
+    assert torch.equal(bits(layers), bits(expected))
+    with pytest.raises(ValueError, match="clear_tails: seq_len is torch.int32 .3,.*expected"):
+        clear_tails(layers[:, 1], table.to(device), seq_len[:3], plan)
+
+
+def test_store_refuses_strides_that_wide_loads_cannot_use(device):
+    plan = make_plan(64, torch.bfloat16)
+    kv_cache = torch.zeros(2, 1, 16, 128, dtype=torch.bfloat16, device=device)
+    key = torch.zeros(4, 2 * 65, dtype=torch.bfloat16, device=device)[:, :65].unflatten(1, (1, 65))
+    slots = torch.arange(4, device=device)
+    with pytest.raises(ValueError, match="store_dense: key has strides .*multiples of 16"):
+        store_dense(key[..., :64], key[..., :64], kv_cache, slots, plan)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -49,6 +49,11 @@ class CUDAEvictor(Evictor):
         compact_spans(packed, table, torch.zeros_like(span), span, channels, plan)
 
 
+def _less(thin_spans: torch.Tensor | None, empty: torch.Tensor) -> Any:
+    """Thin spans that are not empty; None for queries that see none."""
+    return None if thin_spans is None else thin_spans - empty
+
+
 def skip_evicted(
     rule: SpanRule, wave: WaveParts, evicted: Int64Array, row_entries: int
 ) -> WaveParts:
@@ -66,12 +71,11 @@ def skip_evicted(
 
     def skip(queries: Q) -> Q:
         empty = torch.from_numpy(evicted[queries.request.numpy()]).int()
-        thin = queries.thin_spans
         return replace(
             queries,
             request=queries.request * row_entries + empty * rule.span_blocks,
             seq_len=queries.seq_len - empty * rule.span_tokens,
-            thin_spans=None if thin is None else thin - empty,
+            thin_spans=_less(queries.thin_spans, empty),
         )
 
     return replace(

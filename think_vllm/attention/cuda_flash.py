@@ -104,7 +104,8 @@ def flash_pages(
         out: ``[tokens, Hq, D]``. Written.
     """
     # Strides of heads and tokens are multiples of 16 bytes, as its wide loads want them.
-    keys, values = kv_cache.transpose(1, 2).split(query.shape[2], dim=-1)
+    pages_first, head_size = kv_cache.transpose(1, 2), query.shape[2]
+    keys, values = pages_first[..., :head_size], pages_first[..., head_size:]
     flash(
         q=query,
         k=keys,

@@ -21,8 +21,8 @@ def split_dense(kv_cache: torch.Tensor, form: BlockForm) -> tuple[torch.Tensor, 
     if form is BlockForm.GPU:
         return kv_cache[..., :head_size], kv_cache[..., head_size:]
     runs, half = kv_cache.flatten(2), block_size * head_size
-    keys = runs[..., :half].unflatten(2, (head_size, block_size)).transpose(2, 3)
-    return keys, runs[..., half:].unflatten(2, (block_size, head_size))
+    keys = runs[..., :half].view(*runs.shape[:2], head_size, block_size).transpose(2, 3)
+    return keys, runs[..., half:].view(*runs.shape[:2], block_size, head_size)
 
 
 def dense_tokens(
