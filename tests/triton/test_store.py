@@ -112,7 +112,7 @@ def test_clear_tails(device, head_size, block_size):
     seq_len = torch.tensor(lengths, dtype=torch.int32, device=device)
     clear_tails(layers[:, 1], table.to(device), seq_len, plan)
     assert torch.equal(bits(layers), bits(expected))
-    with pytest.raises(ValueError, match="clear_tails: seq_len is torch.int32 .3,.*expected"):
+    with pytest.raises(ValueError, match=r"clear_tails: seq_len is torch\.int32 .3,.*expected"):
         clear_tails(layers[:, 1], table.to(device), seq_len[:3], plan)
 
 
@@ -121,5 +121,5 @@ def test_store_refuses_strides_that_wide_loads_cannot_use(device):
     kv_cache = torch.zeros(2, 1, 16, 128, dtype=torch.bfloat16, device=device)
     key = torch.zeros(4, 2 * 65, dtype=torch.bfloat16, device=device)[:, :65].unflatten(1, (1, 65))
     slots = torch.arange(4, device=device)
-    with pytest.raises(ValueError, match="store_dense: key has strides .*multiples of 16"):
+    with pytest.raises(ValueError, match=r"store_dense: key has strides .*multiples of 16"):
         store_dense(key[..., :64], key[..., :64], kv_cache, slots, plan)
