@@ -20,6 +20,8 @@ from think_vllm.planner import BlockPlan
 #: Queries of a program: tokens times heads of a group. Tiles of 2-bit keys leave fewer registers.
 QUERIES = 32
 INT2_QUERIES = 16
+#: Tokens of a tile of dense blocks.
+DENSE_TILE = 32
 OPTIONS = {"num_warps": 4, "maxnreg": 255}
 
 
@@ -96,6 +98,7 @@ def context_attention(
         HAS_THIN=has_thin,
         QUERIES=queries,
         **attention_constants(plan, kv_cache.dtype, group, logits_soft_cap > 0),
+        DENSE_TILE=DENSE_TILE,
         **launch_options(OPTIONS, kv_cache.dtype),
     )
 
@@ -116,7 +119,8 @@ def aot_cases(plan: BlockPlan, dtype: torch.dtype) -> list[AotCase]:
     numbers = ("query_stride", "query_head_stride", "out_stride", "out_head_stride",
                "table_stride", "block_stride", "head_stride")  # fmt: skip
     signature |= dict.fromkeys(numbers, "i32")
-    constants = {"QUERIES": count_queries(plan), **attention_constants(plan, dtype, 4, False)}
+    constants = attention_constants(plan, dtype, 4, False)
+    constants |= {"QUERIES": count_queries(plan), "DENSE_TILE": DENSE_TILE}
     return [
         AotCase(_attend, signature, constants | {"HAS_THIN": thin}, launch_options(OPTIONS, dtype))
         for thin in (False, True)

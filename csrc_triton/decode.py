@@ -34,18 +34,20 @@ MIN_SPLIT_TOKENS = 256
 MAX_SPLITS = 64
 #: Programs of one warp that a multiprocessor holds, by their registers, and multiprocessors where
 #: there is no GPU to ask: an H100's.
-PROGRAMS = 10
+PROGRAMS = 12
 MULTIPROCESSORS = 132
 #: Share of the places for programs that a launch should fill, its last wave included.
 FILLED = 0.85
-#: Tokens of a tile of keys as computed, and of dense blocks. Coded: eight threads hold a unit each.
+#: Tokens of a tile of keys as computed, and of dense blocks: more would take more registers.
 PLAIN_TILE = 32
-DENSE_TILE = 32
+DENSE_TILE = 16
 #: Splits that the second kernel reads at once.
 SPLITS_AT_ONCE = tl.constexpr(8)
-#: Registers are limited so that many programs run at once. Heads wider than 128 need two warps.
-OPTIONS = {"num_warps": 1, "num_stages": 1, "maxnreg": 200}
-WIDE_OPTIONS = {"num_warps": 2, "num_stages": 1, "maxnreg": 255}
+#: Registers are limited so that three programs share a quarter of a multiprocessor. Pruned values
+#: have two sums, and heads wider than 128 need two warps.
+OPTIONS = {"num_warps": 1, "num_stages": 1, "maxnreg": 168}
+PRUNED_OPTIONS = OPTIONS | {"maxnreg": 255}
+WIDE_OPTIONS = PRUNED_OPTIONS | {"num_warps": 2}
 #: What of a layout the attention kernels need.
 ATTENTION_NAMES = (
     "D", "N", "SPAN", "T", "C", "KEY_BITS", "VALUE_BITS", "GROUP", "KEY_SCALES",
@@ -179,6 +181,7 @@ def decode_attention(
         **cache_strides(kv_cache),
         splits=splits,
         QUERIES=queries,
+        DENSE_TILE=DENSE_TILE,
         **attention_constants(plan, kv_cache.dtype, group, logits_soft_cap > 0),
         **decode_options(plan),
     )
@@ -208,7 +211,9 @@ def loop_tokens(plan: BlockPlan) -> int:
 
 def decode_options(plan: BlockPlan) -> dict[str, int]:
     """Options of a launch."""
-    return OPTIONS if plan.head_size <= 128 else WIDE_OPTIONS
+    if plan.head_size > 128:
+        return WIDE_OPTIONS
+    return PRUNED_OPTIONS if plan.prunes_values else OPTIONS
 
 
 def launch_options(options: dict[str, int], dtype: torch.dtype) -> dict[str, int]:
@@ -243,7 +248,6 @@ def attention_constants(
         "V_PAD": max(16, triton.next_power_of_2(plan.value_channels)),
         "D_PAD": triton.next_power_of_2(plan.head_size),
         "TILE": loop_tokens(plan),
-        "DENSE_TILE": DENSE_TILE,
         "NUMBER": number,
         "ASM": number == tl.float16 and not triton.knobs.runtime.interpret,
         "CAPPED": capped,
@@ -262,7 +266,8 @@ def aot_cases(plan: BlockPlan, dtype: torch.dtype) -> list[AotCase]:
     numbers = ("query_stride", "query_head_stride", "table_stride", "block_stride", "head_stride",
                "splits")  # fmt: skip
     signature |= dict.fromkeys(numbers, "i32")
-    constants = {"QUERIES": MIN_QUERIES, **attention_constants(plan, dtype, 4, False)}
+    constants = attention_constants(plan, dtype, 4, False)
+    constants |= {"QUERIES": MIN_QUERIES, "DENSE_TILE": DENSE_TILE}
     combine = {"partial_ptr": "*fp32:16", "seq_len_ptr": "*i32:16", "out_ptr": f"*{element}:16",
                "out_stride": "i32", "out_head_stride": "i32", "splits": "i32"}  # fmt: skip
     sizes = {"D": plan.head_size, "D_PAD": constants["D_PAD"], "SPLITS_PAD": MAX_SPLITS}

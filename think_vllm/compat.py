@@ -63,7 +63,7 @@ vLLM; subclasses of its classes call a few private methods that they inherit.
     builders are given them.
 ``vllm.v1.attention.backends.fa_utils`` is used on CUDA
     (in ``attention/cuda_flash.py``) because FlashAttention is the fastest way through a prompt
-    that starts in the step, and comes with vLLM. That is the point, and stays.
+    of dense blocks, and comes with vLLM. That is the point, and stays.
 ``CPUAttentionBackendImpl`` and ``CPUAttentionMetadataBuilder`` are subclassed
     (in ``attention/``) so that vLLM's C++ kernels store dense blocks and attend within prompts.
     That is the point, and stays.

@@ -1,8 +1,7 @@
 """The attention backend on NVIDIA GPUs, registered as ``CUSTOM``.
 
-Dense blocks have the form of ``layout.py`` there too, which no kernel of vLLM's reads, so all
-kernels over the cache are ours (``csrc_triton/``). Prompts that start in a step need no cache:
-they are vLLM's FlashAttention's.
+Dense blocks have the form of vLLM's FlashAttention backend, which serves all prompt queries that see
+no thin block. What stores, compacts and decodes is ours (``csrc_triton/``).
 """
 
 from typing import Any
