@@ -21,7 +21,12 @@ import torch
 
 from bench.gpu_check.machine import gpu_machine
 from bench.gpu_rivals import RIVALS, Kernel, Maker, flash_version, take
-from csrc_triton.decode import choose_splits, decode_attention, make_workspace
+from csrc_triton.decode import (
+    choose_splits,
+    count_multiprocessors,
+    decode_attention,
+    make_workspace,
+)
 from think_vllm.config import ThinkConfig
 from think_vllm.formats import FORMATS
 from think_vllm.planner import BlockPlan, plan_blocks
@@ -89,7 +94,8 @@ def think_kernel(plan: BlockPlan) -> Maker:
         table = table.to(query.device)
         request = torch.arange(num_seqs, dtype=torch.int32, device=query.device)
         seq_len, thin = torch.full_like(request, context), torch.full_like(request, spans)
-        splits = choose_splits(num_seqs, num_kv_heads, context)
+        processors = count_multiprocessors(query.device)
+        splits = choose_splits(num_seqs, num_kv_heads, context, processors)
         workspace = make_workspace(num_seqs, num_heads, head_size, splits, query.device)
         out = torch.empty_like(query)
 

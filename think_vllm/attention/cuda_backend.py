@@ -1,7 +1,7 @@
 """The attention backend on NVIDIA GPUs, registered as ``CUSTOM``.
 
-Dense blocks have the form of vLLM's FlashAttention backend, which serves all prompt queries that see
-no thin block. What stores, compacts and decodes is ours (``csrc_triton/``).
+Dense blocks have the form of vLLM's FlashAttention backend, whose kernel serves all prompt queries
+that see no thin block. What stores, compacts and decodes is ours (``csrc_triton/``).
 """
 
 from typing import Any
