@@ -43,19 +43,21 @@ fma.rn.f16x2 a, a, $9, $10; fma.rn.f16x2 b, b, $9, $10;
 fma.rn.f16x2 c, c, $9, $10; fma.rn.f16x2 d, d, $9, $10;
 mov.b32 {$0, $1}, a; mov.b32 {$2, $3}, b; mov.b32 {$4, $5}, c; mov.b32 {$6, $7}, d; }""")
 
-#: A word of 2-bit codes ($16) -> 8 columns of both rows. $17 scales, $18 zeros less 4 scales, $19
-#: zeros less 16 scales: bits 8 and 9 of numbers from 4 on (0x4400), or bits 6 and 7 from 16 on.
+#: A word of 2-bit codes ($16) -> 8 columns of both rows. $17 scales, $18 zeros less 4 scales.
+#: Code bits go to bits 8 and 9 of float16 numbers from 4 on (0x4400). Offsets of 16 would save
+#: shifts, and let a zero less 16 scales leave float16's range where numbers are above 5,000.
 _INT2 = tl.constexpr("""
-{ .reg .b32 l, r, a, b, c, d, e, f, g, h;
-shl.b32 l, $16, 6; shl.b32 c, $16, 2; shr.u32 f, $16, 4; shr.u32 r, $16, 6;
-lop3.b32 a, l, 0x00c000c0, 0x4c004c00, 0xea; lop3.b32 b, l, 0x03000300, 0x44004400, 0xea;
-lop3.b32 c, c, 0x00c000c0, 0x4c004c00, 0xea; lop3.b32 d, $16, 0x00c000c0, 0x4c004c00, 0xea;
-lop3.b32 e, $16, 0x03000300, 0x44004400, 0xea; lop3.b32 f, f, 0x00c000c0, 0x4c004c00, 0xea;
-lop3.b32 g, r, 0x00c000c0, 0x4c004c00, 0xea; lop3.b32 h, r, 0x03000300, 0x44004400, 0xea;
-fma.rn.f16x2 a, a, $17, $19; fma.rn.f16x2 b, b, $17, $18;
-fma.rn.f16x2 c, c, $17, $19; fma.rn.f16x2 d, d, $17, $19;
-fma.rn.f16x2 e, e, $17, $18; fma.rn.f16x2 f, f, $17, $19;
-fma.rn.f16x2 g, g, $17, $19; fma.rn.f16x2 h, h, $17, $18;
+{ .reg .b32 a, b, c, d, e, f, g, h;
+shl.b32 a, $16, 8; shl.b32 b, $16, 6; shl.b32 c, $16, 4; shl.b32 d, $16, 2;
+shr.u32 f, $16, 2; shr.u32 g, $16, 4; shr.u32 h, $16, 6;
+lop3.b32 a, a, 0x03000300, 0x44004400, 0xea; lop3.b32 b, b, 0x03000300, 0x44004400, 0xea;
+lop3.b32 c, c, 0x03000300, 0x44004400, 0xea; lop3.b32 d, d, 0x03000300, 0x44004400, 0xea;
+lop3.b32 e, $16, 0x03000300, 0x44004400, 0xea; lop3.b32 f, f, 0x03000300, 0x44004400, 0xea;
+lop3.b32 g, g, 0x03000300, 0x44004400, 0xea; lop3.b32 h, h, 0x03000300, 0x44004400, 0xea;
+fma.rn.f16x2 a, a, $17, $18; fma.rn.f16x2 b, b, $17, $18;
+fma.rn.f16x2 c, c, $17, $18; fma.rn.f16x2 d, d, $17, $18;
+fma.rn.f16x2 e, e, $17, $18; fma.rn.f16x2 f, f, $17, $18;
+fma.rn.f16x2 g, g, $17, $18; fma.rn.f16x2 h, h, $17, $18;
 mov.b32 {$0, $1}, a; mov.b32 {$2, $3}, b; mov.b32 {$4, $5}, c; mov.b32 {$6, $7}, d;
 mov.b32 {$8, $9}, e; mov.b32 {$10, $11}, f; mov.b32 {$12, $13}, g; mov.b32 {$14, $15}, h; }""")
 
@@ -122,13 +124,8 @@ def unpack_words(words, factors, BITS: tl.constexpr, NUMBER: tl.constexpr, ASM: 
     else:
         a0, a1, b0, b1, c0, c1, d0, d1, e0, e1, f0, f1, g0, g1, h0, h1 = tl.inline_asm_elementwise(
             _INT2,
-            "=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,r,r,r,r",
-            [
-                words,
-                _of_words(scales, words),
-                _of_words(_less(scales, zeros, LESS_4), words),
-                _of_words(_less(scales, zeros, LESS_16), words),
-            ],
+            "=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,r,r,r",
+            [words, _of_words(scales, words), _of_words(_less(scales, zeros, LESS_4), words)],
             dtype=(tl.float16,) * 16,
             is_pure=True,
             pack=1,
@@ -156,9 +153,7 @@ def _unpack_plainly(words, scales, zeros, BITS: tl.constexpr, NUMBER: tl.constex
         if tl.float32 == NUMBER:
             return codes.to(tl.float32) * scale + zero
         else:
-            offset = tl.full(column.shape, 16.0, tl.float32)
-            if BITS == 2:
-                offset = tl.where(((column == 1) | (column == 4)) | (column == 7), 4.0, offset)
+            offset: tl.constexpr = 16.0 if BITS == 4 else 4.0
             less = (zero - offset * scale).to(NUMBER).to(tl.float32)
             return ((codes.to(tl.float32) + offset) * scale + less).to(NUMBER)
 
