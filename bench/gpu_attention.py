@@ -21,12 +21,8 @@ import torch
 
 from bench.gpu_check.machine import gpu_machine
 from bench.gpu_rivals import RIVALS, Kernel, Maker, flash_version, take
-from csrc_triton.decode import (
-    choose_splits,
-    count_multiprocessors,
-    decode_attention,
-    make_workspace,
-)
+from csrc_triton.decode import decode_attention
+from csrc_triton.splits import choose_splits, count_multiprocessors, make_workspace
 from think_vllm.config import ThinkConfig
 from think_vllm.formats import FORMATS
 from think_vllm.planner import BlockPlan, plan_blocks

@@ -6,7 +6,6 @@ thin tiles and a share of the dense tokens, so all splits of a row have equal wo
 softmax through a second kernel.
 """
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -23,26 +22,23 @@ from csrc_triton.blocks import (
 )
 from csrc_triton.dots import dot_constants
 from csrc_triton.launch import kernel, row_strides, whole_stride
-from csrc_triton.tiles import BOOST, LOG2E, attend_dense, attend_thin
+from csrc_triton.softmax import BOOST, LOG2E
+from csrc_triton.splits import (
+    choose_splits,
+    combine,
+    combine_case,
+    count_multiprocessors,
+    make_workspace,
+)
+from csrc_triton.tiles import attend_dense, attend_thin
 from think_vllm.planner import BlockPlan
 
 #: Query heads of a program: 8 is the narrowest product of tensor cores.
 MIN_QUERIES = 8
 MAX_QUERIES = 16
-#: Fewest tokens of a split: below, the second kernel costs more than the parallel reading saves.
-MIN_SPLIT_TOKENS = 256
-MAX_SPLITS = 64
-#: Programs of one warp that a multiprocessor holds, by their registers, and multiprocessors where
-#: there is no GPU to ask: an H100's.
-PROGRAMS = 12
-MULTIPROCESSORS = 132
-#: Share of the places for programs that a launch should fill, its last wave included.
-FILLED = 0.85
 #: Tokens of a tile of keys as computed, and of dense blocks: more would take more registers.
 PLAIN_TILE = 32
 DENSE_TILE = 16
-#: Splits that the second kernel reads at once.
-SPLITS_AT_ONCE = tl.constexpr(8)
 #: Registers are limited so that three programs share a quarter of a multiprocessor. Pruned values
 #: have two sums, and heads wider than 128 need two warps.
 OPTIONS = {"num_warps": 1, "num_stages": 1, "maxnreg": 168}
@@ -53,54 +49,6 @@ ATTENTION_NAMES = (
     "D", "N", "SPAN", "T", "C", "KEY_BITS", "VALUE_BITS", "GROUP", "KEY_SCALES",
     "VALUES", "VALUE_SCALES", "TABLE", "V", "VALUE_TABLE",
 )  # fmt: skip
-
-
-@cache
-def count_multiprocessors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; an H100's for the CPU, where kernels are only tested."""
-    if device.type != "cuda":
-        return MULTIPROCESSORS
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-def choose_splits(
-    num_rows: int,
-    num_kv_heads: int,
-    max_context: int,
-    multiprocessors: int = MULTIPROCESSORS,
-    programs: int = PROGRAMS,
-) -> int:
-    """Splits of a context: as few as fill the GPU.
-
-    Depends on host numbers alone, so that CUDA graphs can keep it.
-
-    Args:
-        num_rows: Queries of the batch, padding included.
-        num_kv_heads: ``Hk``.
-        max_context: Longest context that the launch must serve, in tokens.
-        multiprocessors: Of the GPU.
-        programs: That one of them holds.
-    """
-    places = multiprocessors * programs
-    most = max(1, min(triton.cdiv(max_context, MIN_SPLIT_TOKENS), MAX_SPLITS))
-    best, fullest = 1, 0.0
-    for splits in range(1, most + 1):
-        wanted = max(1, num_rows * num_kv_heads) * splits
-        filled = wanted / (triton.cdiv(wanted, places) * places)
-        if filled >= FILLED:
-            return splits
-        if filled > fullest:
-            best, fullest = splits, filled
-    return best
-
-
-def make_workspace(
-    num_rows: int, num_heads: int, head_size: int, splits: int, device: torch.device
-) -> torch.Tensor:
-    """Memory for the results of splits: float32 ``[num_rows, num_heads, splits, D + 2]``."""
-    return torch.empty(
-        num_rows, num_heads, splits, head_size + 2, dtype=torch.float32, device=device
-    )
 
 
 def decode_attention(
@@ -185,17 +133,7 @@ def decode_attention(
         **attention_constants(plan, kv_cache.dtype, group, logits_soft_cap > 0),
         **decode_options(plan),
     )
-    _combine[(num_rows, num_heads)](
-        workspace,
-        seq_len,
-        out,
-        *row_strides(who, "out", out),
-        splits,
-        D=head_size,
-        D_PAD=triton.next_power_of_2(head_size),
-        SPLITS_PAD=max(MAX_SPLITS, triton.next_power_of_2(splits)),
-        num_warps=1,
-    )
+    combine(workspace, seq_len, out)
 
 
 def count_queries(group: int) -> int:
@@ -268,12 +206,9 @@ def aot_cases(plan: BlockPlan, dtype: torch.dtype) -> list[AotCase]:
     signature |= dict.fromkeys(numbers, "i32")
     constants = attention_constants(plan, dtype, 4, False)
     constants |= {"QUERIES": MIN_QUERIES, "DENSE_TILE": DENSE_TILE}
-    combine = {"partial_ptr": "*fp32:16", "seq_len_ptr": "*i32:16", "out_ptr": f"*{element}:16",
-               "out_stride": "i32", "out_head_stride": "i32", "splits": "i32"}  # fmt: skip
-    sizes = {"D": plan.head_size, "D_PAD": constants["D_PAD"], "SPLITS_PAD": MAX_SPLITS}
     return [
         AotCase(_attend, signature, constants, decode_options(plan)),
-        AotCase(_combine, combine, sizes, {"num_warps": 1}),
+        combine_case(plan.head_size, dtype),
     ]
 
 
@@ -375,42 +310,3 @@ def _attend(
     # Weights are 2 ** BOOST too large, as if the maximum were lower.
     tl.store(partial + D, (top - BOOST) / LOG2E, mask=query_mask)
     tl.store(partial + D + 1, total, mask=query_mask)
-
-
-@kernel(unaligned=("seq_len_ptr",))
-def _combine(
-    partial_ptr, seq_len_ptr, out_ptr, out_stride, out_head_stride, splits,
-    D: tl.constexpr, D_PAD: tl.constexpr, SPLITS_PAD: tl.constexpr,
-):  # fmt: skip
-    """Weigh the splits of one row and query head against each other."""
-    out_stride, out_head_stride = whole_stride(out_stride), whole_stride(out_head_stride)
-    row, head = tl.program_id(0), tl.program_id(1)
-    first = (row.to(tl.int64) * tl.num_programs(1) + head) * splits
-    result = combine_splits(partial_ptr + first * (D + 2), splits, D, D_PAD, SPLITS_PAD)
-    result = tl.where(tl.load(seq_len_ptr + row) > 0, result, 0.0)
-    channels = tl.arange(0, D_PAD)
-    out = out_ptr + row.to(tl.int64) * out_stride + head * out_head_stride + channels
-    tl.store(out, result.to(out_ptr.dtype.element_ty), mask=channels < D)
-
-
-@triton.jit
-def combine_splits(partial, splits, D: tl.constexpr, D_PAD: tl.constexpr, SPLITS_PAD: tl.constexpr):
-    """Sum up splits, each of ``D`` channels, its maximum and its total, from ``partial`` on."""
-    split = tl.arange(0, SPLITS_PAD)
-    channels = tl.arange(0, D_PAD)
-    tops = tl.load(partial + split * (D + 2) + D, mask=split < splits, other=float("-inf"))
-    top = tl.max(tops, axis=0)
-    # An empty split has -inf and 0, hence weight 0. A padding row has nothing else.
-    top = tl.where(top == float("-inf"), 0.0, top)
-    total = 0.0
-    result = tl.zeros((D_PAD,), tl.float32)
-    for first in range(0, splits, SPLITS_AT_ONCE):
-        several = first + tl.arange(0, SPLITS_AT_ONCE)
-        there = several < splits
-        at = partial + several * (D + 2)
-        factor = tl.exp(tl.load(at + D, mask=there, other=float("-inf")) - top)
-        total += tl.sum(factor * tl.load(at + D + 1, mask=there, other=0.0), axis=0)
-        mask = there[:, None] & (channels < D)[None, :]
-        sums = tl.load(at[:, None] + channels[None, :], mask=mask, other=0.0)
-        result += tl.sum(sums * factor[:, None], axis=0)
-    return result / tl.where(total == 0.0, 1.0, total)

@@ -9,15 +9,15 @@ import triton.language as tl
 from csrc_triton.aot import AotCase
 from csrc_triton.blocks import cache_bytes, cache_strides
 from csrc_triton.checks import check_tensor
-from csrc_triton.decode import (
+from csrc_triton.decode import launch_options
+from csrc_triton.launch import kernel, row_strides, whole_stride
+from csrc_triton.splits import (
     MAX_SPLITS,
     choose_splits,
     combine_splits,
     count_multiprocessors,
-    launch_options,
     make_workspace,
 )
-from csrc_triton.launch import kernel, row_strides, whole_stride
 from csrc_triton.static_blocks import (
     ChannelOrder,
     check_queries,

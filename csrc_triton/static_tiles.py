@@ -11,8 +11,8 @@ import triton.language as tl
 from csrc_triton.blocks import find_run
 from csrc_triton.dots import dot
 from csrc_triton.matrices import as_elements, load_codes
+from csrc_triton.softmax import cap_scores
 from csrc_triton.static_blocks import kept_channels
-from csrc_triton.tiles import cap_scores
 
 
 @triton.jit

@@ -16,8 +16,9 @@ from bench.gpu_check.jit import CompilationCounter
 from bench.gpu_check.machine import gpu_machine
 from csrc_triton.compact import compact_spans
 from csrc_triton.context import context_attention
-from csrc_triton.decode import choose_splits, decode_attention, make_workspace
+from csrc_triton.decode import decode_attention
 from csrc_triton.scores import add_query_energy, key_energy
+from csrc_triton.splits import choose_splits, make_workspace
 from csrc_triton.store import store_dense
 from think_vllm.attention.cuda_warmup import warm_up
 from think_vllm.config import ThinkConfig

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from csrc_triton.decode import choose_splits, decode_attention, make_workspace
+from csrc_triton.decode import decode_attention
+from csrc_triton.splits import choose_splits, make_workspace
 from tests.kernels.helpers import FORMATS, ROUNDING, SUMMATION, Case, make_plan
 from tests.triton.reference import decode_attention_ref, make_case
 from think_vllm.reference.compaction import thin_run

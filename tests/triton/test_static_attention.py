@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from csrc_triton.decode import make_workspace
+from csrc_triton.splits import make_workspace
 from csrc_triton.static_blocks import order_channels
 from csrc_triton.static_context import static_context
 from csrc_triton.static_decode import static_decode

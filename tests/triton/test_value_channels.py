@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from csrc_triton.decode import make_workspace
+from csrc_triton.splits import make_workspace
 from tests.kernels.helpers import make_plan
 from tests.triton import test_compact, test_context, test_decode
 
