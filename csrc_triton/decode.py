@@ -31,6 +31,7 @@ from csrc_triton.splits import (
     make_workspace,
 )
 from csrc_triton.tiles import attend_dense, attend_thin
+from think_vllm.formats import Coding
 from think_vllm.planner import BlockPlan
 
 #: Query heads of a program: 8 is the narrowest product of tensor cores.
@@ -40,10 +41,10 @@ MAX_QUERIES = 16
 PLAIN_TILE = 32
 DENSE_TILE = 16
 #: Registers are limited so that three programs share a quarter of a multiprocessor. Pruned values
-#: have two sums, and heads wider than 128 need two warps.
+#: have two sums, 2-bit keys tiles of 128 tokens, and heads wider than 128 need two warps.
 OPTIONS = {"num_warps": 1, "num_stages": 1, "maxnreg": 168}
-PRUNED_OPTIONS = OPTIONS | {"maxnreg": 255}
-WIDE_OPTIONS = PRUNED_OPTIONS | {"num_warps": 2}
+LARGE_OPTIONS = OPTIONS | {"maxnreg": 255}
+WIDE_OPTIONS = LARGE_OPTIONS | {"num_warps": 2}
 #: What of a layout the attention kernels need.
 ATTENTION_NAMES = (
     "D", "N", "SPAN", "T", "C", "KEY_BITS", "VALUE_BITS", "GROUP", "KEY_SCALES",
@@ -151,7 +152,8 @@ def decode_options(plan: BlockPlan) -> dict[str, int]:
     """Options of a launch."""
     if plan.head_size > 128:
         return WIDE_OPTIONS
-    return PRUNED_OPTIONS if plan.prunes_values else OPTIONS
+    is_large = plan.prunes_values or plan.format.keys is Coding.INT2
+    return LARGE_OPTIONS if is_large else OPTIONS
 
 
 def launch_options(options: dict[str, int], dtype: torch.dtype) -> dict[str, int]:

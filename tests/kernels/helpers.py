@@ -137,7 +137,7 @@ def fill_dense_block(kv_cache, block, count, plan, random, form=BlockForm.CPU):
     """Write the first ``count`` tokens; the others stay NaN."""
     num_kv_heads = kv_cache.shape[1]
     keys, values = split_dense(kv_cache, form)
-    keys[block, :, :count] = random(num_kv_heads, plan.head_size, count).transpose(1, 2)
+    keys.transpose(2, 3)[block, :, :, :count] = random(num_kv_heads, plan.head_size, count)
     values[block, :, :count] = random(num_kv_heads, count, plan.head_size)
 
 

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import vllm
 from vllm.config import (
     AttentionConfig,
@@ -38,7 +39,10 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from tests.support.contract import check_members, check_parameters, name_of, tight
+from tests.support.flash import FlashStandIn
 from think_vllm import compat_rows
+from think_vllm.eviction import split_runs
+from think_vllm.layout import BlockForm
 from think_vllm.spans import SpanRule
 
 BACKEND, BUILDER = "attention/cuda_backend.py", "attention/cuda_builder.py"
@@ -190,23 +194,46 @@ def test_vllm_flash_attention_is_what_we_rely_on() -> None:
     defined = {
         x.name: x for x in ast.parse(path.read_text()).body if isinstance(x, ast.FunctionDef)
     }
-    parameters = {argument.arg for argument in defined["flash_attn_varlen_func"].args.args}
+    function = defined["flash_attn_varlen_func"]
+    parameters = [argument.arg for argument in function.args.args]
+    # What the stand-in of our tests takes, it takes too; tests/triton calls that as we do.
+    taken = names(FlashStandIn.__call__)[1:]
+    assert [name for name in parameters if name in taken] == taken
     assert {
-        "q",
-        "k",
-        "v",
-        "out",
         "cu_seqlens_q",
         "cu_seqlens_k",
-        "seqused_k",
-        "block_table",
         "max_seqlen_q",
         "max_seqlen_k",
+        "seqused_k",
+        "block_table",
         "softmax_scale",
         "softcap",
         "causal",
         "fa_version",
-    } <= parameters
+    } <= set(taken)
+    body = ast.unparse(function).replace(" ", "")
+    # Pages need lengths, and those exclude starts of keys.
+    assert "assertcu_seqlens_kisNoneorseqused_kisNone" in body
+    assert "assertblock_tableisNoneorseqused_kisnotNone" in body
+    assert "causalmaskisalignedtothebottomright" in body
+
+
+def test_vllm_flash_attention_reads_our_dense_blocks() -> None:
+    from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
+
+    # Rows of a key and a value, as ``BlockForm.GPU`` has them, read and stored.
+    views = "key_cache,value_cache=kv_cache.transpose(1,2).split(self.head_size,dim=-1)"
+    forward = tight(FlashAttentionImpl.forward)
+    assert views in forward
+    assert views in tight(FlashAttentionImpl.do_kv_cache_update)
+    for passed in ("k=key_cache", "v=value_cache", "seqused_k=seqused_k", "block_table=block_table",
+                   "cu_seqlens_q=cu_seqlens_q", "max_seqlen_k=max_seqlen_k"):  # fmt: skip
+        assert passed in forward
+    kv_cache = torch.arange(3 * 2 * 16 * 128).view(3, 2, 16, 128)
+    keys, values = kv_cache.transpose(1, 2).split(64, dim=-1)
+    ours = split_runs(kv_cache, SimpleNamespace(block_size=16, head_size=64), BlockForm.GPU)  # type: ignore[arg-type]
+    assert torch.equal(ours[0].permute(0, 3, 1, 2), keys)
+    assert torch.equal(ours[1].transpose(1, 2), values)
 
 
 def test_vllm_runner_v2_is_what_we_watch() -> None:

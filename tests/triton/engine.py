@@ -16,6 +16,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
+from tests.support.flash import FlashStandIn, found
 from tests.triton.expected import SCALE, Request
 from tests.triton.runners import make_runner
 from think_vllm import compat_rows
@@ -35,9 +36,9 @@ class Engine:
         device: Of tensors.
         version: Of the model runner: 1 or 2.
         layers: How many.
-        flash: What prompts without thin spans attend with; None for our own kernel.
         graphs: Whether decode batches run as full CUDA graphs do: with the metadata that was
             built before, for more rows than the batch has.
+        flash: Whether FlashAttention can be loaded.
     """
 
     MAX_REQUESTS = 6
@@ -53,10 +54,11 @@ class Engine:
         graphs: bool = False,
         num_blocks: int = 120,
         seed: int = 0,
-        flash: Any = None,
+        flash: bool = True,
     ) -> None:
+        self.flash = FlashStandIn() if flash else None
         self.plan, self.heads, self.version, self.device = plan, heads, version, device
-        self.graphs, self.flash = graphs, flash
+        self.graphs = graphs
         self.random = random.Random(seed)
         self.requests: dict[str, Request] = {}
         self.free = list(range(1, num_blocks))
@@ -106,7 +108,8 @@ class Engine:
         memory = torch.full(shape, torch.nan, device=self.device)
         with (
             patch("think_vllm.attention.cuda_impl.get_current_vllm_config"),
-            patch("think_vllm.attention.cuda_impl.load_flash", return_value=self.flash),
+            # The one of a GPU has no float32.
+            found(self.flash),
             patch("think_vllm.attention.cuda_impl.remember_plan", return_value=plan),
             patch(
                 "think_vllm.attention.cuda_impl.rank_heads",
@@ -227,10 +230,12 @@ class Engine:
         return result
 
     def dummy(self, rows: int, tokens: int) -> Any:
-        """Build the metadata of a run without requests, as vLLM warms up."""
+        """Build the metadata of a run without requests, as vLLM warms up.
+
+        The block table is an earlier batch's, and lengths may be more than the run has tokens.
+        """
         self.runner.announce_dummy(tokens)
-        self.block_table[:rows] = 0
-        lens = np.full(rows, tokens, np.int32)
+        lens = np.full(rows, tokens + 7, np.int32)
         common = self._common([tokens] * rows, rows, tokens * np.arange(rows + 1), lens, tokens)
         return self.builder.build(0, common)
 

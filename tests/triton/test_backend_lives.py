@@ -5,9 +5,10 @@ import random
 import pytest
 import torch
 
-from tests.support.compilations import record_binaries
-from tests.support.flash import FlashAttention
+from csrc_triton.context import context_attention
 from tests.triton.lives import PLANS, Life
+from tests.triton.reference import split_dense
+from think_vllm.attention import cuda_impl
 from think_vllm.attention.cuda_backend import ThinkCUDABackend
 from think_vllm.attention.cuda_state import GroupState
 from think_vllm.errors import ThinkError
@@ -186,54 +187,104 @@ def test_profiling_runs_have_no_metadata(device):
     assert not out.any()
 
 
-def test_prompts_without_thin_spans_run_in_flash_attention(device):
-    flash = FlashAttention()
-    life = Life("k4v2-0.5", 2, device, flash=flash)
+def count_launches(monkeypatch) -> list[bool]:
+    """Whether each launch of our context kernel from now on reads thin blocks."""
+    launches = []
+
+    def context(*arguments, thin_spans, **options):
+        launches.append(thin_spans is not None)
+        return context_attention(*arguments, thin_spans=thin_spans, **options)
+
+    monkeypatch.setattr(cuda_impl, "context_attention", context)
+    return launches
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_prompts_over_dense_blocks_run_in_flash_attention(version, device, monkeypatch):
+    launches = count_launches(monkeypatch)
+    life = Life("k4v2-0.5", version, device)
+    flash = life.engine.flash
+    assert flash is not None
     one = life.add("one", 60, 75)
     life.add("two", 20, 22)
     life.add("three", 70, 72)
     life.step(one=60, two=20)
     life.step(one=1, two=1, three=31)
     assert [sorted(x) for x in flash.fresh] == [[20, 60], [31]]
-    assert flash.paged == []
-    # A later chunk sees dense blocks, as they lie in the cache.
-    with record_binaries() as used:
-        life.step(one=1, three=39)
+    # A prompt that goes on reads its earlier chunks as pages.
+    life.step(one=1, three=39)
     assert flash.paged == [[(39, 70)]]
-    assert not any("context" in kernel for kernel, *_ in used)
-    # A resumed request's prompt is fresh; its output sees what its first queries saw.
+    # A resumed request's output sees its first span thin, its prompt does not.
     life.engine.preempt(one)
+    assert launches == []
     life.step(one=74, two=1, three=1)
-    life.step(one=1)
     assert flash.fresh[2:] == [[60]]
-    # Nor is a prompt behind thin blocks dense.
-    calls = len(flash.fresh), len(flash.paged)
-    life.add("four", 66, 67, hit=(one, life.plan.span_tokens))
-    life.step(four=18)
-    assert (len(flash.fresh), len(flash.paged)) == calls
+    assert launches == [True]
+    life.step(one=1)
+    # So does a prompt behind thin blocks. One without, in the same step, does not.
+    four = life.add("four", 66, 67, hit=(one, life.plan.span_tokens))
+    life.add("five", 50, 52)
+    life.step(five=17)
+    life.step(four=18, five=33)
+    assert four.computed == four.prompt_len
+    assert flash.fresh[3:] == [[17]]
+    assert flash.paged[1:] == [[(33, 50)]]
+    assert launches == [True, True]
 
 
-@pytest.mark.parametrize("name", PLANS)
-def test_lives_with_flash_attention(name, device):
-    flash = FlashAttention()
-    life = Life(name, 2, device, layers=2, flash=flash, seed=3)
+@pytest.mark.parametrize("version", [1, 2])
+def test_outputs_that_are_computed_again_run_in_flash_attention(version, device, monkeypatch):
+    launches = count_launches(monkeypatch)
+    life = Life("none-0.5", version, device)
+    flash = life.engine.flash
+    assert flash is not None
+    length = life.rule.due_position(0) - 6
+    young = life.add("young", length, length + 20)
+    old = life.add("old", length, length + 20)
+    life.step(young=length, old=length)
+    for i in range(9):
+        life.step(old=1, **({"young": 1} if i < 4 else {}))
+    life.engine.preempt(young)
+    life.engine.preempt(old)
+    flash.paged.clear()
+    launches.clear()
+    life.step(young=length + 4, old=length + 9)
+    # Those that see no thin span, of both requests, then the old one's others.
+    assert [sorted(x) for x in flash.paged] == [[(4, length + 4), (6, length + 6)]]
+    assert launches == [True]
+    life.step(young=1, old=1)
+
+
+def test_what_lies_behind_a_context_is_cleared_for_flash_attention(device):
+    life = Life("fp8", 2, device)
+    # Blocks hold NaN when they are begun, as recycled ones may.
+    request = life.add("one", 45, 48)
+    life.step(one=20)
+    life.step(one=15)
+    cache = life.engine.layers[0].kv_cache
+    _, values = split_dense(cache)
+    block = request.blocks[2]
+    assert values[block].isfinite().all()
+    assert not values[block, :, 3:].any()
+    life.step(one=10)
+    life.step(one=1)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_lives_without_flash_attention(version, device, monkeypatch):
+    launches = count_launches(monkeypatch)
+    life = Life("none-0.5", version, device, flash=False)
     span, due = life.plan.span_tokens, life.rule.due_position
-    long = life.add("long", 2 * span + 20, due(2) + 3)
-    short = life.add("short", 30, due(0) + 4)
-    # Chunks of two prompts at once, of different lengths and places in their blocks.
-    life.step(long=span + 3, short=7)
-    life.step(long=span - 5, short=12)
-    life.step(long=22, short=11)
-    life.step(long=1, short=1)
-    # Blocks that were thin are dense blocks of others now, with bytes of codes behind their tokens.
-    life.engine.finish(long)
-    other = life.add("other", span + 25, span + 30)
-    life.step(other=5, short=1)
-    life.step(other=span + 20, short=1)
-    life.engine.preempt(short)
-    life.step(short=short.total - 2, other=1)
-    assert other.computed == span + 26
-    assert len(flash.paged) >= 6
+    long = life.add("long", span + 40, due(1) + 3)
+    life.step(long=span)
+    life.step(long=36)
+    life.step(long=4)
+    life.step(long=1)
+    assert launches == [False] * 3
+    life.engine.preempt(long)
+    life.step(long=due(1) + 2)
+    life.step(long=1)
+    assert launches == [False] * 4 + [True] * 2
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ import torch
 
 from csrc_triton.static_blocks import order_channels
 from tests.support.compilations import record_binaries
-from tests.support.flash import FlashAttention
 from tests.support.static_blocks import make_plan as make_static_plan
 from tests.triton.engine import Engine
 from tests.triton.lives import PLANS, Life
@@ -51,9 +50,7 @@ def check(life: Life, follow) -> None:
 @pytest.mark.parametrize(("version", "layers", "width"), [(1, 1, 40), (2, 3, 48)])
 def test_requests_compile_nothing(name, version, layers, width, device, monkeypatch):
     monkeypatch.setattr(Engine, "WIDTH", width)  # the block table's
-    flash = FlashAttention() if version == 2 else None
-    life = Life(name, version, device, layers=layers, graphs=True, flash=flash)
-    check(life, follow_requests)
+    check(Life(name, version, device, layers=layers, graphs=True), follow_requests)
 
 
 @pytest.mark.parametrize("name", ["k4v2-0.5", "evicted-only"])

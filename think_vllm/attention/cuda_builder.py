@@ -140,7 +140,7 @@ class ThinkCUDAMetadataBuilder(AttentionMetadataBuilder[ThinkCUDAMetadata]):
         seq_len = common.seq_lens_cpu_upper_bound.numpy().astype(np.int64)
         rows = compat_rows.step_rows()
         if rows is None:
-            step = _dummy_step(query_start, seq_len[: query_start.size - 1])
+            step = _dummy_step(query_start)
             parts = step_parts(step, StepSlots(), self.plan.rule, self.plan.chooses_per_span)
             return self._prompt_step(common, parts)
         count = rows.prompt_lens.size
@@ -195,7 +195,7 @@ class ThinkCUDAMetadataBuilder(AttentionMetadataBuilder[ThinkCUDAMetadata]):
             state=self.state,
             workspace=self._workspace,
             parts=parts,
-            seq_len=common.seq_lens,
+            seq_len=common.seq_lens[: table.shape[0]],
         )
 
     def _evict(
@@ -336,10 +336,14 @@ def _is_decode(step: Step, count: int, query_start: Int64Array) -> bool:
     return step.prefill is None and bool(np.all(np.diff(query_start[: count + 1]) == 1))
 
 
-def _dummy_step(query_start: Int64Array, seq_len: Int64Array) -> Step:
-    """Prompt queries only: what vLLM runs to measure memory and to warm up has no requests."""
+def _dummy_step(query_start: Int64Array) -> Step:
+    """Prompts that start: what vLLM runs to measure memory and to warm up has no requests.
+
+    Nor has it a block table of its own, so nothing may be read from there, or cleared.
+    """
     num_tokens = np.diff(query_start)
     rows = np.flatnonzero(num_tokens)
     thin_spans = np.zeros_like(rows)
-    prefill = Prefill(rows, query_start[rows], num_tokens[rows], seq_len[rows], thin_spans)
+    num_tokens = num_tokens[rows]
+    prefill = Prefill(rows, query_start[rows], num_tokens, num_tokens, thin_spans)
     return Step(prefill, [], None, None, [])
