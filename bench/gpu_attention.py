@@ -21,8 +21,8 @@ import torch
 
 from bench.gpu_check.machine import gpu_machine
 from bench.gpu_rivals import RIVALS, Kernel, Maker, flash_version, take
-from csrc_triton.decode import decode_attention
-from csrc_triton.splits import choose_splits, count_multiprocessors, make_workspace
+from csrc_triton.decode import decode_attention, decode_splits
+from csrc_triton.splits import make_workspace
 from think_vllm.config import ThinkConfig
 from think_vllm.formats import FORMATS
 from think_vllm.planner import BlockPlan, plan_blocks
@@ -90,8 +90,7 @@ def think_kernel(plan: BlockPlan) -> Maker:
         table = table.to(query.device)
         request = torch.arange(num_seqs, dtype=torch.int32, device=query.device)
         seq_len, thin = torch.full_like(request, context), torch.full_like(request, spans)
-        processors = count_multiprocessors(query.device)
-        splits = choose_splits(num_seqs, num_kv_heads, context, processors)
+        splits = decode_splits(num_seqs, num_heads, num_kv_heads, context, plan, query.device)
         workspace = make_workspace(num_seqs, num_heads, head_size, splits, query.device)
         out = torch.empty_like(query)
 

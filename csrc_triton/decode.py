@@ -45,6 +45,8 @@ DENSE_TILE = 16
 OPTIONS = {"num_warps": 1, "num_stages": 1, "maxnreg": 168}
 LARGE_OPTIONS = OPTIONS | {"maxnreg": 255}
 WIDE_OPTIONS = LARGE_OPTIONS | {"num_warps": 2}
+#: Warps that a multiprocessor holds, by the registers of one: in quarters of 16,384 each.
+WARPS = {168: 12, 255: 8}
 #: What of a layout the attention kernels need.
 ATTENTION_NAMES = (
     "D", "N", "SPAN", "T", "C", "KEY_BITS", "VALUE_BITS", "GROUP", "KEY_SCALES",
@@ -104,8 +106,7 @@ def decode_attention(
         return
     if workspace is None:
         longest = max_context or block_table.shape[1] * plan.block_size
-        processors = count_multiprocessors(query.device)
-        splits = choose_splits(num_rows, num_kv_heads, longest, processors)
+        splits = decode_splits(num_rows, num_heads, num_kv_heads, longest, plan, query.device)
         workspace = make_workspace(num_rows, num_heads, head_size, splits, query.device)
     splits = workspace.shape[2]
     if splits < 1 or workspace.shape[0] < num_rows:
@@ -146,6 +147,22 @@ def loop_tokens(plan: BlockPlan) -> int:
     """Tokens of a tile of thin blocks: eight units of coded keys, and 64 tokens or more."""
     bits = plan.format.keys.value
     return max(64, 256 // bits) if bits else PLAIN_TILE
+
+
+def decode_splits(
+    num_rows: int,
+    num_heads: int,
+    num_kv_heads: int,
+    max_context: int,
+    plan: BlockPlan,
+    device: torch.device,
+) -> int:
+    """Splits of a launch. Arguments as for ``choose_splits`` and ``decode_attention``."""
+    group, options = num_heads // num_kv_heads, decode_options(plan)
+    parts = num_kv_heads * triton.cdiv(group, count_queries(group))
+    programs = WARPS[options["maxnreg"]] // options["num_warps"]
+    processors = count_multiprocessors(device)
+    return choose_splits(num_rows, parts, max_context, processors, programs)
 
 
 def decode_options(plan: BlockPlan) -> dict[str, int]:

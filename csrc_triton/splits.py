@@ -12,10 +12,8 @@ from csrc_triton.launch import kernel, row_strides, whole_stride
 
 #: Fewest tokens of a split: below, the second kernel costs more than the parallel reading saves.
 MIN_SPLIT_TOKENS = 256
-MAX_SPLITS = 64
-#: Programs of one warp that a multiprocessor holds, by their registers, and multiprocessors where
-#: there is no GPU to ask: an H100's.
-PROGRAMS = 12
+MAX_SPLITS = 128
+#: Multiprocessors where there is no GPU to ask: an H100's.
 MULTIPROCESSORS = 132
 #: Share of the places for programs that a launch should fill, its last wave included.
 FILLED = 0.85
@@ -32,11 +30,7 @@ def count_multiprocessors(device: torch.device) -> int:
 
 
 def choose_splits(
-    num_rows: int,
-    num_kv_heads: int,
-    max_context: int,
-    multiprocessors: int = MULTIPROCESSORS,
-    programs: int = PROGRAMS,
+    num_rows: int, num_heads: int, max_context: int, multiprocessors: int, programs: int
 ) -> int:
     """Splits of a context: as few as fill the GPU.
 
@@ -44,7 +38,7 @@ def choose_splits(
 
     Args:
         num_rows: Queries of the batch, padding included.
-        num_kv_heads: ``Hk``.
+        num_heads: Programs of a row and a split: KV heads, or more for wide groups.
         max_context: Longest context that the launch must serve, in tokens.
         multiprocessors: Of the GPU.
         programs: That one of them holds.
@@ -53,7 +47,7 @@ def choose_splits(
     most = max(1, min(triton.cdiv(max_context, MIN_SPLIT_TOKENS), MAX_SPLITS))
     best, fullest = 1, 0.0
     for splits in range(1, most + 1):
-        wanted = max(1, num_rows * num_kv_heads) * splits
+        wanted = max(1, num_rows * num_heads) * splits
         filled = wanted / (triton.cdiv(wanted, places) * places)
         if filled >= FILLED:
             return splits

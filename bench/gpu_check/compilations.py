@@ -16,9 +16,9 @@ from bench.gpu_check.jit import CompilationCounter
 from bench.gpu_check.machine import gpu_machine
 from csrc_triton.compact import compact_spans
 from csrc_triton.context import context_attention
-from csrc_triton.decode import decode_attention
+from csrc_triton.decode import decode_attention, decode_splits
 from csrc_triton.scores import add_query_energy, key_energy
-from csrc_triton.splits import choose_splits, make_workspace
+from csrc_triton.splits import make_workspace
 from csrc_triton.store import store_dense
 from think_vllm.attention.cuda_warmup import warm_up
 from think_vllm.config import ThinkConfig
@@ -69,7 +69,8 @@ def launch_all(plan: BlockPlan, heads: tuple[int, int], batch: int, spans: int,
         context_attention(
             query, cache, table, starts, length, request, plan, scale, out, 5, 0.0, thin
         )
-    for splits in {choose_splits(batch, num_kv_heads, tokens), 2}:
+    chosen = decode_splits(batch, num_heads, num_kv_heads, tokens, plan, device)
+    for splits in {chosen, 2}:
         workspace = make_workspace(batch, num_heads, size, splits, device)
         decode_attention(
             query[:batch], cache, table, request, length, none, plan, scale, out[:batch],

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from csrc_triton.decode import decode_attention
+from csrc_triton.decode import decode_attention, decode_splits
 from csrc_triton.splits import choose_splits, make_workspace
 from tests.kernels.helpers import FORMATS, ROUNDING, SUMMATION, Case, make_plan
 from tests.triton.reference import decode_attention_ref, make_case
@@ -168,9 +168,22 @@ def test_choose_splits_fills_the_gpu_with_few():
     assert filled(256, 8192)[0] == 1
     # One request cannot fill it: splits are as many as there is work for, or memory to sum them.
     assert filled(1, 8192)[0] == 32
-    assert filled(1, 131_072)[0] == 64
+    assert filled(1, 131_072)[0] == 128
     assert filled(1, 300)[0] == 2
     assert filled(1, 1)[0] == 1
+
+
+def test_splits_count_the_programs_of_the_launch():
+    def splits(quant, heads, head_size=128, rows=64):
+        plan = make_plan(head_size, torch.bfloat16, 16, 0.5, quant)
+        return decode_splits(rows, *heads, 8192, plan, torch.device("cpu"))
+
+    # 132 multiprocessors of 12 places, of 8 for 2-bit keys, and of 4 for two warps each.
+    assert splits("k4v2", (32, 8)) == 3
+    assert splits("kivi2", (32, 8)) == 2
+    assert splits("k4v2", (32, 8), 256) == 1
+    # A group of 32 is two programs.
+    assert splits("k4v2", (32, 1), rows=8) == splits("k4v2", (32, 2), rows=8) == 32
 
 
 @pytest.mark.parametrize(

@@ -140,6 +140,7 @@ class ThinkCUDAMetadataBuilder(AttentionMetadataBuilder[ThinkCUDAMetadata]):
         seq_len = common.seq_lens_cpu_upper_bound.numpy().astype(np.int64)
         rows = compat_rows.step_rows()
         if rows is None:
+            self._forget_batch()
             step = _dummy_step(query_start)
             parts = step_parts(step, StepSlots(), self.plan.rule, self.plan.chooses_per_span)
             return self._prompt_step(common, parts)
@@ -179,6 +180,13 @@ class ThinkCUDAMetadataBuilder(AttentionMetadataBuilder[ThinkCUDAMetadata]):
         """Rows of a graph of single-token queries; vLLM fills in which, when it replays it."""
         none = np.zeros(0, np.int64)
         return self._decode(common_attn_metadata, none, none)
+
+    def _forget_batch(self) -> None:
+        """Let a graph that is replayed without requests read no block of the last batch's."""
+        self._thin_spans.zero_()
+        self._thin_spans_sent[:] = 0
+        if self._empty is not None:
+            self._empty.forget()
 
     def _prompt_step(self, common: CommonAttentionMetadata, parts: StepParts) -> ThinkCUDAMetadata:
         """Send a step that is no decode batch, and cut the block table to what it attends to."""

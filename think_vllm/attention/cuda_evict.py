@@ -99,6 +99,10 @@ class EmptySpans:
         )
         self._sent = np.zeros((2, rows), np.int32)
 
+    def forget(self) -> None:
+        """Leave no tokens to any row."""
+        self._seq_len.zero_()
+
     def skip(
         self, rule: SpanRule, evicted: Int64Array, seq_len: torch.Tensor, row_entries: int
     ) -> tuple[torch.Tensor, torch.Tensor]:

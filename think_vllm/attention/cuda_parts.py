@@ -14,6 +14,9 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from think_vllm.attention.evicting import Pack, Watched
 from think_vllm.attention.tokens import Tokens
 
+#: Tokens of a tile of FlashAttention, at most: entries behind a context that it may look at.
+_FLASH_TILE = 256
+
 T = TypeVar("T")
 
 #: Triton compiles kernels for pointers to multiples of 16 bytes apart from those for others.
@@ -214,7 +217,7 @@ def with_pages(
         return [
             part
             if part.fresh or part.thin_spans is not None
-            else replace(part, pages=_rows(table, part.request, -(-part.max_seq_len // block_size)))
+            else replace(part, pages=_rows(table, part.request, part.max_seq_len, block_size))
             for part in chunks
         ]
 
@@ -222,9 +225,16 @@ def with_pages(
     return replace(parts, prompts=add(parts.prompts, block_table), waves=waves)
 
 
-def _rows(table: torch.Tensor, request: torch.Tensor, width: int) -> torch.Tensor:
-    """``width`` entries of a block table from the start of each request's row on, a copy."""
-    if width <= table.shape[1]:
+def _rows(
+    table: torch.Tensor, request: torch.Tensor, max_tokens: int, block_size: int
+) -> torch.Tensor:
+    """Entries of a block table from the start of each request's row on, a copy.
+
+    Enough for ``max_tokens`` tokens, and a tile more where the table has them.
+    """
+    needed = -(-max_tokens // block_size)
+    width = needed + -(-_FLASH_TILE // block_size)
+    if needed <= table.shape[1]:
         return table[:, :width].index_select(0, request)
     # A row begins at every entry. Nobody reads what is behind a request's own entries.
     entries = request[:, None] + torch.arange(width, dtype=torch.int32, device=table.device)
