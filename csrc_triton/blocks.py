@@ -84,7 +84,7 @@ def check_cache(
         )
 
 
-def cache_strides(kv_cache: torch.Tensor) -> dict[str, int]:
+def cache_strides(who: str, kv_cache: torch.Tensor) -> dict[str, int]:
     """Run-time distances between blocks, and between the KV heads of a block.
 
     In units of 16 bytes (``launch.whole_stride``): head sizes and block sizes are multiples of 16.
@@ -95,8 +95,8 @@ def cache_strides(kv_cache: torch.Tensor) -> dict[str, int]:
     size = kv_cache.itemsize
     if kv_cache.stride(0) * size % STRIDE_MULTIPLE:
         raise ValueError(
-            f"kv_cache has blocks {kv_cache.stride(0) * size} bytes apart; kernels need a multiple "
-            f"of {STRIDE_MULTIPLE}"
+            f"{who}: kv_cache has blocks {kv_cache.stride(0) * size} bytes apart; kernels need a "
+            f"multiple of {STRIDE_MULTIPLE}"
         )
     return {
         "block_stride": kv_cache.stride(0) * size // STRIDE_MULTIPLE,

@@ -132,7 +132,7 @@ def compact_spans(
         num_heads,
         num_layers,
         block_table.stride(0),
-        **cache_strides(kv_cache),
+        **cache_strides(who, kv_cache),
         **_constants(plan, kv_cache.dtype),
         LAYERED=layers is not None,
         INHERIT=inherit,

@@ -94,7 +94,7 @@ def context_attention(
         *row_strides(who, "query", query),
         *row_strides(who, "out", out),
         block_table.stride(0),
-        **cache_strides(kv_cache),
+        **cache_strides(who, kv_cache),
         HAS_THIN=has_thin,
         QUERIES=queries,
         **attention_constants(plan, kv_cache.dtype, group, logits_soft_cap > 0),

@@ -128,7 +128,7 @@ def decode_attention(
         logits_soft_cap,
         *row_strides(who, "query", query),
         block_table.stride(0),
-        **cache_strides(kv_cache),
+        **cache_strides(who, kv_cache),
         splits=splits,
         QUERIES=queries,
         DENSE_TILE=DENSE_TILE,

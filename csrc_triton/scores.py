@@ -87,7 +87,7 @@ def key_energy(
         num_heads,
         num_chunks,
         block_table.stride(0),
-        **cache_strides(kv_cache),
+        **cache_strides(who, kv_cache),
         **constants,
         num_warps=WARPS,
     )

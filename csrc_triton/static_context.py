@@ -94,7 +94,7 @@ def static_context(
         *row_strides(who, "query", query),
         *row_strides(who, "out", out),
         block_table.stride(0),
-        **cache_strides(kv_cache),
+        **cache_strides(who, kv_cache),
         first_request=first,
         ROWS=rows,
         **_constants(plan, query.dtype, group, logits_soft_cap > 0),

@@ -103,7 +103,7 @@ def static_decode(
         logits_soft_cap,
         *row_strides(who, "query", query),
         block_table.stride(0),
-        **cache_strides(kv_cache),
+        **cache_strides(who, kv_cache),
         splits=splits,
         ROWS=max(MIN_GROUP, triton.next_power_of_2(group)),
         **_constants(plan, query.dtype, group, logits_soft_cap > 0),

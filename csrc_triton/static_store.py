@@ -85,7 +85,7 @@ def store_static(
         num_tokens,
         *row_strides(who, "key", key),
         *row_strides(who, "value", value),
-        **cache_strides(kv_cache),
+        **cache_strides(who, kv_cache),
         **_constants(plan, key.dtype),
         **OPTIONS,
     )

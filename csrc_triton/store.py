@@ -73,7 +73,7 @@ def store_dense(
         num_tokens,
         *row_strides(who, "key", key),
         *row_strides(who, "value", value),
-        **cache_strides(kv_cache),
+        **cache_strides(who, kv_cache),
         **_constants(plan, kv_cache.dtype),
         num_warps=WARPS,
     )
@@ -107,7 +107,7 @@ def clear_tails(
         block_table,
         seq_len,
         block_table.stride(0),
-        **cache_strides(kv_cache),
+        **cache_strides(who, kv_cache),
         **_constants(plan, kv_cache.dtype),
         num_warps=WARPS,
     )

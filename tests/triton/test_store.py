@@ -123,3 +123,14 @@ def test_store_refuses_strides_that_wide_loads_cannot_use(device):
     slots = torch.arange(4, device=device)
     with pytest.raises(ValueError, match=r"store_dense: key has strides .*multiples of 16"):
         store_dense(key[..., :64], key[..., :64], kv_cache, slots, plan)
+
+
+def test_store_refuses_blocks_that_wide_loads_cannot_use(device):
+    plan = make_plan(64, torch.bfloat16)
+    # A block of 2,048 elements, and 4 more: 8 bytes.
+    memory = torch.zeros(2, 2052, dtype=torch.bfloat16, device=device)
+    kv_cache = memory[:, :2048].unflatten(1, (1, 16, 128))
+    key = torch.zeros(1, 1, 64, dtype=torch.bfloat16, device=device)
+    slots = torch.zeros(1, dtype=torch.int64, device=device)
+    with pytest.raises(ValueError, match="store_dense: kv_cache has blocks 4104 bytes apart"):
+        store_dense(key, key, kv_cache, slots, plan)
