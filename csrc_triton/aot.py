@@ -49,7 +49,8 @@ class AotCase(NamedTuple):
     Args:
         kernel: The ``triton.jit`` function.
         signature: Type of each run-time argument, such as ``*u8`` or ``i32``; ``:16`` behind it
-            promises a multiple of 16, as Triton finds out by itself when it launches.
+            promises a multiple of 16, as Triton finds out by itself when it launches. It counts for
+            nothing where the kernel is declared not to need it (``launch.kernel``).
         constants: Value of each ``tl.constexpr`` argument.
         options: Keywords of the launch, such as ``num_warps``.
     """
@@ -120,7 +121,8 @@ def compile_case(case: AotCase, capability: int) -> Compiled:
         attrs={
             (names.index(name),): [["tt.divisibility", int(multiple)]]
             for name, (_, _, multiple) in types.items()
-            if multiple
+            # Launches promise nothing of these, so what is compiled here must not rely on it.
+            if multiple and name not in case.kernel.do_not_specialize_on_alignment
         },
     )
     target = GPUTarget("cuda", capability, THREADS_PER_WARP)

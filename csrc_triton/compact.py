@@ -267,14 +267,17 @@ def compact_kernel(
 
 def aot_cases(plan: BlockPlan, dtype: torch.dtype) -> list[AotCase]:
     """What ``csrc_triton/aot.py`` compiles: one layer, and all layers at once."""
-    pointers = {"kv_ptr": "u8", "layer_ptr": "i64", "table_ptr": "i32", "request_ptr": "i32",
+    pointers = {"kv_ptr": "u8", "layer_ptr": "i32", "table_ptr": "i32", "request_ptr": "i32",
                 "span_ptr": "i32", "channel_ptr": "u8", "workspace_ptr": "u8"}  # fmt: skip
     signature = {name: f"*{kind}:16" for name, kind in pointers.items()}
     signature |= dict.fromkeys(("num_tasks", "num_heads", "num_layers"), "i32")
     signature |= {"table_stride": "i32", "block_stride": "i32", "head_stride": "i32"}
     constants = _constants(plan, dtype)
     assert set(LAYOUT_NAMES) < set(constants)
-    return [
-        AotCase(compact_kernel, signature, constants | {"LAYERED": many, "INHERIT": many}, OPTIONS)
-        for many in (False, True)
-    ]
+    cases = []
+    for layered, inherit in ((False, False), (True, False), (True, True)):
+        # Without layers, the launcher has another pointer for the kernel, which leaves it alone.
+        kinds = signature | ({"layer_ptr": "*i64:16"} if layered else {})
+        flags = {"LAYERED": layered, "INHERIT": inherit}
+        cases.append(AotCase(compact_kernel, kinds, constants | flags, OPTIONS))
+    return cases
