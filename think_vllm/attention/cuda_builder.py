@@ -43,7 +43,7 @@ from think_vllm.attention.cuda_step import (
     keeps_channels,
     step_parts,
 )
-from think_vllm.attention.cuda_warmup import warm_up
+from think_vllm.attention.cuda_warmup import warm_up_layers
 from think_vllm.attention.evicting import Pack, take_packs, watch
 from think_vllm.attention.sorting import leading_thin_spans, sort_step
 from think_vllm.attention.step import Int64Array, Prefill, Step
@@ -123,10 +123,9 @@ class ThinkCUDAMetadataBuilder(AttentionMetadataBuilder[ThinkCUDAMetadata]):
         self._empty = EmptySpans(rows, device) if self.plan.config.evicts else None
         if device.type == "cuda":
             # Here, because vLLM builds this before it reports healthy.
-            impl = vllm_config.compilation_config.static_forward_context[layer_names[0]].impl
-            heads = (impl.num_heads, impl.num_kv_heads)
-            cap = impl.logits_soft_cap
-            warm_up(self.plan, heads, kv_cache_spec.dtype, device, cap)
+            context = vllm_config.compilation_config.static_forward_context
+            impls = [context[name].impl for name in layer_names]
+            warm_up_layers(self.plan, impls, kv_cache_spec.dtype, device)
 
     def build(
         self,

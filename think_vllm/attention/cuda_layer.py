@@ -57,7 +57,7 @@ class CUDALayerImpl(AttentionImpl[T]):
         self.scale = float(scale)
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.kv_cache_dtype = kv_cache_dtype
-        self.logits_soft_cap = logits_soft_cap or 0.0
+        self.logits_soft_cap = float(logits_soft_cap or 0.0)
 
 
 def refuse_output_scales(*scales: Any) -> None:

@@ -18,7 +18,7 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
 )
 
-from think_vllm.attention.cuda_warmup import warm_up_static
+from think_vllm.attention.cuda_warmup import warm_up_static_layers
 from think_vllm.attention.heads import rank_heads
 from think_vllm.metrics.worker import begin_report
 from think_vllm.static.activation import selected_static
@@ -70,14 +70,8 @@ class StaticCUDAMetadataBuilder(AttentionMetadataBuilder[StaticCUDAMetadata]):
             impl.use(rank_channels(engine, heads.of_layer(name)), device)
         if device.type == "cuda":
             # Here, because vLLM builds this before it reports healthy.
-            warm_up_static(
-                engine.plan,
-                first.order,
-                (first.num_heads, first.num_kv_heads),
-                vllm_config.model_config.dtype,
-                device,
-                first.logits_soft_cap,
-            )
+            dtype = vllm_config.model_config.dtype
+            warm_up_static_layers(engine.plan, impls.values(), dtype, device)
 
     def build(
         self,

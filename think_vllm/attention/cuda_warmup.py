@@ -1,5 +1,8 @@
 """Compile the kernels of an engine before it serves."""
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 
 from csrc_triton.compact import compact_spans
@@ -12,9 +15,24 @@ from csrc_triton.static_decode import static_decode
 from csrc_triton.static_store import store_static
 from csrc_triton.store import clear_tails, store_dense
 from think_vllm.choosing import top_channels
-from think_vllm.eviction import table_of_entries
 from think_vllm.planner import BlockPlan
 from think_vllm.static.plan import StaticPlan
+
+
+def warm_up_layers(
+    plan: BlockPlan, impls: Iterable[Any], dtype: torch.dtype, device: torch.device
+) -> None:
+    """``warm_up`` for each kind of layer: layers of a model may differ in heads and soft cap.
+
+    Args:
+        plan: How blocks are laid out.
+        impls: Of the layers, each with ``num_heads``, ``num_kv_heads`` and ``logits_soft_cap``.
+        dtype: Of the cache.
+        device: The GPU.
+    """
+    kinds = {((x.num_heads, x.num_kv_heads), x.logits_soft_cap) for x in impls}
+    for heads, cap in sorted(kinds):
+        warm_up(plan, heads, dtype, device, cap)
 
 
 def warm_up(
@@ -68,10 +86,22 @@ def warm_up(
     layered = None if channels is None else channels[None]
     compact_spans(kv_cache, table, request, none, layered, plan, layers=layers)
     decode_attention(query, kv_cache, table, request, one, none, plan, scale, out, cap)
-    if plan.config.evicts:
-        rows = (query, kv_cache, table_of_entries(table))
-        context_attention(*rows, starts, one, request, plan, scale, out, 1, cap, none)
-        decode_attention(*rows, request, one, none, plan, scale, out, cap)
+
+
+def warm_up_static_layers(
+    plan: StaticPlan, impls: Iterable[Any], dtype: torch.dtype, device: torch.device
+) -> None:
+    """``warm_up_static`` for each kind of layer; ``impls`` as of ``warm_up_layers``, and ``order``.
+
+    Args:
+        plan: How blocks are laid out.
+        impls: Of the layers.
+        dtype: Of the model.
+        device: The GPU.
+    """
+    kinds = {((x.num_heads, x.num_kv_heads), x.logits_soft_cap): x.order for x in impls}
+    for (heads, cap), order in kinds.items():
+        warm_up_static(plan, order, heads, dtype, device, cap)
 
 
 def warm_up_static(
