@@ -1,16 +1,31 @@
 """After warm-up, no kernel is compiled while requests wait, whatever they are like."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from csrc_triton import aot
 from csrc_triton.static_blocks import order_channels
-from tests.support.compilations import record_binaries
+from tests.kernels.helpers import make_plan
+from tests.support.compilations import as_compiled, full_name, record_binaries
 from tests.support.static_blocks import make_plan as make_static_plan
 from tests.triton.engine import Engine
 from tests.triton.lives import PLANS, Life
 from tests.triton.static_engine import StaticWorker
 from tests.triton.test_backend_eviction import evicting
-from think_vllm.attention.cuda_warmup import warm_up, warm_up_static
+from think_vllm.attention.cuda_warmup import (
+    warm_up,
+    warm_up_layers,
+    warm_up_static,
+    warm_up_static_layers,
+)
+
+#: Formats that other tests of lives leave out, as in ``PLANS``.
+OTHER_PLANS = {
+    "kivi4": ("kivi4", 3, 1, 48, 64, 64, (2, 1)),
+    "kivi2-0.5": ("kivi2", 3, 1, 48, 32, 64, (2, 1)),
+}
 
 
 def follow_requests(life: Life) -> None:
@@ -53,8 +68,16 @@ def test_requests_compile_nothing(name, version, layers, width, device, monkeypa
     check(Life(name, version, device, layers=layers, graphs=True), follow_requests)
 
 
+@pytest.mark.parametrize("name", OTHER_PLANS)
+def test_requests_of_other_formats_compile_nothing(name, device, monkeypatch):
+    monkeypatch.setitem(PLANS, name, OTHER_PLANS[name])
+    check(Life(name, 2, device), follow_requests)
+
+
 @pytest.mark.parametrize("name", ["k4v2-0.5", "evicted-only"])
-def test_evicted_requests_compile_nothing(name, device):
+def test_evicted_requests_compile_nothing(name, device, monkeypatch):
+    # Buffers of so many rows, one behind the other, do not begin at multiples of 16 bytes.
+    monkeypatch.setattr(Engine, "MAX_REQUESTS", 5)
     only = {"kv_prune_decode": False} if name == "evicted-only" else {}
 
     def follow(life: Life) -> None:
@@ -69,7 +92,22 @@ def test_evicted_requests_compile_nothing(name, device):
         life.step(short=1, long=length + 3)
         life.step(long=1)
 
-    check(evicting(name, 2, device, **only), follow)
+    check(evicting(name, 2, device, graphs=True, **only), follow)
+
+
+def test_layers_that_differ_compile_nothing(device):
+    life = Life("k4v2-0.5", 2, device, layers=2)
+    impls = [layer.impl for layer in life.engine.layers]
+    impls[1].logits_soft_cap = 30.0
+    with record_binaries() as warm:
+        warm_up_layers(life.plan, impls, torch.float32, device)
+    length = life.plan.span_tokens + 20
+    life.add("one", length, length + 3)
+    with record_binaries() as used:
+        # Not the life's step: what it expects has no cap.
+        for count in (30, length - 30, 1, 1):
+            life.engine.step({"one": count})
+    assert sorted(used - warm) == []
 
 
 @pytest.mark.parametrize("quant", ["none", "fp8"])
@@ -91,3 +129,47 @@ def test_requests_over_static_blocks_compile_nothing(quant, device):
         worker.step(long=33, one=1)
     assert len({kernel for kernel, *_ in used}) >= 4
     assert sorted(used - warm) == []
+
+
+def test_static_layers_that_differ_are_all_warmed_up(device):
+    plan = make_static_plan(31, 48, torch.float32)
+    worker = StaticWorker(plan, (4, 2), device)
+    order = order_channels(worker.channels[0], plan.head_size, device)
+    kinds = [(4, 0.0), (2, 0.0), (4, 30.0), (4, 0.0)]
+    impls = [
+        SimpleNamespace(num_heads=heads, num_kv_heads=2, logits_soft_cap=cap, order=order)
+        for heads, cap in kinds
+    ]
+    with record_binaries() as made:
+        warm_up_static_layers(plan, impls, torch.float32, device)
+    with record_binaries() as wanted:
+        for heads, cap in kinds:
+            warm_up_static(plan, order, (heads, 2), torch.float32, device, cap)
+    assert made == wanted
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("quant", "value_ratio"), [("none", 0.3), ("k4v2", 0.0)])
+def test_what_is_compiled_ahead_is_what_is_launched(quant, value_ratio, dtype, device):
+    plan = make_plan(64, dtype, quant=quant, value_ratio=value_ratio)
+    with record_binaries() as binaries:
+        warm_up(plan, (4, 2), dtype, device)
+    launched = {
+        (where, known.partition("=('constexpr'")[0].rpartition(", ")[0])
+        for where, known, _ in binaries
+    }
+    assert {(full_name(x.kernel), told(x)) for x in aot.cases(plan, dtype)} == launched
+
+
+def told(case: aot.AotCase) -> str:
+    """What a case tells Triton of run-time arguments, as ``record_binaries`` writes it."""
+    kernel = as_compiled(case.kernel)
+    parts = []
+    for name in kernel.arg_names[: len(case.signature)]:
+        kind, _, multiple = case.signature[name].partition(":")
+        known = None
+        if kind.startswith("*"):
+            is_known = multiple and name not in kernel.do_not_specialize_on_alignment
+            known = "D" if is_known else ""
+        parts.append(f"{name}={(kind, known)}")
+    return ", ".join(parts)
