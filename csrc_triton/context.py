@@ -13,7 +13,7 @@ from csrc_triton.aot import AotCase
 from csrc_triton.blocks import cache_bytes, cache_strides, check_cache, element_type
 from csrc_triton.decode import attention_constants, check_rows, check_scale, launch_options
 from csrc_triton.launch import kernel, row_strides, whole_stride
-from csrc_triton.tiles import attend_dense, attend_thin
+from csrc_triton.tiles import attend_dense, attend_thin, span_tiles
 from think_vllm.formats import Coding
 from think_vllm.planner import BlockPlan
 
@@ -170,7 +170,7 @@ def _attend(
         begin = thin_spans * (SPAN * N)
         top, total, sums = attend_thin(
             top, total, sums, query_at, query_mask, kv_ptr, table, kv_head,
-            0, thin_spans * ((SPAN * N + TILE - 1) // TILE), scale, cap, block_stride, head_stride,
+            0, thin_spans * span_tiles(SPAN, N, TILE), scale, cap, block_stride, head_stride,
             C_FIRST, C_REST, V_PAD, D_PAD, TILE, NUMBER, ASM, DTYPE, DOT, PRECISION, CAPPED,
             D, N, SPAN, T, C, KEY_BITS, VALUE_BITS, GROUP, KEY_SCALES,
             VALUES, VALUE_SCALES, TABLE, V, VALUE_TABLE,
@@ -178,7 +178,7 @@ def _attend(
     top, total, sums = attend_dense(
         top, total, sums, query_at, query_mask, position, kv_ptr, table, kv_head,
         begin, end, scale, cap, block_stride, head_stride,
-        D_PAD, DENSE_TILE, 1, DTYPE, DOT, PRECISION, CAPPED, D, N,
+        D_PAD, DENSE_TILE, DTYPE, DOT, PRECISION, CAPPED, D, N,
     )  # fmt: skip
     channels = tl.arange(0, D_PAD)
     out = out_ptr + (source * out_stride + head * out_head_stride)[None, :] + channels[:, None]

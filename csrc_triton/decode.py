@@ -30,7 +30,7 @@ from csrc_triton.splits import (
     count_multiprocessors,
     make_workspace,
 )
-from csrc_triton.tiles import attend_dense, attend_thin
+from csrc_triton.tiles import attend_dense, attend_thin, span_tiles
 from think_vllm.formats import Coding
 from think_vllm.planner import BlockPlan
 
@@ -301,7 +301,7 @@ def _attend(
     top = tl.full((QUERIES,), float("-inf"), tl.float32)
     total = tl.zeros((QUERIES,), tl.float32)
     sums = tl.zeros((D_PAD, QUERIES), tl.float32)
-    tiles = thin_spans * ((SPAN * N + TILE - 1) // TILE)
+    tiles = thin_spans * span_tiles(SPAN, N, TILE)
     top, total, sums = attend_thin(
         top, total, sums, query_at, query_mask, kv_ptr, table, kv_head,
         split * tiles // splits, (split + 1) * tiles // splits,
@@ -319,7 +319,7 @@ def _attend(
         kv_ptr, table, kv_head,
         first_dense + turn * dense // splits, first_dense + (turn + 1) * dense // splits,
         scale, cap, block_stride, head_stride,
-        D_PAD, DENSE_TILE, 1, DTYPE, DOT, PRECISION, CAPPED, D, N,
+        D_PAD, DENSE_TILE, DTYPE, DOT, PRECISION, CAPPED, D, N,
     )  # fmt: skip
     heads = tl.num_programs(1) // PARTS * G
     partial = partial_ptr + ((row.to(tl.int64) * heads + head) * splits + split) * (D + 2)

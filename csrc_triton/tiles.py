@@ -21,6 +21,12 @@ from csrc_triton.softmax import weigh
 from csrc_triton.units import LANES, load_keys, load_values, natural_order, shared_units
 
 
+@triton.constexpr_function
+def span_tiles(SPAN, N, TILE):
+    """Tiles that cover a span; the last one may overhang."""
+    return (SPAN * N + TILE - 1) // TILE
+
+
 @triton.jit
 def attend_thin(
     top, total, sums, query_at, query_mask, kv_ptr, table, kv_head, begin, end,
@@ -43,7 +49,7 @@ def attend_thin(
     constants are those of ``blocks.LAYOUT_NAMES`` and ``decode.attention_constants``.
     """
     QUERIES: tl.constexpr = query_at.shape[0]
-    TILES: tl.constexpr = (SPAN * N + TILE - 1) // TILE
+    TILES: tl.constexpr = span_tiles(SPAN, N, TILE)
     head_offset = kv_head.to(tl.int64) * head_stride
     factor = tl.full((QUERIES,), 1.0, tl.float32)
     scales = scale * factor
@@ -213,7 +219,7 @@ def scatter_channels(kept, table, V: tl.constexpr, D_PAD: tl.constexpr):
 def attend_dense(
     top, total, sums, query_at, query_mask, position, kv_ptr, table, kv_head, begin, end,
     scale, cap, block_stride, head_stride,
-    D_PAD: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
+    D_PAD: tl.constexpr, TILE: tl.constexpr,
     DTYPE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, CAPPED: tl.constexpr,
     D: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
@@ -230,7 +236,8 @@ def attend_dense(
     )
     scales = tl.full((query.shape[1],), 1.0, tl.float32) * scale
     head_offset = kv_head.to(tl.int64) * head_stride
-    for first in tl.range(begin, end, TILE, num_stages=STAGES):
+    # Loads ahead would take shared memory, and so programs, on GPUs.
+    for first in tl.range(begin, end, TILE, num_stages=1):
         token = first + tl.arange(0, TILE)
         live = token < end
         page = tl.load(table + token // N, mask=live, other=0).to(tl.int64)
