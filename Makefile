@@ -12,12 +12,16 @@ NAME ?=
 PART ?=
 ARGS ?=
 
+# Of `make contract`: a release without a CPU build, and what depends on a release.
+VLLM ?= 0.33.0
+CONTRACT := tests/plugin tests/unit tests/e2e/test_served_logprobs.py
+
 BIN := .venv/bin
 BUNDLED := models/tiny-recall
 CHART := deploy/helm/think-vllm
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
 
-.PHONY: help setup serve test fmt lint type model bench bench-load quality-tables gpu-kit gpu-check clean
+.PHONY: help setup serve test contract fmt lint type model bench bench-load quality-tables gpu-kit gpu-check clean
 
 help: ## Show this list
 	@echo "usage: make TARGET [VARIABLE=value ...]"
@@ -36,6 +40,11 @@ serve: setup ## Serve MODEL, PRUNE of its key channels pruned, QUANT its format 
 
 test: setup ## Run the tests (TESTS=path, ARGS="-k name")
 	$(OFFLINE) $(BIN)/python -m pytest $(TESTS) $(ARGS)
+
+contract: setup ## Run the tests of what vLLM does for us on another vLLM's Python (VLLM=, TESTS=, ARGS=)
+	$(BIN)/python -m scripts.other_vllm $(VLLM)
+	PYTHONPATH=$(CURDIR)/.vllm/$(VLLM) $(OFFLINE) $(BIN)/python -m pytest \
+		$(if $(filter-out tests,$(TESTS)),$(TESTS),$(CONTRACT)) $(ARGS)
 
 fmt: setup ## Format the code and fix what ruff can fix
 	$(BIN)/ruff format .

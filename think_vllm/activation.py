@@ -6,7 +6,7 @@ import logging
 import multiprocessing
 from typing import TYPE_CHECKING
 
-from think_vllm import VLLM_SERIES, __version__, compat, compat_metrics, compat_requests
+from think_vllm import VLLM_VERSIONS, __version__, compat, compat_metrics, compat_requests
 from think_vllm.config import ThinkConfig, prune_flags
 from think_vllm.config_parser import config_from_additional
 from think_vllm.engine_checks import asked_block_size, check_engine, check_guard, is_cpu
@@ -87,8 +87,8 @@ def refuse_version(vllm_config: VllmConfig) -> None:
     import vllm
 
     raise ThinkError(
-        f"thin KV blocks: think-vllm {__version__} works with vLLM {VLLM_SERIES}.*, this is "
-        f"{vllm.__version__}; install vllm=={VLLM_SERIES}.*. {WAY_OUT}"
+        f"thin KV blocks: think-vllm {__version__} works with vLLM {VLLM_VERSIONS}, this is "
+        f"{vllm.__version__}; install one of those. {WAY_OUT}"
     )
 
 

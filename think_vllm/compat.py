@@ -100,11 +100,11 @@ _on_command_line = False
 
 
 def supported_vllm() -> bool:
-    """Whether the installed vLLM is of the series that this version extends."""
+    """Whether the installed vLLM is of a series that this version extends."""
     import vllm
 
     version: str = vllm.__version__
-    return version == VLLM_SERIES or version.startswith(VLLM_SERIES + ".")
+    return any(version == series or version.startswith(series + ".") for series in VLLM_SERIES)
 
 
 def install(
@@ -122,7 +122,7 @@ def install(
             altogether.
 
     Raises:
-        AttributeError: If the platform has not the hooks of vLLM 0.32.
+        AttributeError: If the platform has not the hooks that we need.
     """
     from vllm.platforms import current_platform
 

@@ -7,7 +7,7 @@ nor kernels are imported, unless a config asks for thin blocks.
 import contextlib
 import logging
 
-from think_vllm import VLLM_SERIES, __version__, compat
+from think_vllm import VLLM_VERSIONS, __version__, compat
 from think_vllm.errors import FLAGS
 
 # A child of vLLM's logger, so that vLLM's handlers and levels apply.
@@ -25,9 +25,9 @@ def register() -> None:
     import vllm
 
     logger.warning(
-        "think-vllm %s extends vLLM %s.*, this is vLLM %s: %s are off",
+        "think-vllm %s extends vLLM %s, this is vLLM %s: %s are off",
         __version__,
-        VLLM_SERIES,
+        VLLM_VERSIONS,
         vllm.__version__,
         FLAGS,
     )

@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from think_vllm.compat_moved import moved
 from think_vllm.plugin import register
 
 Parse = Callable[[Sequence[str]], argparse.Namespace]
@@ -17,7 +17,7 @@ Parse = Callable[[Sequence[str]], argparse.Namespace]
 def parse() -> Parse:
     """Parse what follows `vllm serve`; an unknown flag ends the test."""
     register()
-    parser: Any = make_arg_parser(FlexibleArgumentParser())
+    parser: Any = moved("make_arg_parser")(FlexibleArgumentParser())
 
     def run(arguments: Sequence[str]) -> argparse.Namespace:
         namespace: argparse.Namespace = parser.parse_args(list(arguments))

@@ -1,21 +1,22 @@
 """The contract covers all imports from vLLM; its checks say what changed and who relies on it."""
 
 import ast
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.conftest import REPOSITORY
+from tests.support import source
 from tests.support.contract import (
     check_accepts,
+    check_base,
     check_defaults,
     check_members,
     check_parameters,
     check_source,
-    members,
 )
 
 
@@ -31,27 +32,66 @@ def imported_names() -> list[tuple[str, str]]:
 
 
 def test_every_import_from_vllm_is_in_the_contract() -> None:
-    contract = {
-        name
-        for path in Path(__file__).parent.glob("test_vllm_contract*.py")
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        # As a name, as an attribute of a module, or imported to be looked at by a test.
-        if (name := getattr(node, "id", getattr(node, "attr", getattr(node, "name", None))))
-    }
+    contract: set[str] = set()
+    for path in Path(__file__).parent.glob("test_vllm_contract*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            # As a name, as an attribute of a module, imported by a test, or in a target.
+            contract.add(getattr(node, "id", getattr(node, "attr", getattr(node, "name", ""))))
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                contract |= set(re.split(r"[^\w]+", node.value))
     found = imported_names()
     assert len(found) > 40
     missing = [(ours, name) for ours, name in found if name not in contract]
     assert not missing, f"add rows to tests/plugin/test_vllm_contract*.py for {missing}"
 
 
+#: A vLLM of one module, and one that it imports from.
+FILES = {
+    "things": """
+from dataclasses import dataclass
+from vllm.base import Base
+
 @dataclass
-class Thing:
+class Thing(Base):
     size: int
-    rows: list[int] = field(default_factory=list)
+    rows: list[int] = None
+
+    def __post_init__(self) -> None:
+        self.width, self.height[0] = 1, 2
+        if self.depth == 3:
+            self.total: int = 4
 
     def take(self, count: int, at: int = 0) -> None:
         self.size -= count
         self.rows.append(at)
+""",
+    "base": """
+class Base:
+    KIND = "base"
+    name: str
+
+    @classmethod
+    def make(cls, size, *, rows=()):
+        return cls(size, rows)
+""",
+    "moved": "from vllm.things import Thing as Old",
+}
+THING = "things:Thing"
+
+
+@pytest.fixture(autouse=True)
+def small_vllm(tmp_path: Path) -> Iterator[None]:
+    (tmp_path / "vllm").mkdir()
+    for name, text in FILES.items():
+        (tmp_path / "vllm" / f"{name}.py").write_text(text, encoding="utf-8")
+    caches = (source.module_file, source.module_text, source.module_tree)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(source.VARIABLE, str(tmp_path))
+        for cache in caches:
+            cache.cache_clear()
+        yield
+    for cache in caches:
+        cache.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -71,27 +111,55 @@ class Thing:
 def test_changed_signature_is_named(
     check: Callable[..., None], expected: Any, changed: Any, message: str
 ) -> None:
-    check("ours.py", Thing.take, expected)
+    check("ours.py", f"{THING}.take", expected)
     with pytest.raises(AssertionError, match=rf"{message}.*ours.py"):
-        check("ours.py", Thing.take, changed)
+        check("ours.py", f"{THING}.take", changed)
 
 
-def test_missing_member_is_named() -> None:
-    check_members("ours.py", Thing, {"size", "rows", "take"})
-    with pytest.raises(AssertionError, match=r"Thing no longer has columns, .*ours.py"):
-        check_members("ours.py", Thing, {"size", "columns"})
+def test_parameters_are_counted_as_inspect_does() -> None:
+    check_parameters("ours.py", f"{THING}.make", ["size", "rows"])
+    check_defaults("ours.py", f"{THING}.make", {"rows": ()})
+    check_accepts("ours.py", THING, ["name", "size", "rows"])
+
+
+def test_members_are_those_of_bases_and_constructors_too() -> None:
+    check_members("ours.py", THING, {"size", "rows", "take", "make", "KIND", "name"})
+    check_members("ours.py", THING, {"width", "total"})
+    for absent in ("height", "depth"):
+        with pytest.raises(AssertionError, match=rf"Thing no longer has {absent}.*ours.py"):
+            check_members("ours.py", THING, {"size", absent})
+
+
+def test_changed_base_is_named() -> None:
+    check_base("ours.py", THING, "base:Base")
+    with pytest.raises(AssertionError, match=r"base:Base is no things:Thing.*ours.py"):
+        check_base("ours.py", "base:Base", THING)
 
 
 def test_changed_source_is_named() -> None:
-    check_source("ours.py", Thing.take, "self.size -= count", "self.rows.append(")
+    take = f"{THING}.take"
+    check_source("ours.py", take, "self.size -= count", ("self.rows.add(", "self.rows.append("))
     with pytest.raises(AssertionError, match=r"'self.size -= count' where it was, .*ours.py"):
-        check_source("ours.py", Thing.take, "self.rows.append(", "self.size -= count")
+        check_source("ours.py", take, "self.rows.append(", "self.size -= count")
     with pytest.raises(AssertionError, match=r"no longer has 'self.size = 0', .*ours.py"):
-        check_source("ours.py", Thing.take, "self.size = 0")
+        check_source("ours.py", take, "self.size = 0")
 
 
-def test_members_are_those_of_constructors_too() -> None:
-    from vllm.v1.request import Request
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("nowhere:Thing", "no module vllm.nowhere"),
+        ("things:Other", "vllm.things has no Other"),
+        ("things:Thing.give", "Thing has no give"),
+        ("nowhere:Thing | things:Other", "vllm.things has no Other"),
+    ],
+)
+def test_missing_target_is_named(target: str, message: str) -> None:
+    with pytest.raises(source.NotThereError, match=message):
+        source.find(target)
 
-    assert {"num_prompt_tokens", "is_finished", "block_hashes"} <= members(Request)
-    assert "columns" not in members(Request)
+
+@pytest.mark.parametrize("target", ["moved:Old", "nowhere:Thing | things:Thing"])
+def test_moved_target_is_found(target: str) -> None:
+    found = source.find(target)
+    assert (found.module, found.name) == ("vllm.things", "Thing")

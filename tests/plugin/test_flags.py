@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from think_vllm.compat_moved import moved
 from think_vllm.config_parser import parse_config
 from think_vllm.plugin import register
 
@@ -19,7 +19,7 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 def parser() -> argparse.ArgumentParser:
     register()
     register()  # vLLM may load a plugin more than once
-    made: argparse.ArgumentParser = make_arg_parser(FlexibleArgumentParser())
+    made: argparse.ArgumentParser = moved("make_arg_parser")(FlexibleArgumentParser())
     return made
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from vllm import AsyncEngineArgs
 from vllm.engine.arg_utils import EngineArgs
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from tests.support.models import make_config
 from tests.support.server import run_serve
+from think_vllm.compat_moved import moved
 from think_vllm.errors import ThinkError
 from think_vllm.plugin import register
 
@@ -28,7 +28,7 @@ SMALL = {
 def refuse(model: Path, *arguments: str) -> None:
     """Go as far as a server does before it starts its engine."""
     register()
-    parser: argparse.ArgumentParser = make_arg_parser(FlexibleArgumentParser())
+    parser: argparse.ArgumentParser = moved("make_arg_parser")(FlexibleArgumentParser())
     namespace = parser.parse_args([*arguments, "--enforce-eager"])
     namespace.model = str(model)
     AsyncEngineArgs.from_cli_args(namespace).create_engine_config()

@@ -4,28 +4,13 @@ What its calls do, and in which order they come, is in ``test_vllm_contract_call
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
 
 import pytest
-from vllm.sampling_params import SamplingParams
-from vllm.v1.core import kv_cache_utils
-from vllm.v1.core.block_pool import BlockHashToBlockMap, BlockPool
-from vllm.v1.core.kv_cache_coordinator import UnitaryKVCacheCoordinator
-from vllm.v1.core.kv_cache_manager import KVCacheManager
-from vllm.v1.core.kv_cache_utils import KVCacheBlock, KVCacheBlockCopy
-from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
-from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import (
     FullAttentionManager,
     SingleTypeKVCacheManager,
 )
-from vllm.v1.kv_cache_interface import FullAttentionSpec, replace_as
-from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
-from vllm.v1.request import Request
-from vllm.v1.worker.gpu.model_runner import GPUModelRunner as RunnerV2
-from vllm.v1.worker.gpu_input_batch import InputBatch
-from vllm.v1.worker.gpu_model_runner import GPUModelRunner as RunnerV1
+from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from tests.support.contract import (
     check_defaults,
@@ -36,6 +21,7 @@ from tests.support.contract import (
 )
 
 MANAGER, SPEC = "blocks/manager.py", "blocks/spec.py"
+FULL = "v1.core.single_type_kv_cache_manager:FullAttentionManager"
 FREED = ["self", "request_id", "processed_computed_tokens", "num_prompt_tokens"]
 COMPUTED = ["num_local_computed_tokens", "num_external_computed_tokens"]
 WANTED = ["new_computed_blocks", "total_computed_tokens", "num_local_computed_tokens"]
@@ -48,78 +34,120 @@ CACHED = ["self", "request", "num_tokens", "retention_interval", "replay_boundar
 @pytest.mark.parametrize(
     ("ours", "function", "parameters"),
     [
-        (MANAGER, FullAttentionManager.remove_skipped_blocks, FREED),
-        (MANAGER, KVCacheManager.remove_skipped_blocks, FREED),
         (
             MANAGER,
-            FullAttentionManager._remove_blocks_in_range,
+            "v1.core.single_type_kv_cache_manager:FullAttentionManager.remove_skipped_blocks",
+            FREED,
+        ),
+        (MANAGER, "v1.core.kv_cache_manager:KVCacheManager.remove_skipped_blocks", FREED),
+        (
+            MANAGER,
+            "v1.core.single_type_kv_cache_manager:FullAttentionManager._remove_blocks_in_range",
             ["self", "request_id", "first_block", "last_block"],
         ),
-        (MANAGER, FullAttentionManager.pop_blocks_for_free, ["self", "request_id"]),
-        (MANAGER, FullAttentionManager.cache_blocks, CACHED),
-        (MANAGER, SingleTypeKVCacheManager.cache_blocks, CACHED),
-        (MANAGER, FullAttentionManager.find_longest_cache_hit, HIT),
         (
             MANAGER,
-            FullAttentionManager.add_local_computed_blocks,
+            "v1.core.single_type_kv_cache_manager:FullAttentionManager.pop_blocks_for_free",
+            ["self", "request_id"],
+        ),
+        (
+            MANAGER,
+            "v1.core.single_type_kv_cache_manager:FullAttentionManager.cache_blocks",
+            CACHED,
+        ),
+        (
+            MANAGER,
+            "v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager.cache_blocks",
+            CACHED,
+        ),
+        (
+            MANAGER,
+            "v1.core.single_type_kv_cache_manager:FullAttentionManager.find_longest_cache_hit",
+            HIT,
+        ),
+        (
+            MANAGER,
+            "v1.core.single_type_kv_cache_manager:FullAttentionManager.add_local_computed_blocks",
             ["self", "request_id", "new_computed_blocks", *COMPUTED],
         ),
         (
             MANAGER,
-            FullAttentionManager.allocate_new_blocks,
+            "v1.core.single_type_kv_cache_manager:FullAttentionManager.allocate_new_blocks",
             ["self", "request_id", "num_tokens", "num_tokens_main_model"],
         ),
         (
             MANAGER,
-            FullAttentionManager.get_num_blocks_to_allocate,
+            "v1.core.single_type_kv_cache_manager:FullAttentionManager.get_num_blocks_to_allocate",
             ["self", "request_id", "num_tokens", *WANTED],
         ),
         (
             MANAGER,
-            FullAttentionManager._apply_cow,
+            "v1.core.single_type_kv_cache_manager:FullAttentionManager._apply_cow",
             ["self", "request_id", "block_idx", "source_block", "cow_block"],
         ),
-        (MANAGER, FullAttentionManager.take_pending_cow_copies, ["self"]),
-        (MANAGER, BlockPool.touch, ["self", "blocks"]),
-        (MANAGER, BlockPool.evict_blocks, ["self", "block_ids"]),
-        (MANAGER, BlockPool.get_new_blocks, ["self", "num_blocks"]),
-        (MANAGER, BlockPool.get_cached_block, ["self", "block_hash", "kv_cache_group_ids"]),
-        (MANAGER, BlockPool.free_blocks, ["self", "ordered_blocks"]),
         (
             MANAGER,
-            BlockPool._insert_block_hash,
+            "v1.core.single_type_kv_cache_manager:FullAttentionManager.take_pending_cow_copies",
+            ["self"],
+        ),
+        (MANAGER, "v1.core.block_pool:BlockPool.touch", ["self", "blocks"]),
+        (MANAGER, "v1.core.block_pool:BlockPool.evict_blocks", ["self", "block_ids"]),
+        (MANAGER, "v1.core.block_pool:BlockPool.get_new_blocks", ["self", "num_blocks"]),
+        (
+            MANAGER,
+            "v1.core.block_pool:BlockPool.get_cached_block",
+            ["self", "block_hash", "kv_cache_group_ids"],
+        ),
+        (MANAGER, "v1.core.block_pool:BlockPool.free_blocks", ["self", "ordered_blocks"]),
+        (
+            MANAGER,
+            "v1.core.block_pool:BlockPool._insert_block_hash",
             ["self", "block_hash_with_group_id", "block", "num_tokens"],
         ),
-        (MANAGER, BlockHashToBlockMap.get_one_block, ["self", "key"]),
+        (MANAGER, "v1.core.block_pool:BlockHashToBlockMap.get_one_block", ["self", "key"]),
         (
             MANAGER,
-            kv_cache_utils.make_block_hash_with_group_id,
+            "v1.core.kv_cache_utils:make_block_hash_with_group_id",
             ["block_hash", "group_id"],
         ),
-        (MANAGER, Request.is_finished, ["self"]),
-        ("compat_requests.py", Scheduler.add_request, ["self", "request"]),
-        ("compat_rows.py", RunnerV1._update_states, ["self", "scheduler_output"]),
-        (SPEC, replace_as, ["spec", "target_cls", "drop", "changes"]),
-        (SPEC, FullAttentionSpec.merge, ["specs"]),
-        ("compat.py", KVCacheSpecRegistry._ensure_registered, ["vllm_config"]),
+        (MANAGER, "v1.request:Request.is_finished", ["self"]),
+        (
+            "compat_requests.py",
+            "v1.core.sched.scheduler:Scheduler.add_request",
+            ["self", "request"],
+        ),
+        (
+            "compat_rows.py",
+            "v1.worker.gpu_model_runner:GPUModelRunner._update_states",
+            ["self", "scheduler_output"],
+        ),
+        (SPEC, "v1.kv_cache_interface:replace_as", ["spec", "target_cls", "drop", "changes"]),
+        (SPEC, "v1.kv_cache_interface:FullAttentionSpec.merge", ["specs"]),
         (
             "compat.py",
-            KVCacheSpecRegistry.register,
+            "v1.kv_cache_spec_registry:KVCacheSpecRegistry._ensure_registered",
+            ["vllm_config"],
+        ),
+        (
+            "compat.py",
+            "v1.kv_cache_spec_registry:KVCacheSpecRegistry.register",
             ["kvcache_spec_cls", "manager_class", "uniform_type_base_spec"],
         ),
     ],
     ids=name_of,
 )
-def test_vllm_signature_is_what_we_rely_on(
-    ours: str, function: Callable[..., Any], parameters: list[str]
-) -> None:
+def test_vllm_signature_is_what_we_rely_on(ours: str, function: str, parameters: list[str]) -> None:
     check_parameters(ours, function, parameters)
 
 
 def test_vllm_defaults_are_what_we_rely_on() -> None:
-    check_defaults(MANAGER, FullAttentionManager.remove_skipped_blocks, {"num_prompt_tokens": None})
-    check_defaults("compat.py", KVCacheSpecRegistry._ensure_registered, {"vllm_config": None})
-    check_defaults(SPEC, replace_as, {"drop": ()})
+    check_defaults(MANAGER, f"{FULL}.remove_skipped_blocks", {"num_prompt_tokens": None})
+    check_defaults(
+        "compat.py",
+        "v1.kv_cache_spec_registry:KVCacheSpecRegistry._ensure_registered",
+        {"vllm_config": None},
+    )
+    check_defaults(SPEC, "v1.kv_cache_interface:replace_as", {"drop": ()})
 
 
 @pytest.mark.parametrize(
@@ -127,37 +155,61 @@ def test_vllm_defaults_are_what_we_rely_on() -> None:
     [
         (
             MANAGER,
-            FullAttentionManager,
+            "v1.core.single_type_kv_cache_manager:FullAttentionManager",
             {"req_to_blocks", "num_cached_block", "block_pool", "block_size", "enable_caching"}
             | {"kv_cache_group_id", "kv_cache_spec", "_null_block", "_partial_hit_reqs"}
             | {"_pending_cow_copies", "new_block_ids", "get_num_skipped_tokens"},
         ),
         (
             MANAGER,
-            BlockPool,
+            "v1.core.block_pool:BlockPool",
             {"cached_block_hash_to_block", "null_block", "free_block_queue", "blocks"}
             | {"hash_block_size", "get_num_free_blocks", "enable_caching"},
         ),
-        (MANAGER, KVCacheBlock, {"block_hash", "ref_cnt", "is_null", "block_id"}),
         (
             MANAGER,
-            Request,
+            "v1.core.kv_cache_utils:KVCacheBlock",
+            {"block_hash", "ref_cnt", "is_null", "block_id"},
+        ),
+        (
+            MANAGER,
+            "v1.request:Request",
             {"num_prompt_tokens", "num_computed_tokens", "num_in_flight_tokens", "block_hashes"}
             | {"num_preemptions", "skip_reading_prefix_cache", "num_tokens", "request_id"},
         ),
-        (MANAGER, SchedulerOutput, {"scheduled_new_reqs", "kv_cache_block_copies"}),
-        (MANAGER, NewRequestData, {"req_id", "num_computed_tokens", "block_ids"}),
-        ("compat_rows.py", NewRequestData, {"sampling_params"}),
-        ("compat_requests.py", Request, {"sampling_params", "block_hashes"}),
-        ("compat_requests.py", SamplingParams, {"extra_args"}),
-        ("compat_requests.py", Scheduler, {"vllm_config", "kv_cache_manager", "requests"}),
-        (MANAGER, KVCacheBlockCopy, {"src_block_id", "dst_block_id"}),
-        (SPEC, FullAttentionSpec, {"block_size", "num_kv_heads", "head_size", "head_size_v"}),
-        (SPEC, FullAttentionSpec, {"dtype", "page_size_bytes", "prefix_cacheable"}),
+        (
+            MANAGER,
+            "v1.core.sched.output:SchedulerOutput",
+            {"scheduled_new_reqs", "kv_cache_block_copies"},
+        ),
+        (
+            MANAGER,
+            "v1.core.sched.output:NewRequestData",
+            {"req_id", "num_computed_tokens", "block_ids"},
+        ),
+        ("compat_rows.py", "v1.core.sched.output:NewRequestData", {"sampling_params"}),
+        ("compat_requests.py", "v1.request:Request", {"sampling_params", "block_hashes"}),
+        ("compat_requests.py", "sampling_params:SamplingParams", {"extra_args"}),
+        (
+            "compat_requests.py",
+            "v1.core.sched.scheduler:Scheduler",
+            {"vllm_config", "kv_cache_manager", "requests"},
+        ),
+        (MANAGER, "v1.core.kv_cache_utils:KVCacheBlockCopy", {"src_block_id", "dst_block_id"}),
+        (
+            SPEC,
+            "v1.kv_cache_interface:FullAttentionSpec",
+            {"block_size", "num_kv_heads", "head_size", "head_size_v"},
+        ),
+        (
+            SPEC,
+            "v1.kv_cache_interface:FullAttentionSpec",
+            {"dtype", "page_size_bytes", "prefix_cacheable"},
+        ),
     ],
     ids=name_of,
 )
-def test_vllm_members_are_what_we_rely_on(ours: str, kind: type, names: set[str]) -> None:
+def test_vllm_members_are_what_we_rely_on(ours: str, kind: str, names: set[str]) -> None:
     check_members(ours, kind, names)
 
 
@@ -174,7 +226,7 @@ def test_vllm_specs_are_frozen_dataclasses_that_we_extend() -> None:
         # Blocks that are kept for a while go back when their step is over.
         (
             MANAGER,
-            Scheduler.schedule,
+            "v1.core.sched.scheduler:Scheduler.schedule",
             [
                 "self.kv_cache_manager.take_kv_cache_block_copies()",
                 "self._free_cow_retained_blocks(",
@@ -185,14 +237,18 @@ def test_vllm_specs_are_frozen_dataclasses_that_we_extend() -> None:
         # Tokens count as computed once scheduled, and as in flight until they are processed.
         (
             MANAGER,
-            Scheduler._update_after_schedule,
+            "v1.core.sched.scheduler:Scheduler._update_after_schedule",
             ["num_computed_tokens += num_scheduled_token", "num_in_flight_tokens +="],
         ),
-        (MANAGER, Scheduler.update_from_output, ["num_in_flight_tokens -= num_tokens_scheduled"]),
+        (
+            MANAGER,
+            "v1.core.sched.scheduler:Scheduler.update_from_output",
+            ["num_in_flight_tokens -= num_tokens_scheduled"],
+        ),
         # Whoever is preempted loses all blocks at once, and starts anew.
         (
             MANAGER,
-            Scheduler._preempt_request,
+            "v1.core.sched.scheduler:Scheduler._preempt_request",
             [
                 "self._free_request_blocks(request)",
                 "request.status = RequestStatus.PREEMPTED",
@@ -202,17 +258,25 @@ def test_vllm_specs_are_frozen_dataclasses_that_we_extend() -> None:
         ),
         # A request is announced before it can be looked up; its hashes stay the same object, and
         # every rank is told its sampling parameters.
-        ("compat_requests.py", Scheduler.add_request, ["self._enqueue_waiting_request(request)"]),
-        ("compat_requests.py", Request.update_block_hashes, ["self.block_hashes.extend("]),
+        (
+            "compat_requests.py",
+            "v1.core.sched.scheduler:Scheduler.add_request",
+            ["self._enqueue_waiting_request(request)"],
+        ),
+        (
+            "compat_requests.py",
+            "v1.request:Request.update_block_hashes",
+            ["self.block_hashes.extend("],
+        ),
         (
             "compat_rows.py",
-            NewRequestData.from_request,
+            "v1.core.sched.output:NewRequestData.from_request",
             ["sampling_params=request.sampling_params"],
         ),
         # Preempted requests are known to V1 until they finish.
         (
             "compat_rows.py",
-            RunnerV1._update_states,
+            "v1.worker.gpu_model_runner:GPUModelRunner._update_states",
             [
                 "for req_id in scheduler_output.finished_req_ids: "
                 "req_state = self.requests.pop(req_id, None)",
@@ -222,7 +286,7 @@ def test_vllm_specs_are_frozen_dataclasses_that_we_extend() -> None:
         # The worker copies blocks after it has zeroed new ones, and before it runs the model.
         (
             MANAGER,
-            RunnerV1._update_states,
+            "v1.worker.gpu_model_runner:GPUModelRunner._update_states",
             [
                 "self._zero_block_ids(scheduler_output.new_block_ids_to_zero)",
                 "copy_kv_cache_blocks_inplace(",
@@ -233,24 +297,28 @@ def test_vllm_specs_are_frozen_dataclasses_that_we_extend() -> None:
         ),
         (
             MANAGER,
-            RunnerV1.execute_model,
+            "v1.worker.gpu_model_runner:GPUModelRunner.execute_model",
             ["self._update_states(scheduler_output)", "self._model_forward("],
         ),
-        (MANAGER, InputBatch.add_request, ["self.block_table.add_row(request.block_ids,"]),
         (
             MANAGER,
-            RunnerV2.update_requests,
+            "v1.worker.gpu_input_batch:InputBatch.add_request",
+            ["self.block_table.add_row(request.block_ids,"],
+        ),
+        (
+            MANAGER,
+            "v1.worker.gpu.model_runner:GPUModelRunner.update_requests",
             ["overwrite=False", "zero_block_ids(", "copy_kv_cache_blocks_inplace("],
         ),
         (
             MANAGER,
-            RunnerV2.execute_model,
+            "v1.worker.gpu.model_runner:GPUModelRunner.execute_model",
             ["self.add_requests(", "self.update_requests(", "self.model("],
         ),
         # One group of layers: its manager finds hits, at the size of its blocks.
         (
             MANAGER,
-            UnitaryKVCacheCoordinator.find_longest_cache_hit,
+            "v1.core.kv_cache_coordinator:UnitaryKVCacheCoordinator.find_longest_cache_hit",
             [
                 "self.single_type_managers[0].find_longest_cache_hit(",
                 "alignment_tokens=self.block_size",
@@ -259,5 +327,5 @@ def test_vllm_specs_are_frozen_dataclasses_that_we_extend() -> None:
     ],
     ids=name_of,
 )
-def test_vllm_does_what_we_rely_on(ours: str, function: Any, pieces: list[str]) -> None:
+def test_vllm_does_what_we_rely_on(ours: str, function: str, pieces: list[str]) -> None:
     check_source(ours, function, *pieces)

@@ -1,42 +1,24 @@
 """What CPU attention overrides or calls in vLLM; see ``test_vllm_contract.py``."""
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
-from vllm import _custom_ops as ops
-from vllm.config import (
-    ModelConfig,
-    ParallelConfig,
-    get_current_vllm_config,
-    get_layers_from_vllm_config,
-)
-from vllm.distributed import get_tensor_model_parallel_rank
-from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.layers.linear import QKVParallelLinear
 from vllm.v1.attention.backend import (
-    AttentionBackend,
-    AttentionImpl,
-    AttentionMetadataBuilder,
     AttentionType,
-    CommonAttentionMetadata,
     MultipleOf,
 )
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
-    CPUAttentionBackendImpl,
-    CPUAttentionMetadata,
-    CPUAttentionMetadataBuilder,
 )
 from vllm.v1.kv_cache_interface import (
-    AttentionSpec,
-    FullAttentionSpec,
     KVCacheLayout,
-    compute_layer_kv_cache_shape_bytes,
 )
-from vllm.v1.worker import utils as worker_utils
 
-from tests.support.contract import check_members, check_parameters, check_source, name_of
+from tests.support.contract import (
+    check_base,
+    check_members,
+    check_parameters,
+    check_source,
+    name_of,
+)
 
 FORWARD = ["self", "layer", "query", "key", "value", "kv_cache", "attn_metadata", "output"]
 FORWARD += ["output_scale", "output_block_scale"]
@@ -51,33 +33,61 @@ STORE += ["kv_cache_dtype"]
 @pytest.mark.parametrize(
     ("ours", "function", "parameters"),
     [
-        ("attention/cpu_impl.py", get_current_vllm_config, []),
-        ("attention/heads.py", get_tensor_model_parallel_rank, []),
-        ("attention/heads.py", ModelConfig.get_total_num_kv_heads, ["self"]),
-        ("attention/cpu_backend.py", AttentionBackend.customize_spec, ["spec"]),
-        ("attention/cpu_backend.py", CPUAttentionBackend.get_name, []),
-        ("attention/cpu_backend.py", CPUAttentionBackend.get_impl_cls, []),
-        ("attention/cpu_backend.py", CPUAttentionBackend.get_builder_cls, []),
-        ("attention/cpu_backend.py", CPUAttentionBackend.supports_attn_type, ["attn_type"]),
+        ("attention/cpu_impl.py", "config.vllm:get_current_vllm_config", []),
+        (
+            "attention/heads.py",
+            "distributed.parallel_state:get_tensor_model_parallel_rank",
+            [],
+        ),
+        ("attention/heads.py", "config.model:ModelConfig.get_total_num_kv_heads", ["self"]),
         (
             "attention/cpu_backend.py",
-            CPUAttentionBackend.get_supported_kernel_block_sizes,
+            "v1.attention.backend:AttentionBackend.customize_spec",
+            ["spec"],
+        ),
+        (
+            "attention/cpu_backend.py",
+            "v1.attention.backends.cpu_attn:CPUAttentionBackend.get_name",
+            [],
+        ),
+        (
+            "attention/cpu_backend.py",
+            "v1.attention.backends.cpu_attn:CPUAttentionBackend.get_impl_cls",
+            [],
+        ),
+        (
+            "attention/cpu_backend.py",
+            "v1.attention.backends.cpu_attn:CPUAttentionBackend.get_builder_cls",
+            [],
+        ),
+        (
+            "attention/cpu_backend.py",
+            "v1.attention.backends.cpu_attn:CPUAttentionBackend.supports_attn_type",
+            ["attn_type"],
+        ),
+        (
+            "attention/cpu_backend.py",
+            "v1.attention.backends.cpu_attn:CPUAttentionBackend.get_supported_kernel_block_sizes",
             ["kv_cache_spec"],
         ),
         (
             "attention/cpu_builder.py",
-            CPUAttentionMetadataBuilder.__init__,
+            "v1.attention.backends.cpu_attn:CPUAttentionMetadataBuilder.__init__",
             ["self", "kv_cache_spec", "layer_names", "vllm_config", "device"],
         ),
-        ("attention/cpu_builder.py", CPUAttentionMetadataBuilder.build, BUILD),
         (
             "attention/cpu_builder.py",
-            CPUAttentionMetadataBuilder._set_isa_to_layers,
+            "v1.attention.backends.cpu_attn:CPUAttentionMetadataBuilder.build",
+            BUILD,
+        ),
+        (
+            "attention/cpu_builder.py",
+            "v1.attention.backends.cpu_attn:CPUAttentionMetadataBuilder._set_isa_to_layers",
             ["self", "layer_names"],
         ),
         (
             "attention/cpu_builder.py",
-            AttentionMetadataBuilder._init_reorder_batch_threshold,
+            "v1.attention.backend:AttentionMetadataBuilder._init_reorder_batch_threshold",
             [
                 "self",
                 "reorder_batch_threshold",
@@ -85,26 +95,36 @@ STORE += ["kv_cache_dtype"]
                 "supports_dcp_with_varlen",
             ],
         ),
-        ("attention/cpu_parts.py", CommonAttentionMetadata.replace, ["self", "kwargs"]),
-        ("attention/cpu_impl.py", CPUAttentionBackendImpl.__init__, LAYER),
-        ("attention/cpu_impl.py", CPUAttentionBackendImpl.forward, FORWARD),
-        ("attention/cpu_dense.py", ops.cpu_attn_reshape_and_cache, STORE),
+        (
+            "attention/cpu_parts.py",
+            "v1.attention.backend:CommonAttentionMetadata.replace",
+            ["self", "kwargs"],
+        ),
+        (
+            "attention/cpu_impl.py",
+            "v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.__init__",
+            LAYER,
+        ),
+        (
+            "attention/cpu_impl.py",
+            "v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.forward",
+            FORWARD,
+        ),
+        ("attention/cpu_dense.py", "_custom_ops:cpu_attn_reshape_and_cache", STORE),
         (
             "attention/cpu_static.py",
-            CPUAttentionBackendImpl.do_kv_cache_update,
+            "v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.do_kv_cache_update",
             ["self", "layer", "key", "value", "kv_cache", "slot_mapping"],
         ),
         (
             "attention/cpu_static_builder.py",
-            get_layers_from_vllm_config,
+            "config.vllm:get_layers_from_vllm_config",
             ["vllm_config", "layer_type", "layer_names"],
         ),
     ],
     ids=name_of,
 )
-def test_vllm_signature_is_what_we_rely_on(
-    ours: str, function: Callable[..., Any], parameters: list[str]
-) -> None:
+def test_vllm_signature_is_what_we_rely_on(ours: str, function: str, parameters: list[str]) -> None:
     check_parameters(ours, function, parameters)
 
 
@@ -113,47 +133,79 @@ def test_vllm_signature_is_what_we_rely_on(
     [
         (
             "attention/cpu_builder.py",
-            CommonAttentionMetadata,
+            "v1.attention.backend:CommonAttentionMetadata",
             {"query_start_loc", "query_start_loc_cpu", "seq_lens", "num_reqs", "max_seq_len"}
             | {"num_actual_tokens", "max_query_len", "block_table_tensor", "rswa_prefix_lens"},
         ),
-        ("attention/cpu_backend.py", AttentionType, {"DECODER"}),
-        ("attention/heads.py", ModelConfig, {"seed"}),
-        ("attention/heads.py", ParallelConfig, {"tensor_parallel_size"}),
-        ("attention/cpu_backend.py", CPUAttentionBackend, {"supported_kv_cache_dtypes"}),
+        ("attention/cpu_backend.py", "v1.attention.backend:AttentionType", {"DECODER"}),
+        ("attention/heads.py", "config.model:ModelConfig", {"seed"}),
+        ("attention/heads.py", "config.parallel:ParallelConfig", {"tensor_parallel_size"}),
+        (
+            "attention/cpu_backend.py",
+            "v1.attention.backends.cpu_attn:CPUAttentionBackend",
+            {"supported_kv_cache_dtypes"},
+        ),
         (
             "attention/cpu_builder.py",
-            CPUAttentionMetadataBuilder,
+            "v1.attention.backends.cpu_attn:CPUAttentionMetadataBuilder",
             {"dtype", "head_dim", "num_heads", "num_kv_heads", "block_size", "isa"},
         ),
         (
             "attention/cpu_impl.py",
-            CPUAttentionBackendImpl,
+            "v1.attention.backends.cpu_attn:CPUAttentionBackendImpl",
             {"alibi_slopes", "sinks", "kv_sharing_target_layer_name", "scale", "head_size"}
             | {"num_kv_heads", "logits_soft_cap", "do_kv_cache_update"},
         ),
-        ("attention/cpu_parts.py", CPUAttentionMetadata, {"block_table", "scheduler_metadata"}),
-        ("static/spec.py", FullAttentionSpec, {"head_size", "head_size_v"}),
-        ("static/spec.py", FullAttentionSpec, {"dtype", "state_content_bytes"}),
-        ("attention/cpu_static_builder.py", Attention, {"impl"}),
+        (
+            "attention/cpu_parts.py",
+            "v1.attention.backends.cpu_attn:CPUAttentionMetadata",
+            {"block_table", "scheduler_metadata"},
+        ),
+        (
+            "static/spec.py",
+            "v1.kv_cache_interface:FullAttentionSpec",
+            {"head_size", "head_size_v"},
+        ),
+        (
+            "static/spec.py",
+            "v1.kv_cache_interface:FullAttentionSpec",
+            {"dtype", "state_content_bytes"},
+        ),
+        (
+            "attention/cpu_static_builder.py",
+            "model_executor.layers.attention.attention:Attention",
+            {"impl"},
+        ),
     ],
     ids=name_of,
 )
-def test_vllm_members_are_what_we_rely_on(ours: str, kind: type, names: set[str]) -> None:
+def test_vllm_members_are_what_we_rely_on(ours: str, kind: str, names: set[str]) -> None:
     check_members(ours, kind, names)
 
 
 @pytest.mark.parametrize(
     ("ours", "kind", "base"),
     [
-        ("attention/cpu_backend.py", CPUAttentionBackend, AttentionBackend),
-        ("attention/cpu_builder.py", CPUAttentionMetadataBuilder, AttentionMetadataBuilder),
-        ("attention/cpu_impl.py", CPUAttentionBackendImpl, AttentionImpl),
+        (
+            "attention/cpu_backend.py",
+            "v1.attention.backends.cpu_attn:CPUAttentionBackend",
+            "v1.attention.backend:AttentionBackend",
+        ),
+        (
+            "attention/cpu_builder.py",
+            "v1.attention.backends.cpu_attn:CPUAttentionMetadataBuilder",
+            "v1.attention.backend:AttentionMetadataBuilder",
+        ),
+        (
+            "attention/cpu_impl.py",
+            "v1.attention.backends.cpu_attn:CPUAttentionBackendImpl",
+            "v1.attention.backend:AttentionImpl",
+        ),
     ],
     ids=name_of,
 )
-def test_vllm_base_is_what_we_rely_on(ours: str, kind: type, base: type) -> None:
-    assert issubclass(kind, base), f"{kind} is no {base} any more, {ours} relies on it"
+def test_vllm_base_is_what_we_rely_on(ours: str, kind: str, base: str) -> None:
+    check_base(ours, kind, base)
 
 
 @pytest.mark.parametrize(
@@ -162,42 +214,50 @@ def test_vllm_base_is_what_we_rely_on(ours: str, kind: type, base: type) -> None
         # Which heads a rank has.
         (
             "attention/heads.py",
-            QKVParallelLinear,
+            "model_executor.layers.linear:QKVParallelLinear",
             [
                 "self.num_kv_head_replicas = divide(tp_size, self.total_num_kv_heads)",
                 "shard_rank = self.tp_rank // self.num_kv_head_replicas",
             ],
         ),
         # A spec is made by its layer's backend.
-        ("blocks/spec.py", worker_utils, ["spec = backend.customize_spec(spec)"]),
+        (
+            "blocks/spec.py",
+            "v1.worker.utils:customize_attention_spec",
+            ["spec = backend.customize_spec(spec)"],
+        ),
         # Tokens are stored by the kernels that the builder has chosen for its layers.
         (
             "attention/cpu_builder.py",
-            CPUAttentionMetadataBuilder._set_isa_to_layers,
+            "v1.attention.backends.cpu_attn:CPUAttentionMetadataBuilder._set_isa_to_layers",
             ["layer.isa = self.isa"],
         ),
         (
             "attention/cpu_builder.py",
-            CPUAttentionBackendImpl.do_kv_cache_update,
+            "v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.do_kv_cache_update",
             ["ops.cpu_attn_reshape_and_cache(", "layer.isa"],
         ),
         # A page has as many bytes as its spec says, whatever heads the layer has.
         (
             "static/spec.py",
-            AttentionSpec.state_content_size_bytes.fget,
+            "v1.kv_cache_interface:AttentionSpec.state_content_size_bytes",
             ["return (self.head_size + self.head_size_v) * get_dtype_size(self.dtype)"],
         ),
         (
             "static/spec.py",
-            compute_layer_kv_cache_shape_bytes,
+            "v1.kv_cache_interface:compute_layer_kv_cache_shape_bytes",
             ["spec.num_heads", "spec.state_content_size_bytes"],
         ),
         # Queries and outputs are of the layer's own heads.
-        ("attention/cpu_static.py", Attention.forward, ["query.view(-1, self.num_heads"]),
+        (
+            "attention/cpu_static.py",
+            "model_executor.layers.attention.attention:Attention.forward",
+            ["query.view(-1, self.num_heads"],
+        ),
         # No metadata means that vLLM is profiling. A block is two halves, keys and values.
         (
             "attention/cpu_impl.py",
-            CPUAttentionBackendImpl.forward,
+            "v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.forward",
             [
                 "if attn_metadata is None: return output",
                 "kv_cache.view((num_blocks, num_kv_heads, block_size * 2, -1))",
@@ -209,7 +269,7 @@ def test_vllm_base_is_what_we_rely_on(ours: str, kind: type, base: type) -> None
     ],
     ids=name_of,
 )
-def test_vllm_does_what_we_rely_on(ours: str, function: Any, pieces: list[str]) -> None:
+def test_vllm_does_what_we_rely_on(ours: str, function: str, pieces: list[str]) -> None:
     check_source(ours, function, *pieces)
 
 

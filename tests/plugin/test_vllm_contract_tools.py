@@ -2,49 +2,67 @@
 
 import argparse
 import inspect
-from collections.abc import Callable
-from typing import Any, get_args
+from typing import get_args
 
 import pytest
 import torch
-from vllm import LLM, SamplingParams
-from vllm.benchmarks.serve import add_cli_args, main
-from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
-from vllm.platforms import current_platform
-from vllm.v1.sample.logits_processor import AdapterLogitsProcessor, RequestLogitsProcessor
+from vllm import SamplingParams
+from vllm.benchmarks.serve import add_cli_args
+from vllm.v1.sample.logits_processor import RequestLogitsProcessor
 
 from tests.support.contract import check_accepts, check_members, check_parameters, name_of
 from think_vllm.doctor.forced import FORCED_TOKENS, ForcedTokens
 from think_vllm.loadtest.driver import generator_arguments
 from think_vllm.loadtest.scenario import known_scenarios, load_scenario
 
+#: In 0.33, and before.
+PARSER = "entrypoints.common.cli_args:make_arg_parser"
+PARSER += " | entrypoints.launchers.cli_args:make_arg_parser"
+
 
 @pytest.mark.parametrize(
     ("ours", "function", "parameters"),
     [
-        ("doctor/probe.py", LLM.from_engine_args, ["engine_args"]),
-        ("doctor/probe.py", AsyncEngineArgs.add_cli_args, ["parser", "async_args_only"]),
-        ("doctor/probe.py", EngineArgs.from_cli_args, ["args"]),
-        ("loadtest/configuration.py", make_arg_parser, ["parser"]),
-        ("loadtest/generator_program.py", add_cli_args, ["parser"]),
-        ("loadtest/generator_program.py", main, ["args"]),
-        ("doctor/forced.py", AdapterLogitsProcessor.new_req_logits_processor, ["self", "params"]),
-        ("doctor/forced.py", AdapterLogitsProcessor.is_argmax_invariant, ["self"]),
+        ("doctor/probe.py", "entrypoints.llm:LLM.from_engine_args", ["engine_args"]),
+        (
+            "doctor/probe.py",
+            "engine.arg_utils:AsyncEngineArgs.add_cli_args",
+            ["parser", "async_args_only"],
+        ),
+        ("doctor/probe.py", "engine.arg_utils:EngineArgs.from_cli_args", ["args"]),
+        (
+            "loadtest/configuration.py",
+            PARSER,
+            ["parser"],
+        ),
+        ("loadtest/generator_program.py", "benchmarks.serve:add_cli_args", ["parser"]),
+        ("loadtest/generator_program.py", "benchmarks.serve:main", ["args"]),
+        (
+            "doctor/forced.py",
+            "v1.sample.logits_processor:AdapterLogitsProcessor.new_req_logits_processor",
+            ["self", "params"],
+        ),
+        (
+            "doctor/forced.py",
+            "v1.sample.logits_processor:AdapterLogitsProcessor.is_argmax_invariant",
+            ["self"],
+        ),
     ],
     ids=name_of,
 )
-def test_signatures(ours: str, function: Callable[..., Any], parameters: list[str]) -> None:
+def test_signatures(ours: str, function: str, parameters: list[str]) -> None:
     check_parameters(ours, function, parameters)
 
 
 def test_parameters_passed_by_name() -> None:
-    check_accepts("doctor/probe.py", LLM.generate, ["prompts", "sampling_params"])
+    check_accepts("doctor/probe.py", "entrypoints.llm:LLM.generate", ["prompts", "sampling_params"])
     names = ["temperature", "max_tokens", "ignore_eos", "logprobs", "extra_args"]
-    check_accepts("doctor/probe.py", SamplingParams, names)
-    check_members("doctor/probe.py", EngineArgs, {"additional_config", "logits_processors"})
+    check_accepts("doctor/probe.py", "sampling_params:SamplingParams", names)
+    check_members(
+        "doctor/probe.py", "engine.arg_utils:EngineArgs", {"additional_config", "logits_processors"}
+    )
     names = ["is_cpu", "is_cuda", "get_device_name", "get_device_total_memory"]
-    check_members("doctor/machine.py", type(current_platform), set(names))
+    check_members("doctor/machine.py", "platforms.interface:Platform", set(names))
 
 
 def test_forced_tokens_are_forced_in_their_own_request_only() -> None:

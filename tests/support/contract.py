@@ -1,94 +1,89 @@
-"""Comparing vLLM with what we rely on, and naming which of our files does."""
+"""Comparing vLLM with what we rely on, and naming which of our files does.
 
-import dataclasses
+What is compared is a target (``source.py``), read in vLLM's files.
+"""
+
+import ast
+import importlib
 import inspect
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
+
+from tests.support import source
+from tests.support.source import find
 
 
 def name_of(value: Any) -> str | None:
-    """Id of a parameter: its qualified name if it has one, none for tables beside it."""
-    return getattr(value, "__qualname__", None) or getattr(value, "__name__", None)
+    """Id of a parameter: the name in a target, what other strings say, nothing of tables."""
+    return value.rpartition(":")[2] if isinstance(value, str) else None
 
 
-def check_parameters(ours: str, function: Callable[..., Any], expected: Sequence[str]) -> None:
+def check_parameters(ours: str, target: str, expected: Sequence[str]) -> None:
     """Compare the names and the order of all parameters."""
-    found = list(inspect.signature(function).parameters)
+    found = list(source.parameters(find(target)))
     assert found == list(expected), (
-        f"vLLM's {name_of(function)} takes ({', '.join(found)}), {ours} relies on "
-        f"({', '.join(expected)})"
+        f"vLLM's {target} takes ({', '.join(found)}), {ours} relies on ({', '.join(expected)})"
     )
 
 
-def check_accepts(ours: str, function: Callable[..., Any], names: Collection[str]) -> None:
+def check_accepts(ours: str, target: str, names: Collection[str]) -> None:
     """Look for parameters that we pass by name."""
-    missing = set(names) - set(inspect.signature(function).parameters)
+    missing = set(names) - set(source.parameters(find(target)))
     assert not missing, (
-        f"vLLM's {name_of(function)} no longer takes {', '.join(sorted(missing))}, which {ours} "
-        "passes"
+        f"vLLM's {target} no longer takes {', '.join(sorted(missing))}, which {ours} passes"
     )
 
 
-def members(kind: Any) -> set[str]:
-    """Fields, attributes and annotated names of a class, those set in its constructor included."""
-    found = {*dir(kind), *getattr(kind, "model_fields", {})}
-    for base in getattr(kind, "__mro__", ()):
-        found |= set(vars(base).get("__annotations__", ()))
-    if dataclasses.is_dataclass(kind):
-        found |= {field.name for field in dataclasses.fields(kind)}
-    if inspect.isclass(kind):
-        for base in kind.__mro__:
-            for name in ("__init__", "__post_init__"):
-                if name in vars(base) and base.__module__.startswith("vllm"):
-                    found |= set(_assigned(vars(base)[name]))
-    return found
-
-
-def _assigned(function: Callable[..., Any]) -> list[str]:
-    """Names of attributes that a method sets."""
-    try:
-        source = tight(function)
-    except OSError:  # made by dataclasses
-        return []
-    parts = source.split("self.")[1:]
-    names = []
-    for part in parts:
-        name = part[: next((i for i, c in enumerate(part) if not (c == "_" or c.isalnum())), None)]
-        if part[len(name) : len(name) + 1] in ("=", ":") and part[len(name) :][:2] != "==":
-            names.append(name)
-    return names
-
-
-def check_members(ours: str, kind: Any, expected: Collection[str]) -> None:
-    """Look for names of a class, an enumeration or a module."""
-    missing = set(expected) - members(kind)
-    assert not missing, (
-        f"vLLM's {name_of(kind)} no longer has {', '.join(sorted(missing))}, which {ours} uses"
+def check_defaults(ours: str, target: str, expected: Mapping[str, Any]) -> None:
+    """Compare defaults, which are literals, that we rely on by leaving an argument out."""
+    taken = source.parameters(find(target))
+    found = {name: taken.get(name) for name in expected}
+    assert found == {name: ast.unparse(ast.parse(repr(x))) for name, x in expected.items()}, (
+        f"vLLM's {target} has the defaults {found}, {ours} relies on {expected}"
     )
 
 
-def check_defaults(ours: str, function: Callable[..., Any], expected: dict[str, Any]) -> None:
-    """Compare defaults that we rely on by leaving an argument out."""
-    parameters = inspect.signature(function).parameters
-    found = {name: parameters[name].default for name in expected if name in parameters}
-    assert found == expected, (
-        f"vLLM's {name_of(function)} has the defaults {found}, {ours} relies on {expected}"
+def check_members(ours: str, target: str, expected: Collection[str]) -> None:
+    """Look for names of a class or an enumeration."""
+    missing = set(expected) - source.members(find(target))
+    assert not missing, f"vLLM's {target} no longer has {', '.join(sorted(missing))}: {ours}"
+
+
+def check_base(ours: str, target: str, base: str) -> None:
+    """Look for a class among those that another one inherits from."""
+    wanted = find(base).node
+    assert any(kind.node is wanted for kind in source.bases(find(target))), (
+        f"vLLM's {target} is no {base} any more, {ours} relies on it"
     )
 
 
-def tight(function: Any) -> str:
-    """Source without white space."""
+def check_source(ours: str, target: str, *pieces: str | tuple[str, ...]) -> None:
+    """Look for pieces of a definition, white space aside, in this order.
+
+    A piece that differs between series is a tuple of its forms.
+    """
+    found, start = source.text(find(target)), 0
+    for piece in pieces:
+        forms = [piece] if isinstance(piece, str) else list(piece)
+        wanted = ["".join(form.split()) for form in forms]
+        places = [(found.find(form, start), form) for form in wanted if form in found[start:]]
+        assert places, (
+            f"vLLM's {target} no longer has {' or '.join(map(repr, forms))}"
+            f"{' where it was' if any(form in found for form in wanted) else ''}, "
+            f"which {ours} relies on"
+        )
+        at, form = min(places)
+        start = at + len(form)
+
+
+def tight(function: Callable[..., Any]) -> str:
+    """Source of what was imported, without white space."""
     return "".join(inspect.getsource(function).split())
 
 
-def check_source(ours: str, function: Any, *pieces: str) -> None:
-    """Look for pieces of a function's source, white space aside, in this order."""
-    source, start = tight(function), 0
-    for piece in pieces:
-        wanted = "".join(piece.split())
-        at = source.find(wanted, start)
-        assert at >= 0, (
-            f"vLLM's {name_of(function)} no longer has {piece!r}"
-            f"{' where it was' if wanted in source else ''}, which {ours} relies on"
-        )
-        start = at + len(wanted)
+def planning() -> Any:
+    """Module with vLLM's grouping of layers: its place since 0.33, or the one before."""
+    try:
+        return importlib.import_module("vllm.v1.core.kv_cache_planning")
+    except ModuleNotFoundError:
+        return importlib.import_module("vllm.v1.core.kv_cache_utils")

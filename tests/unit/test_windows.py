@@ -7,14 +7,11 @@ import pytest
 import torch
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.kv_cache_manager import KVCacheManager
-from vllm.v1.core.kv_cache_utils import (
-    _get_kv_cache_groups_uniform_page_size,
-    is_kv_cache_spec_uniform,
-)
 from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
 from vllm.v1.kv_cache_interface import KVCacheConfig, SlidingWindowSpec
 from vllm.v1.request import Request
 
+from tests.support.contract import planning
 from think_vllm.attention.cpu_window import clear_begun_blocks
 from think_vllm.blocks.manager import ThinKVCacheManager
 from think_vllm.blocks.spec import ThinKVCacheSpec
@@ -33,7 +30,7 @@ SLIDING = SlidingWindowSpec(**SHAPE, sliding_window=WINDOW)
 
 
 def make_manager(layers: dict[str, Any]) -> KVCacheManager:
-    groups = _get_kv_cache_groups_uniform_page_size(layers)
+    groups = planning()._get_kv_cache_groups_uniform_page_size(layers)
     return KVCacheManager(
         KVCacheConfig(num_blocks=NUM_BLOCKS, kv_cache_tensors=[], kv_cache_groups=groups),
         max_model_len=200,
@@ -47,8 +44,8 @@ def make_manager(layers: dict[str, Any]) -> KVCacheManager:
 def test_layers_are_grouped_by_kind(full_first: bool) -> None:
     kinds = [("full", THIN), ("window.0", SLIDING), ("window.1", SLIDING)]
     layers = dict(kinds if full_first else reversed(kinds))
-    assert not is_kv_cache_spec_uniform(layers)
-    groups = _get_kv_cache_groups_uniform_page_size(layers)
+    assert not planning().is_kv_cache_spec_uniform(layers)
+    groups = planning()._get_kv_cache_groups_uniform_page_size(layers)
     assert sorted(len(group.layer_names) for group in groups) == [1, 1, 1]
     assert [g.kv_cache_spec for g in groups].count(THIN) == 1
     assert [g.kv_cache_spec for g in groups].count(SLIDING) == 2
@@ -129,7 +126,7 @@ def test_layers_share_blocks_as_in_vllm(
     assert AttentionLayers(full, window, 64).groups == groups
     layers = {f"full.{i}": THIN for i in range(full)}
     layers |= {f"window.{i}": SLIDING for i in range(window)}
-    made = _get_kv_cache_groups_uniform_page_size(layers)
+    made = planning()._get_kv_cache_groups_uniform_page_size(layers)
     assert len(made) == groups[1] + groups[2]
     assert max(len(group.layer_names) for group in made) == groups[0]
 

@@ -22,11 +22,12 @@ def serve(arguments: Sequence[str]) -> int:
         arguments: What `vllm serve` takes.
     """
     from vllm.entrypoints.cli.serve import ServeSubcommand
-    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.logger import configure_logging_from_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    cli_env_setup()
+    from think_vllm.compat_moved import moved
+
+    moved("cli_env_setup")()
     parser = FlexibleArgumentParser(prog="think-vllm")
     command = ServeSubcommand()
     command.subparser_init(parser.add_subparsers(dest="subparser"))

@@ -8,7 +8,7 @@ import platform
 import sys
 from typing import TYPE_CHECKING
 
-from think_vllm import VLLM_SERIES, __version__, compat
+from think_vllm import VLLM_VERSIONS, __version__, compat
 from think_vllm.doctor.finding import Finding, Level
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def check_versions() -> Iterator[Finding]:
     if compat.supported_vllm():
         yield Finding(Level.GOOD, "versions", versions)
     else:
-        way_out = f"this version works with vLLM {VLLM_SERIES}.*: install that"
+        way_out = f"this version works with vLLM {VLLM_VERSIONS}: install that"
         yield Finding(Level.BAD, "versions", f"{versions}; {way_out}")
     names = {point.name for point in importlib.metadata.entry_points(group=PLUGIN_GROUP)}
     chosen = os.environ.get("VLLM_PLUGINS")

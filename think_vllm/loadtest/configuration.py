@@ -172,9 +172,9 @@ def read_engine(model: str, arguments: Sequence[str], who: str) -> Engine:
         ThinkError: If they are wrong, or the model cannot be served with them.
     """
     from vllm.engine.arg_utils import EngineArgs
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    from think_vllm.compat_moved import moved
     from think_vllm.plugin import register
 
     class Parser(FlexibleArgumentParser):  # type: ignore[misc,unused-ignore]
@@ -184,7 +184,7 @@ def read_engine(model: str, arguments: Sequence[str], who: str) -> Engine:
             raise ThinkError(f"{who}: {message}")
 
     register()
-    parser: argparse.ArgumentParser = make_arg_parser(Parser(prog="think-vllm serve"))
+    parser: argparse.ArgumentParser = moved("make_arg_parser")(Parser(prog="think-vllm serve"))
     namespace = parser.parse_args([model, *arguments])
     namespace.model = model
     settings = config_from_additional(
