@@ -43,6 +43,8 @@ test: setup ## Run the tests (TESTS=path, ARGS="-k name")
 
 contract: setup ## Run the tests of what vLLM does for us on another vLLM's Python (VLLM=, TESTS=, ARGS=)
 	$(BIN)/python -m scripts.other_vllm $(VLLM)
+	PYTHONPATH=$(CURDIR)/.vllm/$(VLLM) $(BIN)/python -c \
+		"import vllm; assert vllm.__version__ == '$(VLLM)', vllm.__version__"
 	PYTHONPATH=$(CURDIR)/.vllm/$(VLLM) $(OFFLINE) $(BIN)/python -m pytest \
 		$(if $(filter-out tests,$(TESTS)),$(TESTS),$(CONTRACT)) $(ARGS)
 

@@ -2,8 +2,10 @@
 
 Each entry says why it is needed, and when it can go. Nothing else in this package patches
 vLLM; subclasses of its classes call a few private methods that they inherit.
-``tests/plugin/test_vllm_contract.py`` fails first when a vLLM upgrade changes any of these.
+``tests/plugin/test_vllm_contract.py`` fails first when a vLLM upgrade changes any of these;
+``docs/vllm.md`` says what ran on which release, and which hooks would end which entry.
 
+``compat_moved.PLACES`` are names that are in one module in 0.32 and in another in 0.33.
 ``Platform.pre_register_and_update`` is wrapped
     because vLLM has no hook for a plugin's own flags, but gives every parser of its engine
     arguments to this method. Until vLLM lets plugins add arguments.
