@@ -11,9 +11,9 @@ from think_vllm.config import ThinkConfig, prune_flags
 from think_vllm.config_parser import config_from_additional
 from think_vllm.engine_checks import asked_block_size, check_engine, check_guard, is_cpu
 from think_vllm.errors import WAY_OUT, ThinkError
-from think_vllm.models import attention_layers, window_summary
-from think_vllm.planner import BlockPlan, plan_blocks
-from think_vllm.report import context_hint, plan_summary, static_summary
+from think_vllm.models import attention_layers, plan_model, window_summary
+from think_vllm.planner import BlockPlan
+from think_vllm.report import context_hint, never_thin, plan_summary, static_summary
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -55,8 +55,7 @@ def activate(vllm_config: VllmConfig) -> None:
     # Before it is ours. When vLLM validates a config again, the hint has been given.
     user_block_size = asked_block_size(cache_config)
     compat.fix_block_size(cache_config, plan.block_size)
-    if config.kv_evict == "h2o" and cache_config.enable_prefix_caching:
-        # A prompt whose beginning came from the cache would choose by half of its queries.
+    if cache_config.enable_prefix_caching and not config.allows_prefix_caching:
         cache_config.enable_prefix_caching = False
         logger.info(
             "think-vllm: --kv-evict h2o adds up all queries of a prompt, so each is computed "
@@ -69,8 +68,10 @@ def activate(vllm_config: VllmConfig) -> None:
         compat.request_prompt_lens(vllm_config.model_config)
     else:
         _warn_of_gpus()
-    lines = plan_summary(plan) + window_summary(attention_layers(vllm_config.model_config))
+    lines = plan_summary(plan, cache_config.enable_prefix_caching)
+    lines += window_summary(attention_layers(vllm_config.model_config))
     longest = vllm_config.model_config.max_model_len
+    _say(never_thin(plan, longest), logging.WARNING)
     if longest < config.kv_plan_context:
         lines += context_hint(plan, longest, user_block_size)
     _say(lines)
@@ -130,16 +131,7 @@ def plan_engine(config: ThinkConfig, vllm_config: VllmConfig) -> BlockPlan | Non
     Raises:
         ThinkError: If no plan fits.
     """
-    model_config = vllm_config.model_config
-    if attention_layers(model_config).window:
-        # Beside them vLLM may cut a hit in the middle of a thin span.
-        config = config.model_copy(update={"kv_prefix_cache": "dense"})
-    return plan_blocks(
-        config,
-        head_size=model_config.get_head_size(),
-        itemsize=model_config.dtype.itemsize,
-        block_size=asked_block_size(vllm_config.cache_config),
-    )
+    return plan_model(config, vllm_config.model_config, asked_block_size(vllm_config.cache_config))
 
 
 def _say_off(config: ThinkConfig) -> None:
@@ -150,11 +142,11 @@ def _say_off(config: ThinkConfig) -> None:
     )
 
 
-def _say(lines: list[str]) -> None:
+def _say(lines: list[str], level: int = logging.INFO) -> None:
     """Log the plan, once per start of a server: every API server and engine process has it."""
     is_first = multiprocessing.parent_process() is None
     for line in lines:
-        logger.log(logging.INFO if is_first else logging.DEBUG, "think-vllm: %s", line)
+        logger.log(level if is_first else logging.DEBUG, "think-vllm: %s", line)
 
 
 def _warn_of_gpus() -> None:

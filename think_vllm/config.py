@@ -125,6 +125,14 @@ class ThinkConfig(BaseModel):
         return self.kv_evict != "none"
 
     @property
+    def allows_prefix_caching(self) -> bool:
+        """Whether a prompt's beginning may come from the prefix cache.
+
+        Not with h2o, which adds up all queries of a prompt: it would choose by half of them.
+        """
+        return self.kv_evict != "h2o"
+
+    @property
     def guards(self) -> bool:
         """Whether requests that would lose too much stay dense."""
         return self.kv_prune_max_loss < 1.0

@@ -22,18 +22,26 @@ _CODINGS = {
 }
 
 
-def plan_summary(plan: BlockPlan) -> list[str]:
-    """The plan in a few lines that a person reads."""
+def plan_summary(plan: BlockPlan, prefix_caching: bool) -> list[str]:
+    """The plan in a few lines that a person reads.
+
+    Args:
+        plan: The plan.
+        prefix_caching: Whether prefixes are cached.
+    """
     dense, thin = plan.dense_bytes_per_token_head, plan.thin_bytes_per_token_head
-    prefixes = "thin" if plan.config.kv_prefix_cache == "thin" else "as dense copies"
+    prefixes = ""
+    if prefix_caching:
+        form = "thin" if plan.config.kv_prefix_cache == "thin" else "as dense copies"
+        prefixes = f", prefixes cached {form}"
     return [
         f"{_channels(plan)}; {_codings(plan)}",
         f"{_blocks(plan)} (span {plan.span_tokens} tokens; "
         f"recent window {plan.config.kv_recent_window}, "
         f"observation window {plan.config.kv_observation_window}, decoded spans "
-        f"{'compacted too' if plan.rule.prune_decode else 'stay dense'}, "
-        f"{'at the end of every chunk of a prompt, ' if plan.config.kv_prune_prefill else ''}"
-        f"prefixes cached {prefixes})",
+        f"{'compacted too' if plan.rule.prune_decode else 'stay dense'}"
+        f"{', at the end of every chunk of a prompt' if plan.config.kv_prune_prefill else ''}"
+        f"{prefixes})",
         *_eviction(plan),
         *_guard(plan),
         f"bytes per token and KV head: {dense:.0f} dense, {thin:.1f} thin (keys "
@@ -98,8 +106,35 @@ def context_hint(plan: BlockPlan, tokens: int, block_size: int | None = None) ->
     ]
 
 
-def plan_fields(plan: BlockPlan) -> dict[str, Any]:
-    """The plan as flat, JSON-ready fields."""
+def never_thin(plan: BlockPlan, longest: int) -> list[str]:
+    """A line if no request up to a model's length gives up a block.
+
+    Args:
+        plan: The plan.
+        longest: Tokens of the longest request, prompt and answer.
+    """
+    least = plan.rule.shortest_saving
+    if least <= longest:
+        return []
+    recent = f"{plan.config.kv_recent_window} recent tokens (--kv-recent-window)"
+    if plan.config.evicts and not plan.rule.shrinks:
+        why = f"{kept_tokens(plan)} old tokens are kept (--kv-evict-budget) beside {recent}"
+    else:
+        why = f"the first {plan.span_tokens} tokens shrink once {recent} follow them"
+    return [
+        f"nothing is saved: no request of up to {longest} tokens, the longest that the model is "
+        f"served with, gives up a block. {why}, so requests must have {least} tokens. Lower these, "
+        "give a smaller --kv-plan-context for shorter spans, or raise --max-model-len"
+    ]
+
+
+def plan_fields(plan: BlockPlan, prefix_caching: bool) -> dict[str, Any]:
+    """The plan as flat, JSON-ready fields.
+
+    Args:
+        plan: The plan.
+        prefix_caching: Whether prefixes are cached.
+    """
     return {
         **_channel_fields(plan),
         "kv_quant_group": plan.config.kv_quant_group if plan.format.has_groups else None,
@@ -113,7 +148,7 @@ def plan_fields(plan: BlockPlan) -> dict[str, Any]:
         "observation_window": plan.config.kv_observation_window,
         "prune_decode": plan.config.kv_prune_decode,
         "prune_prefill": plan.config.kv_prune_prefill,
-        "prefix_cache": plan.config.kv_prefix_cache,
+        "prefix_cache": plan.config.kv_prefix_cache if prefix_caching else None,
         "max_loss": plan.config.kv_prune_max_loss if plan.guards else None,
         "plan_context": plan.config.kv_plan_context,
         "select": plan.config.kv_select if plan.prunes else None,

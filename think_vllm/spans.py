@@ -157,6 +157,18 @@ class SpanRule:
         """First position whose query sees ``span`` thin, if the prompt has ended by then."""
         return (span + 1) * self.span_tokens + self.recent_window
 
+    @property
+    def shortest_saving(self) -> int:
+        """Tokens, prompt and answer, of the shortest request that gives up a block.
+
+        The last token of an answer is never computed, and at least one is computed after the
+        prompt's end by whom a thin span is read.
+        """
+        spans = 1
+        if not self.shrinks:  # then only what is evicted goes
+            spans = ENDLESS if self.budget_spans is None else self.budget_spans + 1
+        return self.due_position(spans - 1) + 2
+
     def freeable_spans(self, prompt_len: int, processed_tokens: int, cached: int = 0) -> int:
         """Spans whose tails the worker can no longer read.
 

@@ -6,10 +6,11 @@ import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.support.models import make_llama
+from tests.support.models import make_config, make_llama
 from think_vllm.cli.main import main
 from think_vllm.cli.plan import budget_fields, parse_bytes
 from think_vllm.config import ThinkConfig
@@ -124,6 +125,65 @@ def test_plan_refuses_in_one_line(recall_model: Path, arguments: list[str], mess
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+GEMMA: dict[str, Any] = {
+    "architectures": ["Gemma3ForCausalLM"],
+    "head_dim": 64,
+    "hidden_size": 128,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 32,
+    "sliding_window": 64,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+}
+
+
+@pytest.mark.parametrize(
+    ("windowed", "flags", "said", "field"),
+    [
+        (False, [], "prefixes cached thin", "thin"),
+        (False, ["--kv-prefix-cache", "dense"], "prefixes cached as dense copies", "dense"),
+        (False, ["--no-enable-prefix-caching"], None, None),
+        (False, ["--kv-evict", "snapkv"], "prefixes cached as dense copies", "dense"),
+        (False, ["--kv-evict", "h2o"], None, None),
+        (False, ["--kv-prune-max-loss", "0.1"], "prefixes cached as dense copies", "dense"),
+        # As the engine does beside sliding-window layers.
+        (True, [], "prefixes cached as dense copies", "dense"),
+        (True, ["--no-enable-prefix-caching"], None, None),
+    ],
+)
+def test_plan_says_of_prefixes_what_the_engine_does(
+    recall_model: Path,
+    tmp_path: Path,
+    windowed: bool,
+    flags: list[str],
+    said: str | None,
+    field: str | None,
+) -> None:
+    model = make_config(tmp_path, "gemma3_text", **GEMMA) if windowed else recall_model
+    arguments = [str(model), "--kv-channel-prune", "0.5", *flags]
+    text = run(*arguments).stdout
+    assert (said in text) if said else ("prefixes" not in text.replace(str(model), ""))
+    assert json.loads(run(*arguments, "--json").stdout)["prefix_cache"] == field
+
+
+@pytest.mark.parametrize(
+    ("flags", "warned"),
+    [
+        (["--kv-recent-window", "4096", "--max-model-len", "2048"], True),
+        (["--kv-recent-window", "1024", "--max-model-len", "2048"], False),
+        (["--max-model-len", "225"], True),  # a span has 192 tokens, 32 more stay dense
+        (["--max-model-len", "226"], False),
+    ],
+)
+def test_plan_warns_where_nothing_can_be_saved(
+    recall_model: Path, flags: list[str], warned: bool
+) -> None:
+    done = run(str(recall_model), "--kv-channel-prune", "0.5", *flags)
+    assert ("nothing is saved: no request of up to" in done.stdout) is warned
 
 
 def test_plan_refuses_a_model_that_is_not_there() -> None:

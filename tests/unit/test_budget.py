@@ -80,10 +80,10 @@ def test_budget_below_the_shortest_span_is_refused() -> None:
 
 def test_report_says_what_is_kept() -> None:
     plan = make(300, kv_channel_prune=0.5)
-    text = "\n".join(plan_summary(plan))
+    text = "\n".join(plan_summary(plan, True))
     assert "each KV head keeps 288 old tokens of a prompt at most (budget 300, snapkv)" in text
     assert "prefixes cached as dense copies" in text
-    fields = plan_fields(plan)
+    fields = plan_fields(plan, True)
     assert (fields["evict"], fields["evict_budget"]) == ("snapkv", 288)
     assert fields["effective_multiple_32k"] > 50
 
@@ -92,5 +92,5 @@ def test_plans_without_eviction_keep_everything() -> None:
     plan = plan_blocks(ThinkConfig(kv_channel_prune=0.5), 128, 2)
     assert plan is not None
     assert plan.rule.budget_spans is None
-    assert plan_fields(plan)["evict_budget"] is None
-    assert not any("old tokens" in line for line in plan_summary(plan))
+    assert plan_fields(plan, True)["evict_budget"] is None
+    assert not any("old tokens" in line for line in plan_summary(plan, True))

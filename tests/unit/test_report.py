@@ -6,7 +6,7 @@ import pytest
 
 from think_vllm.config_parser import parse_config
 from think_vllm.planner import BlockPlan, plan_blocks
-from think_vllm.report import context_hint, plan_fields, plan_summary
+from think_vllm.report import context_hint, never_thin, plan_fields, plan_summary
 
 
 def make(**settings: object) -> BlockPlan:
@@ -55,17 +55,70 @@ def make(**settings: object) -> BlockPlan:
     ],
 )
 def test_plan_summary_says_what_is_kept_and_how(settings: dict[str, object], expected: str) -> None:
-    assert plan_summary(make(**settings))[0] == expected
+    assert plan_summary(make(**settings), True)[0] == expected
 
 
 def test_plan_summary_says_what_it_is_worth() -> None:
-    line = plan_summary(make(kv_channel_prune=0.5, kv_quant="k4v2"))[2]
+    line = plan_summary(make(kv_channel_prune=0.5, kv_quant="k4v2"), True)[2]
     # 2 x 8,192 bytes / 176 tokens; keys (3,584 + 64) / 88, values 4,224 / 88
     assert line == (
         "bytes per token and KV head: 512 dense, 93.1 thin (keys 41.5, values 48.0, waste 3.9 %): "
         "x5.500; whole requests x4.35 at 2k, x5.16 at 8k, x5.41 at 32k tokens; "
         "planned for 8192"
     )
+
+
+@pytest.mark.parametrize(
+    ("settings", "caching", "expected"),
+    [
+        ({"kv_channel_prune": 0.5}, True, "decoded spans compacted too, prefixes cached thin)"),
+        (
+            {"kv_channel_prune": 0.5, "kv_prefix_cache": "dense"},
+            True,
+            "decoded spans compacted too, prefixes cached as dense copies)",
+        ),
+        ({"kv_channel_prune": 0.5}, False, "decoded spans compacted too)"),
+        ({"kv_channel_prune": 0.5, "kv_prefix_cache": "dense"}, False, "compacted too)"),
+        (
+            {"kv_channel_prune": 0.5, "kv_prune_prefill": True},
+            False,
+            "at the end of every chunk of a prompt)",
+        ),
+    ],
+)
+def test_plan_summary_speaks_of_prefixes_where_they_are_cached(
+    settings: dict[str, object], caching: bool, expected: str
+) -> None:
+    plan = make(**settings)
+    assert plan_summary(plan, caching)[1].endswith(expected)
+    cached = settings.get("kv_prefix_cache", "thin") if caching else None
+    assert plan_fields(plan, caching)["prefix_cache"] == cached
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"kv_channel_prune": 0.5}, "32 recent tokens (--kv-recent-window)"),
+        ({"kv_channel_prune": 0.5, "kv_recent_window": 4096}, "4096 recent tokens"),
+        ({"kv_channel_prune": 0.5, "kv_prune_decode": False}, "shrink once"),
+        ({"kv_quant": "kivi2", "kv_prune_prefill": True}, "shrink once"),
+        (
+            {"kv_evict": "snapkv", "kv_evict_budget": 2048},
+            "old tokens are kept (--kv-evict-budget)",
+        ),
+        ({"kv_evict": "h2o", "kv_channel_prune": 0.5}, "shrink once"),
+    ],
+)
+def test_never_thin_is_said_up_to_the_last_length_that_saves_nothing(
+    settings: dict[str, object], named: str
+) -> None:
+    plan = make(**settings)
+    least = plan.rule.shortest_saving
+    assert never_thin(plan, least) == []
+    (line,) = never_thin(plan, least - 1)
+    assert line.startswith(f"nothing is saved: no request of up to {least - 1} tokens")
+    assert named in line
+    assert f"must have {least} tokens" in line
 
 
 def test_context_hint_is_given_where_it_pays() -> None:
@@ -92,7 +145,7 @@ def test_context_hint_is_given_where_it_pays() -> None:
 def test_plan_fields_are_json_and_name_a_group_where_there_is_one(
     settings: dict[str, object], group: int | None
 ) -> None:
-    fields = json.loads(json.dumps(plan_fields(make(**settings))))
+    fields = json.loads(json.dumps(plan_fields(make(**settings), True)))
     assert fields["kv_quant"] == settings.get("kv_quant", "none")
     assert fields["kv_quant_group"] == group
     parts = fields["key_bytes_per_token_head"] + fields["value_bytes_per_token_head"]
@@ -103,13 +156,13 @@ def test_plan_fields_are_json_and_name_a_group_where_there_is_one(
 def test_summary_says_that_requests_may_stay_dense() -> None:
     plan = make(kv_channel_prune=0.5, kv_prune_max_loss=0.2)
     assert plan.rule.delay_prompt
-    (line,) = [line for line in plan_summary(plan) if "stay dense:" in line]
+    (line,) = [line for line in plan_summary(plan, True) if "stay dense:" in line]
     assert "more than 0.2 of the scores" in line
-    assert plan_fields(plan)["max_loss"] == 0.2
+    assert plan_fields(plan, True)["max_loss"] == 0.2
     # Where rounding leaves every key channel, there is nothing to decide.
     for settings in (
         {"kv_channel_prune": 0.5},
         {"kv_channel_prune": 0.001, "kv_quant": "fp8", "kv_prune_max_loss": 0.2},
     ):
         assert not make(**settings).guards
-        assert plan_fields(make(**settings))["max_loss"] is None
+        assert plan_fields(make(**settings), True)["max_loss"] is None

@@ -70,6 +70,21 @@ def test_freeable_spans_were_thin_for_a_processed_query_or_at_an_end(
     assert rule.freeable_spans(prompt_len, processed, cached) == max(cached, expected)
 
 
+@given(rule=RULES, thin_blocks=st.sampled_from([1, 4]), longest=st.integers(2, 40))
+def test_shortest_saving_equals_looking_at_every_request(
+    rule: SpanRule, thin_blocks: int, longest: int
+) -> None:
+    rule = replace(rule, thin_blocks=thin_blocks, span_blocks=max(thin_blocks, rule.span_blocks))
+    saves = False
+    for prompt_len in range(1, longest):
+        last = longest - 2  # the last token of an answer is never computed
+        for position in range(prompt_len, last + 1):
+            thin = rule.thin_spans(prompt_len, position, computed=prompt_len)
+            gone = rule.evicted_spans(prompt_len) if thin else 0
+            saves |= gone > 0 or (rule.shrinks and thin > 0)
+    assert (rule.shortest_saving <= longest) is saves
+
+
 @pytest.mark.parametrize(
     ("prompt_len", "spans"), [(1, 0), (223, 0), (224, 1), (225, 1), (415, 1), (416, 2)]
 )

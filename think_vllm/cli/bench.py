@@ -108,7 +108,7 @@ class _Run:
                 scenario.check_length(engine.max_model_len)
             if engine.settings is not None and not (engine.plan or engine.static):
                 raise ThinkError(f"{who} prunes no channel of this model; give a larger ratio")
-            plan = None if engine.plan is None else plan_fields(engine.plan)
+            plan = None if engine.plan is None else plan_fields(engine.plan, engine.prefix_caching)
             if engine.static is not None:
                 plan = static_fields(engine.static)
             results.servers.append(

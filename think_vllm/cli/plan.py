@@ -11,9 +11,15 @@ from think_vllm.cli.flags import declare_flags, take_flags
 from think_vllm.config import prune_flags
 from think_vllm.config_parser import parse_config
 from think_vllm.errors import ThinkError
-from think_vllm.models import AttentionLayers, attention_layers, check_model, window_summary
-from think_vllm.planner import BlockPlan, plan_blocks, pruned_channels
-from think_vllm.report import budget_text, context_hint, plan_fields, plan_summary
+from think_vllm.models import (
+    AttentionLayers,
+    attention_layers,
+    check_model,
+    plan_model,
+    window_summary,
+)
+from think_vllm.planner import BlockPlan, pruned_channels
+from think_vllm.report import budget_text, context_hint, never_thin, plan_fields, plan_summary
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
@@ -40,12 +46,7 @@ def plan(arguments: Sequence[str]) -> int:
         from think_vllm.cli.plan_static import print_static
 
         return print_static(namespace, config, model_config, ranks)
-    made = plan_blocks(
-        config,
-        head_size=model_config.get_head_size(),
-        itemsize=model_config.dtype.itemsize,
-        block_size=namespace.block_size,
-    )
+    made = plan_model(config, model_config, namespace.block_size)
     if made is None:
         raise ThinkError(
             f"{prune_flags(config)} prunes no channel at head size "
@@ -56,11 +57,13 @@ def plan(arguments: Sequence[str]) -> int:
     # Every rank gets as many blocks as the one with most layers has room for.
     stages = [model_config.get_layers_start_end_indices(rank) for rank in ranks]
     layers = attention_layers(model_config, max(stages, key=lambda stage: stage[1] - stage[0]))
-    fields = plan_fields(made) | budget_fields(
+    prefix_caching = namespace.enable_prefix_caching and config.allows_prefix_caching
+    fields = plan_fields(made, prefix_caching) | budget_fields(
         made, heads, layers, namespace.memory, namespace.context_length
     )
     fields["num_ranks"] = ranks[0].world_size
-    lines = _text(made, fields)
+    lines = _text(made, fields, prefix_caching)
+    lines += never_thin(made, model_config.max_model_len)
     lines += context_hint(made, namespace.context_length, namespace.block_size)
     print_plan(namespace, fields, [*lines, *window_summary(layers)])
     return 0
@@ -165,14 +168,25 @@ def _parser() -> argparse.ArgumentParser:
         default=8192,
         help="Tokens of a request. Default: 8192.",
     )
+    parser.add_argument(
+        "--max-model-len",
+        type=positive_int,
+        help="Tokens of the longest request. Default: the model's.",
+    )
+    parser.add_argument(
+        "--enable-prefix-caching",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="As for `vllm serve`.",
+    )
     parser.add_argument("--trust-remote-code", action="store_true", help="As for `vllm serve`.")
     parser.add_argument("--json", action="store_true", help="Print JSON.")
     declare_flags(parser)
     return parser
 
 
-def read_model(who: str, model: str, dtype: str, trust_remote_code: bool) -> Any:
-    """Let vLLM read a model's config.
+def read_model(who: str, model: str, dtype: str, trust_remote_code: bool, **others: Any) -> Any:
+    """Let vLLM read a model's config; ``others`` are further arguments of an engine.
 
     Raises:
         ThinkError: If it cannot.
@@ -181,7 +195,7 @@ def read_model(who: str, model: str, dtype: str, trust_remote_code: bool) -> Any
 
     try:
         return EngineArgs(
-            model=model, dtype=dtype, trust_remote_code=trust_remote_code
+            model=model, dtype=dtype, trust_remote_code=trust_remote_code, **others
         ).create_model_config()
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split()) or repr(error)
@@ -196,7 +210,13 @@ def _engine_shape(namespace: argparse.Namespace) -> tuple[Any, list[Any]]:
     """
     from vllm.config import ParallelConfig
 
-    model_config = read_model("plan", namespace.model, namespace.dtype, namespace.trust_remote_code)
+    model_config = read_model(
+        "plan",
+        namespace.model,
+        namespace.dtype,
+        namespace.trust_remote_code,
+        max_model_len=namespace.max_model_len,
+    )
     try:
         ranks = [
             ParallelConfig(
@@ -214,8 +234,8 @@ def _engine_shape(namespace: argparse.Namespace) -> tuple[Any, list[Any]]:
     return model_config, ranks
 
 
-def _text(made: BlockPlan, fields: dict[str, Any]) -> list[str]:
-    lines = [*plan_summary(made)[:-1], budget_text(fields)]
+def _text(made: BlockPlan, fields: dict[str, Any], prefix_caching: bool) -> list[str]:
+    lines = [*plan_summary(made, prefix_caching)[:-1], budget_text(fields)]
     for kind, ratio, kept in (
         ("", made.requested_ratio, made.key_channels),
         ("value ", made.config.kv_value_prune, made.value_channels),

@@ -65,6 +65,7 @@ class Examination:
         self.arguments = list(arguments)
         self.generation = generation
         self.plan: BlockPlan | None = None
+        self.prefix_caching = False
         self.static: StaticPlan | None = None
         self.runs: tuple[ProbeResult, ProbeResult] | None = None
         self.comparison: Comparison | None = None
@@ -87,7 +88,7 @@ class Examination:
         """What was found, JSON-ready."""
         fields: dict[str, Any] = {"model": self.model, "arguments": self.arguments}
         if self.plan is not None:
-            fields["plan"] = plan_fields(self.plan)
+            fields["plan"] = plan_fields(self.plan, self.prefix_caching)
         if self.static is not None:
             fields["plan"] = static_fields(self.static)
         if self.comparison is not None:
@@ -122,7 +123,8 @@ class Examination:
             yield Finding(Level.BAD, "plan", "no channel of this model would go; raise the ratio")
             return
         self.plan = plan
-        for line in plan_summary(plan)[:-1]:
+        self.prefix_caching = vllm_config.cache_config.enable_prefix_caching
+        for line in plan_summary(plan, self.prefix_caching)[:-1]:
             yield Finding(Level.GOOD, "plan", line)
         longest = model_config.max_model_len
         yield from self._check_lengths(plan, longest)

@@ -9,8 +9,8 @@ from typing import Any, Literal, NoReturn
 from think_vllm.config import ADDITIONAL_CONFIG_KEY, ThinkConfig, flag_name
 from think_vllm.config_parser import config_from_additional
 from think_vllm.errors import ThinkError
-from think_vllm.models import attention_layers, check_model
-from think_vllm.planner import BlockPlan, plan_blocks
+from think_vllm.models import attention_layers, check_model, plan_model
+from think_vllm.planner import BlockPlan
 from think_vllm.static.plan import StaticPlan, plan_static
 
 Kind = Literal["plain", "fp8 cache", "thin", "other", "external"]
@@ -61,6 +61,7 @@ class Engine:
         dtype: Of the model.
         settings: Of thin blocks; None without.
         plan: Of thin blocks; None without.
+        prefix_caching: Whether prefixes are cached.
         windowed: Whether some layers have a sliding window, of which the plan does not speak.
         static: Of static pruning, whose blocks are as many as dense ones and smaller; None
             without.
@@ -70,6 +71,7 @@ class Engine:
     dtype: str
     settings: ThinkConfig | None
     plan: BlockPlan | None
+    prefix_caching: bool
     windowed: bool
     static: StaticPlan | None = None
 
@@ -198,16 +200,23 @@ def read_engine(model: str, arguments: Sequence[str], who: str) -> Engine:
     plan = static = None
     if settings is not None:
         check_model(model_config)
-        shape = model_config.get_head_size(), model_config.dtype.itemsize, namespace.block_size
         if settings.is_static:
-            static = plan_static(settings, *shape)
+            static = plan_static(
+                settings,
+                model_config.get_head_size(),
+                model_config.dtype.itemsize,
+                namespace.block_size,
+            )
         else:
-            plan = plan_blocks(settings, *shape)
+            plan = plan_model(settings, model_config, namespace.block_size)
     return Engine(
         max_model_len=model_config.max_model_len,
         dtype=str(model_config.dtype).removeprefix("torch."),
         settings=settings,
         plan=plan,
+        # vLLM's default, for models that generate text.
+        prefix_caching=namespace.enable_prefix_caching is not False
+        and (settings is None or settings.allows_prefix_caching),
         windowed=attention_layers(model_config).window > 0,
         static=static,
     )

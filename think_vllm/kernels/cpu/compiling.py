@@ -2,12 +2,22 @@
 
 import functools
 import hashlib
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from numba import njit
-from numba.core.caching import IndexDataCacheFile
+from numba.core.caching import (
+    CompileResultCacheImpl,
+    FunctionCache,
+    IndexDataCacheFile,
+    InTreeCacheLocator,
+    UserProvidedCacheLocator,
+    UserWideCacheLocator,
+)
+
+logger = logging.getLogger("vllm.think_vllm")
 
 
 @functools.cache
@@ -40,11 +50,69 @@ class _CacheFile(IndexDataCacheFile):
     def load(self, key: Any) -> Any:
         try:
             return self._load_data(self._name(key))
-        except FileNotFoundError:
+        except OSError:  # not there, or not ours to read
             return None
 
     def flush(self) -> None:
         """Nothing is ever stale under its name."""
+
+
+class _ReadOnly:
+    """A locator that takes a folder with compiled kernels, whether or not it can be written to."""
+
+    def ensure_cache_path(self) -> None:
+        path = Path(self.get_cache_path())  # type: ignore[attr-defined]
+        if not any(path.glob("*.nbc")):
+            raise OSError(f"{path} has no compiled kernels")
+
+
+class _ReadOnlyProvided(_ReadOnly, UserProvidedCacheLocator):
+    """``NUMBA_CACHE_DIR``."""
+
+
+class _ReadOnlyInTree(_ReadOnly, InTreeCacheLocator):
+    """Beside this package."""
+
+
+class _ReadOnlyUserWide(_ReadOnly, UserWideCacheLocator):
+    """Below the user's home."""
+
+
+class _Implementation(CompileResultCacheImpl):
+    """Numba's, which also finds folders that can only be read, if there is no other."""
+
+    _locator_classes = [
+        *CompileResultCacheImpl._locator_classes,
+        _ReadOnlyProvided,
+        _ReadOnlyUserWide,
+        _ReadOnlyInTree,
+    ]
+
+
+class _Cache(FunctionCache):
+    """A kernel's cache on disk. What cannot be kept there is compiled anew at every start."""
+
+    _impl_class = _Implementation
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        super().__init__(function)
+        stem = self._impl.filename_base
+        self._cache_file = _CacheFile(self._cache_path, stem, _sources())
+
+    def save_overload(self, signature: Any, data: Any) -> None:
+        try:
+            super().save_overload(signature, data)
+        except OSError as error:
+            _warn_of_compiling(str(error))
+
+
+@functools.cache  # once for all kernels: they fail alike
+def _warn_of_compiling(reason: str) -> None:
+    logger.warning(
+        "think-vllm: compiled CPU kernels cannot be kept (%s), so each start compiles them, for a "
+        "minute or more; set NUMBA_CACHE_DIR to a folder that this process may write to",
+        reason,
+    )
 
 
 def named(suffix: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -71,15 +139,10 @@ def kernel(**options: Any) -> Callable[[Callable[..., None]], Any]:
 
     def compile_lazily(function: Callable[..., None]) -> Any:
         dispatcher = njit(**options)(function)
-        dispatcher.enable_caching()
-        cache = dispatcher._cache
-        file = cache._cache_file
-        cache._cache_file = _CacheFile(file._cache_path, _stem(file), _sources())
+        try:
+            dispatcher._cache = _Cache(function)
+        except RuntimeError:  # numba found no folder
+            _warn_of_compiling("no folder beside the package or below the home can be written to")
         return dispatcher
 
     return compile_lazily
-
-
-def _stem(file: Any) -> str:
-    name: str = file._index_name
-    return name.removesuffix(".nbi")
