@@ -5,7 +5,7 @@ import hashlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from numba import njit
 from numba.core.caching import (
@@ -81,7 +81,7 @@ class _ReadOnlyUserWide(_ReadOnly, UserWideCacheLocator):
 class _Implementation(CompileResultCacheImpl):
     """Numba's, which also finds folders that can only be read, if there is no other."""
 
-    _locator_classes = [
+    _locator_classes: ClassVar = [
         *CompileResultCacheImpl._locator_classes,
         _ReadOnlyProvided,
         _ReadOnlyUserWide,
