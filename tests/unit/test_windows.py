@@ -1,12 +1,19 @@
 """Sliding-window layers beside thin ones: groups of layers, one pool of blocks, clean blocks."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.kv_cache_utils import (
+    BlockHashListWithBlockSize,
+    get_request_block_hasher,
+    init_none_hash,
+)
 from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
 from vllm.v1.kv_cache_interface import KVCacheConfig, SlidingWindowSpec
 from vllm.v1.request import Request
@@ -14,6 +21,7 @@ from vllm.v1.request import Request
 from tests.support.contract import planning
 from think_vllm.attention.cpu_window import clear_begun_blocks
 from think_vllm.blocks.manager import ThinKVCacheManager
+from think_vllm.blocks.prefix import LimitedHashes
 from think_vllm.blocks.spec import ThinKVCacheSpec
 from think_vllm.models import AttentionLayers, attention_layers, window_summary
 
@@ -29,14 +37,15 @@ THIN = ThinKVCacheSpec(**SHAPE, span_blocks=3, thin_blocks=2, recent_window=5, p
 SLIDING = SlidingWindowSpec(**SHAPE, sliding_window=WINDOW)
 
 
-def make_manager(layers: dict[str, Any]) -> KVCacheManager:
+def make_manager(layers: dict[str, Any], unit: int | None = None) -> KVCacheManager:
+    """vLLM's manager of groups of layers; with prefix caching if hashes have a ``unit``."""
     groups = planning()._get_kv_cache_groups_uniform_page_size(layers)
     return KVCacheManager(
         KVCacheConfig(num_blocks=NUM_BLOCKS, kv_cache_tensors=[], kv_cache_groups=groups),
         max_model_len=200,
         scheduler_block_size=BLOCK,
-        hash_block_size=BLOCK,
-        enable_caching=False,
+        hash_block_size=unit or BLOCK,
+        enable_caching=unit is not None,
     )
 
 
@@ -76,6 +85,46 @@ def test_full_layers_free_tails_and_others_their_window() -> None:
     manager.free(request)
     manager.free(other)
     assert manager.block_pool.get_num_free_blocks() == NUM_BLOCKS - 1
+
+
+@pytest.mark.parametrize("unit", [1, 2, BLOCK])
+@pytest.mark.parametrize("max_tokens", [None, 0, 9, 16])
+def test_resumed_requests_hit_no_more_than_they_may(unit: int, max_tokens: int | None) -> None:
+    # --prefix-match-unit is for models with several groups of layers.
+    dense = replace(THIN, thin_prefixes=False, recent_window=1000)
+    manager = make_manager({"full": dense, "window": SLIDING}, unit)
+    init_none_hash(sha256)
+
+    def request(name: str) -> Request:
+        hasher = get_request_block_hasher(unit, sha256)
+        params = SamplingParams(max_tokens=9)
+        return Request(name, list(range(30)), params, None, block_hasher=hasher)
+
+    first = request("first")
+    assert manager.allocate_slots(first, 30) is not None
+    first.num_computed_tokens = 30
+    first.append_output_token_ids([7])
+    assert manager.allocate_slots(first, 1) is not None
+    second = request("second")
+    if max_tokens is not None:
+        second.block_hashes = LimitedHashes(second.block_hashes, max_tokens, max_thin_spans=0)
+    _, computed, *_ = manager.get_computed_blocks(second)
+    limit = 29 if max_tokens is None else max_tokens
+    assert computed == limit // BLOCK * BLOCK
+
+
+def test_limits_hold_through_a_view_of_finer_hashes() -> None:
+    pool = make_manager({"full": THIN, "window": SLIDING}, 2).block_pool
+    found: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        # As if everything were cached.
+        patch.setattr(pool, "get_cached_block", lambda key, groups: found.append(key) or [key])
+        hashes = LimitedHashes(range(20), max_tokens=9, max_thin_spans=0)
+        view = BlockHashListWithBlockSize(hashes, 2, BLOCK)
+        arguments = (39, [0], pool, replace(THIN, thin_prefixes=False), False, BLOCK)
+        _, length = ThinKVCacheManager.find_longest_cache_hit(view, *arguments)
+    assert length == 8
+    assert found == [1, 3]
 
 
 def test_begun_blocks_are_cleared_unless_they_are_filled() -> None:

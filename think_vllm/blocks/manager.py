@@ -73,15 +73,17 @@ class ThinKVCacheManager(FullAttentionManager):
         """
         limit = max(0, max_length + 1 - max(1, kv_cache_spec.observation_window))
         thin = kv_cache_spec.thin_prefixes
-        if isinstance(block_hashes, LimitedHashes):
-            limit = min(limit, block_hashes.max_tokens)
+        # vLLM may look at hashes of finer blocks (--prefix-match-unit) through a view.
+        hashes = getattr(block_hashes, "block_hashes", block_hashes)
+        if isinstance(hashes, LimitedHashes):
+            limit = min(limit, hashes.max_tokens)
         dense, length = super().find_longest_cache_hit(
             block_hashes, limit, kv_cache_group_ids, block_pool, kv_cache_spec, *args, **kwargs
         )
         if not thin:
             return dense, length
         rule, (group,) = kv_cache_spec.rule, kv_cache_group_ids
-        most = getattr(block_hashes, "max_thin_spans", limit // rule.span_tokens)
+        most = getattr(hashes, "max_thin_spans", limit // rule.span_tokens)
         rows = find_thin(block_pool, block_hashes, min(limit, most * rule.span_tokens), group, rule)
         if not rows:
             return dense, length
