@@ -12,6 +12,9 @@ vLLM; subclasses of its classes call a few private methods that they inherit.
 ``parser.parse_known_args`` is wrapped, per parser
     to fold the flags into ``additional_config`` whatever their order on the command line.
     Until then too.
+``FlexibleArgumentParser.load_config_file`` is wrapped
+    because it drops ``false`` of what only a command's own parser knows, and ours would be taken
+    for true; it adds our options and leaves vLLM's alone. Until it asks that parser.
 ``Platform.check_and_update_config`` is wrapped
     because it is where a platform validates and completes ``VllmConfig``, and plugins have no
     such place. Until vLLM calls plugins with the config.
@@ -211,6 +214,28 @@ def fold_after_parsing(
         return parsed, rest
 
     parser.parse_known_args = parse_known_args  # type: ignore[method-assign]
+
+
+def follow_config_files(extend: Callable[[argparse.ArgumentParser, str], list[str]]) -> None:
+    """Add arguments to what vLLM's parsers read from a YAML file, once per process.
+
+    Args:
+        extend: Gets the parser and the path.
+    """
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    original = FlexibleArgumentParser.load_config_file
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def load_config_file(self: argparse.ArgumentParser, file_path: str) -> list[str]:
+        ours = extend(self, file_path)  # first: it says more of what is wrong with our options
+        arguments: list[str] = original(self, file_path)
+        return arguments + ours
+
+    setattr(load_config_file, _MARK, True)
+    FlexibleArgumentParser.load_config_file = load_config_file
 
 
 @contextlib.contextmanager

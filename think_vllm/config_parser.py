@@ -1,6 +1,7 @@
 """Read settings, however they were given: flags, YAML, JSON or ``additional_config``."""
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pydantic import ValidationError
@@ -41,6 +42,7 @@ def config_from_additional(additional_config: object) -> ThinkConfig | None:
     """
     if not isinstance(additional_config, Mapping):
         return None
+    check_place(additional_config)
     settings = additional_config.get(ADDITIONAL_CONFIG_KEY)
     if settings is None:
         return None
@@ -51,6 +53,41 @@ def config_from_additional(additional_config: object) -> ThinkConfig | None:
         )
     config = parse_config(settings)
     return config if config.enabled else None
+
+
+#: What else people may write for the key of our settings, letters alone.
+_NEAR_KEYS = ("think", "thinkvllm", "vllmthink", "thinkkv")
+#: How like one of these a key must be to be taken for it.
+_NEARNESS = 0.85
+
+
+def check_place(additional_config: Mapping[Any, Any]) -> None:
+    """Refuse settings that look like ours where nobody reads them.
+
+    Raises:
+        ThinkError: Naming the key, and the right form.
+    """
+    for key, value in additional_config.items():
+        if key == ADDITIONAL_CONFIG_KEY or not isinstance(key, str):
+            continue
+        found = _ours([key]) or (_ours(value) if isinstance(value, Mapping) else "")
+        letters = "".join(filter(str.isalpha, key.lower()))
+        if found or difflib.get_close_matches(letters, _NEAR_KEYS, cutoff=_NEARNESS):
+            setting = found or "kv_channel_prune"
+            raise ThinkError(
+                f"additional_config has {key!r}, which nobody reads; settings of think-vllm belong "
+                f'below "{ADDITIONAL_CONFIG_KEY}": write {{"{ADDITIONAL_CONFIG_KEY}": '
+                f'{{"{setting}": ...}}}}, or give {flag_name(setting)}'
+            )
+
+
+def _ours(names: Iterable[Any]) -> str:
+    """The first of our settings among names, however it is spelt; empty if there is none."""
+    for name in names:
+        setting = str(name).lstrip("-").replace("-", "_").lower()
+        if setting in ThinkConfig.model_fields:
+            return setting
+    return ""
 
 
 def _check_together(config: ThinkConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from think_vllm.errors import FLAGS, WAY_OUT, ThinkError
@@ -24,8 +25,8 @@ def check_engine(vllm_config: VllmConfig) -> None:
     check_device(vllm_config)
     check_model(vllm_config.model_config)
     check_windows(vllm_config)
+    check_cache_dtype(vllm_config)
     parallel = vllm_config.parallel_config
-    cache_dtype = vllm_config.cache_config.cache_dtype
     unsupported: list[tuple[Any, str, str, str]] = [
         (
             vllm_config.speculative_config,
@@ -71,12 +72,6 @@ def check_engine(vllm_config: VllmConfig) -> None:
             "queries that choose channels would be left out",
             "leave it out",
         ),
-        (
-            cache_dtype not in plain_dtypes(vllm_config.model_config),
-            f"--kv-cache-dtype {cache_dtype}",
-            "blocks that are dense hold keys and values as computed",
-            "use --kv-quant fp8 instead" if cache_dtype.startswith("fp8") else "use auto",
-        ),
     ]
     for present, name, reason, way_out in unsupported:
         if present:
@@ -84,6 +79,60 @@ def check_engine(vllm_config: VllmConfig) -> None:
                 f"thin KV blocks do not support {name} yet: {reason}; {way_out}, or serve without "
                 f"{FLAGS}"
             )
+
+
+def check_cache_dtype(vllm_config: VllmConfig) -> None:
+    """Refuse a quantized KV cache of vLLM's own, whether the user or the checkpoint asks for it.
+
+    Raises:
+        ThinkError: Naming the option or the checkpoint, and the way out.
+    """
+    model_config = vllm_config.model_config
+    asked = vllm_config.cache_config.cache_dtype
+    dtype = str(model_config.dtype).removeprefix("torch.")
+    why = "blocks that are dense hold keys and values as computed"
+    declared = checkpoint_cache_dtype(vllm_config)
+    # What a user names goes before what the checkpoint says.
+    if declared and (asked == "auto" or asked not in plain_dtypes(model_config)):
+        way_out = f"give --kv-cache-dtype {dtype}"
+        if dtype not in ("bfloat16", "float16"):  # vLLM has no such value
+            way_out = "give --dtype bfloat16 --kv-cache-dtype bfloat16"
+        raise ThinkError(
+            f"thin KV blocks do not support the KV cache type that the checkpoint "
+            f"{model_config.model} sets ({declared} in its quantization config): {why}; "
+            f"{way_out}, which leaves the rest of its quantization as it is, or serve without "
+            f"{FLAGS}"
+        )
+    if asked not in plain_dtypes(model_config):
+        way_out = "use --kv-quant fp8 instead" if asked.startswith("fp8") else "use auto"
+        raise ThinkError(
+            f"thin KV blocks do not support --kv-cache-dtype {asked} yet: {why}; {way_out}, or "
+            f"serve without {FLAGS}"
+        )
+
+
+#: Where the formats of checkpoints (compressed-tensors, ModelOpt, Quark, fp8) say how keys and
+#: values are to be kept.
+_CACHE_KEYS = ("kv_cache_scheme", "kv_cache_quant_algo", "kv_cache_dtype", "kv_cache_quant_config")
+
+
+def checkpoint_cache_dtype(vllm_config: VllmConfig) -> str:
+    """What a checkpoint sets for the KV cache, as ``key=value``; empty if nothing.
+
+    A cache type of "auto" may become fp8 after this: vLLM's layers follow what a checkpoint says.
+    """
+    declared = getattr(vllm_config.model_config.hf_config, "quantization_config", None) or {}
+    if not isinstance(declared, Mapping):
+        declared = declared.to_dict()
+    # ModelOpt has its settings one level deeper.
+    inner = declared.get("quantization")
+    for settings in (declared, inner if isinstance(inner, Mapping) else {}):
+        for key in _CACHE_KEYS:
+            value = settings.get(key)
+            if value and value != "auto":
+                return f"{key}={value}"
+    scheme = getattr(vllm_config.quant_config, "kv_cache_scheme", None)
+    return f"kv_cache_scheme={scheme}" if scheme else ""
 
 
 def check_device(vllm_config: VllmConfig) -> None:

@@ -12,10 +12,10 @@ import httpx
 import pytest
 import vllm
 
-from tests.support.server import Server, offline_environment
+from tests.support.server import Server, offline_environment, serve_arguments
 from tests.unit.loadtest.made import figures, measurement, results
+from think_vllm.cli.example import example_hint
 from think_vllm.cli.main import main
-from think_vllm.cli.serve import example_hint
 from think_vllm.evals.recall import recall_samples
 from think_vllm.evals.stats import wilson_interval
 from think_vllm.evals.tasks import make_questions
@@ -42,13 +42,13 @@ def test_start_log_states_the_plan(server: Server) -> None:
 
 
 def test_example_hint_is_answered_right(server: Server, recall_model: Path) -> None:
-    hint = example_hint(str(recall_model), "127.0.0.1", 8000)
+    hint = example_hint(serve_arguments(str(recall_model)), {})
     assert hint is not None
     assert f'"model": "{recall_model}"' in hint
     prompt = "the code of k17 is 4 9 2 1 . the code of k5 is 8 0 3 6 . what is the code of k17 ?"
     assert prompt in hint
     assert "Authorization" not in hint
-    with_key = example_hint(str(recall_model), "127.0.0.1", 8000, needs_key=True)
+    with_key = example_hint(serve_arguments(str(recall_model), api_key=["x"]), {})
     assert with_key is not None
     assert '-H "Authorization: Bearer $VLLM_API_KEY"' in with_key
     body = {"prompt": prompt, "max_tokens": 8, "temperature": 0}

@@ -119,6 +119,98 @@ def test_engine_options_are_refused(
 
 
 @pytest.mark.parametrize(
+    ("additional", "named"),
+    [
+        ({"kv_channel_prune": 0.5}, "kv_channel_prune"),
+        ({"kv-channel-prune": 0.5}, "kv_channel_prune"),
+        ({"kv_quant": "fp8"}, "kv_quant"),
+        ({"think_vllm": {"kv_channel_prune": 0.5}}, "kv_channel_prune"),
+        ({"think-vllm": {"kv_quant": "fp8"}}, "kv_quant"),
+        ({"Think": {}}, "kv_channel_prune"),
+        ({"thinkvllm": {"prune": 0.5}}, "kv_channel_prune"),
+        ({"thinks": {"kv_evict": "h2o"}}, "kv_evict"),
+        ({"other": {"kv_channel_prune": 0.5}}, "kv_channel_prune"),
+        ({"think": {"kv_channel_prune": 0.5}, "kv_recent_window": 64}, "kv_recent_window"),
+    ],
+    ids=str,
+)
+def test_settings_in_the_wrong_place_are_refused(
+    recall_model: Path,
+    additional: dict[str, object],
+    named: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    message = (
+        f'below "think": write {{"think": {{"{named}": ...}}}}, or give --{named.replace("_", "-")}'
+    )
+    with pytest.raises(SystemExit) as ended:
+        refuse(recall_model, "--additional-config", json.dumps(additional))
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+    # And of an engine that no command line made.
+    monkeypatch.setattr("think_vllm.compat._on_command_line", False)
+    with pytest.raises(ValueError, match="which nobody reads") as error:
+        EngineArgs(model=str(recall_model), additional_config=additional).create_engine_config()
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "additional",
+    [{"other": {"a": 1}}, {"thinking": {"budget": 3}}, {"a": 1}, {"ascend": {"kv": "fp8"}}],
+    ids=str,
+)
+def test_settings_of_others_are_left_alone(
+    recall_model: Path, additional: dict[str, object]
+) -> None:
+    refuse(recall_model, "--additional-config", json.dumps(additional))
+
+
+FP8_SCHEME = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor"}
+FP8_SCHEME |= {"dynamic": False}
+COMPRESSED = {"quant_method": "compressed-tensors", "format": "dense", "config_groups": {}}
+COMPRESSED |= {"ignore": [], "kv_cache_scheme": FP8_SCHEME}
+MODELOPT = {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": []}
+
+
+@pytest.mark.parametrize(
+    ("quantization", "flags", "named"),
+    [
+        (COMPRESSED, ["--kv-channel-prune", "0.5"], "kv_cache_scheme={"),
+        (COMPRESSED, ["--kv-quant", "fp8"], "kv_cache_scheme={"),
+        (
+            {**MODELOPT, "kv_cache_scheme": FP8_SCHEME},
+            ["--kv-channel-prune", "0.5"],
+            "kv_cache_scheme={",
+        ),
+        (
+            {**MODELOPT, "kv_cache_quant_algo": "FP8"},
+            ["--kv-channel-prune", "0.5"],
+            "kv_cache_quant_algo=FP8",
+        ),
+        # The user's wish for a quantized cache changes nothing about the way out.
+        (COMPRESSED, ["--kv-quant", "fp8", "--kv-cache-dtype", "fp8"], "kv_cache_scheme="),
+    ],
+)
+def test_cache_types_of_checkpoints_are_refused(
+    tmp_path: Path,
+    quantization: dict[str, object],
+    flags: list[str],
+    named: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shape = {"head_dim": 64, "num_key_value_heads": 2, "architectures": ["LlamaForCausalLM"]}
+    model = make_config(
+        tmp_path, "llama", **SMALL, **shape, dtype="bfloat16", quantization_config=quantization
+    )
+    line = refused(capsys, model, *flags)
+    assert f"the checkpoint {model} sets ({named}" in line
+    assert "give --kv-cache-dtype bfloat16" in line
+    at = flags.index("--kv-cache-dtype") if "--kv-cache-dtype" in flags else len(flags)
+    refuse(model, *flags[:at], "--kv-cache-dtype", "bfloat16")
+
+
+@pytest.mark.parametrize(
     ("head_dim", "arguments", "message"),
     [
         (80, ["kivi4"], "the model's head size is 80; integer codes need a multiple of 32"),

@@ -1,5 +1,6 @@
 """Start the real server, talk to it, stop it."""
 
+import argparse
 import json
 import os
 import signal
@@ -21,6 +22,24 @@ START_TIMEOUT_S = 300
 REQUEST_TIMEOUT_S = 600
 METRIC_TIMEOUT_S = 30
 POLL_S = 0.1
+
+
+def serve_arguments(model_tag: str | None, **given: Any) -> argparse.Namespace:
+    """Arguments of `serve` as its parser leaves them, of those that tell how to reach a server."""
+    usual: dict[str, Any] = {
+        "model": None,
+        "host": None,
+        "port": 8000,
+        "uds": None,
+        "served_model_name": None,
+        "api_key": None,
+        "ssl_keyfile": None,
+        "ssl_certfile": None,
+        "ssl_cert_reqs": 0,
+        "headless": False,
+        "grpc": False,
+    }
+    return argparse.Namespace(**{**usual, "model_tag": model_tag, **given})
 
 
 @dataclass(frozen=True)

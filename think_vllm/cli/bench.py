@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from think_vllm.cli.bench_options import check_options, chosen_scenarios, parse_options
+from think_vllm.cli.loading import left_out
 from think_vllm.errors import ThinkError
 from think_vllm.loadtest import plots
 from think_vllm.loadtest.comparison import check_comparable, rows_of
@@ -99,6 +100,8 @@ class _Run:
         sequences = options.max_num_seqs or in_flight
         memory = ("--kv-cache-memory-bytes", str(options.kv_cache_memory_bytes))
         shared = (*shared, *memory, "--max-num-seqs", str(sequences))
+        if why := left_out():
+            raise ThinkError(f"bench: {why}")
         _say(f"reading {options.model}")
         engines: dict[str, Engine] = {}
         for one in configurations:

@@ -6,8 +6,9 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from think_vllm import compat
+from think_vllm.cli.config_file import our_arguments
 from think_vllm.config import ADDITIONAL_CONFIG_KEY, MAX_PRUNE_RATIO, ThinkConfig, flag_name
-from think_vllm.config_parser import parse_config
+from think_vllm.config_parser import check_place, parse_config
 from think_vllm.errors import ThinkError
 
 _METAVARS = {
@@ -42,6 +43,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         return ADDITIONAL_CONFIG_KEY in (getattr(namespace, "additional_config", None) or {})
 
     compat.fold_after_parsing(parser, fold)
+    compat.follow_config_files(our_arguments)
 
 
 def declare_flags(parser: argparse.ArgumentParser) -> None:
@@ -86,10 +88,12 @@ def fold_flags(namespace: argparse.Namespace) -> None:
     """Move our options into ``namespace.additional_config``, over what JSON gave there.
 
     Raises:
-        ThinkError: If a value is out of range, or means nothing beside the others.
+        ThinkError: If a value is out of range, means nothing beside the others, or stands where
+            nobody reads it.
     """
     given = take_flags(namespace)
     additional = dict(getattr(namespace, "additional_config", None) or {})
+    check_place(additional)
     settings = additional.get(ADDITIONAL_CONFIG_KEY)
     if not given:
         return

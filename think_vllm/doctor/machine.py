@@ -9,13 +9,11 @@ import sys
 from typing import TYPE_CHECKING
 
 from think_vllm import VLLM_VERSIONS, __version__, compat
+from think_vllm.cli.loading import PLUGIN_GROUP, PLUGIN_NAME, left_out
 from think_vllm.doctor.finding import Finding, Level
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-#: Groups of entry points, and the one of ours that vLLM must find there.
-PLUGIN_GROUP, PLUGIN_NAME = "vllm.general_plugins", "think_vllm"
 
 
 def check_versions() -> Iterator[Finding]:
@@ -33,7 +31,6 @@ def check_versions() -> Iterator[Finding]:
         way_out = f"this version works with vLLM {VLLM_VERSIONS}: install that"
         yield Finding(Level.BAD, "versions", f"{versions}; {way_out}")
     names = {point.name for point in importlib.metadata.entry_points(group=PLUGIN_GROUP)}
-    chosen = os.environ.get("VLLM_PLUGINS")
     if PLUGIN_NAME not in names:
         yield Finding(
             Level.BAD,
@@ -41,12 +38,8 @@ def check_versions() -> Iterator[Finding]:
             f"{sys.executable} has no entry point {PLUGIN_NAME!r} in {PLUGIN_GROUP!r}; install "
             "think-vllm with pip into the environment of vLLM",
         )
-    elif chosen is not None and PLUGIN_NAME not in chosen.split(","):
-        yield Finding(
-            Level.BAD,
-            "plugin",
-            f"VLLM_PLUGINS is {chosen!r}, so vLLM does not load it; add {PLUGIN_NAME} or unset it",
-        )
+    elif why := left_out():
+        yield Finding(Level.BAD, "plugin", why)
     else:
         yield Finding(Level.GOOD, "plugin", "vLLM finds it")
 

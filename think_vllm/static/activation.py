@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from think_vllm import compat
 from think_vllm.config import ThinkConfig
 from think_vllm.config_parser import config_from_additional
-from think_vllm.engine_checks import asked_block_size, check_device, plain_dtypes
+from think_vllm.engine_checks import asked_block_size, check_cache_dtype, check_device
 from think_vllm.errors import FLAGS, ThinkError
 from think_vllm.models import attention_layers, check_model
 from think_vllm.static.plan import StaticPlan, plan_static
@@ -121,6 +121,7 @@ def check_static(vllm_config: VllmConfig) -> None:
     """
     check_device(vllm_config)
     check_static_model(vllm_config.model_config)
+    check_cache_dtype(vllm_config)
     parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
     unsupported: list[tuple[Any, str]] = [
         (vllm_config.speculative_config, "--speculative-config"),
@@ -130,10 +131,6 @@ def check_static(vllm_config: VllmConfig) -> None:
         (parallel.decode_context_parallel_size > 1, "--decode-context-parallel-size above 1"),
         (parallel.prefill_context_parallel_size > 1, "--prefill-context-parallel-size above 1"),
         (cache.kv_sharing_fast_prefill, "--kv-sharing-fast-prefill"),
-        (
-            cache.cache_dtype not in plain_dtypes(vllm_config.model_config),
-            f"--kv-cache-dtype {cache.cache_dtype}",
-        ),
     ]
     for present, name in unsupported:
         if present:
