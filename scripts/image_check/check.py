@@ -115,20 +115,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--keep", action="store_true", help="leave the work folder, and say where")
     options = parser.parse_args(arguments)
-    signal.signal(signal.SIGTERM, _end)
     start = time.monotonic()
     work = None
     try:
         check_machine()
+        signal.signal(signal.SIGTERM, _end)
         work = Path(tempfile.mkdtemp(prefix="think-vllm-image-"))
         run(work)
     except CheckError as error:
         print(f"image-check: {error}", file=sys.stderr)
         return 1
     finally:
-        if work and options.keep:
+        if work is not None and options.keep:
             print(f"image-check: logs and files are in {work}")
-        elif work:
+        elif work is not None:
             shutil.rmtree(work)
     print(f"image-check: passed, {time.monotonic() - start:.0f} s")
     return 0

@@ -16,9 +16,9 @@ NANOSECONDS = 1_000_000_000
 DEFAULT_TIMEOUT_S = DEFAULT_INTERVAL_S = 30.0
 DEFAULT_RETRIES = 3
 #: Options of pip that say where packages come from. Others (`user`) are for people at a terminal.
-PIP_OPTIONS = frozenset(
-    ("index-url", "extra-index-url", "find-links", "no-index", "trusted-host", "constraint")
-    + ("cert", "client-cert", "proxy", "timeout", "default-timeout", "retries")
+PIP_OPTIONS = (
+    *("index-url", "extra-index-url", "find-links", "no-index", "trusted-host", "constraint"),
+    *("cert", "client-cert", "proxy", "timeout", "default-timeout", "retries"),
 )
 
 
@@ -53,7 +53,6 @@ class Image:
     user: int
     group: int
     workdir: str
-    volumes: list[str]
     health: Health
 
 
@@ -94,7 +93,6 @@ def image(config: Mapping[str, Any]) -> Image:
         user=int(user),
         group=int(group),
         workdir=config.get("WorkingDir") or "/",
-        volumes=sorted(config.get("Volumes") or {}),
         health=_health(config.get("Healthcheck") or {}),
     )
 
@@ -138,15 +136,16 @@ def debian_mirror(sources: Iterable[str], suite: str) -> str | None:
     """The first mirror of a release, from the texts of apt's `.sources` and `.list` files."""
     for text in sources:
         for stanza in re.split(r"\n\s*\n", text):
-            fields = dict(re.findall(r"^(Types|URIs|Suites|Enabled):\s*(.+?)\s*$", stanza, re.M))
+            found = re.finditer(r"^(Types|URIs|Suites|Enabled):\s*(.+?)\s*$", stanza, re.M)
+            fields = {line[1]: line[2] for line in found}
             if fields.get("Enabled", "yes").lower() in ("no", "false", "0"):
                 continue
             is_binary = "deb" in fields.get("Types", "").split()
             if is_binary and suite in fields.get("Suites", "").split() and "URIs" in fields:
                 return fields["URIs"].split()[0]
-        for uri, its_suite in re.findall(r"^deb\s+(?:\[.*?\]\s+)?(\S+)\s+(\S+)\s", text, re.M):
-            if its_suite == suite:
-                return str(uri)
+        for line in re.finditer(r"^deb\s+(?:\[.*?\]\s+)?(\S+)\s+(\S+)\s", text, re.M):
+            if line[2] == suite:
+                return line[1]
     return None
 
 
