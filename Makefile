@@ -72,7 +72,7 @@ bench-load: setup ## Compare plain vLLM with pruned servers under load (MODEL=, 
 quality-tables: setup ## Quality of every configuration on the bundled model, for docs/quality.md (ARGS=)
 	$(OFFLINE) $(BIN)/python -m bench.quality_tables $(ARGS)
 
-image-check: setup ## Build the CPU image on a stand-in base, start it, ask it; as root, 7 minutes (ARGS=--keep)
+image-check: setup ## Build the CPU image on a stand-in base, start it, ask it; as root, 5 to 12 minutes (ARGS=--keep)
 	$(BIN)/python -m scripts.image_check.check $(ARGS)
 
 gpu-kit: setup ## Pack vLLM's CUDA build into .kit/, for gpu-check on a machine without an index
