@@ -21,7 +21,7 @@ BUNDLED := models/tiny-recall
 CHART := deploy/helm/think-vllm
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
 
-.PHONY: help setup serve test contract fmt lint type model bench bench-load quality-tables gpu-kit gpu-check clean
+.PHONY: help setup serve test contract fmt lint type model bench bench-load quality-tables image-check gpu-kit gpu-check clean
 
 help: ## Show this list
 	@echo "usage: make TARGET [VARIABLE=value ...]"
@@ -82,6 +82,9 @@ bench-load: setup ## Compare plain vLLM with pruned servers under load (MODEL=, 
 
 quality-tables: setup ## Quality of every configuration on the bundled model, for docs/quality.md (ARGS=)
 	$(OFFLINE) $(BIN)/python -m bench.quality_tables $(ARGS)
+
+image-check: setup ## Build the CPU image on a stand-in base, start it, ask it; as root, 5 to 12 minutes (ARGS=--keep)
+	$(BIN)/python -m scripts.image_check.check $(ARGS)
 
 gpu-kit: setup ## Pack vLLM's CUDA build into .kit/, for gpu-check on a machine without an index
 	$(BIN)/python -m scripts.gpu_kit.build $(ARGS)
