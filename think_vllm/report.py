@@ -120,7 +120,7 @@ def never_thin(plan: BlockPlan, longest: int) -> list[str]:
     if plan.config.evicts and not plan.rule.shrinks:
         why = f"{kept_tokens(plan)} old tokens are kept (--kv-evict-budget) beside {recent}"
     else:
-        why = f"the first {plan.span_tokens} tokens shrink once {recent} follow them"
+        why = f"The first {plan.span_tokens} tokens shrink once {recent} follow them"
     return [
         f"nothing is saved: no request of up to {longest} tokens, the longest that the model is "
         f"served with, gives up a block. {why}, so requests must have {least} tokens. Lower these, "

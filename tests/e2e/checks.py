@@ -25,10 +25,17 @@ def random_prompts(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
 
 
 def plan_served(
-    head_size: int, block_size: int | None = None, **settings: float | str
+    head_size: int, block_size: int | None = None, itemsize: int = 4, **settings: float | str
 ) -> tuple[BlockPlan, list[str]]:
-    """Plan what a float32 server with these settings does, and say which arguments they are."""
-    plan = plan_blocks(ThinkConfig.model_validate(settings), head_size, 4, block_size)
+    """Plan what a server with these settings does, and say which arguments they are.
+
+    Args:
+        head_size: Channels of a head.
+        block_size: None for the planner's choice.
+        itemsize: Bytes of its dtype: float32 if not said otherwise.
+        settings: Of thin blocks.
+    """
+    plan = plan_blocks(ThinkConfig.model_validate(settings), head_size, itemsize, block_size)
     assert plan is not None
     given = settings if block_size is None else {**settings, "block_size": block_size}
     return plan, [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]

@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.checks import EAGER, TOLERANCE, plan_served, random_prompts, worst_differences
+from tests.e2e.checks import (
+    EAGER,
+    TOLERANCE,
+    differences,
+    plan_served,
+    random_prompts,
+    worst_differences,
+)
 from tests.support.adapters import make_adapter, merge_adapter
 from tests.support.models import make_llama
 from tests.support.reference import Reference, Thinning
@@ -15,42 +22,84 @@ from tests.support.server import Completion, Server
 pytestmark = pytest.mark.e2e
 
 
-def test_adapters_and_base_model_in_one_batch(serve: Callable[..., Server], tmp_path: Path) -> None:
-    base = make_llama(tmp_path / "base", head_size=128, num_heads=4, num_kv_heads=2)
-    references = {str(base): Reference(base)}
-    modules = []
-    for seed, name in enumerate(("first", "second"), start=1):
-        adapter = make_adapter(tmp_path / name, base, seed)
-        references[name] = Reference(merge_adapter(tmp_path / f"{name}-merged", base, adapter))
-        modules.append(f"{name}={adapter}")
+class Adapted:
+    """A model, the same with each of two adapters merged into it, and what a server needs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.base = make_llama(folder / "base", head_size=128, num_heads=4, num_kv_heads=2)
+        self.references = {str(self.base): Reference(self.base)}
+        modules = []
+        for seed, name in enumerate(("first", "second"), start=1):
+            adapter = make_adapter(folder / name, self.base, seed)
+            merged = merge_adapter(folder / f"{name}-merged", self.base, adapter)
+            self.references[name] = Reference(merged)
+            modules.append(f"{name}={adapter}")
+        # One slot more than adapters: on CPUs vLLM 0.32 gives requests of the base model, where
+        # they share a batch with others, the adapter in the last slot, and an empty one is zero.
+        self.arguments = ["--enable-lora", "--max-loras", "3", "--max-lora-rank", "8"]
+        self.arguments += ["--lora-modules", *modules]
+
+    def ask(
+        self, server: Server, prompts: list[list[int]], num_tokens: int
+    ) -> dict[str, list[Completion]]:
+        """Ask all of them all prompts at once: whoever got another's blocks would answer as it."""
+        asked = [(name, prompt) for prompt in prompts for name in self.references]
+
+        def ask(request: tuple[str, list[int]]) -> Completion:
+            name, prompt = request
+            return server.complete(prompt, num_tokens, model=name, frequency_penalty=2.0)
+
+        with ThreadPoolExecutor(len(asked)) as pool:
+            answers = list(pool.map(ask, asked))
+        found: dict[str, list[Completion]] = {name: [] for name in self.references}
+        for (name, _), answer in zip(asked, answers, strict=True):
+            found[name].append(answer)
+        return found
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory: pytest.TempPathFactory) -> Adapted:
+    return Adapted(tmp_path_factory.mktemp("adapted"))
+
+
+def test_adapters_and_base_model_in_one_batch(
+    serve: Callable[..., Server], adapted: Adapted
+) -> None:
     plan, arguments = plan_served(128, kv_channel_prune=0.5, kv_prefix_cache="dense")
-    # One slot more than adapters: on CPUs vLLM 0.32 gives requests of the base model, where they
-    # share a batch with others, the adapter in the last slot, and that of an empty slot is zero.
-    lora = ("--enable-lora", "--max-loras", "3", "--max-lora-rank", "8", "--lora-modules", *modules)
     # In chunks; and --disable-log-stats, which takes the statistics out of the scheduler.
     chunks = ("--max-num-batched-tokens", "256", "--disable-log-stats")
-    server = serve(*EAGER, *arguments, *lora, *chunks, model=base)
-
-    # The same prompts for all: whoever got another one's blocks would answer as that one.
+    server = serve(*EAGER, *arguments, *adapted.arguments, *chunks, model=adapted.base)
     prompts = random_prompts([40, plan.span_tokens + 32, 700])
-    asked = [(name, prompt) for prompt in prompts for name in references]
-
-    def ask(request: tuple[str, list[int]]) -> Completion:
-        name, prompt = request
-        # Some 250 tokens more: spans fill while decoding, too.
-        return server.complete(prompt, plan.span_tokens + 60, model=name, frequency_penalty=2.0)
-
-    with ThreadPoolExecutor(len(asked)) as pool:
-        answers = list(pool.map(ask, asked))
+    # Some 250 tokens more: spans fill while decoding, too.
+    answers = adapted.ask(server, prompts, plan.span_tokens + 60)
     thinning = Thinning.of(plan)
-    for name, reference in references.items():
-        own = [answer for (of, _), answer in zip(asked, answers, strict=True) if of == name]
+    for name, reference in adapted.references.items():
+        own = answers[name]
         worst = worst_differences(reference, prompts, own, thinning)
         assert all(x < TOLERANCE for x in worst.values()), (name, worst)
         # The comparison would notice another adapter, and keys that are not pruned.
-        for other in references.values():
+        for other in adapted.references.values():
             if other is not reference:
                 worst = worst_differences(other, prompts, own, thinning)
                 assert min(worst.values()) > 10 * TOLERANCE
         worst = worst_differences(reference, prompts, own, None)
         assert min(worst.values()) > 10 * TOLERANCE
+
+
+def test_adapters_with_codes(serve: Callable[..., Server], adapted: Adapted) -> None:
+    plan, arguments = plan_served(128, kv_channel_prune=0.5, kv_quant="kivi4")
+    server = serve(*EAGER, *arguments, *adapted.arguments, model=adapted.base)
+    prompts = random_prompts([plan.span_tokens + 32, 700])
+    answers = adapted.ask(server, prompts, plan.span_tokens // 2)
+    thinning = Thinning.of(plan)
+    for name, reference in adapted.references.items():
+        for prompt, answer in zip(prompts, answers[name], strict=True):
+            # A key between two codes may get the other one: few tokens differ by more.
+            served = differences(reference, prompt, answer, thinning)
+            assert served.median() < TOLERANCE, (name, len(prompt))
+            for other in adapted.references.values():
+                if other is not reference:
+                    others = differences(other, prompt, answer, thinning)
+                    assert others.median() > 100 * TOLERANCE
+            dense = differences(reference, prompt, answer, None)
+            assert dense.median() > 10 * TOLERANCE

@@ -21,7 +21,8 @@ pytestmark = pytest.mark.e2e
 
 HEAD_SIZE = 64
 #: No ``head_dim`` in these families: hidden size / heads.
-TWO_HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
+TWO_HEADS: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1}
+HALF_ROTARY = {"partial_rotary_factor": 0.5}
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,25 @@ FAMILIES = {
     "mistral": Family("mistral", {"head_dim": HEAD_SIZE, "sliding_window": None}),
     "qwen2": Family("qwen2", TWO_HEADS),
     "qwen3": Family("qwen3", {"head_dim": HEAD_SIZE}),
-    "phi3": Family("phi3", TWO_HEADS),
+    # Positions turn half of the channels, as in Phi-4-mini.
+    "phi3": Family(
+        "phi3",
+        TWO_HEADS | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4} | HALF_ROTARY},
+    ),
     "gemma": Family("gemma", {"head_dim": HEAD_SIZE}),
+    "qwen3-moe": Family(
+        "qwen3_moe",
+        {"head_dim": HEAD_SIZE, "num_experts": 4, "num_experts_per_tok": 2}
+        | {"moe_intermediate_size": 64},
+    ),
+    "granite": Family(
+        "granite",
+        TWO_HEADS
+        | {"attention_multiplier": 0.1, "embedding_multiplier": 3.0}
+        | {"residual_multiplier": 0.7, "logits_scaling": 2.0},
+    ),
+    # vLLM's way to serve a family that it has no model for.
+    "transformers": Family("qwen3", {"head_dim": HEAD_SIZE}, ("--model-impl", "transformers")),
 }
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import LlamaForCausalLM
 
 from tests.e2e.checks import (
     EAGER,
@@ -42,6 +44,7 @@ class Case:
         block_size: None for the planner's choice.
         heads: Head size, query heads and KV heads of the model.
         small_pool: Whether the KV cache holds little more than one request.
+        chunk: Most tokens of a step. None for vLLM's default.
         arguments: Further ones.
     """
 
@@ -52,6 +55,7 @@ class Case:
     block_size: int | None = None
     heads: tuple[int, int, int] = (128, 4, 2)
     small_pool: bool = False
+    chunk: int | None = None
     arguments: tuple[str, ...] = EAGER
 
 
@@ -65,9 +69,9 @@ CASES = {
         "fp8",
         block_size=64,
         small_pool=True,
-        arguments=(*EAGER, "--max-num-batched-tokens", "80"),
+        chunk=80,
     ),
-    "kivi4-small-chunks": Case("kivi4", arguments=(*EAGER, "--max-num-batched-tokens", "64")),
+    "kivi4-small-chunks": Case("kivi4", chunk=64),
     "k4v2-group-64": Case("k4v2", group=64),
     "kivi2-compiled": Case("kivi2", arguments=FLOAT32),
     # 44 of 64 value channels in groups of 32, and half of the key channels.
@@ -96,7 +100,9 @@ def test_served_logprobs_equal_the_reference(
         block_bytes = plan.layout.run_bytes * num_kv_heads
         # The longest request, and the null block.
         options["kv_cache_bytes"] = (MAX_MODEL_LEN // plan.block_size + 1) * block_bytes
-    limit = ("--max-model-len", str(MAX_MODEL_LEN))
+    limit = ["--max-model-len", str(MAX_MODEL_LEN)]
+    if case.chunk:
+        limit += ["--max-num-batched-tokens", str(case.chunk)]
     server = serve(*case.arguments, *arguments, *limit, model=model, **options)
 
     # Prompts shorter than the windows, at the first positions that see a span thin, and long;
@@ -109,6 +115,10 @@ def test_served_logprobs_equal_the_reference(
     completions = check_served(server, reference, lengths, counts, thinning, frequency_penalty=2.0)
     if case.small_pool:
         assert server.metric("vllm:num_preemptions_total") > 0
+    if case.chunk:
+        # Alone, so that its chunks are whole: the last one of its prompt is a single token.
+        alone = [1 + case.chunk * (1 + (2 * span + 32) // case.chunk)]
+        check_served(server, reference, alone, [40], thinning, frequency_penalty=2.0)
 
     # The comparison would notice if nothing were coded.
     prompts = random_prompts(lengths)
@@ -132,3 +142,30 @@ def test_bundled_model(
         served = differences(recall_reference, prompt, completion, Thinning.of(plan))
         assert served.median() < TOLERANCE, len(prompt)
         assert served.max() < 0.01, len(prompt)
+
+
+@pytest.fixture(scope="module")
+def half_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An exact model whose weights are numbers of float16, so that float16 serves the same one."""
+    path = tmp_path_factory.mktemp("half")
+    make_exact_llama(path, head_size=64, num_heads=2, num_kv_heads=1)
+    model = LlamaForCausalLM.from_pretrained(path, dtype=torch.float16)
+    model.float().save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("quant", FORMATS)
+def test_float16(serve: Callable[..., Server], half_model: Path, quant: str) -> None:
+    plan, arguments = plan_served(64, itemsize=2, kv_channel_prune=0.5, kv_quant=quant)
+    server = serve("--dtype", "float16", "--enforce-eager", *arguments, model=half_model)
+    lengths = [40, plan.span_tokens + 32, 900]
+    prompts = random_prompts(lengths)
+    completions = server.complete_all(prompts, [plan.span_tokens + 20] * 3, frequency_penalty=2.0)
+    reference, thinning = Reference(half_model), Thinning.of(plan)
+    for prompt, completion in zip(prompts, completions, strict=True):
+        served = differences(reference, prompt, completion, thinning)
+        # Activations are rounded to 11 bits at every step, and a key that is may get another code.
+        assert served.median() < 0.01, len(prompt)
+        # The comparison would notice if nothing were thin.
+        dense = differences(reference, prompt, completion, None)
+        assert dense.mean() > 20 * served.mean(), len(prompt)

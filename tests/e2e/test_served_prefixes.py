@@ -283,6 +283,28 @@ def test_dense_prefixes_are_exact(
     server.wait_for_metric("vllm:kv_cache_usage_perc", 0)
 
 
+def test_length_that_vllm_chooses_for_a_small_pool(
+    serve: Callable[..., Server], prefix_reference: PrefixReference
+) -> None:
+    # 23 blocks of 48 tokens hold 1,104 dense ones, and more while chunks of a prompt are compacted.
+    chunk = 64
+    arguments = ("--kv-prune-prefill", "--max-num-batched-tokens", str(chunk))
+    server = serve(
+        *EAGER, "--kv-channel-prune", "0.5", "--kv-value-prune", "0.3", *arguments,
+        "--max-model-len", "auto", "--no-async-scheduling",
+        kv_cache_bytes=24 * 196_608,
+    )  # fmt: skip
+    (model,) = server.get("/v1/models").json()["data"]
+    longest = model["max_model_len"]
+    assert 23 * 48 < longest < 2048
+    (prompt,) = random_prompts([longest - 40], seed=3)
+    completion = server.complete(prompt, 40)
+    assert len(completion.tokens) == 40
+    view = view_of(prompt, completion, BOTH)
+    view.chunk_starts = range(0, len(prompt), chunk)
+    assert worst(prefix_reference, prompt, completion, view) < TOLERANCE
+
+
 def test_prompts_pruned_at_chunk_ends(
     serve: Callable[..., Server], prefix_reference: PrefixReference
 ) -> None:
