@@ -96,10 +96,10 @@ def test_adapters_with_codes(serve: Callable[..., Server], adapted: Adapted) -> 
         for prompt, answer in zip(prompts, answers[name], strict=True):
             # A key between two codes may get the other one: few tokens differ by more.
             served = differences(reference, prompt, answer, thinning)
-            assert served.median() < TOLERANCE, (name, len(prompt))
+            assert served.median() < 10 * TOLERANCE, (name, len(prompt))
             for other in adapted.references.values():
                 if other is not reference:
                     others = differences(other, prompt, answer, thinning)
                     assert others.median() > 100 * TOLERANCE
             dense = differences(reference, prompt, answer, None)
-            assert dense.median() > 10 * TOLERANCE
+            assert dense.median() > 100 * TOLERANCE

@@ -32,6 +32,7 @@ def make_manager(
     caching: bool = False,
     num_blocks: int = NUM_BLOCKS,
     max_len: int = MAX_LEN,
+    hashed: int = BLOCK,
 ) -> KVCacheManager:
     """VLLM's manager for groups of layers."""
     config = KVCacheConfig(
@@ -43,7 +44,7 @@ def make_manager(
         config,
         max_model_len=max_len,
         scheduler_block_size=BLOCK,
-        hash_block_size=BLOCK,
+        hash_block_size=hashed,
         enable_caching=caching,
         log_stats=True,
     )
@@ -74,6 +75,7 @@ class Engine:
         others: Of further groups.
         num_blocks: Blocks of the pool, the null block included.
         max_len: Most tokens of a request.
+        hashed: Tokens that prefixes are hashed in, as with ``--prefix-match-unit``.
     """
 
     def __init__(
@@ -85,8 +87,9 @@ class Engine:
         others: Sequence[KVCacheSpec] = (),
         num_blocks: int = NUM_BLOCKS,
         max_len: int = MAX_LEN,
+        hashed: int = BLOCK,
     ) -> None:
-        self.manager = make_manager([spec, *others], caching, num_blocks, max_len)
+        self.manager = make_manager([spec, *others], caching, num_blocks, max_len, hashed)
         self.others = others
         self.guarded = spec.guarded
         self.num_blocks = num_blocks
@@ -101,7 +104,7 @@ class Engine:
         self.hits: dict[str, int] = {}
         #: Whether requests stay dense, of those that were asked what they would lose.
         self.verdicts: dict[str, bool] = {}
-        self.hasher = get_request_block_hasher(BLOCK, sha256)
+        self.hasher = get_request_block_hasher(hashed, sha256)
 
     @property
     def free_blocks(self) -> int:

@@ -3,15 +3,19 @@
 from typing import Any
 
 import pytest
+from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import BlockHashListWithBlockSize, get_request_block_hasher
 from vllm.v1.request import Request
 
-from tests.support.block_engine import BLOCK, NUM_BLOCKS, Engine
+from tests.support.block_engine import BLOCK, NUM_BLOCKS, Engine, make_manager
 from tests.support.block_worker import Thin
 from tests.unit.test_manager import WINDOW, make_spec
 from think_vllm import compat
 from think_vllm.blocks import publisher as publisher_module
+from think_vllm.blocks.life import Life
 from think_vllm.blocks.manager import ThinKVCacheManager
-from think_vllm.blocks.prefix import thin_groups
+from think_vllm.blocks.prefix import LimitedHashes, thin_groups
 from think_vllm.blocks.publisher import Publisher
 
 #: Of ``make_spec``: 3 blocks of 4 tokens become 2, and 5 recent tokens stay dense.
@@ -229,6 +233,79 @@ def exact_keys_of_thin_blocks(engine: Engine) -> list[int]:
         if int.from_bytes(key[-4:], "big") == 0:
             found += [block.block_id for block in blocks]
     return [index for index in found if isinstance(engine.worker.memory.get(index), Thin)]
+
+
+@pytest.mark.parametrize("hashed", [BLOCK, 2, 1])
+@pytest.mark.parametrize("resumed_at", [1, 3, 12])
+def test_limits_of_a_resumed_request_hold_whatever_is_hashed(hashed: int, resumed_at: int) -> None:
+    spec = make_spec(thin_prefixes=False, delay_prompt=True, observation_window=9)
+    engine = Engine(spec, 0, caching=True, others=[WINDOW], num_blocks=80, hashed=hashed)
+    request = engine.arrive(42, 30)
+    engine.step(42)
+    for _ in range(resumed_at):
+        engine.step(1)
+    engine.preempt(0)
+    engine.step(60)
+    # Its observation window is computed again; what it has decoded since would be a longer hit.
+    assert engine.hits[engine.name(request)] <= 42 - 9
+    assert isinstance(request.block_hashes, LimitedHashes)
+    engine.finish()
+
+
+@pytest.mark.parametrize("hashed", [BLOCK, 2, 1])
+@pytest.mark.parametrize("viewed", [False, True])
+@pytest.mark.parametrize(
+    ("max_tokens", "max_spans", "expected"),
+    [(None, None, 60), (40, 9, 40), (100, 1, 16), (100, 0, 4), (30, 0, 4), (11, 9, 4)],
+)
+def test_limits_hold_through_a_view_of_the_hashes(
+    hashed: int, viewed: bool, max_tokens: int | None, max_spans: int | None, expected: int
+) -> None:
+    spec = make_spec(observation_window=1)
+    pool = make_manager([spec], caching=True).block_pool
+    pool.hash_block_size = hashed
+    tokens = list(range(64))
+    request = Request(
+        "r", tokens, SamplingParams(max_tokens=1), None,
+        block_hasher=get_request_block_hasher(hashed, sha256),
+    )  # fmt: skip
+    # Five thin spans, and dense blocks: the first alone, and those that thin spans cut off.
+    rows = pool.get_new_blocks(15)
+    life = Life(rule=spec.rule, request=request)
+    publisher = Publisher(pool, 0, spec)
+    publisher.publish_thin(life, rows, 5)
+    (first, *others) = pool.get_new_blocks(13)
+    behind = [None] * 3 + others
+    publish_rows(pool, request, [first], 0)
+    for row in (3, 9):
+        publish_rows(pool, request, [behind[row]], row)
+    hashes: Any = request.block_hashes
+    if max_tokens is not None and max_spans is not None:
+        hashes = LimitedHashes(hashes, max_tokens, max_spans)
+    if viewed and hashed < BLOCK:
+        hashes = BlockHashListWithBlockSize(hashes, hashed, BLOCK)
+    _, found = ThinKVCacheManager.find_longest_cache_hit(
+        block_hashes=hashes,
+        max_length=63,
+        kv_cache_group_ids=[0],
+        block_pool=pool,
+        kv_cache_spec=spec,
+        drop_eagle_block=False,
+        alignment_tokens=BLOCK,
+    )
+    assert found == expected
+
+
+def publish_rows(pool: Any, request: Request, blocks: list[Any], row: int) -> None:
+    """Cache dense blocks, the first of which is in a row."""
+    pool.cache_full_blocks(
+        request=request,
+        blocks=[None] * row + blocks,
+        num_cached_blocks=row,
+        num_full_blocks=row + len(blocks),
+        block_size=BLOCK,
+        kv_cache_group_id=0,
+    )
 
 
 def test_resumed_beside_a_window_nothing_thin_is_cached_as_exact() -> None:

@@ -21,7 +21,13 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
 from think_vllm import compat_metrics, compat_requests
 from think_vllm.blocks.life import Life
-from think_vllm.blocks.prefix import LimitedHashes, find_dense_behind, find_thin
+from think_vllm.blocks.prefix import (
+    LimitedHashes,
+    block_hashes_of,
+    find_dense_behind,
+    find_thin,
+    limits_of,
+)
 from think_vllm.blocks.publisher import Publisher
 from think_vllm.blocks.rules import RequestRules
 from think_vllm.errors import WAY_OUT
@@ -73,25 +79,25 @@ class ThinKVCacheManager(FullAttentionManager):
         """
         limit = max(0, max_length + 1 - max(1, kv_cache_spec.observation_window))
         thin = kv_cache_spec.thin_prefixes
-        # vLLM may look at hashes of finer blocks (--prefix-match-unit) through a view.
-        hashes = getattr(block_hashes, "block_hashes", block_hashes)
-        if isinstance(hashes, LimitedHashes):
-            limit = min(limit, hashes.max_tokens)
+        limits = limits_of(block_hashes)
+        if limits is not None:
+            limit = min(limit, limits.max_tokens)
         dense, length = super().find_longest_cache_hit(
             block_hashes, limit, kv_cache_group_ids, block_pool, kv_cache_spec, *args, **kwargs
         )
         if not thin:
             return dense, length
         rule, (group,) = kv_cache_spec.rule, kv_cache_group_ids
-        most = getattr(hashes, "max_thin_spans", limit // rule.span_tokens)
-        rows = find_thin(block_pool, block_hashes, min(limit, most * rule.span_tokens), group, rule)
+        most = limit if limits is None else min(limit, limits.max_thin_spans * rule.span_tokens)
+        hashes = block_hashes_of(block_hashes, block_pool, rule)
+        rows = find_thin(block_pool, hashes, most, group, rule)
         if not rows:
             return dense, length
         last = limit // rule.block_size
         if rule.prune_prefill:
             # The worker takes every older span for thin.
             last = min(last, len(rows) + rule.span_blocks - 1)
-        rows += find_dense_behind(block_pool, block_hashes, len(rows), last, group)
+        rows += find_dense_behind(block_pool, hashes, len(rows), last, group)
         if len(rows) * rule.block_size <= length:
             return dense, length
         return (rows,), len(rows) * rule.block_size

@@ -13,6 +13,8 @@ two versions must never be mixed: at most one version of a span is in the cache.
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from vllm.v1.core.kv_cache_utils import BlockHashListWithBlockSize, resolve_block_hashes
+
 from think_vllm import compat
 from think_vllm.spans import SpanRule
 
@@ -36,6 +38,23 @@ class LimitedHashes(list[Any]):
         super().__init__(hashes)
         self.max_tokens = max_tokens
         self.max_thin_spans = max_thin_spans
+
+
+def limits_of(hashes: Any) -> LimitedHashes | None:
+    """What limits a lookup by these hashes.
+
+    With ``--prefix-match-unit`` vLLM hashes smaller pieces than blocks, and looks at them through a
+    view of every so many. The limits are tokens and spans, the same in both.
+    """
+    if isinstance(hashes, BlockHashListWithBlockSize):
+        hashes = hashes.block_hashes
+    return hashes if isinstance(hashes, LimitedHashes) else None
+
+
+def block_hashes_of(hashes: Any, pool: Any, rule: SpanRule) -> Sequence[Any]:
+    """The hashes of whole blocks, whatever vLLM has hashed."""
+    found: Sequence[Any] = resolve_block_hashes(hashes, pool.hash_block_size, rule.block_size)
+    return found
 
 
 def approximate_group(group: int) -> int:

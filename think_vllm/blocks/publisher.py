@@ -4,7 +4,7 @@ from typing import Any
 
 from think_vllm.blocks.copies import CacheCopies
 from think_vllm.blocks.life import Life
-from think_vllm.blocks.prefix import approximate_group, cache_thin
+from think_vllm.blocks.prefix import approximate_group, block_hashes_of, cache_thin
 from think_vllm.spans import SpanRule
 
 
@@ -53,11 +53,12 @@ class Publisher:
         if life.request is None or not self._thin:
             return
         rule = self._rule
+        hashes = block_hashes_of(life.request.block_hashes, self._pool, rule)
         for span in range(max(life.published_spans, life.cached_spans), num_spans):
             first, end = span * rule.span_blocks, (span + 1) * rule.span_blocks
             cache_thin(
                 self._pool,
-                life.request.block_hashes[end - 1],
+                hashes[end - 1],
                 rows[first : first + rule.thin_blocks],
                 end * rule.block_size,
                 self._group,
