@@ -112,6 +112,12 @@ CACHED = ["self", "request", "num_tokens", "retention_interval", "replay_boundar
         ),
         (MANAGER, "v1.request:Request.is_finished", ["self"]),
         (
+            "blocks/prefix.py",
+            "v1.core.kv_cache_utils:resolve_block_hashes",
+            ["block_hashes", "hash_block_size", "block_size"]
+            + ["supports_fine_grained_hash_lookup", "alignment_tokens"],
+        ),
+        (
             "compat_requests.py",
             "v1.core.sched.scheduler:Scheduler.add_request",
             ["self", "request"],

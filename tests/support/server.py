@@ -165,6 +165,12 @@ class Server:
         """POST a JSON body."""
         return self._client.post(f"{self.url}{path}", json={"model": self.model, **body})
 
+    def get(self, path: str) -> httpx.Response:
+        """Get what a path answers; an error if that is one."""
+        answer = self._client.get(self.url + path)
+        answer.raise_for_status()
+        return answer
+
     def ask(self, path: str = "/v1/completions", **body: Any) -> dict[str, Any]:
         """POST a JSON body, and return the answer's."""
         response = self.post(path, body)
