@@ -114,8 +114,10 @@ CACHED = ["self", "request", "num_tokens", "retention_interval", "replay_boundar
         (
             "blocks/prefix.py",
             "v1.core.kv_cache_utils:resolve_block_hashes",
-            ["block_hashes", "hash_block_size", "block_size"]
-            + ["supports_fine_grained_hash_lookup", "alignment_tokens"],
+            [
+                *["block_hashes", "hash_block_size", "block_size"],
+                *["supports_fine_grained_hash_lookup", "alignment_tokens"],
+            ],
         ),
         (
             "compat_requests.py",
@@ -192,6 +194,11 @@ def test_vllm_defaults_are_what_we_rely_on() -> None:
             MANAGER,
             "v1.core.sched.output:NewRequestData",
             {"req_id", "num_computed_tokens", "block_ids"},
+        ),
+        (
+            "blocks/prefix.py",
+            "v1.core.kv_cache_utils:BlockHashListWithBlockSize",
+            {"block_hashes"},
         ),
         ("compat_rows.py", "v1.core.sched.output:NewRequestData", {"sampling_params"}),
         ("compat_requests.py", "v1.request:Request", {"sampling_params", "block_hashes"}),
