@@ -18,8 +18,7 @@ ALPHA = 8
 def make_adapter(path: Path, model: Path, seed: int) -> Path:
     """Save an adapter of every layer's attention in PEFT's format.
 
-    Weights are large: an answer of the wrong adapter is far from that of the right one. They are
-    multiples of powers of two: what they add to the keys of ``make_exact_llama`` is exact, too.
+    Weights are large: an answer of the wrong adapter is far from that of the right one.
     """
     generator = torch.Generator().manual_seed(seed)
     weights = {}
@@ -28,10 +27,8 @@ def make_adapter(path: Path, model: Path, seed: int) -> Path:
         prefix = f"base_model.model.{name}"
         shrink = torch.randn(RANK, size_in, generator=generator)
         expand = torch.randn(size_out, RANK, generator=generator)
-        # An output of which the model has nothing stays nothing.
-        expand *= weight.float().abs().amax(dim=1, keepdim=True) > 0
-        weights[f"{prefix}.lora_A.weight"] = _rounded(shrink / size_in**0.5)
-        weights[f"{prefix}.lora_B.weight"] = _rounded(expand * weight.float().std() / RANK**0.5)
+        weights[f"{prefix}.lora_A.weight"] = shrink / size_in**0.5
+        weights[f"{prefix}.lora_B.weight"] = expand * weight.float().std() / RANK**0.5
     path.mkdir()
     save_file(weights, path / "adapter_model.safetensors")
     config = {
@@ -59,10 +56,6 @@ def merge_adapter(path: Path, model: Path, adapter: Path) -> Path:
     merged.save_pretrained(path)
     copy_tokenizer(path)
     return path
-
-
-def _rounded(weight: torch.Tensor) -> torch.Tensor:
-    return (weight * 128).round() / 128
 
 
 def _load(model: Path) -> torch.nn.Module:
