@@ -14,7 +14,9 @@ ARGS ?=
 
 # Of `make contract`: a release without a CPU build, and what depends on a release.
 VLLM ?= 0.33.0
-CONTRACT := tests/plugin tests/unit tests/e2e/test_served_logprobs.py
+CONTRACT := tests/plugin $(patsubst %,tests/unit/test_%.py,compat_requests compat_rows cpu_builder \
+	manager metrics_engine metrics_prometheus pipeline prefix_cache step windows) \
+	tests/e2e/test_served_logprobs.py
 
 BIN := .venv/bin
 BUNDLED := models/tiny-recall

@@ -146,10 +146,13 @@ def test_bundled_model(
 
 @pytest.fixture(scope="module")
 def half_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An exact model whose weights are numbers of float16, so that float16 serves the same one."""
+    """An exact model in float16, too: its weights, and all bits of its queries, keys and values."""
     path = tmp_path_factory.mktemp("half")
     make_exact_llama(path, head_size=64, num_heads=2, num_kv_heads=1)
     model = LlamaForCausalLM.from_pretrained(path, dtype=torch.float16)
+    attention = model.model.layers[0].self_attn
+    for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
+        projection.weight.data = (projection.weight * 128).round() / 128
     model.float().save_pretrained(path)
     return path
 
@@ -164,8 +167,8 @@ def test_float16(serve: Callable[..., Server], half_model: Path, quant: str) -> 
     reference, thinning = Reference(half_model), Thinning.of(plan)
     for prompt, completion in zip(prompts, completions, strict=True):
         served = differences(reference, prompt, completion, thinning)
-        # Activations are rounded to 11 bits at every step, and a key that is may get another code.
-        assert served.median() < 0.01, len(prompt)
+        # Activations behind are rounded to 11 bits: transformers in float16 differs by up to 0.01.
+        assert served.max() < 0.03, len(prompt)
         # The comparison would notice if nothing were thin.
         dense = differences(reference, prompt, completion, None)
-        assert dense.mean() > 20 * served.mean(), len(prompt)
+        assert dense.max() > 0.3, len(prompt)

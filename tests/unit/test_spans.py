@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from think_vllm.spans import ENDLESS, RowLimits, SpanRule
@@ -70,6 +70,7 @@ def test_freeable_spans_were_thin_for_a_processed_query_or_at_an_end(
     assert rule.freeable_spans(prompt_len, processed, cached) == max(cached, expected)
 
 
+@settings(deadline=None)
 @given(rule=RULES, thin_blocks=st.sampled_from([1, 4]), longest=st.integers(2, 40))
 def test_shortest_saving_equals_looking_at_every_request(
     rule: SpanRule, thin_blocks: int, longest: int
