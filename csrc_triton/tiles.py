@@ -18,7 +18,14 @@ from csrc_triton.matrices import as_elements
 from csrc_triton.plain import load_plain_keys, load_plain_values, load_scales
 from csrc_triton.queries import gather_query, query_exponent
 from csrc_triton.softmax import weigh
-from csrc_triton.units import LANES, load_keys, load_values, natural_order, shared_units
+from csrc_triton.units import (
+    LANES,
+    load_keys,
+    load_values,
+    load_zeros,
+    natural_order,
+    shared_units,
+)
 
 
 @triton.constexpr_function
@@ -36,7 +43,8 @@ def attend_thin(
     DTYPE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, CAPPED: tl.constexpr,
     D: tl.constexpr, N: tl.constexpr, SPAN: tl.constexpr, T: tl.constexpr,
     C: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, GROUP: tl.constexpr,
-    KEY_SCALES: tl.constexpr, VALUES: tl.constexpr, VALUE_SCALES: tl.constexpr,
+    KEY_SCALES: tl.constexpr, KEY_ZEROS: tl.constexpr,
+    VALUES: tl.constexpr, VALUE_SCALES: tl.constexpr,
     TABLE: tl.constexpr, V: tl.constexpr, VALUE_TABLE: tl.constexpr,
 ):  # fmt: skip
     """Attend to tiles ``begin .. end - 1`` of a request's thin spans, ``span_tiles`` in each.
@@ -102,10 +110,20 @@ def attend_thin(
                     )  # fmt: skip
                     scores += dot(keys, query_rest, NUMBER, NUMBER, PRECISION)
             if KEY_BITS == 8:
+                of_zeros = score_zeros(
+                    query, kv_ptr, entries, head_offset, block_stride, first, 0, TILE, C_FIRST,
+                    NUMBER, PRECISION, N, SPAN, T, C, KEY_ZEROS,
+                )  # fmt: skip
+                if C_REST:
+                    of_zeros += score_zeros(
+                        query_rest, kv_ptr, entries, head_offset, block_stride, first, C_FIRST,
+                        TILE, C_REST, NUMBER, PRECISION, N, SPAN, T, C, KEY_ZEROS,
+                    )  # fmt: skip
                 of_tokens = load_scales(
                     kv_ptr, entries, head_offset, block_stride, first, TILE, N, SPAN, T, KEY_SCALES
                 )
                 scores = natural_order(scores, 32 // KEY_BITS, LANES) * of_tokens[:, None]
+                scores += of_zeros
             live = first + place < SPAN * N
             weights, older, top, total = weigh(
                 scores, live[:, None], top, total, scales, cap, CAPPED
@@ -153,6 +171,27 @@ def attend_thin(
     if VALUE_TABLE < 0:
         sums = sums * faded[None, :] + in_order(kept_sums, V_PAD, VALUE_BITS)
     return top, total, sums
+
+
+@triton.jit
+def score_zeros(
+    query, kv_ptr, entries, head_offset, block_stride, first, channel,
+    TILE: tl.constexpr, CHANNELS: tl.constexpr, NUMBER: tl.constexpr, PRECISION: tl.constexpr,
+    N: tl.constexpr, SPAN: tl.constexpr, T: tl.constexpr, C: tl.constexpr, OFFSET: tl.constexpr,
+):  # fmt: skip
+    """A 256th of the scores of e4m3 keys' zeros, for tokens in order: ``[TILE, QUERIES]``.
+
+    Every unit of a tile has a row of zeros in one small product more, and its tokens share it: no
+    token is touched but by the addition.
+    """
+    UNITS: tl.constexpr = TILE // 4
+    zeros = load_zeros(
+        kv_ptr, entries, head_offset, block_stride, first, channel, UNITS, CHANNELS, NUMBER,
+        N, SPAN, T, C, OFFSET,
+    )  # fmt: skip
+    scores = dot(zeros, query, NUMBER, NUMBER, PRECISION) * (1 / 256)
+    scores = tl.broadcast_to(scores[:, None, :], [UNITS, 4, query.shape[1]])
+    return tl.reshape(scores, [TILE, query.shape[1]])
 
 
 @triton.jit
