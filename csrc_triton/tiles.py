@@ -18,14 +18,8 @@ from csrc_triton.matrices import as_elements
 from csrc_triton.plain import load_plain_keys, load_plain_values, load_scales
 from csrc_triton.queries import gather_query, query_exponent
 from csrc_triton.softmax import weigh
-from csrc_triton.units import (
-    LANES,
-    load_keys,
-    load_values,
-    load_zeros,
-    natural_order,
-    shared_units,
-)
+from csrc_triton.units import LANES, load_keys, load_values, natural_order, shared_units
+from csrc_triton.zeros import score_zeros
 
 
 @triton.constexpr_function
@@ -171,27 +165,6 @@ def attend_thin(
     if VALUE_TABLE < 0:
         sums = sums * faded[None, :] + in_order(kept_sums, V_PAD, VALUE_BITS)
     return top, total, sums
-
-
-@triton.jit
-def score_zeros(
-    query, kv_ptr, entries, head_offset, block_stride, first, channel,
-    TILE: tl.constexpr, CHANNELS: tl.constexpr, NUMBER: tl.constexpr, PRECISION: tl.constexpr,
-    N: tl.constexpr, SPAN: tl.constexpr, T: tl.constexpr, C: tl.constexpr, OFFSET: tl.constexpr,
-):  # fmt: skip
-    """A 256th of the scores of e4m3 keys' zeros, for tokens in order: ``[TILE, QUERIES]``.
-
-    Every unit of a tile has a row of zeros in one small product more, and its tokens share it: no
-    token is touched but by the addition.
-    """
-    UNITS: tl.constexpr = TILE // 4
-    zeros = load_zeros(
-        kv_ptr, entries, head_offset, block_stride, first, channel, UNITS, CHANNELS, NUMBER,
-        N, SPAN, T, C, OFFSET,
-    )  # fmt: skip
-    scores = dot(zeros, query, NUMBER, NUMBER, PRECISION) * (1 / 256)
-    scores = tl.broadcast_to(scores[:, None, :], [UNITS, 4, query.shape[1]])
-    return tl.reshape(scores, [TILE, query.shape[1]])
 
 
 @triton.jit
