@@ -75,7 +75,7 @@ def coded_cache(state: Prefilled, format_: BlockFormat, group: int) -> DynamicCa
     for layer in cache.layers:
         for head in range(layer.keys.shape[1]):
             old_keys = layer.keys[0, head, :-WINDOW_TOKENS]  # [tokens, D]
-            old_keys.copy_(code_and_back(old_keys.T, format_.keys, group).T)
+            old_keys.copy_(code_and_back(old_keys.T, format_.keys, group, has_zeros=True).T)
             old_values = layer.values[0, head, :-WINDOW_TOKENS]
             old_values.copy_(code_and_back(old_values, format_.values, group))
     return cache

@@ -18,7 +18,8 @@ from think_vllm.planner import BlockPlan
 #: channels, and where their table is, -1 if none was pruned.
 LAYOUT_NAMES = (
     "D", "N", "SPAN", "THIN", "T", "C", "KEY_BITS", "VALUE_BITS", "GROUP",
-    "KEY_ROW", "KEY_SCALES", "VALUES", "VALUE_ROW", "VALUE_SCALES", "TABLE", "V", "VALUE_TABLE",
+    "KEY_ROW", "KEY_SCALES", "KEY_ZEROS", "VALUES", "VALUE_ROW", "VALUE_SCALES", "TABLE", "V",
+    "VALUE_TABLE",
 )  # fmt: skip
 
 
@@ -30,7 +31,7 @@ def layout_constants(plan: BlockPlan) -> dict[str, int]:
         plan.head_size, plan.block_size, plan.span_blocks, plan.thin_blocks,
         plan.thin_block_tokens, plan.key_channels, keys.coding.value, values.coding.value,
         plan.config.kv_quant_group,
-        keys.row_bytes, keys.scales_offset,
+        keys.row_bytes, keys.scales_offset, keys.zeros_offset,
         values.offset, values.row_bytes, values.scales_offset,
         layout.table_offset if layout.has_table else -1,
         plan.value_channels, layout.value_table_offset if layout.has_value_table else -1,

@@ -20,9 +20,15 @@ FP8_MAX_BITS = tl.constexpr(0x43E00000)
 FP8_NORMAL_BITS = tl.constexpr((127 - 6) << 23)
 FLOAT16_MAX = tl.constexpr(65504.0)
 SMALLEST_NORMAL = tl.constexpr(2.0**-126)
+#: Of 2 ** -24: smaller rows of fp8 keys have a zero of 0. Such zeros are made of ZERO_BITS bits.
+SMALLEST_ZERO_BITS = tl.constexpr((127 - 24) << 23)
+ZERO_BITS, LARGEST_STEP = tl.constexpr(15), tl.constexpr(2**15)
 #: A float32 from here to its double has no fraction: adding this to a smaller number rounds it,
 #: ties to even, and leaves the integer in the lowest bits.
 INTEGER_FLOAT = tl.constexpr(2.0**23)
+#: The same for numbers of both signs, and its bits.
+SIGNED_FLOAT = tl.constexpr(1.5 * 2.0**23)
+SIGNED_FLOAT_BITS = tl.constexpr(0x4B400000)
 
 
 @triton.jit
@@ -83,6 +89,44 @@ def fp8_inverse(top):
     inverse = tl.where(empty, 0.0, tl.div_rn(1.0, tl.where(empty, 1.0, scale)))
     bits = tl.where(top > INFINITY_BITS, NAN_BITS, scale.to(tl.int32, bitcast=True))
     return bits, inverse
+
+
+@triton.jit
+def fp8_zeros(values, mask, count):
+    """The zeros of rows of fp8 keys.
+
+    Args:
+        values: ``[R, X]`` float32.
+        mask: ``[R, X]``: what belongs to the matrix.
+        count: How many that are in a row, at least 1.
+
+    Returns:
+        Bits of float16 numbers, ``[R]`` int32.
+    """
+    magnitudes = tl.where(mask, values.to(tl.int32, bitcast=True) & MAGNITUDE, 0)
+    top = tl.max(magnitudes, axis=1)
+    usable = (top >= SMALLEST_ZERO_BITS) & (top < INFINITY_BITS)
+    # Powers of two between elements and steps: the exponent's bias is 127.
+    exponent = tl.where(usable, top >> 23, 127) - (126 + ZERO_BITS)
+    up = ((127 - exponent) << 23).to(tl.float32, bitcast=True)
+    down = ((127 + exponent) << 23).to(tl.float32, bitcast=True)
+    steps = tl.where(mask & usable[:, None], values, 0.0) * up[:, None] + SIGNED_FLOAT
+    steps = steps.to(tl.int32, bitcast=True) - SIGNED_FLOAT_BITS
+    mean = integer_mean(tl.sum(steps, axis=1), count)
+    distance = tl.where(mask, tl.abs(steps - mean[:, None]), 0)
+    near = mask & (distance <= (tl.sum(distance, axis=1) // count)[:, None])
+    total = tl.sum(tl.where(near, steps, 0), axis=1)
+    mean = integer_mean(total, tl.maximum(tl.sum(near.to(tl.int32), axis=1), 1))
+    left = tl.sum(tl.where(mask, tl.abs(steps - mean[:, None]), 0), axis=1)
+    smaller = left < tl.sum(tl.abs(steps), axis=1)
+    zero = tl.where(smaller, mean, 0).to(tl.float32) * down
+    return as_half_bits(tl.minimum(tl.maximum(zero, -FLOAT16_MAX), FLOAT16_MAX))
+
+
+@triton.jit
+def integer_mean(total, count):
+    """``total / count`` rounded down, of steps; divisions of negative numbers round up."""
+    return (total + count * LARGEST_STEP) // count - LARGEST_STEP
 
 
 @triton.jit
@@ -158,7 +202,7 @@ def unit_byte(row, byte, ROWS: tl.constexpr):
 
 @triton.jit
 def put_tile(
-    run, bits, rows, columns, row_mask, column_mask, inverse,
+    run, bits, rows, columns, row_mask, column_mask, zero, inverse,
     OFFSET: tl.constexpr, ROW: tl.constexpr, SCALES: tl.constexpr,
     MATRIX_ROWS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -171,6 +215,7 @@ def put_tile(
         columns: Column numbers ``[X]``, ascending by 1.
         row_mask: Rows that hold something.
         column_mask: Columns that hold something; whole bytes of codes.
+        zero: For fp8, of the rows, float32 ``[R, 1]``.
         inverse: For fp8, of the matrix's scale.
         OFFSET: Byte at which the matrix starts.
         ROW: Bytes of a row of elements.
@@ -186,7 +231,7 @@ def put_tile(
         start = element_pointer(run + OFFSET + rows * ROW, SIZE)
         store_bits(start[:, None] + columns[None, :], bits, mask)
     elif BITS == 8:
-        codes = fp8_codes(as_float(bits, DTYPE) * inverse)
+        codes = fp8_codes((as_float(bits, DTYPE) - zero) * inverse)
         target = run + OFFSET + unit_byte(rows[:, None], columns[None, :], MATRIX_ROWS)
         tl.store(target, codes.to(tl.uint8), mask=mask)
     else:

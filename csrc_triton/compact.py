@@ -193,7 +193,7 @@ def compact_kernel(
     num_tasks, num_heads, num_layers, table_stride, block_stride, head_stride,
     D: tl.constexpr, N: tl.constexpr, SPAN: tl.constexpr, THIN: tl.constexpr, T: tl.constexpr,
     C: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, GROUP: tl.constexpr,
-    KEY_ROW: tl.constexpr, KEY_SCALES: tl.constexpr,
+    KEY_ROW: tl.constexpr, KEY_SCALES: tl.constexpr, KEY_ZEROS: tl.constexpr,
     VALUES: tl.constexpr, VALUE_ROW: tl.constexpr, VALUE_SCALES: tl.constexpr,
     TABLE: tl.constexpr, V: tl.constexpr, VALUE_TABLE: tl.constexpr,
     DTYPE: tl.constexpr, TASKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -246,12 +246,12 @@ def compact_kernel(
                 count = tl.minimum(T, SPAN * N - k * T)
                 code_matrix(
                     run, base, aside, entries, key_table, k, head, block_stride, head_stride,
-                    C, count, True, D, N, T, C, 0, KEY_ROW, KEY_SCALES, KEY_BITS,
+                    C, count, True, D, N, T, C, 0, KEY_ROW, KEY_SCALES, KEY_ZEROS, KEY_BITS,
                     GROUP, TABLE, DTYPE, ROWS, KEY_COLUMNS,
                 )  # fmt: skip
                 code_matrix(
                     run, base, aside, entries, value_table, k, head, block_stride, head_stride,
-                    count, V, False, D, N, T, T, VALUES, VALUE_ROW, VALUE_SCALES,
+                    count, V, False, D, N, T, T, VALUES, VALUE_ROW, VALUE_SCALES, -1,
                     VALUE_BITS, GROUP, VALUE_TABLE, DTYPE, ROWS, VALUE_COLUMNS,
                 )  # fmt: skip
                 row = tl.arange(0, 256)

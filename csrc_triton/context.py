@@ -138,7 +138,8 @@ def _attend(
     DTYPE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, CAPPED: tl.constexpr,
     D: tl.constexpr, N: tl.constexpr, SPAN: tl.constexpr, T: tl.constexpr,
     C: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, GROUP: tl.constexpr,
-    KEY_SCALES: tl.constexpr, VALUES: tl.constexpr, VALUE_SCALES: tl.constexpr,
+    KEY_SCALES: tl.constexpr, KEY_ZEROS: tl.constexpr,
+    VALUES: tl.constexpr, VALUE_SCALES: tl.constexpr,
     TABLE: tl.constexpr, V: tl.constexpr, VALUE_TABLE: tl.constexpr,
 ):  # fmt: skip
     """A tile of queries of one request and KV head."""
@@ -172,7 +173,7 @@ def _attend(
             top, total, sums, query_at, query_mask, kv_ptr, table, kv_head,
             0, thin_spans * span_tiles(SPAN, N, TILE), scale, cap, block_stride, head_stride,
             C_FIRST, C_REST, V_PAD, D_PAD, TILE, NUMBER, ASM, DTYPE, DOT, PRECISION, CAPPED,
-            D, N, SPAN, T, C, KEY_BITS, VALUE_BITS, GROUP, KEY_SCALES,
+            D, N, SPAN, T, C, KEY_BITS, VALUE_BITS, GROUP, KEY_SCALES, KEY_ZEROS,
             VALUES, VALUE_SCALES, TABLE, V, VALUE_TABLE,
         )  # fmt: skip
     top, total, sums = attend_dense(

@@ -49,7 +49,7 @@ WIDE_OPTIONS = LARGE_OPTIONS | {"num_warps": 2}
 WARPS = {168: 12, 255: 8}
 #: What of a layout the attention kernels need.
 ATTENTION_NAMES = (
-    "D", "N", "SPAN", "T", "C", "KEY_BITS", "VALUE_BITS", "GROUP", "KEY_SCALES",
+    "D", "N", "SPAN", "T", "C", "KEY_BITS", "VALUE_BITS", "GROUP", "KEY_SCALES", "KEY_ZEROS",
     "VALUES", "VALUE_SCALES", "TABLE", "V", "VALUE_TABLE",
 )  # fmt: skip
 
@@ -282,7 +282,8 @@ def _attend(
     DTYPE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, CAPPED: tl.constexpr,
     D: tl.constexpr, N: tl.constexpr, SPAN: tl.constexpr, T: tl.constexpr,
     C: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, GROUP: tl.constexpr,
-    KEY_SCALES: tl.constexpr, VALUES: tl.constexpr, VALUE_SCALES: tl.constexpr,
+    KEY_SCALES: tl.constexpr, KEY_ZEROS: tl.constexpr,
+    VALUES: tl.constexpr, VALUE_SCALES: tl.constexpr,
     TABLE: tl.constexpr, V: tl.constexpr, VALUE_TABLE: tl.constexpr,
 ):  # fmt: skip
     """One split of one row and KV head: sums [G, D], maxima and totals [G]."""
@@ -307,7 +308,7 @@ def _attend(
         split * tiles // splits, (split + 1) * tiles // splits,
         scale, cap, block_stride, head_stride,
         C_FIRST, C_REST, V_PAD, D_PAD, TILE, NUMBER, ASM, DTYPE, DOT, PRECISION, CAPPED,
-        D, N, SPAN, T, C, KEY_BITS, VALUE_BITS, GROUP, KEY_SCALES,
+        D, N, SPAN, T, C, KEY_BITS, VALUE_BITS, GROUP, KEY_SCALES, KEY_ZEROS,
         VALUES, VALUE_SCALES, TABLE, V, VALUE_TABLE,
     )  # fmt: skip
     # Splits with a tile less come last among thin ones, and first here.

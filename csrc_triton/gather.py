@@ -9,9 +9,14 @@ from csrc_triton.coding import (
     as_float,
     element_pointer,
     fp8_inverse,
+    fp8_zeros,
     load_bits,
     put_tile,
+    store_bits,
 )
+
+#: Elements of a tile that has whole rows, to choose zeros; 8 for each thread.
+WHOLE_ROWS = tl.constexpr(2048)
 
 
 @triton.jit
@@ -19,7 +24,7 @@ def code_matrix(
     run, base, aside, entries, table, k, head, block_stride, head_stride, rows, columns,
     KEYS: tl.constexpr, D: tl.constexpr, N: tl.constexpr, T: tl.constexpr,
     MATRIX_ROWS: tl.constexpr, OFFSET: tl.constexpr, ROW: tl.constexpr, SCALES: tl.constexpr,
-    BITS: tl.constexpr, GROUP: tl.constexpr, TABLE: tl.constexpr,
+    ZEROS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, TABLE: tl.constexpr,
     DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Gather the keys ``[C, tokens]`` or values ``[tokens, V]`` of a thin block, and write them.
@@ -44,6 +49,7 @@ def code_matrix(
         OFFSET: See there.
         ROW: See there.
         SCALES: See there.
+        ZEROS: Byte at which the zeros of fp8 keys start; not used otherwise.
         BITS: See there.
         GROUP: See there.
         TABLE: Negative if every channel is kept.
@@ -51,8 +57,17 @@ def code_matrix(
         ROWS: Of a tile.
         COLUMNS: Of a tile; GROUP for integer codings.
     """
-    inverse = 0.0
-    if BITS == 8:
+    inverse, zero = 0.0, tl.zeros((ROWS, 1), tl.float32)
+    if BITS == 8 and KEYS:
+        largest = put_zeros(
+            run, base, aside, entries, table, k, head, block_stride, head_stride, rows, columns,
+            D, N, T, ZEROS, TABLE, DTYPE, triton.next_power_of_2(T),
+        )  # fmt: skip
+        scale, inverse = fp8_inverse(largest)
+        tl.store(element_pointer(run + SCALES, 4), scale)
+        # Other threads have written the zeros that these read.
+        tl.debug_barrier()
+    elif BITS == 8:
         top = tl.zeros((ROWS, COLUMNS), tl.int32)
         for row in range(0, rows, ROWS):
             for column in range(0, columns, COLUMNS):
@@ -71,10 +86,37 @@ def code_matrix(
                 rows, columns, KEYS, D, N, T, TABLE, DTYPE, ROWS, COLUMNS,
             )  # fmt: skip
             tile_rows, tile_columns = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
+            if BITS == 8 and KEYS:
+                zero = load_bits(element_pointer(run + ZEROS, 2) + tile_rows, tile_rows < rows)
+                zero = as_float(zero, tl.float16)[:, None]
             put_tile(
                 run, bits, tile_rows, tile_columns, tile_rows < rows, tile_columns < columns,
-                inverse, OFFSET, ROW, SCALES, MATRIX_ROWS, BITS, GROUP, DTYPE,
+                zero, inverse, OFFSET, ROW, SCALES, MATRIX_ROWS, BITS, GROUP, DTYPE,
             )  # fmt: skip
+
+
+@triton.jit
+def put_zeros(
+    run, base, aside, entries, table, k, head, block_stride, head_stride, rows, columns,
+    D: tl.constexpr, N: tl.constexpr, T: tl.constexpr, ZEROS: tl.constexpr, TABLE: tl.constexpr,
+    DTYPE: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Write the zeros of fp8 keys; bits of the largest magnitude without them. See above."""
+    ROWS: tl.constexpr = WHOLE_ROWS // COLUMNS
+    largest = tl.zeros((), tl.int32)
+    for row in range(0, rows, ROWS):
+        bits = load_tile(
+            base, aside, entries, table, k, head, block_stride, head_stride, row, 0,
+            rows, columns, True, D, N, T, TABLE, DTYPE, ROWS, COLUMNS,
+        )  # fmt: skip
+        tile_rows, held = row + tl.arange(0, ROWS), (tl.arange(0, COLUMNS) < columns)[None, :]
+        values = as_float(bits, DTYPE)
+        zeros = fp8_zeros(values, tl.broadcast_to(held, [ROWS, COLUMNS]), columns)
+        store_bits(element_pointer(run + ZEROS, 2) + tile_rows, zeros, tile_rows < rows)
+        left = (values - as_float(zeros, tl.float16)[:, None]).to(tl.int32, bitcast=True)
+        left = tl.where(held, left & MAGNITUDE, 0)
+        largest = tl.maximum(largest, tl.max(tl.max(left, axis=1), axis=0))
+    return largest
 
 
 @triton.jit

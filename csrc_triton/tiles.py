@@ -19,6 +19,7 @@ from csrc_triton.plain import load_plain_keys, load_plain_values, load_scales
 from csrc_triton.queries import gather_query, query_exponent
 from csrc_triton.softmax import weigh
 from csrc_triton.units import LANES, load_keys, load_values, natural_order, shared_units
+from csrc_triton.zeros import score_zeros
 
 
 @triton.constexpr_function
@@ -36,7 +37,8 @@ def attend_thin(
     DTYPE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, CAPPED: tl.constexpr,
     D: tl.constexpr, N: tl.constexpr, SPAN: tl.constexpr, T: tl.constexpr,
     C: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, GROUP: tl.constexpr,
-    KEY_SCALES: tl.constexpr, VALUES: tl.constexpr, VALUE_SCALES: tl.constexpr,
+    KEY_SCALES: tl.constexpr, KEY_ZEROS: tl.constexpr,
+    VALUES: tl.constexpr, VALUE_SCALES: tl.constexpr,
     TABLE: tl.constexpr, V: tl.constexpr, VALUE_TABLE: tl.constexpr,
 ):  # fmt: skip
     """Attend to tiles ``begin .. end - 1`` of a request's thin spans, ``span_tiles`` in each.
@@ -102,10 +104,20 @@ def attend_thin(
                     )  # fmt: skip
                     scores += dot(keys, query_rest, NUMBER, NUMBER, PRECISION)
             if KEY_BITS == 8:
+                of_zeros = score_zeros(
+                    query, kv_ptr, entries, head_offset, block_stride, first, 0, TILE, C_FIRST,
+                    NUMBER, PRECISION, N, SPAN, T, C, KEY_ZEROS,
+                )  # fmt: skip
+                if C_REST:
+                    of_zeros += score_zeros(
+                        query_rest, kv_ptr, entries, head_offset, block_stride, first, C_FIRST,
+                        TILE, C_REST, NUMBER, PRECISION, N, SPAN, T, C, KEY_ZEROS,
+                    )  # fmt: skip
                 of_tokens = load_scales(
                     kv_ptr, entries, head_offset, block_stride, first, TILE, N, SPAN, T, KEY_SCALES
                 )
                 scores = natural_order(scores, 32 // KEY_BITS, LANES) * of_tokens[:, None]
+                scores += of_zeros
             live = first + place < SPAN * N
             weights, older, top, total = weigh(
                 scores, live[:, None], top, total, scales, cap, CAPPED

@@ -20,7 +20,9 @@ class Coding(Enum):
     #: float8 e4m3 with one float32 scale per matrix. An e4m3 number has its own exponent and
     #: keeps its precision down to 2 ** -15 of the largest one, so finer scales would cost bytes
     #: and buy nothing; the scale maps the matrix's largest magnitude to ``FP8_MAX``, so nothing
-    #: overflows.
+    #: overflows. That precision is relative, though: a key channel that is far from 0 all the
+    #: time, as a bias makes it, would lose what its tokens differ in. So each key channel has a
+    #: float16 zero, and codes say how far a key is from that.
     FP8 = 8
     #: Asymmetric integers with a float16 scale and zero per group (KIVI, arXiv 2402.02750).
     INT4 = 4

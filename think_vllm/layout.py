@@ -31,7 +31,8 @@ Keys and values of a thin block are each a coded matrix ``[R, X]``, rows contigu
 
     plain    elements [R, X]              of the cache's dtype
     fp8      codes    [R, X]              float8 e4m3 (no infinities)
-             scale    float32             one: element = code * scale
+             scale    float32             one: element = zero[r] + code * scale
+             zeros    float16 [R]         keys alone; for values, zero = 0
     int4,    codes    [R, X * bits / 8]   element x at bits bits * x.. of its row, little-endian
     int2     scales   float16 [G, R]      element = zero[x // g, r] + code * scale[x // g, r]
              zeros    float16 [G, R]      G = ceil(X / g) groups of g elements of a row
@@ -70,7 +71,9 @@ Worked examples, bf16, D = 128. Pruned by half, N = 48, C = 63, t = 64: run 24,5
 0..8,063; values 8,064..24,447; table 24,448..24,510; 65 B unused. The same with 4-bit keys
 and 2-bit values in groups of 32, N = 16, C = 64, t = 88: run 8,192 B; key codes 0..2,815,
 scales to 3,199, zeros to 3,583; value codes to 6,399, scales to 7,103, zeros to 7,807; table
-7,808..7,871; 320 B unused. Both kinds of channels pruned by half, plain, N = 32, C = 63, V = 64,
+7,808..7,871; 320 B unused. In fp8, N = 48, C = 62, t = 128: run 24,576 B; key codes 0..7,935,
+scale to 7,939, zeros 7,952..8,075; value codes 8,080..24,463, scale to 24,467; table
+24,468..24,529; 46 B unused. Both kinds of channels pruned by half, plain, N = 32, C = 63, V = 64,
 t = 64: run 16,384 B; keys 0..8,063; values 8,064..16,255; key table 16,256..16,318; value table
 16,319..16,382; 1 B unused. A static block with half of the keys, N = 128, C = 64, V = 128: run
 49,152 B; values 0..32,767; keys 32,768..49,151. The same in fp8: run 25,600 B; values 0..16,383;
@@ -161,6 +164,7 @@ class MatrixLayout:
         group: Elements of a row that share a scale, for integer codings.
         itemsize: Bytes of an element of the cache.
         offset: Byte at which its codes start, a multiple of 16.
+        has_zeros: For fp8, whether every row has a zero.
     """
 
     coding: Coding
@@ -169,6 +173,7 @@ class MatrixLayout:
     group: int
     itemsize: int
     offset: int
+    has_zeros: bool = False
 
     @property
     def row_bytes(self) -> int:
@@ -196,7 +201,9 @@ class MatrixLayout:
     @property
     def content_bytes(self) -> int:
         """Bytes of codes, scales and zeros, without the padding between them."""
-        factors = {Coding.PLAIN: 0, Coding.FP8: 4}.get(self.coding, 4 * self.groups * self.rows)
+        factors = 4 * self.groups * self.rows
+        if self.coding is Coding.FP8:
+            factors = 4 + (2 * self.rows if self.has_zeros else 0)
         return self.rows * self.row_bytes + factors
 
     @property
@@ -206,8 +213,9 @@ class MatrixLayout:
 
     @property
     def zeros_offset(self) -> int:
-        """Byte at which the zeros start (integer codings)."""
-        return align_up(self.scales_offset + 2 * self.groups * self.rows)
+        """Byte at which the zeros start, if there are any: behind the scales."""
+        scales = 4 if self.coding is Coding.FP8 else 2 * self.groups * self.rows
+        return align_up(self.scales_offset + scales)
 
     @property
     def end(self) -> int:
@@ -215,7 +223,7 @@ class MatrixLayout:
         if self.coding is Coding.PLAIN:
             return self.offset + self.rows * self.row_bytes
         if self.coding is Coding.FP8:
-            return self.scales_offset + 4
+            return self.zeros_offset + 2 * self.rows if self.has_zeros else self.scales_offset + 4
         return self.zeros_offset + 2 * self.groups * self.rows
 
 
@@ -271,8 +279,9 @@ class ThinLayout:
     def keys(self) -> MatrixLayout:
         """Keys ``[C, t]``."""
         return MatrixLayout(
-            self.format.keys, self.key_channels, self.block_tokens, self.group, self.itemsize, 0
-        )
+            self.format.keys, self.key_channels, self.block_tokens, self.group, self.itemsize, 0,
+            has_zeros=self.format.keys is Coding.FP8,
+        )  # fmt: skip
 
     @property
     def value_columns(self) -> int:

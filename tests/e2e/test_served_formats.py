@@ -45,6 +45,7 @@ class Case:
         heads: Head size, query heads and KV heads of the model.
         small_pool: Whether the KV cache holds little more than one request.
         chunk: Most tokens of a step. None for vLLM's default.
+        key_bias: Of a channel in 16 of the model's keys.
         arguments: Further ones.
     """
 
@@ -56,6 +57,7 @@ class Case:
     heads: tuple[int, int, int] = (128, 4, 2)
     small_pool: bool = False
     chunk: int | None = None
+    key_bias: float = 0.0
     arguments: tuple[str, ...] = EAGER
 
 
@@ -64,12 +66,14 @@ CASES = {
     "kivi4-pruned-mqa-64": Case("kivi4", 0.4, heads=(64, 8, 1)),
     "k4v2-pruned-preempted": Case("k4v2", 0.5, small_pool=True),
     "kivi2-pruned-mha-96": Case("kivi2", 0.5, heads=(96, 4, 4)),
-    # 3 thin blocks of a span, the last one with fewer tokens.
-    "fp8-preempted-small-chunks": Case(
+    # 3 thin blocks of a span, the last one with fewer tokens. A bias is many times what keys
+    # differ in, which would be lost without their channels' zeros.
+    "fp8-biased-preempted-small-chunks": Case(
         "fp8",
         block_size=64,
         small_pool=True,
         chunk=80,
+        key_bias=32.0,
     ),
     "kivi4-small-chunks": Case("kivi4", chunk=64),
     "k4v2-group-64": Case("k4v2", group=64),
@@ -85,7 +89,11 @@ def test_served_logprobs_equal_the_reference(
 ) -> None:
     head_size, num_heads, num_kv_heads = case.heads
     model = make_exact_llama(
-        tmp_path, head_size=head_size, num_heads=num_heads, num_kv_heads=num_kv_heads
+        tmp_path,
+        head_size=head_size,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        key_bias=case.key_bias,
     )
     settings: dict[str, float | str] = {"kv_quant": case.quant}
     if case.ratio:
@@ -125,6 +133,13 @@ def test_served_logprobs_equal_the_reference(
     plain = replace(thinning, format=FORMATS["none"])
     longest = worst_differences(reference, prompts[-1:], completions[-1:], plain)
     assert longest[1900] > 10 * TOLERANCE
+    if case.key_bias:
+        # By what the reference says of both, and a server of one: 8 bits are better than 4.
+        other = Thinning.of(plan_served(head_size, kv_quant="kivi4")[0])
+        lost = differences(reference, prompts[-1], completions[-1], None)
+        exact = torch.tensor(reference.logprobs(prompts[-1], completions[-1].tokens, None))
+        by_other = reference.logprobs(prompts[-1], completions[-1].tokens, other)
+        assert lost.mean() < 0.5 * (torch.tensor(by_other) - exact).abs().mean()
 
 
 def test_bundled_model(

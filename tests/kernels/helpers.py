@@ -79,12 +79,14 @@ def make_case(
     seed: int = 0,
     gap_blocks: int = 0,
     form: BlockForm = BlockForm.CPU,
+    key_bias: float = 0.0,
 ) -> Case:
     """Build one request per (seq_len, thin_spans) in ``contexts``, with one row each.
 
     Args:
         gap_blocks: Blocks of other layers between two blocks of this one, filled with NaN.
         form: For what blocks are laid out.
+        key_bias: Added to some channels of thin keys, subtracted from others.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -107,7 +109,7 @@ def make_case(
                 entry = span * plan.span_blocks + k
                 block = int(blocks[request, entry])
                 block_table[request, entry] = block
-                fill_thin_block(kv_cache, block, k, table, plan, random, form)
+                fill_thin_block(kv_cache, block, k, table, plan, random, form, key_bias)
         first = thin_spans * plan.span_blocks
         for entry in range(first, -(-seq_len // plan.block_size)):
             block = int(blocks[request, entry])
@@ -122,6 +124,18 @@ def make_case(
         rows=make_rows([(i, seq_len, thin) for i, (seq_len, thin) in enumerate(contexts)]),
         scale=plan.head_size**-0.5,
     )
+
+
+def bias_keys(keys: torch.Tensor) -> None:
+    """Move channels of ``[..., N, D]`` away from 0, as key biases do; one token is far off.
+
+    Some are farther away than float16 goes.
+    """
+    keys[..., 1::8] += 5
+    keys[..., 3::8] += 400
+    keys[..., 5::8] -= 70_000
+    keys[..., 7::8] -= 400
+    keys[..., 0, 3::8] *= -20
 
 
 def random_channels(plan: BlockPlan, num_kv_heads: int, generator: torch.Generator) -> torch.Tensor:
@@ -141,10 +155,12 @@ def fill_dense_block(kv_cache, block, count, plan, random, form=BlockForm.CPU):
     values[block, :, :count] = random(num_kv_heads, count, plan.head_size)
 
 
-def fill_thin_block(kv_cache, block, index, table, plan, random, form=BlockForm.CPU):
+def fill_thin_block(kv_cache, block, index, table, plan, random, form=BlockForm.CPU, key_bias=0.0):
     """Write the ``index``-th thin block of a span; unused bytes become 0xFF."""
     count = min(plan.thin_block_tokens, plan.span_tokens - index * plan.thin_block_tokens)
     for head in range(kv_cache.shape[1]):
         thin_run(kv_cache, block, head).fill_(0xFF)
         keys, values = random(plan.key_channels, count), random(count, plan.value_channels)
+        keys[3::8] += key_bias
+        keys[7::8] -= key_bias
         write_thin(kv_cache, block, head, keys, values, table[head], plan, form)

@@ -2,9 +2,10 @@ import numpy as np
 import pytest
 import torch
 
-from tests.kernels.helpers import FORMATS, make_plan, random_channels
+from tests.kernels.helpers import FORMATS, bias_keys, make_plan, random_channels
 from think_vllm.kernels.cpu.compaction import compact_spans, read_channels
-from think_vllm.reference.compaction import compact_spans_ref, read_channels_ref
+from think_vllm.layout import BlockForm
+from think_vllm.reference.compaction import compact_spans_ref, read_channels_ref, split_dense
 
 
 def make_cache(plan, dtype, num_kv_heads, num_requests, spans, seed=0, gap_blocks=0):
@@ -48,14 +49,16 @@ def test_compact_spans_is_bit_exact(dtype, head_size, block_size, ratio):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(("quant", "ratio"), FORMATS)
 @pytest.mark.parametrize("head_size", [64, 128])
-@pytest.mark.parametrize("kind", ["usual", "bits"])
+@pytest.mark.parametrize("kind", ["usual", "biased", "bits"])
 def test_compact_spans_codes_to_the_bit(dtype, quant, ratio, head_size, kind):
     plan = make_plan(head_size, dtype, None, ratio, quant)
     kv_cache, block_table = make_cache(plan, dtype, 2, 2, 2)
-    if kind == "usual":  # else random bits: all magnitudes, NaN and infinities
+    if kind != "bits":  # else random bits: all magnitudes, NaN and infinities
         generator = torch.Generator().manual_seed(2)
         size = torch.exp(2 * torch.randn(kv_cache.shape, generator=generator))
         kv_cache.copy_(torch.randn(kv_cache.shape, generator=generator) * size)
+    if kind == "biased":
+        bias_keys(split_dense(kv_cache, BlockForm.CPU)[0])
     expected = kv_cache.clone()
     request, span = np.array([0, 1, 1], np.int32), np.array([1, 0, 1], np.int32)
     generator = torch.Generator().manual_seed(1)

@@ -22,6 +22,12 @@ def test_decode_head_size(dtype, head_size, quant, ratio):
     check(make_case(plan, dtype, 4, 2, contexts_of(plan)))
 
 
+@formats
+def test_decode_of_biased_keys(quant, ratio):
+    plan = make_plan(64, torch.float32, None, ratio, quant)
+    check(make_case(plan, torch.float32, 4, 2, contexts_of(plan), key_bias=10.0))
+
+
 @pytest.mark.parametrize("quant", ["fp8", "k4v2"])
 def test_decode_float16(quant):
     plan = make_plan(64, torch.float16, None, 0.5, quant)
@@ -91,6 +97,8 @@ def mark_used(run_bytes: torch.Tensor, layout: MatrixLayout, rows: int, columns:
     codes[:rows, : -(-columns * layout.coding.element_bits(layout.itemsize) // 8)] = 1
     if layout.coding is Coding.FP8:
         run_bytes[layout.scales_offset : layout.scales_offset + 4] = 1
+        if layout.has_zeros:
+            run_bytes[layout.zeros_offset : layout.zeros_offset + 2 * rows] = 1
     for start in (layout.scales_offset, layout.zeros_offset):
         groups = -(-columns // layout.group) if layout.groups else 0
         for group in range(groups):
@@ -130,7 +138,7 @@ def test_decode_reads_every_byte(quant, ratio, part):
     layout = getattr(plan.layout, part)
     bytes_ = thin_run(case.kv_cache, int(case.block_table[0, 0]), 1)
     starts = [layout.offset, layout.offset + 3 * layout.row_bytes + 5, layout.scales_offset + 1]
-    if layout.coding.is_integer:
+    if layout.coding.is_integer or layout.has_zeros:
         starts.append(layout.zeros_offset + 1)
     for start in starts:
         kept = bytes_[start].clone()

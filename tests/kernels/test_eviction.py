@@ -254,7 +254,7 @@ def code_spans(keys, values, channels, plan):
             part = slice(begin, min(begin + plan.thin_block_tokens, span + plan.span_tokens))
             coded = keys[part][:, channels].T.contiguous()
             group = plan.config.kv_quant_group
-            thin_keys[part][:, channels] = code_and_back(coded, plan.format.keys, group).T
+            thin_keys[part][:, channels] = code_and_back(coded, plan.format.keys, group, True).T
             thin_values[part] = code_and_back(values[part], plan.format.values, group)
     return thin_keys, thin_values
 

@@ -87,7 +87,7 @@ def test_spec_is_vllms_own_with_fewer_bytes(
             ["--speculative-config", '{"method": "ngram", "num_speculative_tokens": 2}'],
             "--kv-select static does not support --speculative-config yet",
         ),
-        (["--kv-cache-dtype", "fp8"], "does not support --kv-cache-dtype fp8 yet"),
+        (["--kv-cache-dtype", "fp8"], "do not support --kv-cache-dtype fp8 yet"),
         (["--kv-offloading-size", "1"], "does not support --kv-offloading-size yet"),
         (["--block-size", "40"], "--kv-select static: --block-size is 40"),
         (["--attention-backend", "FLASH_ATTN"], "--attention-backend is FLASH_ATTN"),

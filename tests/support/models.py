@@ -86,6 +86,7 @@ def make_exact_llama(
     num_heads: int,
     num_kv_heads: int,
     num_layers: int = 1,
+    key_bias: float = 0.0,
     **settings: Any,
 ) -> Path:
     """Save a Llama whose keys and values are the same bits wherever they are computed.
@@ -99,6 +100,8 @@ def make_exact_llama(
     * rotary positions turn the first pair of channels only, whose keys are 0: in float32 this
       base is infinite, and all other frequencies are 0.
 
+    With a ``key_bias``, a multiple of 2 ** -10, one key channel in 16 has it, much as in Qwen2.
+
     That goes for the first layer: a second one sees its rounded attention.
     """
     make_llama(
@@ -109,6 +112,7 @@ def make_exact_llama(
         num_layers=num_layers,
         rms_norm_eps=1e-12,
         rope_parameters={"rope_type": "default", "rope_theta": 1e300},
+        attention_bias=key_bias != 0,
         **settings,
     )
     model = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32)
@@ -120,6 +124,8 @@ def make_exact_llama(
             weight.copy_((weight * 1024).round() / 1024)
         keys = attention.k_proj.weight.view(num_kv_heads, head_size, -1)
         keys[:, [0, head_size // 2]] = 0.0
+        if key_bias:
+            attention.k_proj.bias.view(num_kv_heads, head_size)[:, 15::16] = key_bias
     model.save_pretrained(path)
     return path
 

@@ -220,7 +220,7 @@ def _code(
             rows = held[part]
             channels = kept[head, rows[0]].nonzero()[:, 0]
             matrix = key[head, rows][:, channels].T.contiguous()
-            read = code_and_back(matrix, codings.keys, thinning.group).float()
+            read = code_and_back(matrix, codings.keys, thinning.group, has_zeros=True).float()
             thin_key[head, rows[:, None], channels] = read.T
             of_values = kept_values[head].nonzero()[:, 0]
             matrix = value[head, rows][:, of_values].contiguous()

@@ -4,7 +4,7 @@ import torch
 
 from csrc_triton import compact
 from csrc_triton.compact import compact_spans, compact_workspace, read_channels
-from tests.kernels.helpers import FORMATS, make_plan, random_channels
+from tests.kernels.helpers import FORMATS, bias_keys, make_plan, random_channels
 from tests.triton.reference import compact_spans_ref, split_dense
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -64,12 +64,18 @@ def check(layers, block_table, request, span, channels, plan, device):
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # infinities and NaN, in numpy
 @pytest.mark.parametrize(("quant", "ratio"), FORMATS)
-@pytest.mark.parametrize(("dtype", "kind"), [(BF16, "usual"), (FP32, "bits"), (FP16, "bits")])
+@pytest.mark.parametrize(
+    ("dtype", "kind"),
+    [(BF16, "usual"), (BF16, "biased"), (FP32, "biased"), (FP32, "bits"), (FP16, "bits")],
+)
 def test_compact_spans_is_bit_exact(device, dtype, kind, quant, ratio):
     plan = make_plan(32, dtype, 16, ratio, quant)
     layers, block_table = make_cache(plan, dtype, 2, 2)
-    if kind == "usual":  # else all magnitudes, NaN and infinities
+    if kind != "bits":  # else all magnitudes, NaN and infinities
         make_usual(layers)
+    if kind == "biased":
+        for kv_cache in layers:
+            bias_keys(split_dense(kv_cache)[0])
     channels = make_channels(plan, 2)
     check(layers, block_table, [0, 1], [1, 0], channels, plan, device)
 

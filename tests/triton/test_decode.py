@@ -63,6 +63,14 @@ def test_decode_formats(quant, ratio, dtype):
     check(make_case(plan, dtype, 4, 2, contexts_of(plan)))
 
 
+# Channels in fours, as 64 and 128 are, and not, as 30 are: they lie otherwise in registers.
+@pytest.mark.parametrize(("ratio", "head_size"), [(0.0, 64), (0.5, 64), (0.4, 128)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_decode_of_biased_fp8_keys(ratio, head_size, dtype):
+    plan = make_plan(head_size, dtype, None, ratio, "fp8")
+    check(make_case(plan, dtype, 4, 2, contexts_of(plan), key_bias=10.0))
+
+
 @pytest.mark.parametrize("head_size", [80, 96, 128, 256])
 @pytest.mark.parametrize("quant", ["none", "fp8", "k4v2"])
 def test_decode_head_size(quant, head_size):

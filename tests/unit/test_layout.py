@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from think_vllm.errors import ThinkError
-from think_vllm.formats import FORMATS, GROUP_SIZES
+from think_vllm.formats import FORMATS, GROUP_SIZES, Coding
 from think_vllm.layout import (
     ALIGN_BYTES,
     BlockForm,
@@ -43,26 +43,27 @@ def test_plain_thin_layout_has_the_bytes_counted_by_hand(
 @pytest.mark.parametrize(
     ("layout", "keys", "values", "used"),
     [
-        # keys and values: codes, scale, end. 62 * 128 = 7,936; 128 * 128 = 16,384; table 62
+        # keys: codes, scale, zeros, end; values have no zeros. The worked example of layout.py:
+        # 62 * 128 = 7,936; 62 * 2 = 124; 128 * 128 = 16,384; table 62
         (
             ThinLayout(128, 62, 128, 48, 2, FORMATS["fp8"]),
-            (0, 7_936, 7_940),
-            (7_952, 24_336, 24_340),
-            24_402,
+            (0, 7_936, 7_952, 8_076),
+            (8_080, 24_464, 24_468),
+            24_530,
         ),
         # 128 * 60 = 7,680 each, no table
         (
             ThinLayout(128, 128, 60, 32, 2, FORMATS["fp8"]),
-            (0, 7_680, 7_684),
-            (7_696, 15_376, 15_380),
-            15_380,
+            (0, 7_680, 7_696, 7_952),
+            (7_952, 15_632, 15_636),
+            15_636,
         ),
         # Two rows make a unit: 32 * 20; a code is one byte in a cache of fp32 too
         (
             ThinLayout(64, 31, 20, 16, 4, FORMATS["fp8"]),
-            (0, 640, 644),
-            (656, 1_936, 1_940),
-            1_971,
+            (0, 640, 656, 718),
+            (720, 2_000, 2_004),
+            2_035,
         ),
     ],
     ids=["n48", "all-channels", "padded"],
@@ -71,7 +72,8 @@ def test_fp8_thin_layout_has_the_bytes_counted_by_hand(
     layout: ThinLayout, keys: tuple[int, ...], values: tuple[int, ...], used: int
 ) -> None:
     def offsets(matrix: MatrixLayout) -> tuple[int, ...]:
-        return matrix.offset, matrix.scales_offset, matrix.end
+        zeros = (matrix.zeros_offset,) if matrix.has_zeros else ()
+        return matrix.offset, matrix.scales_offset, *zeros, matrix.end
 
     assert (offsets(layout.keys), offsets(layout.values)) == (keys, values)
     assert (layout.table_offset, layout.used_bytes) == (values[-1], used)
@@ -135,7 +137,8 @@ def test_integer_thin_layout_has_the_bytes_counted_by_hand(
     [
         # 64 channels of 92 tokens, and 92 tokens of 128 channels, in a cache of 2-byte elements
         ("none", 64 * 92 * 2, 92 * 128 * 2),
-        ("fp8", 64 * 92 + 4, 92 * 128 + 4),
+        # Zeros of 2 bytes for every channel of keys
+        ("fp8", 64 * 92 + 4 + 64 * 2, 92 * 128 + 4),
         # A scale and a zero of 2 bytes for every group of 32
         ("kivi4", 64 * (46 + 3 * 4), 92 * (64 + 4 * 4)),
         ("k4v2", 64 * (46 + 3 * 4), 92 * (32 + 4 * 4)),
@@ -165,12 +168,12 @@ def test_content_bytes_leave_padding_out(format: str, keys: int, values: int) ->
             (24_192, 24_192),
             24_280,
         ),
-        # fp8: 62 * 112 = 6,944; values 112 * 44 = 4,928 behind a scale, and their own
+        # fp8: 62 * 112 = 6,944; values 112 * 44 = 4,928 behind a scale and 61 zeros
         (
             ThinLayout(64, 61, 112, 96, 2, FORMATS["fp8"], value_channels=44),
-            (6_960, 11_892),
-            (11_892, 11_953),
-            11_997,
+            (7_088, 12_020),
+            (12_020, 12_081),
+            12_125,
         ),
         # Values 224 rows of 6 units of 16 channels, 24 B for the 22 that 88 need, and 3 groups, the
         # last one of 24 channels
@@ -287,16 +290,17 @@ def test_parts_are_aligned_and_do_not_overlap(
     layout = ThinLayout(head_size, channels, *rest)
     parts = []
     for matrix in (layout.keys, layout.values):
-        starts = [matrix.offset]
+        own = [(matrix.offset, matrix.rows * matrix.row_bytes)]
         if matrix.coding.is_integer:
-            starts += [matrix.scales_offset, matrix.zeros_offset]
-        elif matrix.coding.name == "FP8":
-            starts += [matrix.scales_offset]
-        assert all(start % ALIGN_BYTES == 0 for start in starts)
-        sizes = [matrix.rows * matrix.row_bytes]
-        factors = (matrix.content_bytes - sizes[0]) // max(1, len(starts) - 1)
-        parts += list(zip(starts, sizes + [factors] * (len(starts) - 1), strict=True))
-        assert matrix.end == sum(parts[-1])
+            factors = 2 * matrix.groups * matrix.rows
+            own += [(matrix.scales_offset, factors), (matrix.zeros_offset, factors)]
+        elif matrix.coding is Coding.FP8:
+            own += [(matrix.scales_offset, 4)]
+            own += [(matrix.zeros_offset, 2 * matrix.rows)] if matrix.has_zeros else []
+        assert all(start % ALIGN_BYTES == 0 for start, _ in own)
+        assert matrix.content_bytes == sum(size for _, size in own)
+        assert matrix.end == sum(own[-1])
+        parts += own
     assert all(a + size <= b for (a, size), (b, _) in itertools.pairwise(parts))
     assert layout.table_offset == layout.values.end
     assert layout.used_bytes <= layout.run_bytes

@@ -12,6 +12,7 @@ from think_vllm.layout import MatrixLayout, ThinLayout, max_key_channels
 from think_vllm.reference.quantization import (
     code_and_back,
     dequantize,
+    fp8_zeros,
     pack,
     quantize_fp8,
     quantize_integer,
@@ -102,12 +103,17 @@ def error_bound(matrix: torch.Tensor, coding: Coding, group: int) -> torch.Tenso
     return torch.cat(bounds, dim=1)
 
 
-def check(matrix: torch.Tensor, coding: Coding, group: int) -> None:
-    error = (code_and_back(matrix, coding, group) - matrix.double()).abs()
+def check(matrix: torch.Tensor, coding: Coding, group: int, has_zeros: bool = False) -> None:
+    error = (code_and_back(matrix, coding, group, has_zeros) - matrix.double()).abs()
+    if has_zeros:
+        matrix = matrix.float() - fp8_zeros(matrix.float()).float()[:, None]
     assert bool((error <= error_bound(matrix, coding, group)).all())
 
 
-@pytest.mark.parametrize("coding", [Coding.FP8, *INTEGER])
+@pytest.mark.parametrize(
+    ("coding", "has_zeros"),
+    [(Coding.FP8, False), (Coding.FP8, True), (Coding.INT4, False), (Coding.INT2, False)],
+)
 @given(
     seed=st.integers(0, 2**31),
     exponent=st.integers(-30, 12),
@@ -119,6 +125,7 @@ def check(matrix: torch.Tensor, coding: Coding, group: int) -> None:
 @settings(max_examples=100, deadline=None, derandomize=True)
 def test_error_stays_within_the_stated_bound(
     coding: Coding,
+    has_zeros: bool,
     seed: int,
     exponent: int,
     offset: float,
@@ -131,7 +138,7 @@ def test_error_stays_within_the_stated_bound(
     matrix[1] = matrix[1, 0]  # a constant row
     matrix[2] *= (torch.arange(columns) % 3 == 0).to(dtype)  # mostly zeros
     matrix[3, 0] *= 50  # an outlier
-    check(matrix.clamp(-60_000, 60_000), coding, group)
+    check(matrix.clamp(-60_000, 60_000), coding, group, has_zeros)
 
 
 @given(
@@ -200,11 +207,92 @@ def test_a_group_of_infinities_is_nan(coding: Coding) -> None:
         assert bool(code_and_back(torch.tensor([values]), coding, 4).isnan().all())
 
 
+@pytest.mark.parametrize("has_zeros", [False, True])
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_makes_an_fp8_matrix_nan(poison: float) -> None:
-    matrix = randn(4, 80)
+def test_what_is_not_finite_makes_an_fp8_matrix_nan(poison: float, has_zeros: bool) -> None:
+    matrix = randn(4, 80) + 100
     matrix[2, 5] = poison
-    assert bool(code_and_back(matrix, Coding.FP8, 32).isnan().all())
+    assert bool(code_and_back(matrix, Coding.FP8, 32, has_zeros).isnan().all())
+
+
+# --- zeros of fp8 keys
+
+#: What e4m3 loses of a standard normal number on average, and some more.
+NORMAL_ERROR = 0.025
+
+
+def biased_keys(tokens: int) -> torch.Tensor:
+    """``[64, tokens]``: standard normal but for two channels, as Qwen2's key biases make them."""
+    keys = randn(64, tokens)
+    keys[31] += 400
+    keys[63] -= 400
+    return keys
+
+
+def mean_error(keys: torch.Tensor) -> torch.Tensor:
+    """Of each channel, [C]."""
+    back = code_and_back(keys, Coding.FP8, 32, has_zeros=True)
+    return (back - keys.double()).abs().mean(dim=1)
+
+
+@pytest.mark.parametrize("tokens", [2, 8, 64, 88, 120])
+def test_biased_channels_keep_what_tokens_differ_in(tokens: int) -> None:
+    keys = biased_keys(tokens)
+    assert float(mean_error(keys).max()) < 0.05
+    # One scale alone, as values have it, loses it.
+    plain = (code_and_back(keys, Coding.FP8, 32) - keys.double()).abs().mean(dim=1)
+    assert float(plain[[31, 63]].min()) > 1 or tokens == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_biased_channels_of_narrow_caches(dtype: torch.dtype) -> None:
+    # Their own rounding near 400 is what tokens differ in, then; it has to come back.
+    assert float(mean_error(biased_keys(88).to(dtype)).max()) < 0.05
+
+
+@pytest.mark.parametrize("outlier", [-8000.0, 8000.0, 0.0])
+def test_one_token_that_differs_spoils_no_other(outlier: float) -> None:
+    keys = biased_keys(88)
+    keys[:, 0] = outlier
+    error = (code_and_back(keys, Coding.FP8, 32, has_zeros=True) - keys.double()).abs()
+    assert float(error[:, 1:].mean(dim=1).max()) < 0.05
+    assert float(error[:, 0].max()) <= abs(outlier) * 2**-4 + 40
+
+
+@pytest.mark.parametrize("value", [1.0, -3.25, 400.0, 60_000.0, 2.0**-20])
+@pytest.mark.parametrize("tokens", [1, 3, 88])
+def test_constant_channels_come_back(value: float, tokens: int) -> None:
+    keys = torch.full((3, tokens), value)
+    keys[1] = -value
+    assert torch.equal(fp8_zeros(keys), keys[:, 0].half())
+    back = code_and_back(keys, Coding.FP8, 32, has_zeros=True)
+    torch.testing.assert_close(back, keys.double(), rtol=2**-14, atol=0)
+
+
+@pytest.mark.parametrize("value", [65_504.0, 70_000.0, 1e6, 3e38])
+def test_zeros_beyond_float16_saturate(value: float) -> None:
+    keys = value + randn(2, 64)
+    keys[1] *= -1
+    assert fp8_zeros(keys).abs().max() == 65_504.0
+    assert fp8_zeros(keys)[1] == -fp8_zeros(keys)[0]
+    back = code_and_back(keys, Coding.FP8, 32, has_zeros=True)
+    torch.testing.assert_close(back, keys.double(), rtol=2**-4, atol=0)
+
+
+def test_channels_without_an_offset_have_no_zero() -> None:
+    # Symmetric ones, empty ones, those with one far token, and those below float16's numbers.
+    keys = torch.zeros(4, 8)
+    keys[0] = torch.tensor([1.0, -1.0] * 4)
+    keys[2, 3] = 1000.0
+    keys[3] = 1e-9
+    assert fp8_zeros(keys).tolist() == [0.0] * 4
+
+
+def test_zeros_do_not_depend_on_the_order_of_tokens() -> None:
+    keys = (randn(16, 88) * torch.exp(4 * randn(16, 88, seed=1))) + 3
+    for seed in range(5):
+        order = torch.randperm(88, generator=torch.Generator().manual_seed(seed))
+        assert torch.equal(fp8_zeros(keys[:, order]), fp8_zeros(keys))
 
 
 # --- runs
@@ -230,6 +318,8 @@ def touched(matrix: MatrixLayout, rows: int, columns: int) -> torch.Tensor:
         mine += range(start, start + -(-columns * bits // 8))
     if matrix.coding is Coding.FP8:
         mine += range(matrix.scales_offset, matrix.scales_offset + 4)
+        if matrix.has_zeros:
+            mine += range(matrix.zeros_offset, matrix.zeros_offset + 2 * rows)
     if matrix.coding.is_integer:
         for base in (matrix.scales_offset, matrix.zeros_offset):
             for group in range(-(-columns // matrix.group)):
@@ -262,7 +352,8 @@ def test_write_matrix_touches_its_own_bytes_only(
         assert torch.equal(run[rest], before[rest])
         # Whoever reads sees what the coding alone makes of the matrix.
         back = read_matrix(run, part, *matrix.shape, torch.bfloat16)
-        assert torch.equal(back, code_and_back(matrix, part.coding, part.group))
+        coded = code_and_back(matrix, part.coding, part.group, part.has_zeros)
+        assert torch.equal(back, coded)
         run[mine] = 255 - poison  # nothing that is read lies elsewhere
         assert not torch.equal(read_matrix(run, part, *matrix.shape, torch.bfloat16), back)
         write_matrix(run, matrix, part)

@@ -15,6 +15,10 @@ from think_vllm.layout import BlockForm, MatrixLayout
 FLOAT16_MAX = 65_504.0
 #: Of float32. The inverse of a smaller scale would overflow.
 SMALLEST_NORMAL = 2.0**-126
+#: Rows with smaller elements alone get a zero of 0: float16 numbers end there.
+SMALLEST_ZERO = 2.0**-24
+#: Bits of the fixed-point numbers of which zeros are made.
+ZERO_BITS = 15
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,7 @@ class Quantized:
     Args:
         codes: ``[R, X]`` uint8, one code per byte; for fp8 the bits of float8 e4m3.
         scales: ``[G, R]`` float16; for fp8 ``[]`` float32.
-        zeros: ``[G, R]`` float16; None for fp8.
+        zeros: ``[G, R]`` float16; for fp8 ``[R]``, or None.
     """
 
     codes: torch.Tensor
@@ -32,20 +36,56 @@ class Quantized:
     zeros: torch.Tensor | None
 
 
-def quantize_fp8(matrix: torch.Tensor) -> Quantized:
+def fp8_zeros(elements: torch.Tensor) -> torch.Tensor:
+    """Choose a zero for each row of keys ``[R, X]`` float32: ``[R]`` float16.
+
+    A key bias moves a channel away from 0 for all tokens (rotary positions turn it, slowly in the
+    last channels of each half). The zero is where most tokens are: the mean of those that are no
+    farther from the mean of all than the average. So one token that differs, as a first one often
+    does, does not move it. It is 0 where that would not make elements smaller, by the sum of their
+    magnitudes, and where the row has something that is not finite.
+
+    Sums are of integers, and so do not depend on the order in which they are made: elements are
+    rounded to multiples of 2 ** -15 of the least power of two above the row. Beyond float16's
+    65,504 a zero saturates.
+    """
+    top = elements.abs().amax(dim=1)
+    usable = top.isfinite() & (top >= SMALLEST_ZERO)
+    exponent = torch.frexp(torch.where(usable, top, 1.0)).exponent - ZERO_BITS
+    steps = torch.ldexp(torch.where(usable[:, None], elements, 0.0), -exponent[:, None])
+    steps = steps.round().long()
+    ones = torch.ones_like(steps)
+    distance = (steps - _integer_mean(steps, ones)[:, None]).abs()
+    near = (distance <= distance.sum(dim=1, keepdim=True) // steps.shape[1]).long()
+    zero = _integer_mean(steps, near)
+    smaller = (steps - zero[:, None]).abs().sum(dim=1) < steps.abs().sum(dim=1)
+    zero = torch.ldexp(torch.where(smaller, zero, 0).float(), exponent)
+    return zero.clamp(-FLOAT16_MAX, FLOAT16_MAX).half()
+
+
+def _integer_mean(steps: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Means of rows, rounded down: ``[R]`` int64. Weights are 0 or 1."""
+    return (steps * weights).sum(dim=1).div(weights.sum(dim=1), rounding_mode="floor")
+
+
+def quantize_fp8(matrix: torch.Tensor, has_zeros: bool = False) -> Quantized:
     """Code ``[R, X]`` in float8 e4m3 with one scale: its largest magnitude becomes 448.
 
     A code is the nearest one, ties to even; the error is at most 2 ** -4 of the element, or
-    2 ** -10 scales for elements below 2 ** -6 scales. Matrices below 5e-36 become zero.
+    2 ** -10 scales for elements below 2 ** -6 scales. Matrices below 5e-36 become zero. With
+    ``has_zeros`` that goes for what is left of the elements when their row's zero is taken away.
     """
     elements = matrix.float()
+    zeros = fp8_zeros(elements) if has_zeros else None
+    if zeros is not None:
+        elements = elements - zeros.float()[:, None]
     scale = elements.abs().amax() / FP8_MAX
     scale = torch.where(scale.isnan(), torch.nan, scale)  # one bit pattern for every NaN
     scale = torch.where(scale < SMALLEST_NORMAL, 0.0, scale)
     inverse = torch.where(scale == 0, 0.0, 1.0 / scale)
     scaled = (elements * inverse).nan_to_num(0.0, posinf=FP8_MAX, neginf=-FP8_MAX)
     codes = scaled.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
-    return Quantized(codes, scale, None)
+    return Quantized(codes, scale, zeros)
 
 
 def quantize_integer(matrix: torch.Tensor, bits: int, group: int) -> Quantized:
@@ -79,8 +119,10 @@ def quantize_integer(matrix: torch.Tensor, bits: int, group: int) -> Quantized:
 def dequantize(quantized: Quantized, group: int) -> torch.Tensor:
     """``[R, X]`` float64: what a coded matrix stands for, without further rounding."""
     scales = quantized.scales.double()
-    if quantized.zeros is None:
-        return quantized.codes.view(torch.float8_e4m3fn).double() * scales
+    if quantized.scales.dim() == 0:
+        elements = quantized.codes.view(torch.float8_e4m3fn).double() * scales
+        return elements if quantized.zeros is None else elements + quantized.zeros.double()[:, None]
+    assert quantized.zeros is not None
     columns = quantized.codes.shape[1]
     wide = scales.T.repeat_interleave(group, dim=1)[:, :columns]
     zeros = quantized.zeros.double().T.repeat_interleave(group, dim=1)[:, :columns]
@@ -104,12 +146,17 @@ def unpack(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
     return codes.view(packed.shape[0], -1)[:, :columns].to(torch.uint8)
 
 
-def code_and_back(matrix: torch.Tensor, coding: Coding, group: int) -> torch.Tensor:
-    """What becomes of ``[R, X]`` when it is coded and read again, float64."""
+def code_and_back(
+    matrix: torch.Tensor, coding: Coding, group: int, has_zeros: bool = False
+) -> torch.Tensor:
+    """What becomes of ``[R, X]`` when it is coded and read again, float64.
+
+    ``has_zeros`` is about fp8: keys of thin blocks have zeros there, nothing else has.
+    """
     if coding is Coding.PLAIN:
         return matrix.double()
     if coding is Coding.FP8:
-        return dequantize(quantize_fp8(matrix), group)
+        return dequantize(quantize_fp8(matrix, has_zeros), group)
     return dequantize(quantize_integer(matrix, coding.value, group), group)
 
 
@@ -155,11 +202,13 @@ def write_matrix(
         codes.view(matrix.dtype)[:rows, :columns] = matrix
         return
     if coding is Coding.FP8:
-        quantized = quantize_fp8(matrix)
+        quantized = quantize_fp8(matrix, layout.has_zeros)
         codes[:rows, :columns] = quantized.codes
         _put_units(run, codes, layout, form)
         scale = run[layout.scales_offset : layout.scales_offset + 4]
         scale.copy_(quantized.scales.view(1).view(torch.uint8))
+        if quantized.zeros is not None:
+            _fp8_zeros(run, layout)[:rows] = quantized.zeros
         return
     quantized = quantize_integer(matrix, coding.value, layout.group)
     packed = pack(quantized.codes, coding.value)
@@ -203,7 +252,8 @@ def read_matrix(
         return codes.view(dtype)[:rows, :columns].double()
     if coding is Coding.FP8:
         scale = run[layout.scales_offset : layout.scales_offset + 4].clone().view(torch.float32)
-        return dequantize(Quantized(codes[:rows, :columns].clone(), scale[0], None), layout.group)
+        zeros = _fp8_zeros(run, layout)[:rows] if layout.has_zeros else None
+        return dequantize(Quantized(codes[:rows, :columns].clone(), scale[0], zeros), layout.group)
     scales, zeros = _factors(run, layout, form)
     groups = -(-columns // layout.group)
     quantized = Quantized(
@@ -212,6 +262,11 @@ def read_matrix(
         zeros[:groups, :rows],
     )
     return dequantize(quantized, layout.group)
+
+
+def _fp8_zeros(run: torch.Tensor, layout: MatrixLayout) -> torch.Tensor:
+    """Zeros of an fp8 matrix, ``[R]`` float16, a view."""
+    return run[layout.zeros_offset : layout.end].view(torch.float16)
 
 
 def _factors(

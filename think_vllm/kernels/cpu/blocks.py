@@ -38,6 +38,15 @@ class Fp8Matrix(NamedTuple):
     scale: int
 
 
+class Fp8Keys(NamedTuple):
+    """As ``Fp8Matrix``, with a zero for every row; ``zeros`` counts float16."""
+
+    offset: int
+    row_stride: int
+    scale: int
+    zeros: int
+
+
 class Fp8Columns(NamedTuple):
     """As ``Fp8Matrix``, but with a scale for every column: keys of static blocks."""
 
@@ -96,7 +105,7 @@ class BlockShape(NamedTuple):
     value_channels_offset: int  # bytes; of the table of value channels, -1 if there is none
 
 
-Matrix = PlainMatrix | Fp8Matrix | Fp8Columns | Fp8Rows | Int4Matrix | Int2Matrix
+Matrix = PlainMatrix | Fp8Matrix | Fp8Keys | Fp8Columns | Fp8Rows | Int4Matrix | Int2Matrix
 
 
 class Blocks(NamedTuple):
@@ -138,7 +147,8 @@ def _matrix(layout: MatrixLayout) -> Matrix:
     if layout.coding is Coding.PLAIN:
         return PlainMatrix(layout.offset // layout.itemsize, layout.columns)
     if layout.coding is Coding.FP8:
-        return Fp8Matrix(layout.offset, layout.row_bytes, layout.scales_offset // 4)
+        coded = (layout.offset, layout.row_bytes, layout.scales_offset // 4)
+        return Fp8Keys(*coded, layout.zeros_offset // 2) if layout.has_zeros else Fp8Matrix(*coded)
     kind = Int4Matrix if layout.coding is Coding.INT4 else Int2Matrix
     return kind(
         offset=layout.offset,

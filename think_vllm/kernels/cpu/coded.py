@@ -18,6 +18,7 @@ from numba.extending import overload
 
 from think_vllm.kernels.cpu.blocks import (
     Fp8Columns,
+    Fp8Keys,
     Fp8Matrix,
     Fp8Rows,
     Int2Matrix,
@@ -30,6 +31,7 @@ from think_vllm.kernels.cpu.tiles import add_fp8, add_int2, add_int4, add_produc
 from think_vllm.kernels.cpu.vectors import LANES
 
 FP8_UNIT = np.float32(256.0)
+ZERO = np.float32(0.0)
 
 
 def add_matrix(
@@ -99,6 +101,30 @@ def _add_fp8(
             folded[r] = given[r] * unit
     add_fp8(
         sums, sums_at, sums_stride, scratch, 0, num_rows,
+        cache.bytes, start + matrix.offset, matrix.row_stride, num_rows, heads, columns,
+        (following - run) * itemsize,
+    )  # fmt: skip
+
+
+def _add_fp8_keys(
+    sums, sums_at, sums_stride, factors, factors_at, factors_stride, cache, run, following,
+    matrix, itemsize, num_rows, heads, columns, scratch,
+):  # fmt: skip
+    start = run * itemsize
+    padded = (num_rows + LANES - 1) // LANES * LANES
+    steps = scratch[heads * padded : (heads + 1) * padded]
+    bases = scratch[(heads + 1) * padded : (heads + 2) * padded]
+    zeros = start // 2 + matrix.zeros
+    load_steps(cache.halves, zeros, zeros, num_rows, ZERO, ZERO, steps, bases)
+    steps[:] = FP8_UNIT * cache.floats[start // 4 + matrix.scale]
+    for head in range(heads):
+        constant = fold(
+            factors, factors_at + head * factors_stride, steps, bases, num_rows,
+            scratch, head * padded,
+        )  # fmt: skip
+        add_constant(sums, sums_at + head * sums_stride, columns, constant)
+    add_fp8(
+        sums, sums_at, sums_stride, scratch, 0, padded,
         cache.bytes, start + matrix.offset, matrix.row_stride, num_rows, heads, columns,
         (following - run) * itemsize,
     )  # fmt: skip
@@ -188,6 +214,7 @@ def _make_add_integers(bits: int, add_codes: Callable[..., None]) -> Any:
 _ADDERS = {
     PlainMatrix: _add_plain,
     Fp8Matrix: _add_fp8,
+    Fp8Keys: _add_fp8_keys,
     Fp8Columns: _add_fp8_columns,
     Fp8Rows: _add_fp8_rows,
     Int4Matrix: _make_add_integers(4, add_int4),

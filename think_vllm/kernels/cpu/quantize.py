@@ -11,7 +11,13 @@ from numba import njit
 from numba.extending import overload
 
 from think_vllm.formats import FP8_MAX
-from think_vllm.kernels.cpu.blocks import Fp8Matrix, Int2Matrix, Int4Matrix, PlainMatrix
+from think_vllm.kernels.cpu.blocks import (
+    Fp8Keys,
+    Fp8Matrix,
+    Int2Matrix,
+    Int4Matrix,
+    PlainMatrix,
+)
 from think_vllm.kernels.cpu.compiling import named
 from think_vllm.kernels.cpu.elements import (
     bits_to_float32,
@@ -26,6 +32,13 @@ FLOAT16_MAX = np.float32(65_504.0)
 FLOAT16_NAN = np.int16(0x7E00)
 HIGHEST_CODE = np.float32(FP8_MAX)
 SMALLEST_NORMAL = np.float32(2.0**-126)
+INFINITY_BITS = np.int32(0x7F800000)
+#: Of 2 ** -24: smaller rows of fp8 keys have a zero of 0.
+SMALLEST_ZERO_BITS = np.int32((127 - 24) << 23)
+#: Bits of the fixed-point numbers of which such zeros are made.
+ZERO_BITS = 15
+#: Of steps, which are fixed-point numbers. No two of them are farther apart.
+ORIGIN, FARTHEST = np.int64(0), np.int64(2 << ZERO_BITS)
 ZERO, ONE, NAN = np.float32(0.0), np.float32(1.0), np.float32(np.nan)
 
 
@@ -111,23 +124,100 @@ def _put_fp8(
         start = source_at + row * source_stride
         largest = _largest_magnitude(source[start : start + columns])
         top = top if top >= largest or top != top else largest
-    scale = top / HIGHEST_CODE if top == top else NAN
-    scale = ZERO if scale < SMALLEST_NORMAL else scale
-    inverse = ZERO if scale == ZERO else ONE / scale
+    scale, inverse = _fp8_scale(top)
     first = run * itemsize
     cache.floats[first // 4 + matrix.scale] = scale
     for row in range(num_rows):
         start = source_at + row * source_stride
         target = first + matrix.offset + row * matrix.row_stride
         _encode_fp8(
-            source[start : start + columns], inverse, cache.bytes[target : target + columns]
+            source[start : start + columns], ZERO, inverse, cache.bytes[target : target + columns]
+        )
+
+
+def _put_fp8_keys(
+    cache, run, matrix, itemsize, source, source_at, source_stride, num_rows, columns, floats
+):
+    first = run * itemsize
+    zeros = cache.halves[first // 2 + matrix.zeros : first // 2 + matrix.zeros + num_rows]
+    row_floats = floats[:columns]
+    top = ZERO
+    for row in range(num_rows):
+        start = source_at + row * source_stride
+        _load(source[start : start + columns], row_floats)
+        zeros[row] = _fp8_zero(row_floats)
+        zero = element_to_float32(zeros[row])
+        for x in range(columns):
+            row_floats[x] -= zero
+        largest = _largest_magnitude(row_floats)
+        top = top if top >= largest or top != top else largest
+    scale, inverse = _fp8_scale(top)
+    cache.floats[first // 4 + matrix.scale] = scale
+    for row in range(num_rows):
+        start = source_at + row * source_stride
+        target = first + matrix.offset + row * matrix.row_stride
+        _encode_fp8(
+            source[start : start + columns],
+            element_to_float32(zeros[row]),
+            inverse,
+            cache.bytes[target : target + columns],
         )
 
 
 @njit
-def _encode_fp8(elements: Any, inverse: Any, codes: Any) -> None:
+def _fp8_scale(top: Any) -> Any:
+    """The scale of an fp8 matrix, by its largest magnitude, and what elements are times."""
+    scale = top / HIGHEST_CODE if top == top else NAN
+    scale = ZERO if scale < SMALLEST_NORMAL else scale
+    return scale, ZERO if scale == ZERO else ONE / scale
+
+
+@njit
+def _encode_fp8(elements: Any, zero: Any, inverse: Any, codes: Any) -> None:
     for x in range(len(elements)):
-        codes[x] = _fp8_code(element_to_float32(elements[x]) * inverse)
+        codes[x] = _fp8_code((element_to_float32(elements[x]) - zero) * inverse)
+
+
+@njit
+def _sum_steps(values: Any, up: Any, mean: Any, most: Any) -> Any:
+    """Sum and number of the steps that are within ``most`` of a mean."""
+    total, near = ORIGIN, ORIGIN
+    for x in range(len(values)):
+        step = np.int32(np.rint(values[x] * up))
+        is_near = abs(step - mean) <= most
+        total += step if is_near else ORIGIN
+        near += is_near
+    return total, near
+
+
+@njit
+def _sum_distances(values: Any, up: Any, mean: Any) -> Any:
+    """Sum of distances between steps and a mean."""
+    total = ORIGIN
+    for x in range(len(values)):
+        total += abs(np.int32(np.rint(values[x] * up)) - mean)
+    return total
+
+
+@njit
+def _fp8_zero(values: Any) -> Any:
+    """The zero of a row of fp8 keys, float16 bits: ``reference.quantization.fp8_zeros``."""
+    top = float32_to_bits(_largest_magnitude(values))
+    if top < SMALLEST_ZERO_BITS or top >= INFINITY_BITS:
+        return np.int16(0)
+    # Powers of two between elements and steps: the exponent's bias is 127.
+    exponent = np.int32(top >> np.int32(23)) - np.int32(126 + ZERO_BITS)
+    down = bits_to_float32(np.int32((127 + exponent) << 23))
+    up = bits_to_float32(np.int32((127 - exponent) << 23))
+    count = len(values)
+    mean = _sum_steps(values, up, ORIGIN, FARTHEST)[0] // count
+    most = _sum_distances(values, up, mean) // count
+    total, near = _sum_steps(values, up, mean, most)
+    mean = total // near
+    if _sum_distances(values, up, mean) >= _sum_distances(values, up, ORIGIN):
+        return np.int16(0)
+    zero = np.float32(mean) * down
+    return float32_to_element(min(max(zero, -FLOAT16_MAX), FLOAT16_MAX), FLOAT16_NAN)
 
 
 @njit
@@ -196,6 +286,7 @@ def _make_put_integers(bits: int) -> Callable[..., None]:
 _WRITERS = {
     PlainMatrix: _put_plain,
     Fp8Matrix: _put_fp8,
+    Fp8Keys: _put_fp8_keys,
     Int4Matrix: _make_put_integers(4),
     Int2Matrix: _make_put_integers(2),
 }
