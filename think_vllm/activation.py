@@ -39,7 +39,7 @@ def activate(vllm_config: VllmConfig) -> None:
         if static is None:
             _say_off(config)
         else:
-            _say(static_summary(static))
+            _say(static_summary(static, vllm_config.cache_config.enable_prefix_caching))
             compat_requests.watch_front_end()
             if not is_cpu():
                 _warn_of_gpus()
@@ -47,7 +47,7 @@ def activate(vllm_config: VllmConfig) -> None:
     check_engine(vllm_config)
     plan = plan_engine(config, vllm_config)
     if config.guards:
-        check_guard(vllm_config)
+        check_guard(vllm_config.parallel_config)
     if plan is None:
         _say_off(config)
         return

@@ -9,7 +9,7 @@ from think_vllm.errors import FLAGS, WAY_OUT, ThinkError
 from think_vllm.models import attention_layers, check_model
 
 if TYPE_CHECKING:
-    from vllm.config import CacheConfig, ModelConfig, VllmConfig
+    from vllm.config import CacheConfig, ModelConfig, ParallelConfig, VllmConfig
 
 #: Least compute capability of a GPU, and least head size there: what the kernels are made for.
 CUDA_CAPABILITY = 80
@@ -188,13 +188,12 @@ def check_device(vllm_config: VllmConfig) -> None:
             )
 
 
-def check_guard(vllm_config: VllmConfig) -> None:
+def check_guard(parallel: ParallelConfig) -> None:
     """Refuse a limit on lost score mass where a rank cannot decide alone, and in time.
 
     Raises:
         ThinkError: Naming the option, the reason and the way out.
     """
-    parallel = vllm_config.parallel_config
     for present, name, reason, way_out in (
         (
             not is_cpu(),

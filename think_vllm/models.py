@@ -47,6 +47,15 @@ class AttentionLayers:
             size = most
         return size, -(-self.full // size), -(-self.window // size)
 
+    def block_layers(self, stage: AttentionLayers) -> int:
+        """Layers of a block on a rank that has a stage of these layers.
+
+        vLLM groups those of all ranks together, and deals each kind's out in turn.
+        """
+        _, full_groups, window_groups = self.groups
+        most = -(-stage.full // full_groups)
+        return max(most, -(-stage.window // window_groups)) if window_groups else most
+
 
 def attention_layers(
     model_config: ModelConfig, stage: tuple[int, int] | None = None

@@ -53,7 +53,7 @@ def plan_summary(plan: BlockPlan, prefix_caching: bool) -> list[str]:
     ]
 
 
-def static_summary(plan: StaticPlan) -> list[str]:
+def static_summary(plan: StaticPlan, prefix_caching: bool) -> list[str]:
     """The same for static pruning. vLLM counts such blocks as they are, so its figures hold."""
     dense, pruned = plan.dense_bytes_per_token_head, plan.bytes_per_token_head
     return [
@@ -61,7 +61,7 @@ def static_summary(plan: StaticPlan) -> list[str]:
         f"({plan.config.kv_channel_tables_file}); {_codings(plan)}"
         f"{' with scales of each token' if plan.is_coded else ''}",
         f"blocks of {plan.block_size} tokens hold kept channels alone, from the first token on: "
-        "nothing is compacted, and prefixes are shared exactly",
+        f"nothing is compacted{', and prefixes are shared exactly' if prefix_caching else ''}",
         f"bytes per token and KV head: {dense} dense, {pruned} pruned: "
         f"x{plan.capacity_multiple:.3f} at every length; the KV cache size and concurrency "
         "that vLLM prints count this already",

@@ -82,7 +82,7 @@ class Installation:
 
     def run(self) -> int:
         """Call the kernel as a new process does; 1 if it was compiled, 0 if loaded."""
-        compiling._warn_of_compiling.cache_clear()
+        self._patch.setattr(compiling, "_has_warned", False)
         spec = importlib.util.spec_from_file_location("program", self.program)
         assert spec is not None
         assert spec.loader is not None
@@ -131,6 +131,32 @@ def test_kernels_are_loaded_from_a_warm_cache_that_is_read_only(
     with caplog.at_level(logging.WARNING, "vllm.think_vllm"):
         assert installation.run() == 0
     assert caplog.records == []
+
+
+@pytest.mark.parametrize("place", ["named", "package"])
+def test_a_warm_cache_that_is_read_only_is_loaded_from_beside_one_that_is_not(
+    installation: Installation, place: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    if place == "named":
+        installation.name(installation.folders["named"])
+    assert installation.run() == 1
+    installation.close(place)
+    with caplog.at_level(logging.WARNING, "vllm.think_vllm"):
+        assert installation.run() == 0
+    assert caplog.records == []
+    # A folder that can be written is not mixed with those behind it.
+    installation.name(installation.folders["home"])
+    assert installation.run() == 1
+
+
+def test_reasons_that_differ_give_one_warning(
+    installation: Installation, caplog: pytest.LogCaptureFixture
+) -> None:
+    installation.run()
+    with caplog.at_level(logging.WARNING, "vllm.think_vllm"):
+        compiling._warn_of_compiling("no space for a")
+        compiling._warn_of_compiling("no space for b")
+    assert [record.args for record in caplog.records] == [("no space for a",)]
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,14 @@ def test_plan_needs_no_ratio_beside_a_format(recall_model: Path) -> None:
         (["--kv-channel-prune", "0.5", "-tp", "3"], "must be divisible by tensor parallel size"),
         ([], "--kv-channel-prune RATIO, --kv-quant FORMAT or --kv-evict METHOD is needed"),
         (["--kv-evict", "h2o", "--kv-evict-budget", "9"], "use --kv-evict-budget 16 or more"),
+        (
+            ["--kv-channel-prune", "0.5", "--kv-prune-max-loss", "0.1", "-tp", "2"],
+            "--kv-prune-max-loss is not supported with --tensor-parallel-size 2",
+        ),
+        (
+            ["--kv-channel-prune", "0.5", "--kv-prune-max-loss", "0.1", "-pp", "2"],
+            "--kv-prune-max-loss is not supported with --pipeline-parallel-size 2",
+        ),
         (["--kv-quant", "none"], "--kv-quant is none; nothing to plan"),
         (["--kv-quant-group", "64"], "--kv-quant-group given without --kv-channel-prune"),
         (["--kv-quant", "fp8", "--kv-quant-group", "64"], "which has no groups"),
@@ -183,7 +191,23 @@ def test_plan_warns_where_nothing_can_be_saved(
     recall_model: Path, flags: list[str], warned: bool
 ) -> None:
     done = run(str(recall_model), "--kv-channel-prune", "0.5", *flags)
-    assert ("nothing is saved: no request of up to" in done.stdout) is warned
+    assert ("warning: nothing is saved: no request of up to" in done.stdout) is warned
+    fields = json.loads(
+        run(str(recall_model), "--kv-channel-prune", "0.5", *flags, "--json").stdout
+    )
+    assert bool(fields["warnings"]) is warned
+
+
+def test_plan_counts_window_layers_of_the_whole_model_as_the_engine_does(tmp_path: Path) -> None:
+    settings = GEMMA | {
+        "num_hidden_layers": 4,
+        "layer_types": [*GEMMA["layer_types"], "full_attention"],
+    }
+    model = make_config(tmp_path, "gemma3_text", **settings)
+    done = run(str(model), "--kv-channel-prune", "0.5", "-pp", "2")
+    assert done.returncode == 0, done.stderr
+    assert "2 of 4 layers become thin" in done.stdout
+    assert "on each of 2 ranks (KV heads 1, layers 2)" in done.stdout
 
 
 def test_plan_refuses_a_model_that_is_not_there() -> None:

@@ -179,3 +179,5 @@ def test_plan_of_static_pruning(
     assert "key channels 64 of 128" in text
     assert "nothing is compacted, and prefixes are shared exactly" in text
     assert "x1.333 at every length" in text
+    assert main(["plan", str(recall_model), *arguments, "--no-enable-prefix-caching"]) == 0
+    assert "prefixes" not in capsys.readouterr().out

@@ -172,12 +172,26 @@ def test_layers_are_counted_by_kind(
 def test_layers_share_blocks_as_in_vllm(
     full: int, window: int, groups: tuple[int, int, int]
 ) -> None:
-    assert AttentionLayers(full, window, 64).groups == groups
+    counted = AttentionLayers(full, window, 64)
+    assert counted.groups == groups
+    assert counted.block_layers(counted) == groups[0]
     layers = {f"full.{i}": THIN for i in range(full)}
     layers |= {f"window.{i}": SLIDING for i in range(window)}
     made = planning()._get_kv_cache_groups_uniform_page_size(layers)
     assert len(made) == groups[1] + groups[2]
     assert max(len(group.layer_names) for group in made) == groups[0]
+
+
+@pytest.mark.parametrize(
+    ("stage", "expected"),
+    [((2, 10), 2), ((0, 10), 2), ((2, 0), 2), ((1, 1), 1), ((0, 4), 1), ((0, 0), 0)],
+)
+def test_a_rank_pays_for_its_part_of_the_largest_group(
+    stage: tuple[int, int], expected: int
+) -> None:
+    # 4 full layers are a group, 20 with a window five more; a stage may have none of a kind.
+    layers = AttentionLayers(4, 20, 64)
+    assert layers.block_layers(AttentionLayers(*stage, 64)) == expected
 
 
 def test_window_summary_is_empty_without_windows() -> None:

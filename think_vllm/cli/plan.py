@@ -10,6 +10,7 @@ from think_vllm.capacity import PoolShape, pool_capacity
 from think_vllm.cli.flags import declare_flags, take_flags
 from think_vllm.config import prune_flags
 from think_vllm.config_parser import parse_config
+from think_vllm.engine_checks import check_guard
 from think_vllm.errors import ThinkError
 from think_vllm.models import (
     AttentionLayers,
@@ -47,6 +48,8 @@ def plan(arguments: Sequence[str]) -> int:
 
         return print_static(namespace, config, model_config, ranks)
     made = plan_model(config, model_config, namespace.block_size)
+    if config.guards:
+        check_guard(ranks[0])
     if made is None:
         raise ThinkError(
             f"{prune_flags(config)} prunes no channel at head size "
@@ -56,14 +59,17 @@ def plan(arguments: Sequence[str]) -> int:
     heads = model_config.get_num_kv_heads(ranks[0])
     # Every rank gets as many blocks as the one with most layers has room for.
     stages = [model_config.get_layers_start_end_indices(rank) for rank in ranks]
-    layers = attention_layers(model_config, max(stages, key=lambda stage: stage[1] - stage[0]))
+    layers = attention_layers(model_config)
+    shares = [attention_layers(model_config, stage) for stage in stages]
+    share = max(shares, key=layers.block_layers)
     prefix_caching = namespace.enable_prefix_caching and config.allows_prefix_caching
     fields = plan_fields(made, prefix_caching) | budget_fields(
-        made, heads, layers, namespace.memory, namespace.context_length
+        made, heads, layers, namespace.memory, namespace.context_length, share
     )
     fields["num_ranks"] = ranks[0].world_size
+    fields["warnings"] = never_thin(made, model_config.max_model_len)
     lines = _text(made, fields, prefix_caching)
-    lines += never_thin(made, model_config.max_model_len)
+    lines += [f"warning: {line}" for line in fields["warnings"]]
     lines += context_hint(made, namespace.context_length, namespace.block_size)
     print_plan(namespace, fields, [*lines, *window_summary(layers)])
     return 0
@@ -83,25 +89,28 @@ def budget_fields(
     layers: AttentionLayers,
     memory_bytes: int,
     context_len: int,
+    share: AttentionLayers | None = None,
 ) -> dict[str, Any]:
     """What fits into a memory budget, against plain vLLM with the same block size.
 
     Args:
         made: The plan.
         num_kv_heads: KV heads of a layer on one rank.
-        layers: Attention layers of that rank by kind.
+        layers: Attention layers of the model by kind.
         memory_bytes: Memory of the KV cache on one rank.
         context_len: Tokens of a request.
+        share: Layers of that rank; None for all.
     """
-    group_layers, full_groups, window_groups = layers.groups
-    block_bytes = made.layout.run_bytes * num_kv_heads * group_layers
+    _, full_groups, window_groups = layers.groups
+    share = share or layers
+    block_bytes = made.layout.run_bytes * num_kv_heads * layers.block_layers(share)
     blocks = max(0, memory_bytes // block_bytes - 1)  # vLLM keeps block 0 as the null block
     pool = PoolShape(blocks, full_groups, window_groups, layers.window_tokens)
     capacity = pool_capacity(made, pool, context_len)
     return {
         "num_kv_heads": num_kv_heads,
-        "num_layers": layers.full + layers.window,
-        "num_window_layers": layers.window,
+        "num_layers": share.full + share.window,
+        "num_window_layers": share.window,
         "memory_bytes": memory_bytes,
         "num_blocks": blocks,
         "context_length": context_len,

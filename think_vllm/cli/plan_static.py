@@ -33,7 +33,11 @@ def print_static(
         made, heads, layers, namespace.memory, namespace.context_length
     )
     fields["num_ranks"] = ranks[0].world_size
-    print_plan(namespace, fields, [*static_summary(made), budget_text(fields)])
+    print_plan(
+        namespace,
+        fields,
+        [*static_summary(made, namespace.enable_prefix_caching), budget_text(fields)],
+    )
     return 0
 
 

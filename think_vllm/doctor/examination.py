@@ -18,7 +18,7 @@ from think_vllm.doctor.finding import Finding, Level
 from think_vllm.doctor.machine import check_machine, check_versions
 from think_vllm.doctor.probe import ProbeJob, ProbeResult, parse_engine_args
 from think_vllm.errors import FLAGS, ThinkError, end_of_output
-from think_vllm.report import plan_fields, plan_summary, static_fields, static_summary
+from think_vllm.report import never_thin, plan_fields, plan_summary, static_fields, static_summary
 from think_vllm.static.activation import plan_static_engine
 
 if TYPE_CHECKING:
@@ -115,7 +115,8 @@ class Examination:
         yield Finding(Level.GOOD, "model", f"{self.model}: {', '.join(model_config.architectures)}")
         if static is not None:
             self.static = static
-            for line in static_summary(static):
+            caching = vllm_config.cache_config.enable_prefix_caching
+            for line in static_summary(static, caching):
                 yield Finding(Level.GOOD, "plan", line)
             yield from self._check_generation(model_config.max_model_len)
             return
@@ -130,16 +131,15 @@ class Examination:
         yield from self._check_lengths(plan, longest)
 
     def _check_lengths(self, plan: BlockPlan, longest: int) -> Iterator[Finding]:
-        multiple = plan.effective_multiple(longest)
-        saved = (
-            f"requests of the longest length, {longest} tokens, take 1/{multiple:.2f} of the memory"
-        )
-        if multiple <= 1:
-            yield Finding(
-                Level.BAD, "plan", f"{saved}: no span ever becomes thin; raise --max-model-len"
-            )
+        if never := never_thin(plan, longest):
+            yield Finding(Level.BAD, "plan", *never)
             return
-        yield Finding(Level.GOOD, "plan", saved)
+        yield Finding(
+            Level.GOOD,
+            "plan",
+            f"requests of the longest length, {longest} tokens, take "
+            f"1/{plan.effective_multiple(longest):.2f} of the memory",
+        )
         too_long = list(self._check_generation(longest))
         yield from too_long
         wanted = self.generation

@@ -144,9 +144,9 @@ def _block_bytes(vllm_config: Any, spec: Any) -> int:
     """Bytes of a block of one group of layers, over all ranks of an engine."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     stages = parallel.pipeline_parallel_size
-    layers = model.get_total_num_hidden_layers()
+    count, layers = model.get_total_num_hidden_layers(), attention_layers(model)
     group_layers = sum(
-        attention_layers(model, get_pp_indices(layers, stage, stages)).groups[0]
+        layers.block_layers(attention_layers(model, get_pp_indices(count, stage, stages)))
         for stage in range(stages)
     )
     page: int = spec.page_size_bytes

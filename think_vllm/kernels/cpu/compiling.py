@@ -2,12 +2,13 @@
 
 import functools
 import hashlib
+import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from numba import njit
+from numba import config, njit
 from numba.core.caching import (
     CompileResultCacheImpl,
     FunctionCache,
@@ -36,7 +37,17 @@ class _CacheFile(IndexDataCacheFile):
     that start side by side on a fresh machine. And numba's own check is blind to helpers: it
     compares the file that holds the function alone; here a change anywhere in this directory
     makes a new name.
+
+    Args:
+        folder: Where files are written.
+        stem: How their names begin.
+        sources: What they were compiled from.
+        preferred: Folders that are read first.
     """
+
+    def __init__(self, folder: str, stem: str, sources: str, preferred: Sequence[str] = ()) -> None:
+        super().__init__(folder, stem, sources)
+        self._folders = [Path(place).absolute() for place in (*preferred, folder)]
 
     def _name(self, key: Any) -> str:
         # The key holds the types, the processor and the function's bytecode.
@@ -48,56 +59,45 @@ class _CacheFile(IndexDataCacheFile):
         self._save_data(self._name(key), data)
 
     def load(self, key: Any) -> Any:
-        try:
-            return self._load_data(self._name(key))
-        except OSError:  # not there, or not ours to read
-            return None
+        for folder in self._folders:
+            try:
+                return self._load_data(folder / self._name(key))
+            except OSError:
+                continue  # not there, or not ours to read
+        return None
 
     def flush(self) -> None:
         """Nothing is ever stale under its name."""
 
 
-class _ReadOnly:
-    """A locator that takes a folder with compiled kernels, whether or not it can be written to."""
+class _ReadOnlyLocator(InTreeCacheLocator):
+    """Where nothing can be written: an attempt fails, and says why."""
 
-    def ensure_cache_path(self) -> None:
-        path = Path(self.get_cache_path())  # type: ignore[attr-defined]
-        if not any(path.glob("*.nbc")):
-            raise OSError(f"{path} has no compiled kernels")
-
-
-class _ReadOnlyProvided(_ReadOnly, UserProvidedCacheLocator):
-    """``NUMBA_CACHE_DIR``."""
-
-
-class _ReadOnlyInTree(_ReadOnly, InTreeCacheLocator):
-    """Beside this package."""
-
-
-class _ReadOnlyUserWide(_ReadOnly, UserWideCacheLocator):
-    """Below the user's home."""
+    @classmethod
+    def from_function(cls, py_func: Any, py_file: str) -> Any:
+        return cls(py_func, py_file)
 
 
 class _Implementation(CompileResultCacheImpl):
-    """Numba's, which also finds folders that can only be read, if there is no other."""
+    """Numba's, which also finds a place where nothing can be written."""
 
-    _locator_classes: ClassVar = [
-        *CompileResultCacheImpl._locator_classes,
-        _ReadOnlyProvided,
-        _ReadOnlyUserWide,
-        _ReadOnlyInTree,
-    ]
+    _locator_classes: ClassVar = [*CompileResultCacheImpl._locator_classes, _ReadOnlyLocator]
 
 
 class _Cache(FunctionCache):
-    """A kernel's cache on disk. What cannot be kept there is compiled anew at every start."""
+    """A kernel's cache on disk. What cannot be kept there is compiled anew at every start.
+
+    numba reads where it writes. Here kernels are loaded also from the folders that it would prefer
+    but cannot write to: those of a read-only image, compiled when it was built.
+    """
 
     _impl_class = _Implementation
 
     def __init__(self, function: Callable[..., None]) -> None:
         super().__init__(function)
         stem = self._impl.filename_base
-        self._cache_file = _CacheFile(self._cache_path, stem, _sources())
+        preferred = _preferred_folders(function, self._impl.locator)
+        self._cache_file = _CacheFile(self._cache_path, stem, _sources(), preferred)
 
     def save_overload(self, signature: Any, data: Any) -> None:
         try:
@@ -106,13 +106,30 @@ class _Cache(FunctionCache):
             _warn_of_compiling(str(error))
 
 
-@functools.cache  # once for all kernels: they fail alike
+def _preferred_folders(function: Callable[..., None], locator: Any) -> list[str]:
+    """Folders that come before a locator's, in numba's order; all if it cannot write either."""
+    source = inspect.getfile(function)
+    places = [InTreeCacheLocator, UserWideCacheLocator]
+    if config.CACHE_DIR:
+        places.insert(0, UserProvidedCacheLocator)
+    if type(locator) in places:
+        places = places[: places.index(type(locator))]
+    return [place(function, source).get_cache_path() for place in places]
+
+
+_has_warned = False
+
+
 def _warn_of_compiling(reason: str) -> None:
-    logger.warning(
-        "think-vllm: compiled CPU kernels cannot be kept (%s), so each start compiles them, for a "
-        "minute or more; set NUMBA_CACHE_DIR to a folder that this process may write to",
-        reason,
-    )
+    """Warn once for all kernels, whose reasons may name different files."""
+    global _has_warned
+    if not _has_warned:
+        logger.warning(
+            "think-vllm: compiled CPU kernels cannot be kept (%s), so each start compiles them, "
+            "for a minute or more; set NUMBA_CACHE_DIR to a folder that this process may write to",
+            reason,
+        )
+    _has_warned = True
 
 
 def named(suffix: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
