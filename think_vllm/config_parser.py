@@ -1,7 +1,7 @@
 """Read settings, however they were given: flags, YAML, JSON or ``additional_config``."""
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import ValidationError
@@ -23,6 +23,7 @@ def parse_config(settings: Mapping[str, Any]) -> ThinkConfig:
     Raises:
         ThinkError: Naming every wrong setting, what was given and what is allowed.
     """
+    _check_truth_values(settings)
     try:
         config = ThinkConfig.model_validate(dict(settings))
     except ValidationError as error:
@@ -42,15 +43,9 @@ def config_from_additional(additional_config: object) -> ThinkConfig | None:
     """
     if not isinstance(additional_config, Mapping):
         return None
-    check_place(additional_config)
-    settings = additional_config.get(ADDITIONAL_CONFIG_KEY)
+    settings = settings_of(additional_config)
     if settings is None:
         return None
-    if not isinstance(settings, Mapping):
-        raise ThinkError(
-            f'additional_config["{ADDITIONAL_CONFIG_KEY}"] is {settings!r}; it must be an object '
-            'like {"kv_channel_prune": 0.5}'
-        )
     config = parse_config(settings)
     return config if config.enabled else None
 
@@ -68,12 +63,11 @@ def check_place(additional_config: Mapping[Any, Any]) -> None:
         ThinkError: Naming the key, and the right form.
     """
     for key, value in additional_config.items():
-        if key == ADDITIONAL_CONFIG_KEY or not isinstance(key, str):
+        if key == ADDITIONAL_CONFIG_KEY:
             continue
-        found = _ours([key]) or (_ours(value) if isinstance(value, Mapping) else "")
-        letters = "".join(filter(str.isalpha, key.lower()))
-        if found or difflib.get_close_matches(letters, _NEAR_KEYS, cutoff=_NEARNESS):
-            setting = found or "kv_channel_prune"
+        found = _find_ours({key: value})
+        if found or _is_near(str(key)):
+            setting = found if found in ThinkConfig.model_fields else "kv_channel_prune"
             raise ThinkError(
                 f"additional_config has {key!r}, which nobody reads; settings of think-vllm belong "
                 f'below "{ADDITIONAL_CONFIG_KEY}": write {{"{ADDITIONAL_CONFIG_KEY}": '
@@ -81,13 +75,67 @@ def check_place(additional_config: Mapping[Any, Any]) -> None:
             )
 
 
-def _ours(names: Iterable[Any]) -> str:
-    """The first of our settings among names, however it is spelt; empty if there is none."""
-    for name in names:
-        setting = str(name).lstrip("-").replace("-", "_").lower()
-        if setting in ThinkConfig.model_fields:
-            return setting
-    return ""
+def _find_ours(value: Any) -> str:
+    """The first of our settings in what somebody else's key holds, or our key; empty if none."""
+    if isinstance(value, Mapping):
+        for name in value:
+            setting = str(name).lstrip("-").replace("-", "_").lower()
+            if setting in ThinkConfig.model_fields or setting == ADDITIONAL_CONFIG_KEY:
+                return setting
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        return ""
+    return next(filter(None, map(_find_ours, value)), "")
+
+
+def _is_near(key: str) -> bool:
+    """Whether a key was meant to be ours."""
+    letters = "".join(filter(str.isalpha, key.lower()))
+    is_like = difflib.get_close_matches(letters, _NEAR_KEYS, cutoff=_NEARNESS)
+    swapped = sorted(letters) == sorted(ADDITIONAL_CONFIG_KEY)
+    return bool(is_like) or swapped or key.split(".")[0] == ADDITIONAL_CONFIG_KEY
+
+
+def settings_of(additional_config: Mapping[Any, Any]) -> Mapping[str, Any] | None:
+    """Our settings in vLLM's ``additional_config``; None if there are none.
+
+    Raises:
+        ThinkError: If they are no object, or look like ours and stand elsewhere.
+    """
+    check_place(additional_config)
+    settings = additional_config.get(ADDITIONAL_CONFIG_KEY)
+    if settings is not None and not isinstance(settings, Mapping):
+        raise ThinkError(
+            f'additional_config["{ADDITIONAL_CONFIG_KEY}"] is {settings!r}; it must be an object '
+            'like {"kv_channel_prune": 0.5}'
+        )
+    return settings
+
+
+#: What a person may have written who gets a truth value.
+TRUTH_WORDS = {
+    True: "`on`, `yes` and `true` are true",
+    False: "`off`, `no` and `false` are false",
+}
+
+
+def value_form(name: str) -> str:
+    """What a person may write for a setting that takes a value."""
+    field = ThinkConfig.model_fields[name]
+    if field.default == "none":
+        return "`none`, or leave it out"
+    return "one value" + ("" if field.default is None else f" such as `{field.default}`")
+
+
+def _check_truth_values(settings: Mapping[str, Any]) -> None:
+    """Refuse truth values for what takes a number or a word: they would pass for 0 and 1."""
+    for name, value in settings.items():
+        field = ThinkConfig.model_fields.get(name)
+        if isinstance(value, bool) and field is not None and field.annotation is not bool:
+            raise ThinkError(
+                f"{flag_name(name)} is {value} ({TRUTH_WORDS[value]} in YAML); write "
+                f"{value_form(name)}"
+            )
 
 
 def _check_together(config: ThinkConfig) -> None:

@@ -25,7 +25,8 @@ def check_engine(vllm_config: VllmConfig) -> None:
     check_device(vllm_config)
     check_model(vllm_config.model_config)
     check_windows(vllm_config)
-    check_cache_dtype(vllm_config)
+    cache_dtype = vllm_config.cache_config.cache_dtype
+    check_cache_dtype(vllm_config.model_config, cache_dtype, vllm_config.quant_config)
     parallel = vllm_config.parallel_config
     unsupported: list[tuple[Any, str, str, str]] = [
         (
@@ -81,17 +82,20 @@ def check_engine(vllm_config: VllmConfig) -> None:
             )
 
 
-def check_cache_dtype(vllm_config: VllmConfig) -> None:
+def check_cache_dtype(model_config: ModelConfig, asked: str, quant_config: Any = None) -> None:
     """Refuse a quantized KV cache of vLLM's own, whether the user or the checkpoint asks for it.
+
+    Args:
+        model_config: vLLM's, of the model.
+        asked: ``--kv-cache-dtype``.
+        quant_config: What vLLM has made of the checkpoint's quantization config, if it has.
 
     Raises:
         ThinkError: Naming the option or the checkpoint, and the way out.
     """
-    model_config = vllm_config.model_config
-    asked = vllm_config.cache_config.cache_dtype
     dtype = str(model_config.dtype).removeprefix("torch.")
     why = "blocks that are dense hold keys and values as computed"
-    declared = checkpoint_cache_dtype(vllm_config)
+    declared = checkpoint_cache_dtype(model_config, quant_config)
     # What a user names goes before what the checkpoint says.
     if declared and (asked == "auto" or asked not in plain_dtypes(model_config)):
         way_out = f"give --kv-cache-dtype {dtype}"
@@ -116,22 +120,26 @@ def check_cache_dtype(vllm_config: VllmConfig) -> None:
 _CACHE_KEYS = ("kv_cache_scheme", "kv_cache_quant_algo", "kv_cache_dtype", "kv_cache_quant_config")
 
 
-def checkpoint_cache_dtype(vllm_config: VllmConfig) -> str:
+def checkpoint_cache_dtype(model_config: ModelConfig, quant_config: Any = None) -> str:
     """What a checkpoint sets for the KV cache, as ``key=value``; empty if nothing.
 
     A cache type of "auto" may become fp8 after this: vLLM's layers follow what a checkpoint says.
     """
-    declared = getattr(vllm_config.model_config.hf_config, "quantization_config", None) or {}
-    if not isinstance(declared, Mapping):
-        declared = declared.to_dict()
-    # ModelOpt has its settings one level deeper.
-    inner = declared.get("quantization")
-    for settings in (declared, inner if isinstance(inner, Mapping) else {}):
-        for key in _CACHE_KEYS:
-            value = settings.get(key)
-            if value and value != "auto":
-                return f"{key}={value}"
-    scheme = getattr(vllm_config.quant_config, "kv_cache_scheme", None)
+    declared = [
+        getattr(config, name, None)
+        for config in (model_config.hf_config, model_config.hf_text_config)
+        for name in ("quantization_config", "compression_config")
+    ]
+    for config in filter(None, declared):
+        outer = config if isinstance(config, Mapping) else config.to_dict()
+        # ModelOpt has its settings one level deeper.
+        inner = outer.get("quantization")
+        for settings in (outer, inner if isinstance(inner, Mapping) else {}):
+            for key in _CACHE_KEYS:
+                value = settings.get(key)
+                if value and str(value).lower() not in ("auto", "none"):
+                    return f"{key}={value}"
+    scheme = getattr(quant_config, "kv_cache_scheme", None)
     return f"kv_cache_scheme={scheme}" if scheme else ""
 
 

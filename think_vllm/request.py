@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from think_vllm.config import ADDITIONAL_CONFIG_KEY
 from think_vllm.errors import ThinkError
 from think_vllm.spans import ENDLESS, SpanRule
 
@@ -80,7 +81,12 @@ def dense_rule(rule: SpanRule) -> SpanRule:
 
 def _check_names(extra_args: Mapping[str, Any]) -> None:
     known = {PRUNE, BUDGET, *VLLM_NAMES}
-    unknown = [name for name in extra_args if name.startswith("kv_") and name not in known]
+    spelt = {name: name.lower().replace("-", "_") for name in extra_args}
+    unknown = [
+        name
+        for name, plain in spelt.items()
+        if name not in known and (plain.startswith("kv_") or plain == ADDITIONAL_CONFIG_KEY)
+    ]
     if unknown:
         raise ThinkError(
             f"{', '.join(sorted(unknown))} {_WHERE}: a request can set {PRUNE} (false: it stays "

@@ -112,6 +112,7 @@ def test_plan_needs_no_ratio_beside_a_format(recall_model: Path) -> None:
         (["--kv-channel-prune", "0.5", "--context-length", "0"], "not a whole number above zero"),
         (["--kv-channel-prune", "0.5", "--dtype", "foo"], "dtype"),
         (["--kv-channel-prune", "0.5", "-tp", "3"], "must be divisible by tensor parallel size"),
+        (["--kv-quant", "fp8", "--kv-cache-dtype", "fp8"], "use --kv-quant fp8 instead"),
         ([], "--kv-channel-prune RATIO, --kv-quant FORMAT or --kv-evict METHOD is needed"),
         (["--kv-evict", "h2o", "--kv-evict-budget", "9"], "use --kv-evict-budget 16 or more"),
         (

@@ -131,6 +131,10 @@ def test_engine_options_are_refused(
         ({"thinks": {"kv_evict": "h2o"}}, "kv_evict"),
         ({"other": {"kv_channel_prune": 0.5}}, "kv_channel_prune"),
         ({"think": {"kv_channel_prune": 0.5}, "kv_recent_window": 64}, "kv_recent_window"),
+        ({"vllm": {"think": {"kv_quant": "fp8"}}}, "kv_channel_prune"),
+        ({"plugins": [{"kv_quant": "fp8"}]}, "kv_quant"),
+        ({"thnik": {}}, "kv_channel_prune"),
+        ({"think.kv_quant": "fp8"}, "kv_channel_prune"),
     ],
     ids=str,
 )
@@ -153,6 +157,34 @@ def test_settings_in_the_wrong_place_are_refused(
     with pytest.raises(ValueError, match="which nobody reads") as error:
         EngineArgs(model=str(recall_model), additional_config=additional).create_engine_config()
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("additional", "flags", "message"),
+    [
+        ('{"think": [1]}', [], "it must be an object like"),
+        ('{"think": [1]}', ["--kv-quant", "fp8"], "it must be an object like"),
+        ('["think"]', ["--kv-quant", "fp8"], "it must be an object, beside which --kv-quant"),
+        (
+            '{"think": {"kv_quant": "fp8", "kv_recent_window": true}}',
+            [],
+            "`yes` and `true` are true",
+        ),
+        ('{"think": {"kv_quant": false}}', [], "write `none`, or leave it out"),
+        ('{"think": {"kv_channel_prune": 0.5, "kv_evict_budget": true}}', [], "such as `1024`"),
+    ],
+)
+def test_settings_of_another_kind_are_refused(
+    recall_model: Path,
+    additional: str,
+    flags: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        refuse(recall_model, "--additional-config", additional, *flags)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,11 @@ class _Run:
         for one in configurations:
             who = f'bench: --config "{shlex.join(one.flags)}"' if one.flags else "bench"
             engines[one.label] = engine = read_engine(options.model, (*shared, *one.flags), who)
+            if one.kind in ("plain", "fp8 cache") and engine.settings is not None:
+                raise ThinkError(
+                    "bench: --server-args turn thin blocks on for the plain server too, and leave "
+                    "nothing to compare; give these settings in --config"
+                )
             for scenario in results.scenarios:
                 scenario.check_length(engine.max_model_len)
             if engine.settings is not None and not (engine.plan or engine.static):

@@ -6,24 +6,32 @@ what is on by default, and ``kv-quant: off``, which is false in YAML, would vani
 """
 
 import argparse
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from think_vllm.config import ThinkConfig, flag_name
+from think_vllm.config import ADDITIONAL_CONFIG_KEY, ThinkConfig, flag_name
+from think_vllm.config_parser import TRUTH_WORDS, value_form
 from think_vllm.errors import ThinkError
 
-_BOOLEAN = frozenset(
-    flag_name(name)
-    for name, field in ThinkConfig.model_fields.items()
-    if field.annotation is bool
-)  # fmt: skip
-_OURS = frozenset(map(flag_name, ThinkConfig.model_fields))
-_WORDS = {True: "`on`, `yes` and `true` are true", False: "`off`, `no` and `false` are false"}
+_OURS = {flag_name(name): name for name in ThinkConfig.model_fields}
+_DOTTED = f"--additional-config.{ADDITIONAL_CONFIG_KEY}."
 
 
-def read_settings(path: str) -> Mapping[str, Any]:
-    """What a YAML file says, its keys as options; nothing if it cannot be read: vLLM says so."""
+def split_config(arguments: Sequence[str]) -> list[str]:
+    """Arguments with ``--config=FILE`` in two words: vLLM reads no file otherwise."""
+    words: list[str] = []
+    for word in arguments:
+        words += word.split("=", 1) if word.startswith("--config=") else [word]
+    return words
+
+
+def read_settings(path: str) -> dict[str, Any]:
+    """What a YAML file says, its keys as options; nothing if it cannot be read: vLLM says so.
+
+    Raises:
+        ThinkError: If it says nothing, or is no mapping.
+    """
     import yaml
 
     try:
@@ -31,8 +39,14 @@ def read_settings(path: str) -> Mapping[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return {}
     if not isinstance(settings, Mapping):
-        return {}
-    return {"--" + str(key).replace("_", "-"): value for key, value in settings.items()}
+        raise ThinkError(f"{path} holds no settings; write lines like `kv-channel-prune: 0.5`")
+    return {_option(str(key)): value for key, value in settings.items()}
+
+
+def _option(key: str) -> str:
+    """A key as an option; what follows a dot is a name in JSON and stays as it is."""
+    name, dot, rest = key.partition(".")
+    return f"--{name.replace('_', '-')}{dot}{rest}"
 
 
 def check_settings(path: str, settings: Mapping[str, Any]) -> None:
@@ -42,43 +56,65 @@ def check_settings(path: str, settings: Mapping[str, Any]) -> None:
         ThinkError: Naming the file, the option, what it says and what to write.
     """
     for option, value in settings.items():
+        who = f"{path}: {option.removeprefix('--')}"
+        if option.startswith(_DOTTED) and isinstance(value, bool):
+            raise ThinkError(
+                f"{who} is {str(value).lower()}, which vLLM reads wrong after a dot; write "
+                f"`{option.removeprefix(_DOTTED).replace('_', '-')}: {str(value).lower()}` instead"
+            )
         if option not in _OURS:
             continue
-        who = f"{path}: {option.removeprefix('--')}"
-        if option in _BOOLEAN:
+        name = _OURS[option]
+        if ThinkConfig.model_fields[name].annotation is bool:
             if not isinstance(value, bool):
                 raise ThinkError(f"{who} is {value!r}; write true or false, without quotes")
         elif isinstance(value, bool):
-            raise ThinkError(f"{who}: {_WORDS[value]} in YAML; write {_form(option)}")
+            raise ThinkError(f"{who}: {TRUTH_WORDS[value]} in YAML; write {value_form(name)}")
         elif value is None or isinstance(value, (list, dict)):
-            raise ThinkError(f"{who} is {value!r}; write {_form(option)}")
+            raise ThinkError(f"{who} is {value!r}; write {value_form(name)}")
 
 
-def _form(option: str) -> str:
-    """What a person may write for an option that takes a value."""
-    field = ThinkConfig.model_fields[option.removeprefix("--").replace("-", "_")]
-    if field.default == "none":
-        return "`none`, or leave it out"
-    return "one value" + ("" if field.default is None else f" such as `{field.default}`")
-
-
-def negations(settings: Mapping[str, Any], options: Iterable[str]) -> list[str]:
+def negations(settings: Mapping[str, Any], options: Mapping[str, argparse.Action]) -> list[str]:
     """Options that say no, for those that a file sets to false.
 
     Args:
         settings: Of ``read_settings``.
         options: All that the parser knows, those of its commands too.
     """
-    known = set(options)
-    wanted = [
-        f"--no-{name.removeprefix('--')}" for name, value in settings.items() if value is False
-    ]
-    return [option for option in wanted if option in known]
+    found = []
+    for option, value in settings.items():
+        negation = f"--no-{option.removeprefix('--')}"
+        enabling = option.replace("--disable-", "--enable-", 1)
+        if value is not False:
+            continue
+        if negation in options:
+            found.append(negation)
+        elif enabling != option and options.get(enabling, 0) is options.get(option, 1):
+            found.append(enabling)  # of vLLM 0.33: two sides of one option
+    return found
 
 
-def known_options(parser: argparse.ArgumentParser) -> set[str]:
+def check_names(
+    path: str, settings: Mapping[str, Any], options: Mapping[str, argparse.Action]
+) -> None:
+    """Refuse truth values that vLLM's reader drops: of options that there are not, or empty ones.
+
+    Raises:
+        ThinkError: Naming the file, the option and what it says.
+    """
+    for option, value in settings.items():
+        action, who = options.get(option), f"{path}: {option.removeprefix('--')}"
+        if value is False and action is None and not negations({option: value}, options):
+            raise ThinkError(f"{who} is false, and there is no such option; correct or remove it")
+        if value is False and option.startswith("--no-") and action is not None:
+            raise ThinkError(f"{who} is false; write `{option.removeprefix('--no-')}: true`")
+        if value is None and action is not None and action.nargs == 0:
+            raise ThinkError(f"{who} is empty; write true or false")
+
+
+def known_options(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
     """Options of a parser and of its commands."""
-    found = set(parser._option_string_actions)
+    found: dict[str, argparse.Action] = dict(parser._option_string_actions)
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for command in action.choices.values():
@@ -88,17 +124,21 @@ def known_options(parser: argparse.ArgumentParser) -> set[str]:
 
 def our_arguments(parser: argparse.ArgumentParser, path: str) -> list[str]:
     """What vLLM's reader leaves out of a file, of our options; for any of vLLM's parsers."""
-    settings = read_settings(path)
     try:
+        settings = read_settings(path)
         check_settings(path, settings)
     except ThinkError as error:
         parser.error(str(error))
-    ours = {name: value for name, value in settings.items() if name in _OURS}
+    ours = {option: value for option, value in settings.items() if option in _OURS}
     return negations(ours, known_options(parser))
 
 
 def other_arguments(parser: argparse.ArgumentParser, path: str) -> list[str]:
     """The same of vLLM's own options, for `think-vllm serve`."""
-    settings = read_settings(path)
-    others = {name: value for name, value in settings.items() if name not in _OURS}
-    return negations(others, known_options(parser))
+    options = known_options(parser)
+    others = {k: value for k, value in read_settings(path).items() if k not in _OURS}
+    try:
+        check_names(path, others, options)
+    except ThinkError as error:
+        parser.error(str(error))
+    return negations(others, options)

@@ -4,6 +4,7 @@ import argparse
 import ipaddress
 import json
 import shlex
+import ssl
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ def example_hint(arguments: argparse.Namespace, environment: Mapping[str, str]) 
     path = Path(model or "") / EXAMPLE_FILE
     if not model or not path.is_file():
         return None
-    if arguments.headless or arguments.grpc or arguments.ssl_cert_reqs:
+    if arguments.headless or arguments.grpc or arguments.ssl_cert_reqs == ssl.CERT_REQUIRED:
         return None
     example = json.loads(path.read_text(encoding="utf-8"))
     names = arguments.served_model_name
@@ -47,7 +48,7 @@ def example_hint(arguments: argparse.Namespace, environment: Mapping[str, str]) 
 
 def _reach(arguments: argparse.Namespace) -> list[str]:
     """What curl needs to reach the server: options, then the address."""
-    is_ssl = arguments.ssl_keyfile and arguments.ssl_certfile
+    is_ssl = arguments.ssl_keyfile or arguments.ssl_certfile  # as uvicorn has it
     options = ["-k"] if is_ssl else []  # the certificate may be made by nobody that curl knows
     where = f"{_host(arguments.host)}:{arguments.port}"
     if arguments.uds:

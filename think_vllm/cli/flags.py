@@ -1,6 +1,7 @@
 """The flags: sugar for ``--additional-config '{"think": {...}}'``."""
 
 import argparse
+from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
@@ -8,7 +9,7 @@ from pydantic.fields import FieldInfo
 from think_vllm import compat
 from think_vllm.cli.config_file import our_arguments
 from think_vllm.config import ADDITIONAL_CONFIG_KEY, MAX_PRUNE_RATIO, ThinkConfig, flag_name
-from think_vllm.config_parser import check_place, parse_config
+from think_vllm.config_parser import parse_config, settings_of
 from think_vllm.errors import ThinkError
 
 _METAVARS = {
@@ -92,16 +93,21 @@ def fold_flags(namespace: argparse.Namespace) -> None:
             nobody reads it.
     """
     given = take_flags(namespace)
-    additional = dict(getattr(namespace, "additional_config", None) or {})
-    check_place(additional)
-    settings = additional.get(ADDITIONAL_CONFIG_KEY)
+    additional = getattr(namespace, "additional_config", None) or {}
+    if not isinstance(additional, Mapping):
+        if not given:
+            return  # vLLM's to judge
+        raise ThinkError(
+            f"--additional-config is {additional!r}; it must be an object, beside which "
+            f"{flag_name(next(iter(given)))} can stand"
+        )
+    settings = settings_of(additional)
     if not given:
         return
-    merged = {**settings, **given} if isinstance(settings, dict) else given
-    config = parse_config(merged)
+    config = parse_config({**(settings or {}), **given})
     # Every process checks them again, so defaults must not look as if somebody had given them.
-    additional[ADDITIONAL_CONFIG_KEY] = config.model_dump(exclude_unset=True)
-    namespace.additional_config = additional
+    ours = config.model_dump(exclude_unset=True)
+    namespace.additional_config = {**additional, ADDITIONAL_CONFIG_KEY: ours}
 
 
 def _has_flags(parser: argparse.ArgumentParser) -> bool:

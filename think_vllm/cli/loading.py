@@ -1,11 +1,15 @@
 """Whether vLLM loads this plugin, which a variable can forbid."""
 
+import contextlib
+import json
 import os
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from think_vllm.cli.config_file import read_settings
 from think_vllm.config import ADDITIONAL_CONFIG_KEY, ThinkConfig, flag_name
+from think_vllm.config_parser import settings_of
 from think_vllm.errors import ThinkError
 
 #: vLLM's list of the plugins that it loads; all if it is not set.
@@ -19,9 +23,10 @@ def left_out(environment: Mapping[str, str] = os.environ) -> str:
     chosen = environment.get(VARIABLE)
     if chosen is None or PLUGIN_NAME in chosen.split(","):
         return ""
-    names = ",".join(filter(None, [chosen, PLUGIN_NAME]))
+    others = [name for x in chosen.split(",") if (name := x.strip()) not in ("", PLUGIN_NAME)]
+    wanted = shlex.quote(",".join([*others, PLUGIN_NAME]))
     return (
-        f"{VARIABLE} is {chosen!r}, so vLLM does not load it; set {VARIABLE}={names}, or unset it"
+        f"{VARIABLE} is {chosen!r}, so vLLM does not load it; set {VARIABLE}={wanted}, or unset it"
     )
 
 
@@ -38,26 +43,35 @@ def check_loaded(arguments: Sequence[str]) -> None:
 
 
 def _ours(arguments: Sequence[str]) -> Iterable[str]:
-    quoted = f'"{ADDITIONAL_CONFIG_KEY}"'
-    names = {option for x in ThinkConfig.model_fields for option in (flag_name(x), _no(x))}
     for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
-        option, _, value = word.replace("_", "-").partition("=")
-        if option in names:
-            yield option
-        elif option == "--additional-config" and quoted in (value or following):
-            yield f"{option} with {ADDITIONAL_CONFIG_KEY!r}"
-        elif option.startswith(f"--additional-config.{ADDITIONAL_CONFIG_KEY}"):
-            yield option
-        elif option == "--config":
-            yield from _of_file(read_settings(word.partition("=")[2] or following), names)
+        option, equals, value = word.partition("=")
+        option = option.replace("_", "-") if "." not in option else option
+        value = value if equals else following
+        if option == "--config":
+            for name, said in read_settings(value).items():
+                yield from _uses(name, said)
+        else:
+            yield from _uses(option, value)
 
 
-def _of_file(settings: Mapping[str, Any], names: set[str]) -> Iterable[str]:
-    yield from (option for option in settings if option in names)
-    additional = settings.get("--additional-config")
-    if isinstance(additional, Mapping) and ADDITIONAL_CONFIG_KEY in additional:
-        yield f"additional-config with {ADDITIONAL_CONFIG_KEY!r}"
+def _uses(option: str, value: Any) -> Iterable[str]:
+    """The option, if it is ours or says something that is."""
+    dotted = option.replace("_", "-").startswith(f"--additional-config.{ADDITIONAL_CONFIG_KEY}")
+    if option in _NAMES or dotted:
+        yield option
+    elif option == "--additional-config":
+        if isinstance(value, str):
+            with contextlib.suppress(ValueError):
+                value = json.loads(value)
+        with contextlib.suppress(ThinkError):
+            if not isinstance(value, Mapping) or settings_of(value) is None:
+                return
+        yield f"{option} with {ADDITIONAL_CONFIG_KEY!r}"
 
 
 def _no(name: str) -> str:
     return f"--no-{flag_name(name).removeprefix('--')}"
+
+
+#: All options of ours.
+_NAMES = {option for x in ThinkConfig.model_fields for option in (flag_name(x), _no(x))}

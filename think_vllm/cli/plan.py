@@ -10,7 +10,7 @@ from think_vllm.capacity import PoolShape, pool_capacity
 from think_vllm.cli.flags import declare_flags, take_flags
 from think_vllm.config import prune_flags
 from think_vllm.config_parser import parse_config
-from think_vllm.engine_checks import check_guard
+from think_vllm.engine_checks import check_cache_dtype, check_guard
 from think_vllm.errors import ThinkError
 from think_vllm.models import (
     AttentionLayers,
@@ -43,6 +43,7 @@ def plan(arguments: Sequence[str]) -> int:
     model_config, ranks = _engine_shape(namespace)
 
     check_model(model_config)
+    check_cache_dtype(model_config, namespace.kv_cache_dtype)
     if config.is_static:
         from think_vllm.cli.plan_static import print_static
 
@@ -177,6 +178,7 @@ def _parser() -> argparse.ArgumentParser:
         default=8192,
         help="Tokens of a request. Default: 8192.",
     )
+    parser.add_argument("--kv-cache-dtype", default="auto", help="As for `vllm serve`.")
     parser.add_argument(
         "--max-model-len",
         type=positive_int,

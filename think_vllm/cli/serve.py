@@ -8,7 +8,7 @@ arguments and calls the same classes.
 import os
 from collections.abc import Sequence
 
-from think_vllm.cli.config_file import other_arguments
+from think_vllm.cli.config_file import other_arguments, split_config
 from think_vllm.cli.example import example_hint
 from think_vllm.cli.loading import check_loaded
 
@@ -22,6 +22,7 @@ def serve(arguments: Sequence[str]) -> int:
     Raises:
         ThinkError: If they use this plugin, and vLLM is told not to load it.
     """
+    arguments = split_config(arguments)
     check_loaded(arguments)
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.logger import configure_logging_from_args
@@ -33,8 +34,9 @@ def serve(arguments: Sequence[str]) -> int:
         """A parser for which false means false in a YAML file, for vLLM's options too."""
 
         def load_config_file(self, file_path: str) -> list[str]:
+            others = other_arguments(self, file_path)  # first: it says more of what is wrong
             arguments: list[str] = super().load_config_file(file_path)
-            return arguments + other_arguments(self, file_path)
+            return arguments + others
 
     moved("cli_env_setup")()
     parser = Parser(prog="think-vllm")

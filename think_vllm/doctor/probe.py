@@ -149,9 +149,11 @@ def parse_engine_args(model: str, arguments: Sequence[str]) -> Any:
     from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    from think_vllm.cli.config_file import split_config
+
     # The parser of AsyncEngineArgs is the one that plugins are loaded for.
     parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser(prog="think-vllm doctor MODEL"))
-    return EngineArgs.from_cli_args(parser.parse_args(["--model", model, *arguments]))
+    return EngineArgs.from_cli_args(parser.parse_args(["--model", model, *split_config(arguments)]))
 
 
 def main() -> None:

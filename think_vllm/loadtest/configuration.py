@@ -8,6 +8,7 @@ from typing import Any, Literal, NoReturn
 
 from think_vllm.config import ADDITIONAL_CONFIG_KEY, ThinkConfig, flag_name
 from think_vllm.config_parser import config_from_additional
+from think_vllm.engine_checks import check_cache_dtype
 from think_vllm.errors import ThinkError
 from think_vllm.models import attention_layers, check_model, plan_model
 from think_vllm.planner import BlockPlan
@@ -200,6 +201,7 @@ def read_engine(model: str, arguments: Sequence[str], who: str) -> Engine:
     plan = static = None
     if settings is not None:
         check_model(model_config)
+        check_cache_dtype(model_config, namespace.kv_cache_dtype)
         if settings.is_static:
             static = plan_static(
                 settings,

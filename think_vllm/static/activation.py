@@ -121,8 +121,8 @@ def check_static(vllm_config: VllmConfig) -> None:
     """
     check_device(vllm_config)
     check_static_model(vllm_config.model_config)
-    check_cache_dtype(vllm_config)
     parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
+    check_cache_dtype(vllm_config.model_config, cache.cache_dtype, vllm_config.quant_config)
     unsupported: list[tuple[Any, str]] = [
         (vllm_config.speculative_config, "--speculative-config"),
         (vllm_config.kv_transfer_config, "--kv-transfer-config (a KV connector)"),

@@ -9,8 +9,10 @@ from think_vllm.cli.config_file import (
     check_settings,
     known_options,
     negations,
+    other_arguments,
     our_arguments,
     read_settings,
+    split_config,
 )
 from think_vllm.errors import ThinkError
 
@@ -33,6 +35,7 @@ def settings_of(path: Path, text: str) -> dict[str, object]:
         ("kv-channel-prune: yes", "are true in YAML; write one value such as `0.0`"),
         ("kv-recent-window: {a: 1}", "kv-recent-window is {'a': 1}; write one value such as `32`"),
         ("kv-channel-tables-file: false", "are false in YAML; write one value"),
+        ("kv_evict_budget: true", "are true in YAML; write one value such as `1024`"),
         ('kv-prune-decode: "false"', "kv-prune-decode is 'false'; write true or false, without"),
         ("kv-prune-prefill: 1", "kv-prune-prefill is 1; write true or false, without quotes"),
         ("kv-prune-decode:", "kv-prune-decode is None; write true or false"),
@@ -56,7 +59,6 @@ def test_values_of_another_kind_are_refused(tmp_path: Path, line: str, message: 
         "kv-prune-decode: true",
         "kv-evict: snapkv",
         "model: no",  # vLLM's own
-        "- a list",
         "a: [1",  # no YAML, which vLLM says
     ],
 )
@@ -72,16 +74,63 @@ def parser_with_a_command() -> argparse.ArgumentParser:
     command.add_argument("--enable-prefix-caching", action=argparse.BooleanOptionalAction)
     command.add_argument("--enforce-eager", action="store_true")
     command.add_argument("--port")
+    command.add_argument("--enable-lora", "--lora", action="store_true")
+    graphs = command.add_argument("--enable-graphs", action="store_true")
+    command._option_string_actions["--disable-graphs"] = graphs  # as vLLM 0.33 has it
+    command.add_argument("--enable-log", action="store_true")
+    command.add_argument("--disable-log", action="store_true")
     return parser
 
 
 def test_false_is_said_to_those_who_know_how(tmp_path: Path) -> None:
     known = known_options(parser_with_a_command())
     text = "kv_prune_decode: false\nenable-prefix-caching: off\ntop: no\n"
-    text += "enforce-eager: false\nport: false\nunknown: false\nkv-prune-prefill: true\n"
+    text += "enforce-eager: false\nport: false\nkv-prune-prefill: true\nlora: false\n"
+    text += "disable-graphs: false\ndisable-log: false\n"
     settings = settings_of(tmp_path / "serve.yaml", text)
-    wanted = ["--no-kv-prune-decode", "--no-enable-prefix-caching", "--no-top"]
+    wanted = ["--no-kv-prune-decode", "--no-enable-prefix-caching", "--no-top", "--enable-graphs"]
     assert negations(settings, known) == wanted
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("unknown: false", "unknown is false, and there is no such option"),
+        ("kv-prune-dec: false", "kv-prune-dec is false, and there is no such option"),
+        ("KV-Prune-Decode: off", "KV-Prune-Decode is false, and there is no such option"),
+        ("--top: false", "top is false, and there is no such option"),
+        ("no-top: false", "no-top is false; write `top: true`"),
+        ("enable-prefix-caching:", "enable-prefix-caching is empty; write true or false"),
+        ("additional-config.think.kv_quant: off", "write `kv-quant: false` instead"),
+        ("additional-config.think.kv_prune_decode: true", "write `kv-prune-decode: true` instead"),
+        ("", "holds no settings; write lines like"),
+        ("# a comment", "holds no settings; write lines like"),
+        ("- a list", "holds no settings; write lines like"),
+    ],
+)
+def test_what_vllm_would_drop_is_refused(
+    tmp_path: Path, line: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "serve.yaml"
+    path.write_text(line)
+    parser = parser_with_a_command()
+
+    def read() -> None:
+        our_arguments(parser, str(path))
+        other_arguments(parser, str(path))
+
+    with pytest.raises(SystemExit):
+        read()
+    assert message in capsys.readouterr().err
+
+
+def test_a_file_named_behind_a_sign_is_read() -> None:
+    assert split_config(["m", "--config=a=b.yaml", "--x=1"]) == [
+        "m",
+        "--config",
+        "a=b.yaml",
+        "--x=1",
+    ]
 
 
 def test_only_our_options_are_touched_in_vllms_own_program(

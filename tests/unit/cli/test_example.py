@@ -51,7 +51,11 @@ def command(arguments: Any, environment: dict[str, str] | None = None) -> list[s
             {"ssl_keyfile": "k", "ssl_certfile": "c", "uds": "/tmp/s"},
             ["-k", "--unix-socket", "/tmp/s", "https://localhost/v1/completions"],
         ),
-        ({"ssl_keyfile": "k"}, ["http://localhost:8000/v1/completions"]),
+        ({"ssl_certfile": "c"}, ["-k", "https://localhost:8000/v1/completions"]),
+        (
+            {"ssl_keyfile": "k", "ssl_certfile": "c", "ssl_cert_reqs": 1},
+            ["-k", "https://localhost:8000/v1/completions"],
+        ),
         ({"root_path": "/behind/a/proxy"}, ["http://localhost:8000/v1/completions"]),
     ],
     ids=str,

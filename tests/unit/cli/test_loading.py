@@ -15,6 +15,8 @@ from think_vllm.errors import ThinkError
         ("a,b", "a,b,think_vllm"),
         ("", "think_vllm"),
         ("think_vllm_2", "think_vllm_2,think_vllm"),
+        (" think_vllm", "think_vllm"),
+        ("a, think_vllm", "a,think_vllm"),
     ],
 )
 def test_left_out_says_what_to_set(chosen: str, names: str) -> None:
@@ -36,9 +38,12 @@ def test_left_out_is_silent_where_it_is_loaded(environment: dict[str, str]) -> N
         (["m", "--no-kv-prune-decode"], "--no-kv-prune-decode"),
         (["m", "--additional-config", '{"think": {}}'], "--additional-config with 'think'"),
         (["m", '--additional-config={"think": {}}'], "--additional-config with 'think'"),
-        (["m", "--additional-config.think.kv_quant", "fp8"], "--additional-config.think.kv-quant"),
+        (["m", "--additional-config.think.kv_quant", "fp8"], "--additional-config.think.kv_quant"),
+        (["m", "--additional-config", '{"kv_quant": "fp8"}'], "--additional-config with 'think'"),
+        (["m", "--additional_config", '{"think_vllm": {}}'], "--additional-config with 'think'"),
         (["--config", "FILE"], "--kv-quant"),
         (["--config=FILE"], "--kv-quant"),
+        (["--config", "FOLDER/json.yaml"], "--additional-config with 'think'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -47,7 +52,9 @@ def test_our_options_are_refused_where_it_is_not_loaded(
 ) -> None:
     path = tmp_path / "serve_it.yaml"
     path.write_text("model: m\nkv_quant: fp8\n")
+    (tmp_path / "json.yaml").write_text("additional-config: '{\"think\": {}}'\n")
     arguments = [word.replace("FILE", str(path)) for word in arguments]
+    arguments = [word.replace("FOLDER", str(tmp_path)) for word in arguments]
     monkeypatch.setenv(VARIABLE, "other")
     with pytest.raises(ThinkError) as refused:
         check_loaded(arguments)
@@ -57,7 +64,13 @@ def test_our_options_are_refused_where_it_is_not_loaded(
 
 
 @pytest.mark.parametrize(
-    "arguments", [["m"], ["m", "--port", "1"], ["m", "--additional-config", '{"other": {}}']]
+    "arguments",
+    [
+        ["m"],
+        ["m", "--port", "1"],
+        ["m", "--additional-config", '{"other": {}}'],
+        ["m", "--additional-config", "x"],
+    ],
 )
 def test_plain_servers_may_leave_it_out(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch
