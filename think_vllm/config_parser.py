@@ -67,7 +67,7 @@ def check_place(additional_config: Mapping[Any, Any]) -> None:
             continue
         found = _find_ours({key: value})
         if found or _is_near(str(key)):
-            setting = found if found in ThinkConfig.model_fields else "kv_channel_prune"
+            setting = found or "kv_channel_prune"
             raise ThinkError(
                 f"additional_config has {key!r}, which nobody reads; settings of think-vllm belong "
                 f'below "{ADDITIONAL_CONFIG_KEY}": write {{"{ADDITIONAL_CONFIG_KEY}": '
@@ -76,11 +76,11 @@ def check_place(additional_config: Mapping[Any, Any]) -> None:
 
 
 def _find_ours(value: Any) -> str:
-    """The first of our settings in what somebody else's key holds, or our key; empty if none."""
+    """The first of our settings in what somebody else's key holds; empty if there is none."""
     if isinstance(value, Mapping):
         for name in value:
             setting = str(name).lstrip("-").replace("-", "_").lower()
-            if setting in ThinkConfig.model_fields or setting == ADDITIONAL_CONFIG_KEY:
+            if setting in ThinkConfig.model_fields:
                 return setting
         value = value.values()
     elif not isinstance(value, (list, tuple)):

@@ -131,7 +131,7 @@ def test_engine_options_are_refused(
         ({"thinks": {"kv_evict": "h2o"}}, "kv_evict"),
         ({"other": {"kv_channel_prune": 0.5}}, "kv_channel_prune"),
         ({"think": {"kv_channel_prune": 0.5}, "kv_recent_window": 64}, "kv_recent_window"),
-        ({"vllm": {"think": {"kv_quant": "fp8"}}}, "kv_channel_prune"),
+        ({"vllm": {"think": {"kv_quant": "fp8"}}}, "kv_quant"),
         ({"plugins": [{"kv_quant": "fp8"}]}, "kv_quant"),
         ({"thnik": {}}, "kv_channel_prune"),
         ({"think.kv_quant": "fp8"}, "kv_channel_prune"),
@@ -189,7 +189,7 @@ def test_settings_of_another_kind_are_refused(
 
 @pytest.mark.parametrize(
     "additional",
-    [{"other": {"a": 1}}, {"thinking": {"budget": 3}}, {"a": 1}, {"ascend": {"kv": "fp8"}}],
+    [{"other": {"think": 1}}, {"thinking": {"budget": 3}}, {"a": 1}, {"ascend": {"kv": "fp8"}}],
     ids=str,
 )
 def test_settings_of_others_are_left_alone(
