@@ -117,9 +117,8 @@ def fp8_zeros(values, mask, count):
     near = mask & (distance <= (tl.sum(distance, axis=1) // count)[:, None])
     total = tl.sum(tl.where(near, steps, 0), axis=1)
     mean = integer_mean(total, tl.maximum(tl.sum(near.to(tl.int32), axis=1), 1))
-    left = tl.sum(tl.where(mask, tl.abs(steps - mean[:, None]), 0), axis=1)
-    smaller = left < tl.sum(tl.abs(steps), axis=1)
-    zero = tl.where(smaller, mean, 0).to(tl.float32) * down
+    change = tl.where(mask, tl.abs(steps - mean[:, None]) - tl.abs(steps), 0)
+    zero = tl.where(tl.sum(change, axis=1) < 0, mean, 0).to(tl.float32) * down
     return as_half_bits(tl.minimum(tl.maximum(zero, -FLOAT16_MAX), FLOAT16_MAX))
 
 
