@@ -99,7 +99,7 @@ def test_a_section_that_hangs_is_ended_with_all_its_processes(
 
 
 def test_a_section_out_of_time_can_write_what_it_has(tmp_path: Path) -> None:
-    (ended,) = run_all("1", [python("slow", INTERRUPTED, 2)], tmp_path, 100, MACHINE)
+    (ended,) = run_all("1", [python("slow", INTERRUPTED, 10)], tmp_path, 100, MACHINE)
     assert (ended.status, ended.figures) == (TIMED_OUT, ["partial.json"])
 
 
