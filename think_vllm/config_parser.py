@@ -51,7 +51,7 @@ def config_from_additional(additional_config: object) -> ThinkConfig | None:
 
 
 #: What else people may write for the key of our settings, letters alone.
-_NEAR_KEYS = ("think", "thinkvllm", "vllmthink", "thinkkv")
+_NEAR_KEYS = ("think", "thinkvllm", "vllmthink", "thinkkv", "kvthink")
 #: How like one of these a key must be to be taken for it.
 _NEARNESS = 0.85
 
@@ -65,8 +65,12 @@ def check_place(additional_config: Mapping[Any, Any]) -> None:
     for key, value in additional_config.items():
         if key == ADDITIONAL_CONFIG_KEY:
             continue
-        found = _find_ours({key: value})
-        if found or _is_near(str(key)):
+        is_near = _is_near(str(key))
+        at_top = _find_ours({key: None})
+        found = at_top or _find_ours(value)
+        # Names such as `kv_quant` may be settings of the plugin whose key that is.
+        theirs = not (at_top or is_near) and not any(x in found for x in ("prune", "channel"))
+        if is_near or (found and not theirs):
             setting = found or "kv_channel_prune"
             raise ThinkError(
                 f"additional_config has {key!r}, which nobody reads; settings of think-vllm belong "

@@ -137,7 +137,8 @@ def checkpoint_cache_dtype(model_config: ModelConfig, quant_config: Any = None) 
         for settings in (outer, inner if isinstance(inner, Mapping) else {}):
             for key in _CACHE_KEYS:
                 value = settings.get(key)
-                if value and str(value).lower() not in ("auto", "none"):
+                said = str(value).lower().removeprefix("torch.")
+                if value and said not in (*plain_dtypes(model_config), "none"):
                     return f"{key}={value}"
     scheme = getattr(quant_config, "kv_cache_scheme", None)
     return f"kv_cache_scheme={scheme}" if scheme else ""

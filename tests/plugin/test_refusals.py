@@ -131,9 +131,10 @@ def test_engine_options_are_refused(
         ({"thinks": {"kv_evict": "h2o"}}, "kv_evict"),
         ({"other": {"kv_channel_prune": 0.5}}, "kv_channel_prune"),
         ({"think": {"kv_channel_prune": 0.5}, "kv_recent_window": 64}, "kv_recent_window"),
-        ({"vllm": {"think": {"kv_quant": "fp8"}}}, "kv_quant"),
-        ({"plugins": [{"kv_quant": "fp8"}]}, "kv_quant"),
+        ({"vllm": {"think": {"kv_channel_prune": 0.5}}}, "kv_channel_prune"),
+        ({"plugins": [{"kv_value_prune": 0.3}]}, "kv_value_prune"),
         ({"thnik": {}}, "kv_channel_prune"),
+        ({"kv_think": {}}, "kv_channel_prune"),
         ({"think.kv_quant": "fp8"}, "kv_channel_prune"),
     ],
     ids=str,
@@ -189,7 +190,14 @@ def test_settings_of_another_kind_are_refused(
 
 @pytest.mark.parametrize(
     "additional",
-    [{"other": {"think": 1}}, {"thinking": {"budget": 3}}, {"a": 1}, {"ascend": {"kv": "fp8"}}],
+    [
+        {"other": {"think": 1}},
+        {"thinking": {"budget": 3}},
+        {"thinking_config": {}},
+        {"a": 1},
+        {"ascend": {"kv_quant": "int8"}},
+        {"lmcache": {"opts": [{"kv_evict": "lru"}]}},
+    ],
     ids=str,
 )
 def test_settings_of_others_are_left_alone(
@@ -240,6 +248,18 @@ def test_cache_types_of_checkpoints_are_refused(
     assert "give --kv-cache-dtype bfloat16" in line
     at = flags.index("--kv-cache-dtype") if "--kv-cache-dtype" in flags else len(flags)
     refuse(model, *flags[:at], "--kv-cache-dtype", "bfloat16")
+
+
+@pytest.mark.parametrize("said", ["bfloat16", "torch.bfloat16", "auto", None])
+def test_checkpoints_that_keep_keys_as_computed_are_served(
+    tmp_path: Path, said: str | None
+) -> None:
+    shape = {"head_dim": 64, "num_key_value_heads": 2, "architectures": ["LlamaForCausalLM"]}
+    quantization = {"quant_method": "fp8", "activation_scheme": "dynamic", "kv_cache_dtype": said}
+    model = make_config(
+        tmp_path, "llama", **SMALL, **shape, dtype="bfloat16", quantization_config=quantization
+    )
+    refuse(model, "--kv-channel-prune", "0.5")
 
 
 @pytest.mark.parametrize(

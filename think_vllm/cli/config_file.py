@@ -15,6 +15,11 @@ from think_vllm.config_parser import TRUTH_WORDS, value_form
 from think_vllm.errors import ThinkError
 
 _OURS = {flag_name(name): name for name in ThinkConfig.model_fields}
+_NEGATED = {
+    f"--no-{option.removeprefix('--')}": option.removeprefix("--")
+    for option, name in _OURS.items()
+    if ThinkConfig.model_fields[name].annotation is bool
+}
 _DOTTED = f"--additional-config.{ADDITIONAL_CONFIG_KEY}."
 
 
@@ -62,6 +67,9 @@ def check_settings(path: str, settings: Mapping[str, Any]) -> None:
                 f"{who} is {str(value).lower()}, which vLLM reads wrong after a dot; write "
                 f"`{option.removeprefix(_DOTTED).replace('_', '-')}: {str(value).lower()}` instead"
             )
+        if option in _NEGATED and value is not True:  # words would pass for the model's name
+            plain = _NEGATED[option]
+            raise ThinkError(f"{who} is {value!r}; write `{plain}: true` or `{plain}: false`")
         if option not in _OURS:
             continue
         name = _OURS[option]

@@ -39,6 +39,10 @@ def settings_of(path: Path, text: str) -> dict[str, object]:
         ('kv-prune-decode: "false"', "kv-prune-decode is 'false'; write true or false, without"),
         ("kv-prune-prefill: 1", "kv-prune-prefill is 1; write true or false, without quotes"),
         ("kv-prune-decode:", "kv-prune-decode is None; write true or false"),
+        ('no-kv-prune-decode: "false"', "no-kv-prune-decode is 'false'; write `kv-prune-decode: "),
+        ("no_kv_prune_prefill: 1", "is 1; write `kv-prune-prefill: true` or `kv-prune-prefill: f"),
+        ("no-kv-prune-decode: false", "no-kv-prune-decode is False; write `kv-prune-decode: true`"),
+        ("no-kv-prune-decode:", "no-kv-prune-decode is None; write `kv-prune-decode: true`"),
     ],
 )
 def test_values_of_another_kind_are_refused(tmp_path: Path, line: str, message: str) -> None:
@@ -57,6 +61,8 @@ def test_values_of_another_kind_are_refused(tmp_path: Path, line: str, message: 
         "kv-channel-prune: 0.5",
         "kv-prune-decode: off",
         "kv-prune-decode: true",
+        "no-kv-prune-decode: true",
+        "no-port: x",  # no option
         "kv-evict: snapkv",
         "model: no",  # vLLM's own
         "a: [1",  # no YAML, which vLLM says
