@@ -68,9 +68,8 @@ def check_place(additional_config: Mapping[Any, Any]) -> None:
         is_near = _is_near(str(key))
         at_top = _find_ours({key: None})
         found = at_top or _find_ours(value)
-        # Names such as `kv_quant` may be settings of the plugin whose key that is.
-        theirs = not (at_top or is_near) and not any(x in found for x in ("prune", "channel"))
-        if is_near or (found and not theirs):
+        # Below another key, names such as `kv_quant` may be settings of the plugin whose key it is.
+        if is_near or at_top or "prune" in found or "channel" in found:
             setting = found or "kv_channel_prune"
             raise ThinkError(
                 f"additional_config has {key!r}, which nobody reads; settings of think-vllm belong "

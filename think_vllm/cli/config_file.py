@@ -14,10 +14,11 @@ from think_vllm.config import ADDITIONAL_CONFIG_KEY, ThinkConfig, flag_name
 from think_vllm.config_parser import TRUTH_WORDS, value_form
 from think_vllm.errors import ThinkError
 
-_OURS = {flag_name(name): name for name in ThinkConfig.model_fields}
-_NEGATED = {
+#: Our options, each with its setting; and those that say no, each with the option's own name.
+OUR_OPTIONS = {flag_name(name): name for name in ThinkConfig.model_fields}
+OUR_NEGATIONS = {
     f"--no-{option.removeprefix('--')}": option.removeprefix("--")
-    for option, name in _OURS.items()
+    for option, name in OUR_OPTIONS.items()
     if ThinkConfig.model_fields[name].annotation is bool
 }
 _DOTTED = f"--additional-config.{ADDITIONAL_CONFIG_KEY}."
@@ -67,12 +68,12 @@ def check_settings(path: str, settings: Mapping[str, Any]) -> None:
                 f"{who} is {str(value).lower()}, which vLLM reads wrong after a dot; write "
                 f"`{option.removeprefix(_DOTTED).replace('_', '-')}: {str(value).lower()}` instead"
             )
-        if option in _NEGATED and value is not True:  # words would pass for the model's name
-            plain = _NEGATED[option]
+        if option in OUR_NEGATIONS and value is not True:  # words would pass for the model's name
+            plain = OUR_NEGATIONS[option]
             raise ThinkError(f"{who} is {value!r}; write `{plain}: true` or `{plain}: false`")
-        if option not in _OURS:
+        if option not in OUR_OPTIONS:
             continue
-        name = _OURS[option]
+        name = OUR_OPTIONS[option]
         if ThinkConfig.model_fields[name].annotation is bool:
             if not isinstance(value, bool):
                 raise ThinkError(f"{who} is {value!r}; write true or false, without quotes")
@@ -97,7 +98,9 @@ def negations(settings: Mapping[str, Any], options: Mapping[str, argparse.Action
             continue
         if negation in options:
             found.append(negation)
-        elif enabling != option and options.get(enabling, 0) is options.get(option, 1):
+        elif (
+            enabling != option and enabling in options and options[enabling] is options.get(option)
+        ):
             found.append(enabling)  # of vLLM 0.33: two sides of one option
     return found
 
@@ -137,14 +140,14 @@ def our_arguments(parser: argparse.ArgumentParser, path: str) -> list[str]:
         check_settings(path, settings)
     except ThinkError as error:
         parser.error(str(error))
-    ours = {option: value for option, value in settings.items() if option in _OURS}
+    ours = {option: value for option, value in settings.items() if option in OUR_OPTIONS}
     return negations(ours, known_options(parser))
 
 
 def other_arguments(parser: argparse.ArgumentParser, path: str) -> list[str]:
     """The same of vLLM's own options, for `think-vllm serve`."""
     options = known_options(parser)
-    others = {k: value for k, value in read_settings(path).items() if k not in _OURS}
+    others = {k: value for k, value in read_settings(path).items() if k not in OUR_OPTIONS}
     try:
         check_names(path, others, options)
     except ThinkError as error:

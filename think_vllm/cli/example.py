@@ -35,10 +35,10 @@ def example_hint(arguments: argparse.Namespace, environment: Mapping[str, str]) 
     name = (names if isinstance(names, str) else names[0]) if names else model
     asked = {"model": name, "prompt": example["prompt"], "max_tokens": 8, "temperature": 0}
     command = ["curl", "-s", *_reach(arguments), "-H", "Content-Type: application/json"]
-    line = shlex.join([*command, "-d", json.dumps(asked)])
-    if arguments.api_key or environment.get("VLLM_API_KEY"):
-        # Not the key itself: this goes to logs.
-        line = line.replace(" -d ", ' -H "Authorization: Bearer $VLLM_API_KEY" -d ', 1)
+    needs_key = arguments.api_key or environment.get("VLLM_API_KEY")
+    # Not the key itself: this goes to logs.
+    key = ' -H "Authorization: Bearer $VLLM_API_KEY"' if needs_key else ""
+    line = f"{shlex.join(command)}{key} -d {shlex.quote(json.dumps(asked))}"
     return (
         "Once the server says 'Application startup complete.', in another terminal:\n\n"
         f"  {line}\n\n"

@@ -7,8 +7,8 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from think_vllm.cli.config_file import read_settings
-from think_vllm.config import ADDITIONAL_CONFIG_KEY, ThinkConfig, flag_name
+from think_vllm.cli.config_file import OUR_NEGATIONS, OUR_OPTIONS, read_settings
+from think_vllm.config import ADDITIONAL_CONFIG_KEY
 from think_vllm.config_parser import settings_of
 from think_vllm.errors import ThinkError
 
@@ -57,7 +57,7 @@ def _ours(arguments: Sequence[str]) -> Iterable[str]:
 def _uses(option: str, value: Any) -> Iterable[str]:
     """The option, if it is ours or says something that is."""
     dotted = option.replace("_", "-").startswith(f"--additional-config.{ADDITIONAL_CONFIG_KEY}")
-    if option in _NAMES or dotted:
+    if option in OUR_OPTIONS or option in OUR_NEGATIONS or dotted:
         yield option
     elif option == "--additional-config":
         if isinstance(value, str):
@@ -67,11 +67,3 @@ def _uses(option: str, value: Any) -> Iterable[str]:
             if not isinstance(value, Mapping) or settings_of(value) is None:
                 return
         yield f"{option} with {ADDITIONAL_CONFIG_KEY!r}"
-
-
-def _no(name: str) -> str:
-    return f"--no-{flag_name(name).removeprefix('--')}"
-
-
-#: All options of ours.
-_NAMES = {option for x in ThinkConfig.model_fields for option in (flag_name(x), _no(x))}
