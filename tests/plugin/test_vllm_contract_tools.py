@@ -10,10 +10,17 @@ from vllm import SamplingParams
 from vllm.benchmarks.serve import add_cli_args
 from vllm.v1.sample.logits_processor import RequestLogitsProcessor
 
-from tests.support.contract import check_accepts, check_members, check_parameters, name_of
+from tests.support.contract import (
+    check_accepts,
+    check_members,
+    check_parameters,
+    check_source,
+    name_of,
+)
 from think_vllm.doctor.forced import FORCED_TOKENS, ForcedTokens
 from think_vllm.loadtest.driver import generator_arguments
 from think_vllm.loadtest.scenario import known_scenarios, load_scenario
+from think_vllm.loadtest.server import KEEP_ALIVE, KEEP_ALIVE_S
 
 #: In 0.33, and before.
 PARSER = "entrypoints.common.cli_args:make_arg_parser"
@@ -63,6 +70,14 @@ def test_parameters_passed_by_name() -> None:
     )
     names = ["is_cpu", "is_cuda", "get_device_name", "get_device_total_memory"]
     check_members("doctor/machine.py", "platforms.interface:Platform", set(names))
+
+
+def test_server_under_test_keeps_connections_longer_than_the_load_generator() -> None:
+    ours = "loadtest/server.py"
+    check_source(ours, "benchmarks.serve:benchmark", "keepalive_timeout=60,")
+    assert KEEP_ALIVE_S > 60
+    server = "entrypoints.launchers.api_server.entry:build_and_serve"
+    check_source(ours, server, f"timeout_keep_alive=envs.{KEEP_ALIVE}")
 
 
 def test_forced_tokens_are_forced_in_their_own_request_only() -> None:

@@ -1,9 +1,12 @@
 """A server that answers as vLLM's does, at once, so that only the program that loads it is tested.
 
 Run with ``python -m tests.support.fake_server serve MODEL [flags] --port N``. It has a child that
-ignores SIGTERM. ``--block-size 7`` makes it end while starting, ``--block-size 11`` never answer.
+ignores SIGTERM. ``--block-size 7`` makes it end while starting, ``--block-size 11`` never answer,
+``--block-size 13``
+refuse two requests of four, one of them without an answer.
 """
 
+import itertools
 import json
 import signal
 import subprocess
@@ -32,6 +35,8 @@ class Handler(BaseHTTPRequestHandler):
     """The paths that a load test asks for."""
 
     silent = False
+    unsteady = False
+    numbers = itertools.count()
 
     def do_GET(self) -> None:
         self._answer(METRICS if self.path == "/metrics" else "{}")
@@ -43,6 +48,12 @@ class Handler(BaseHTTPRequestHandler):
             return
         while self.silent:
             time.sleep(60)
+        place = next(self.numbers) % 4
+        if self.unsteady and place == 1:
+            self.send_error(503)
+            return
+        if self.unsteady and place == 3:
+            return
         count = body["max_tokens"]
         chunks: list[dict[str, Any]] = [{"choices": [{"text": " 4"}]} for _ in range(count)]
         chunks.append({"choices": [], "usage": {"completion_tokens": count, "prompt_tokens": 9}})
@@ -65,6 +76,7 @@ def main(arguments: list[str]) -> None:
     if block_size == "7":
         sys.exit(LAST_WORDS)
     Handler.silent = block_size == "11"
+    Handler.unsteady = block_size == "13"
     subprocess.Popen([sys.executable, "-c", STUBBORN])
     server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=server.shutdown).start())

@@ -18,6 +18,8 @@ from typing import Any, Self
 
 import httpx
 
+from think_vllm.loadtest.server import server_environment
+
 START_TIMEOUT_S = 300
 REQUEST_TIMEOUT_S = 600
 METRIC_TIMEOUT_S = 30
@@ -84,7 +86,8 @@ class Server:
             "127.0.0.1",
         ]
         self.log = log
-        self._environment = offline_environment() | dict(environment or {})
+        # httpx keeps a connection for 5 seconds too: on a loaded machine it may find it closed.
+        self._environment = server_environment(offline_environment()) | dict(environment or {})
         self._process: subprocess.Popen[bytes] | None = None
         self._client = httpx.Client(timeout=REQUEST_TIMEOUT_S)
         self.url = ""

@@ -1,7 +1,9 @@
 """Figures of all rounds put together, and as multiples of plain vLLM's under the same load."""
 
 import statistics
+from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 from think_vllm.errors import ThinkError
 from think_vllm.loadtest.results import Figures, Measurement, Results
@@ -130,11 +132,13 @@ def check_comparable(results: Results, baseline: Results, url: str | None) -> li
 
 def median_of(group: list[Measurement]) -> Figures:
     """Medians over rounds of the same load; requests are summed."""
-    merged = {}
+    merged: dict[str, Any] = {}
     for name in Figures.model_fields:
         values = [getattr(one.figures, name) for one in group]
         there = [value for value in values if value is not None]
-        if name in SUMMED:
+        if name == "errors":
+            merged[name] = sum(map(Counter, there), Counter())
+        elif name in SUMMED:
             merged[name] = sum(there)
         elif len(there) < len(values):
             # In a round in which nobody waited, the others' figure means something else.

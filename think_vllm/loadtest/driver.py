@@ -1,5 +1,6 @@
 """One load of one server: vLLM's load generator, and gauges sampled meanwhile."""
 
+from collections import Counter
 from typing import Any
 
 from think_vllm.loadtest.gauges import (
@@ -101,6 +102,7 @@ def figures_of(
     return Figures(
         completed=result["completed"],
         failed=result["failed"],
+        errors=dict(Counter(_reason_of(error) for error in result["errors"] if error)),
         duration_s=result["duration"],
         requests_per_s=result["request_throughput"],
         output_tokens_per_s=result["output_throughput"],
@@ -124,3 +126,8 @@ def figures_of(
         processor_s=processor_s,
         samples=samples,
     )
+
+
+def _reason_of(error: str) -> str:
+    """The last line of a traceback, or the one line that there is."""
+    return error.strip().splitlines()[-1]

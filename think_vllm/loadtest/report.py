@@ -69,6 +69,7 @@ def csv_text(results: Results) -> str:
         server = results.server(one.server)
         row: dict[str, Any] = one.model_dump(exclude={"figures"}) | one.figures.model_dump()
         row |= {
+            "errors": one.figures.reasons,
             "machine": str(results.machine),
             "model": results.model,
             "kv_cache_memory_bytes": results.kv_cache_memory_bytes,

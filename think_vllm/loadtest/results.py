@@ -42,6 +42,7 @@ class Figures(_Record):
 
     completed: int
     failed: int
+    errors: dict[str, int] = Field(default={}, description="Why requests failed, and how many.")
     duration_s: float
     requests_per_s: float
     output_tokens_per_s: float
@@ -68,6 +69,11 @@ class Figures(_Record):
         description="Processor time of all of the server's processes; None if another's."
     )
     samples: int = Field(description="Of the gauges above.")
+
+    @property
+    def reasons(self) -> str:
+        """Why requests failed, as a person reads it; empty if none did."""
+        return "; ".join(f"{count} x {error}" for error, count in self.errors.items())
 
     @property
     def output_tokens_per_processor_s(self) -> float | None:

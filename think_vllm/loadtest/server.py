@@ -6,7 +6,7 @@ import socket
 import sys
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from http.client import HTTPException
 from pathlib import Path
 from typing import Self
@@ -15,6 +15,11 @@ from think_vllm.errors import ThinkError
 from think_vllm.loadtest.process import POLL_S, ProcessGroup
 
 HTTP_TIMEOUT_S = 30.0
+#: Seconds until vLLM's server closes a connection that is not used, unless this says otherwise: 5.
+KEEP_ALIVE = "VLLM_HTTP_TIMEOUT_KEEP_ALIVE"
+#: Longer than vLLM's load generator keeps one (60), so that no request finds it closed. On a
+#: machine whose engine takes all processors, 5 seconds pass between two requests.
+KEEP_ALIVE_S = 120
 
 
 class ServerError(RuntimeError):
@@ -93,7 +98,8 @@ class StartedServer(Server):
         self, model: str, arguments: Sequence[str], log: Path, start_timeout_s: float
     ) -> None:
         port = free_port()
-        self._started = ProcessGroup(server_command(model, arguments, port), log, dict(os.environ))
+        command = server_command(model, arguments, port)
+        self._started = ProcessGroup(command, log, server_environment(os.environ))
         self._start_timeout_s = start_timeout_s
         super().__init__(f"http://127.0.0.1:{port}", model, self._started)
 
@@ -125,6 +131,15 @@ def server_command(model: str, arguments: Sequence[str], port: int) -> list[str]
     """Program and arguments of a server on this machine only."""
     command = [sys.executable, "-m", "think_vllm.cli.main", "serve", model, *arguments]
     return [*command, "--host", "127.0.0.1", "--port", str(port)]
+
+
+def server_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Variables of a server under test.
+
+    Args:
+        environment: Of this process; what it says stays.
+    """
+    return {KEEP_ALIVE: str(KEEP_ALIVE_S), **environment}
 
 
 def find_server(url: str, model: str) -> tuple[Server, int | None]:

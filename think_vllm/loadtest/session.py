@@ -14,9 +14,15 @@ from think_vllm.loadtest.driver import generator_arguments, measure_load
 from think_vllm.loadtest.gauges import cache_of
 from think_vllm.loadtest.generator import LoadError, LoadGenerator
 from think_vllm.loadtest.report import progress
-from think_vllm.loadtest.results import Failure, Measurement, Results, ServerRecord
+from think_vllm.loadtest.results import Failure, Figures, Measurement, Results, ServerRecord
 from think_vllm.loadtest.scenario import LoadPoint, Scenario
-from think_vllm.loadtest.server import Server, ServerError, StartedServer
+from think_vllm.loadtest.server import (
+    KEEP_ALIVE,
+    KEEP_ALIVE_S,
+    Server,
+    ServerError,
+    StartedServer,
+)
 
 #: Before the first load of a scenario, so that nothing is compiled or paged in later.
 WARM_UP = LoadPoint(4, concurrency=2)
@@ -142,7 +148,7 @@ class Session:
                     continue
                 self._say(f"{who} {record.label}: {what}: {progress(figures)}")
                 if figures.failed:
-                    self._fail(record, what, f"{figures.failed} requests failed", who)
+                    self._fail(record, what, failed_text(figures), who)
                 results.measurements.append(
                     Measurement(
                         server=record.label,
@@ -175,6 +181,17 @@ class Session:
         self._results.failures.append(Failure(server=record.label, load=load, message=message))
         self._say(f"{who} {record.label}: {f'{load}: ' if load else ''}FAILED: {message}")
         self._save()
+
+
+def failed_text(figures: Figures) -> str:
+    """How many requests failed, and why."""
+    text = f"{figures.failed} requests failed: {figures.reasons or 'no reason is known'}"
+    if any("ServerDisconnectedError" in error for error in figures.errors):
+        text += (
+            "; the server closed connections that had waited for a request: if you started it "
+            f"yourself, set {KEEP_ALIVE}={KEEP_ALIVE_S} in its environment"
+        )
+    return text
 
 
 def serve_text(model: str, arguments: Sequence[str]) -> str:

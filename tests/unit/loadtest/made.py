@@ -33,6 +33,7 @@ def figures(tokens: float, running: float | None, **others: Any) -> Figures:
     fields |= {
         "completed": 8,
         "failed": 0,
+        "errors": {},
         "prefix_hit_rate": None,
         "output_tokens": 8,
         "processor_s": 2.0,

@@ -40,8 +40,8 @@ def test_rows_of_is_in_the_order_of_loads_and_servers() -> None:
 def test_rows_of_takes_medians_of_rounds() -> None:
     run = results(
         *(measurement("thin", 8, figures(x, x / 10), turn) for turn, x in enumerate((90, 50, 100))),
-        measurement("plain", 8, figures(45, None, failed=1)),
-        measurement("plain", 8, figures(45, 5.0, failed=2), 1),
+        measurement("plain", 8, figures(45, None, failed=1, errors={"x": 1})),
+        measurement("plain", 8, figures(45, 5.0, failed=2, errors={"x": 1, "y": 1}), 1),
     )
     plain, thin = rows_of(run)
     assert thin.figures.output_tokens_per_s == 90
@@ -52,6 +52,7 @@ def test_rows_of_takes_medians_of_rounds() -> None:
     assert plain.figures.running_waiting is None
     assert "running_waiting" not in thin.ratios
     assert (plain.figures.failed, plain.figures.completed) == (3, 16)
+    assert plain.figures.reasons == "2 x x; 1 x y"
 
 
 def test_rows_of_an_external_server_compares_with_an_earlier_run() -> None:

@@ -16,7 +16,7 @@ from think_vllm.loadtest.results import Failure, Results
 RUN = results(
     measurement("plain", 8, figures(200, 4.0, cache_use_mean=0.97)),
     measurement("fp8 cache", 8, figures(250, 8.0)),
-    measurement("thin", 8, figures(300, 12.0, failed=2)),
+    measurement("thin", 8, figures(300, 12.0, failed=2, errors={"hung up": 2})),
     measurement("thin", 8, figures(340, 12.0), turn=1),
     measurement("thin", 2, figures(90, None, prefix_hit_rate=0.25)),
     note="Alone on the machine.",
@@ -55,6 +55,7 @@ def test_csv_text_carries_machine_and_commands_on_every_line() -> None:
     assert len(rows) == len(RUN.measurements)
     assert [float(row["output_tokens_per_s"]) for row in rows] == [200, 250, 300, 340, 90]
     assert rows[4]["running_waiting"] == ""
+    assert [row["errors"] for row in rows] == ["", "", "2 x hung up", "", ""]
     for row in rows:
         assert row["machine"] == str(RUN.machine)
         assert row["command"] == RUN.command

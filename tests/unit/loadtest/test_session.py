@@ -1,6 +1,7 @@
 """The whole command, vLLM's load generator included, but for servers that only look like vLLM's."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 
 from tests.support.fake_server import LAST_WORDS
 from think_vllm.loadtest.results import Results
+from think_vllm.loadtest.server import KEEP_ALIVE, KEEP_ALIVE_S, server_environment
 
 #: The command, but for which program its servers are.
 PROGRAM = """
@@ -30,6 +32,7 @@ sys.exit(main(["bench", *sys.argv[1:]]))
 MARK = "THINK_VLLM_TEST_RUN"
 DEADLINE_S = 600
 FAILING = ("--no-plain", "--config", "--block-size 7")
+UNSTEADY = ("--config", "--block-size 13")
 
 
 def start(model: Path, out: Path, *arguments: str) -> subprocess.Popen[str]:
@@ -57,24 +60,40 @@ def survivors(out: Path) -> list[str]:
     return found
 
 
+def test_server_under_test_keeps_connections_unless_told_otherwise() -> None:
+    assert server_environment({"A": "b"}) == {"A": "b", KEEP_ALIVE: str(KEEP_ALIVE_S)}
+    assert server_environment({KEEP_ALIVE: "7"}) == {KEEP_ALIVE: "7"}
+
+
 @pytest.mark.slow
 def test_server_that_fails_is_reported_and_the_others_go_on(
     recall_model: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    done = start(recall_model, out, *FAILING, "--config", "--enforce-eager", "--no-plots")
+    arguments = (*FAILING, *UNSTEADY, "--config", "--enforce-eager", "--no-plots")
+    done = start(recall_model, out, *arguments)
     said, _ = done.communicate(timeout=DEADLINE_S)
     assert done.returncode == 1, said
     assert f"--block-size 7: FAILED: the server ended with status 1; the end of {out}/logs" in said
     assert LAST_WORDS in said
     results = Results.read(out / "results.json")
     assert results.complete
-    [failure] = results.failures
+    failure, unsteady = results.failures
     assert failure.server == "--block-size 7"
     assert LAST_WORDS in failure.message
-    [measured] = results.measurements
+    # Why, and what helps where it can.
+    assert unsteady.server == "--block-size 13"
+    assert unsteady.message.startswith("4 requests failed: ")
+    assert "2 x Service Unavailable" in unsteady.message
+    assert re.search(r"2 x [\w.]*ServerDisconnectedError", unsteady.message)
+    assert f"set {KEEP_ALIVE}={KEEP_ALIVE_S} in" in unsteady.message
+    assert unsteady.message in said
+    partly, measured = results.measurements
+    assert (partly.figures.completed, partly.figures.failed) == (4, 4)
+    assert sum(partly.figures.errors.values()) == 4
     assert measured.server == "--enforce-eager"
     figures = measured.figures
+    assert figures.errors == {}
     assert (figures.completed, figures.failed) == (8, 0)
     assert figures.output_tokens == 8 * 338
     assert figures.running_waiting == 3
