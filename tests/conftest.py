@@ -1,6 +1,9 @@
 """Fixtures and settings for all tests."""
 
+import logging
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,3 +30,15 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 def recall_model() -> Path:
     """Directory of the bundled model."""
     return REPOSITORY / "models" / "tiny-recall"
+
+
+@pytest.fixture(autouse=True)
+def vllm_logs_to_open_streams() -> Iterator[None]:
+    """Take vLLM's log away from a test's captured output, which is closed behind the test.
+
+    Each engine configuration that vLLM makes lets it log to what is standard output then.
+    """
+    yield
+    for handler in logging.getLogger("vllm").handlers:
+        if type(handler) is logging.StreamHandler:  # not those of pytest
+            handler.stream = sys.stdout  # setStream() would flush the closed one

@@ -52,7 +52,7 @@ def config_from_additional(additional_config: object) -> ThinkConfig | None:
 
 #: What else people may write for the key of our settings, letters alone.
 _NEAR_KEYS = ("think", "thinkvllm", "vllmthink", "thinkkv", "kvthink")
-#: How like one of these a key must be to be taken for it.
+#: How like one of these, or a setting, a key must be to be taken for it.
 _NEARNESS = 0.85
 
 
@@ -66,7 +66,7 @@ def check_place(additional_config: Mapping[Any, Any]) -> None:
         if key == ADDITIONAL_CONFIG_KEY:
             continue
         is_near = _is_near(str(key))
-        at_top = _find_ours({key: None})
+        at_top = _find_ours({key: None}) or _misspelt(str(key))
         found = at_top or _find_ours(value)
         # Below another key, names such as `kv_quant` may be settings of the plugin whose key it is.
         if is_near or at_top or "prune" in found or "channel" in found:
@@ -89,6 +89,12 @@ def _find_ours(value: Any) -> str:
     elif not isinstance(value, (list, tuple)):
         return ""
     return next(filter(None, map(_find_ours, value)), "")
+
+
+def _misspelt(key: str) -> str:
+    """The setting that a key was meant to be; empty if it is like none."""
+    names = difflib.get_close_matches(key, ThinkConfig.model_fields, n=1, cutoff=_NEARNESS)
+    return names[0] if names else ""
 
 
 def _is_near(key: str) -> bool:
