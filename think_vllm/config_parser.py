@@ -66,7 +66,7 @@ def check_place(additional_config: Mapping[Any, Any]) -> None:
         if key == ADDITIONAL_CONFIG_KEY:
             continue
         is_near = _is_near(str(key))
-        at_top = _find_ours({key: None}) or _misspelt(str(key))
+        at_top = _nearest(key)
         found = at_top or _find_ours(value)
         # Below another key, names such as `kv_quant` may be settings of the plugin whose key it is.
         if is_near or at_top or "prune" in found or "channel" in found:
@@ -82,7 +82,7 @@ def _find_ours(value: Any) -> str:
     """The first of our settings in what somebody else's key holds; empty if there is none."""
     if isinstance(value, Mapping):
         for name in value:
-            setting = str(name).lstrip("-").replace("-", "_").lower()
+            setting = _as_setting(name)
             if setting in ThinkConfig.model_fields:
                 return setting
         value = value.values()
@@ -91,10 +91,15 @@ def _find_ours(value: Any) -> str:
     return next(filter(None, map(_find_ours, value)), "")
 
 
-def _misspelt(key: str) -> str:
-    """The setting that a key was meant to be; empty if it is like none."""
-    names = difflib.get_close_matches(key, ThinkConfig.model_fields, n=1, cutoff=_NEARNESS)
-    return names[0] if names else ""
+def _nearest(key: Any) -> str:
+    """The setting that a key is or was meant to be; empty if it is like none."""
+    names = ThinkConfig.model_fields
+    return next(iter(difflib.get_close_matches(_as_setting(key), names, 1, _NEARNESS)), "")
+
+
+def _as_setting(name: Any) -> str:
+    """A flag or a key in the form that settings have."""
+    return str(name).lstrip("-").replace("-", "_").lower()
 
 
 def _is_near(key: str) -> bool:

@@ -126,6 +126,7 @@ def test_engine_options_are_refused(
         ({"kv_quant": "fp8"}, "kv_quant"),
         ({"kv_chanel_prune": 0.5}, "kv_channel_prune"),
         ({"kv_prune_prefil": True}, "kv_prune_prefill"),
+        ({"--kv-chanel-prune": 0.5}, "kv_channel_prune"),
         ({"think_vllm": {"kv_channel_prune": 0.5}}, "kv_channel_prune"),
         ({"think-vllm": {"kv_quant": "fp8"}}, "kv_quant"),
         ({"Think": {}}, "kv_channel_prune"),

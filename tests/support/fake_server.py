@@ -2,8 +2,7 @@
 
 Run with ``python -m tests.support.fake_server serve MODEL [flags] --port N``. It has a child that
 ignores SIGTERM. ``--block-size 7`` makes it end while starting, ``--block-size 11`` never answer,
-``--block-size 13``
-refuse two requests of four, one of them without an answer.
+``--block-size 13`` reject two requests of four, one of them without an answer.
 """
 
 import itertools

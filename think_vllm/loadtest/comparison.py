@@ -1,8 +1,9 @@
 """Figures of all rounds put together, and as multiples of plain vLLM's under the same load."""
 
 import statistics
-from collections import Counter
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from typing import Any
 
 from think_vllm.errors import ThinkError
@@ -14,7 +15,7 @@ COMPARED = (
     *("running_waiting", "output_tokens_per_s", "output_tokens_per_processor_s"),
     *("median_ttft_ms", "median_itl_ms", "median_tpot_ms"),
 )
-SUMMED = ("completed", "failed")
+SUMMED = ("completed", "failed", "errors")
 
 Key = tuple[str, str, LoadPoint]
 
@@ -136,10 +137,8 @@ def median_of(group: list[Measurement]) -> Figures:
     for name in Figures.model_fields:
         values = [getattr(one.figures, name) for one in group]
         there = [value for value in values if value is not None]
-        if name == "errors":
-            merged[name] = sum(map(Counter, there), Counter())
-        elif name in SUMMED:
-            merged[name] = sum(there)
+        if name in SUMMED:
+            merged[name] = reduce(add, there)
         elif len(there) < len(values):
             # In a round in which nobody waited, the others' figure means something else.
             merged[name] = None

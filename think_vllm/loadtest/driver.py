@@ -102,7 +102,7 @@ def figures_of(
     return Figures(
         completed=result["completed"],
         failed=result["failed"],
-        errors=dict(Counter(_reason_of(error) for error in result["errors"] if error)),
+        errors=Counter(filter(None, map(_reason_of, result["errors"]))),
         duration_s=result["duration"],
         requests_per_s=result["request_throughput"],
         output_tokens_per_s=result["output_throughput"],
@@ -129,5 +129,5 @@ def figures_of(
 
 
 def _reason_of(error: str) -> str:
-    """The last line of a traceback, or the one line that there is."""
-    return error.strip().splitlines()[-1]
+    """The last line of a traceback, or the one line that there is; empty if there is none."""
+    return error.strip().rpartition("\n")[2]

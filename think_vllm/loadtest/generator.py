@@ -50,8 +50,7 @@ class LoadGenerator:
         given = ["--backend", "vllm", "--base-url", server.url]
         given += ["--served-model-name", server.model, *arguments, "--disable-tqdm"]
         given += ["--save-result", "--result-dir", str(folder), "--result-filename", result.name]
-        # Why requests failed is among the details only.
-        given += ["--save-detailed"]
+        given += ["--save-detailed"]  # why requests failed is among the details only
         group = self._started()
         try:
             group.send(json.dumps({"arguments": given, "done": str(done)}))

@@ -1,5 +1,6 @@
 """What a run measured, as its JSON file has it. The other files are made from this."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any, Self
 
@@ -42,7 +43,9 @@ class Figures(_Record):
 
     completed: int
     failed: int
-    errors: dict[str, int] = Field(default={}, description="Why requests failed, and how many.")
+    errors: Counter[str] = Field(
+        default=Counter(), description="Why requests failed, and how many of them."
+    )
     duration_s: float
     requests_per_s: float
     output_tokens_per_s: float
