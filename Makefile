@@ -8,6 +8,7 @@ PORT ?= 8000
 PRUNE ?= 0.5
 QUANT ?= none
 TESTS ?= tests
+WORKERS ?= 2
 NAME ?=
 PART ?=
 ARGS ?=
@@ -16,11 +17,12 @@ ARGS ?=
 VLLM ?= 0.33.0
 CONTRACT := tests/plugin $(patsubst %,tests/unit/test_%.py,compat_requests compat_rows cpu_builder \
 	manager metrics_engine metrics_prometheus pipeline prefix_cache step windows) \
-	tests/e2e/test_served_logprobs.py
+	tests/engine tests/e2e/test_served_logprobs.py
 
 BIN := .venv/bin
 BUNDLED := models/tiny-recall
 CHART := deploy/helm/think-vllm
+SPREAD = $(if $(filter tests,$(TESTS)),-n $(WORKERS) --dist loadfile --no-loadscope-reorder)
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
 
 .PHONY: help setup serve test contract fmt lint type model bench bench-load quality-tables image-check gpu-kit gpu-check clean
@@ -40,14 +42,15 @@ serve: setup ## Serve MODEL, PRUNE of its key channels pruned, QUANT its format 
 		--kv-channel-prune $(PRUNE) --kv-quant $(QUANT) --port $(PORT) \
 		$(if $(IS_BUNDLED),--kv-cache-memory-bytes 268435456) $(ARGS)
 
-test: setup ## Run the tests (TESTS=path, ARGS="-k name")
-	$(OFFLINE) $(BIN)/python -m pytest $(TESTS) $(ARGS)
+# All tests run on two cores, a file on one of them; what TESTS names runs on one.
+test: setup ## Run the tests (TESTS=path, ARGS="-k name", WORKERS=2)
+	$(OFFLINE) $(BIN)/python -m pytest $(SPREAD) $(TESTS) $(ARGS)
 
 contract: setup ## Run the tests of what vLLM does for us on another vLLM's Python (VLLM=, TESTS=, ARGS=)
 	$(BIN)/python -m scripts.other_vllm $(VLLM)
 	PYTHONPATH=$(CURDIR)/.vllm/$(VLLM) $(BIN)/python -c \
 		"import vllm; assert vllm.__version__ == '$(VLLM)', vllm.__version__"
-	PYTHONPATH=$(CURDIR)/.vllm/$(VLLM) $(OFFLINE) $(BIN)/python -m pytest \
+	PYTHONPATH=$(CURDIR)/.vllm/$(VLLM) $(OFFLINE) $(BIN)/python -m pytest $(SPREAD) \
 		$(if $(filter-out tests,$(TESTS)),$(TESTS),$(CONTRACT)) $(ARGS)
 
 fmt: setup ## Format the code and fix what ruff can fix

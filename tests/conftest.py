@@ -5,9 +5,9 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
 
 # No test may reach a model hub, nor report usage. Before anything imports vLLM.
 for name, value in {
@@ -18,8 +18,14 @@ for name, value in {
 }.items():
     os.environ.setdefault(name, value)
 
+# Workers beside each other have a core each.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Without a GPU, Triton kernels run in Triton's interpreter. Triton decides this while it is
 # imported, which whatever test comes first may do.
+import torch  # noqa: E402  (behind what it reads while it is imported)
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -30,6 +36,14 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 def recall_model() -> Path:
     """Directory of the bundled model."""
     return REPOSITORY / "models" / "tiny-recall"
+
+
+@pytest.fixture(scope="session")
+def recall_reference(recall_model: Path) -> Any:
+    """The bundled model in plain transformers, float32."""
+    from tests.support.reference import Reference
+
+    return Reference(recall_model)
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Servers and references that end-to-end tests share: a start costs most of a minute."""
+"""Servers that end-to-end tests share: a start costs most of a minute."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -7,14 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.reference import Reference
 from tests.support.server import Server
-
-
-@pytest.fixture(scope="session")
-def recall_reference(recall_model: Path) -> Reference:
-    """The bundled model in plain transformers, float32."""
-    return Reference(recall_model)
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +18,6 @@ def serve(
     with ExitStack() as stack:
 
         def start(*arguments: str, model: Path = recall_model, **options: Any) -> Server:
-            # Processes of an idle server spin, which slows those under test.
             stack.close()
             log = tmp_path_factory.mktemp("server") / "server.log"
             return stack.enter_context(Server(model, arguments, log, **options))

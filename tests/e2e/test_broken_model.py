@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from tests.e2e.checks import EAGER, TOLERANCE, plan_served, worst_differences
+from tests.support.checks import EAGER, TOLERANCE, plan_served, worst_differences
 from tests.support.models import make_exact_llama
 from tests.support.reference import Reference, Thinning
 from tests.support.server import Completion, Server

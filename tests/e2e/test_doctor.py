@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.e2e.checks import EAGER, TOLERANCE, plan_served
+from tests.support.checks import EAGER, TOLERANCE, plan_served
 from tests.support.reference import Reference, Thinning
 from tests.support.server import offline_environment
 from think_vllm.cli.main import main

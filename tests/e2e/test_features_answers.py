@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.e2e.checks import EAGER, TOLERANCE, random_prompts, worst_differences
+from tests.support.checks import EAGER, TOLERANCE, random_prompts, worst_differences
 from tests.support.models import BUNDLED, make_llama
 from tests.support.reference import Reference, Thinning
 from tests.support.server import Completion, Server, completion_of

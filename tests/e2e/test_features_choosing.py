@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.e2e.checks import EAGER, TOLERANCE, plan_served, random_prompts
+from tests.support.checks import EAGER, TOLERANCE, plan_served, random_prompts
 from tests.support.models import make_exact_llama
 from tests.support.reference import Reference, Thinning
 from tests.support.server import Server, completion_of

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.checks import (
+from tests.support.adapters import make_adapter, merge_adapter
+from tests.support.checks import (
     EAGER,
     TOLERANCE,
     differences,
@@ -14,7 +15,6 @@ from tests.e2e.checks import (
     random_prompts,
     worst_differences,
 )
-from tests.support.adapters import make_adapter, merge_adapter
 from tests.support.models import make_llama
 from tests.support.reference import Reference, Thinning
 from tests.support.server import Completion, Server

@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.e2e.checks import EAGER, TOLERANCE, plan_served, random_prompts, worst_differences
+from tests.support.checks import EAGER, TOLERANCE, plan_served, random_prompts, worst_differences
 from tests.support.models import make_exact_llama
 from tests.support.reference import Reference, Thinning
 from tests.support.server import Completion, Server, completion_of, run_serve

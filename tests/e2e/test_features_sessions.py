@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.checks import TOLERANCE, random_prompts
+from tests.support.checks import TOLERANCE, random_prompts
 from tests.support.reference import Reference, Thinning
 from tests.support.server import offline_environment
 

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.e2e.checks import plan_served
 from tests.support.channels import kept_channels, kept_value_channels
+from tests.support.checks import plan_served
 from tests.support.reference import Thinning, thin_attention
 from think_vllm.formats import FORMATS
 from think_vllm.reference.attention import decode_attention_ref

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from tests.e2e.checks import (
+from tests.support.checks import (
     EAGER,
     FLOAT32,
     TOLERANCE,

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.e2e.checks import EAGER, TOLERANCE, plan_served, random_prompts, worst_differences
+from tests.support.checks import EAGER, TOLERANCE, plan_served, random_prompts, worst_differences
 from tests.support.metrics import Snapshot, read_metrics, settled_metrics
-from tests.support.prefix_reference import PrefixReference, View
+from tests.support.prefix_reference import HITS, PrefixReference, hit_of, view_of, worst
 from tests.support.reference import Reference, Thinning
 from tests.support.server import Completion, Server
 from think_vllm.cli.plan import budget_fields
@@ -27,35 +27,11 @@ PRUNED = (*EAGER, "--kv-channel-prune", "0.5", "--max-num-batched-tokens", "2048
 #: With 0.3 of the value channels too: 64 and 88 channels, 5 blocks of 48 tokens become 3.
 BOTH = Thinning(key_channels=64, span_tokens=240, value_channels=88)
 DENSE = {"vllm_xargs": {"kv_channel_prune": False}}
-HITS = "vllm:prefix_cache_hits_total"
 
 
 @pytest.fixture(scope="module")
 def prefix_reference(recall_model: Path) -> PrefixReference:
     return PrefixReference(recall_model)
-
-
-def worst(
-    reference: PrefixReference, prompt: list[int], completion: Completion, view: View
-) -> float:
-    expected = reference.logprobs(prompt, completion.tokens, view)
-    return max(abs(a - b) for a, b in zip(expected, completion.logprobs, strict=True))
-
-
-def view_of(
-    prompt: list[int], completion: Completion, thinning: Thinning = HALF, **hit: object
-) -> View:
-    return View(thinning, len(prompt), len(prompt) + len(completion.tokens) - 1, **hit)
-
-
-def hit_of(
-    server: Server, prompt: list[int], max_tokens: int, **options: Any
-) -> tuple[Completion, int]:
-    """Complete a prompt, and say how many of its tokens were in the cache."""
-    before = server.metric(HITS)
-    completion = server.complete(prompt, max_tokens, **options)
-    # Hits are counted when a request is admitted, and written with a later step.
-    return completion, int(server.metric(HITS) - before)
 
 
 class TestThinPrefixes:
@@ -67,27 +43,29 @@ class TestThinPrefixes:
         donor, other = random_prompts([1000, 150], seed=11)
         left, hit = hit_of(server, donor, 8)
         assert hit == 0
-        view = view_of(donor, left)
+        view = view_of(donor, left, HALF)
         assert worst(prefix_reference, donor, left, view) < TOLERANCE
         # 900 shared tokens hold four spans; the fifth is thin and has others' tokens.
         prompt = donor[:900] + other
         answer, hit = hit_of(server, prompt, 300)
         assert hit == 4 * 192
-        hit_view = view_of(prompt, answer, cached=view, cached_spans=4, cached_tokens=4 * 192)
+        hit_view = view_of(prompt, answer, HALF, cached=view, cached_spans=4, cached_tokens=4 * 192)
         assert worst(prefix_reference, prompt, answer, hit_view) < TOLERANCE
         # The comparison sees that the prefix was thin for the prompt's own queries.
-        assert worst(prefix_reference, prompt, answer, view_of(prompt, answer)) > 10 * TOLERANCE
+        assert (
+            worst(prefix_reference, prompt, answer, view_of(prompt, answer, HALF)) > 10 * TOLERANCE
+        )
 
     def test_conversation(self, server: Server, prefix_reference: PrefixReference) -> None:
         first, second = random_prompts([1000, 60], seed=12)
         left, hit = hit_of(server, first, 16)
-        view = view_of(first, left)
+        view = view_of(first, left, HALF)
         assert worst(prefix_reference, first, left, view) < TOLERANCE
         prompt = first + left.tokens + second
         answer, hit = hit_of(server, prompt, 40)
         # (1015 - 32) // 192 = 5 thin spans, and one dense block of question and answer behind.
         assert hit == 5 * 192 + 48
-        hit_view = view_of(prompt, answer, cached=view, cached_spans=5, cached_tokens=hit)
+        hit_view = view_of(prompt, answer, HALF, cached=view, cached_spans=5, cached_tokens=hit)
         assert worst(prefix_reference, prompt, answer, hit_view) < TOLERANCE
 
     def test_many_requests_share_a_prefix(
@@ -95,14 +73,14 @@ class TestThinPrefixes:
     ) -> None:
         system, *questions = random_prompts([800, *[40 + 13 * i for i in range(12)]], seed=13)
         left = server.complete(system, 2)
-        view = view_of(system, left)
+        view = view_of(system, left, HALF)
         prefix_reference.logprobs(system, left.tokens, view)
         prompts = [system + question for question in questions]
         before = server.metric(HITS)
         answers = server.complete_all(prompts, [250] * len(prompts))
         for prompt, answer in zip(prompts, answers, strict=True):
             # Four thin spans; the dense tail is one block, which ends at 816 > 800.
-            hit_view = view_of(prompt, answer, cached=view, cached_spans=4, cached_tokens=768)
+            hit_view = view_of(prompt, answer, HALF, cached=view, cached_spans=4, cached_tokens=768)
             assert worst(prefix_reference, prompt, answer, hit_view) < TOLERANCE
         assert server.metric(HITS) - before == len(prompts) * 768
         server.wait_for_metric("vllm:kv_cache_usage_perc", 0)
@@ -281,54 +259,3 @@ def test_dense_prefixes_are_exact(
         differences = worst_differences(recall_reference, [tokens], [completion], thinning)
         assert all(x < TOLERANCE for x in differences.values()), differences
     server.wait_for_metric("vllm:kv_cache_usage_perc", 0)
-
-
-def test_length_that_vllm_chooses_for_a_small_pool(
-    serve: Callable[..., Server], prefix_reference: PrefixReference
-) -> None:
-    # 23 blocks of 48 tokens hold 1,104 dense ones, and more while chunks of a prompt are compacted.
-    chunk = 64
-    arguments = ("--kv-prune-prefill", "--max-num-batched-tokens", str(chunk))
-    server = serve(
-        *EAGER, "--kv-channel-prune", "0.5", "--kv-value-prune", "0.3", *arguments,
-        "--max-model-len", "auto", "--no-async-scheduling",
-        kv_cache_bytes=24 * 196_608,
-    )  # fmt: skip
-    (model,) = server.get("/v1/models").json()["data"]
-    longest = model["max_model_len"]
-    assert 23 * 48 < longest < 2048
-    (prompt,) = random_prompts([longest - 40], seed=3)
-    completion = server.complete(prompt, 40)
-    assert len(completion.tokens) == 40
-    view = view_of(prompt, completion, BOTH)
-    view.chunk_starts = range(0, len(prompt), chunk)
-    assert worst(prefix_reference, prompt, completion, view) < TOLERANCE
-
-
-def test_prompts_pruned_at_chunk_ends(
-    serve: Callable[..., Server], prefix_reference: PrefixReference
-) -> None:
-    # 35 blocks of 48 tokens hold 1,680 dense ones; the null block is one more.
-    chunk, pool = 256, 36 * 196_608
-    arguments = ("--kv-prune-prefill", "--max-num-batched-tokens", str(chunk))
-    server = serve(
-        *EAGER, "--kv-channel-prune", "0.5", "--kv-value-prune", "0.3", *arguments,
-        "--max-model-len", "2048", "--no-async-scheduling",
-        kv_cache_bytes=pool,
-    )  # fmt: skip
-    for length in (200, 700, 1900):
-        (prompt,) = random_prompts([length], seed=length)
-        completion = server.complete(prompt, 60)
-        view = view_of(prompt, completion, BOTH)
-        view.chunk_starts = range(0, length, chunk)
-        assert worst(prefix_reference, prompt, completion, view) < TOLERANCE
-    # Spans of the last one come thin from the cache, tables and all.
-    (other,) = random_prompts([100], seed=1)
-    hitting = prompt[:700] + other
-    answer, hit = hit_of(server, hitting, 40)
-    assert hit == 2 * 240
-    hit_view = view_of(
-        hitting, answer, BOTH, cached=view, cached_spans=2, cached_tokens=hit,
-        chunk_starts=range(hit, len(hitting), chunk),
-    )  # fmt: skip
-    assert worst(prefix_reference, hitting, answer, hit_view) < TOLERANCE

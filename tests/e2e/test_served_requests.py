@@ -30,8 +30,9 @@ pytestmark = pytest.mark.e2e
 
 @pytest.fixture(scope="module")
 def server(serve: Callable[..., Server]) -> Server:
-    # The flags of `make serve`, with vLLM's default data type and compilation.
-    return serve("--kv-channel-prune", "0.5", "--max-num-seqs", "32")
+    # The flags of `make serve`, with vLLM's default data type, compilation and processes.
+    processes = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    return serve("--kv-channel-prune", "0.5", "--max-num-seqs", "32", environment=processes)
 
 
 def test_start_log_states_the_plan(server: Server) -> None:

@@ -1,4 +1,4 @@
-"""Families of models: each as a random-weight model, served and compared with the reference.
+"""Families of models: each as a random-weight model, loaded and compared with the reference.
 
 What differs between them is what comes before attention (biases, norms of queries and keys, scales,
 rotary positions), a cap on scores, and sinks.
@@ -11,13 +11,11 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.checks import EAGER, TOLERANCE, check_served, plan_served, worst_differences
-from tests.e2e.checks import random_prompts as prompts_of
+from tests.support.checks import EAGER, TOLERANCE, check_served, plan_served, worst_differences
+from tests.support.checks import random_prompts as prompts_of
+from tests.support.engine import Engine
 from tests.support.models import make_model
 from tests.support.reference import Reference, Thinning
-from tests.support.server import Server
-
-pytestmark = pytest.mark.e2e
 
 HEAD_SIZE = 64
 #: No ``head_dim`` in these families: hidden size / heads.
@@ -62,16 +60,16 @@ FAMILIES = {
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
 def test_served_logprobs_equal_the_reference(
-    serve: Callable[..., Server], tmp_path: Path, family: Family
+    load: Callable[..., Engine], tmp_path: Path, family: Family
 ) -> None:
     model = make_model(tmp_path, family.model_type, **family.settings)
     plan, arguments = plan_served(HEAD_SIZE, kv_channel_prune=0.5)
-    server = serve(*EAGER, *arguments, *family.arguments, model=model)
+    engine = load(*EAGER, *arguments, *family.arguments, model=model)
     span = plan.span_tokens
     lengths = [30, span + 31, span + 32, 700]
     counts = [span + 20] * len(lengths)
     reference = Reference(model)
-    completions = check_served(server, reference, lengths, counts, Thinning.of(plan))
+    completions = check_served(engine, reference, lengths, counts, Thinning.of(plan))
     # The comparison would notice if nothing were pruned.
     dense = worst_differences(reference, prompts_of(lengths)[-1:], completions[-1:], None)
     assert dense[700] > 10 * TOLERANCE

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from tests.support.engine import Engine
 from tests.support.reference import Reference, Thinning
 from tests.support.server import Completion, Server
 from think_vllm.config import ThinkConfig
@@ -63,7 +64,7 @@ def worst_differences(
 
 
 def check_served(
-    server: Server,
+    server: Server | Engine,
     reference: Reference,
     lengths: Sequence[int],
     max_tokens: Sequence[int],

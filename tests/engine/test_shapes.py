@@ -5,12 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.checks import EAGER, check_served, plan_served
+from tests.support.checks import EAGER, check_served, plan_served
+from tests.support.engine import Engine
 from tests.support.models import make_llama
 from tests.support.reference import Reference, Thinning
-from tests.support.server import Server
-
-pytestmark = pytest.mark.e2e
 
 
 @pytest.mark.parametrize(
@@ -19,7 +17,7 @@ pytestmark = pytest.mark.e2e
     ids=["mqa-64", "mha-80", "gqa-256"],
 )
 def test_served_logprobs_equal_the_reference(
-    serve: Callable[..., Server],
+    load: Callable[..., Engine],
     tmp_path: Path,
     head_size: int,
     num_heads: int,
@@ -37,7 +35,7 @@ def test_served_logprobs_equal_the_reference(
     )
     plan, arguments = plan_served(head_size, block_size, kv_channel_prune=ratio)
     span = plan.span_tokens
-    server = serve(*EAGER, *arguments, model=model)
+    engine = load(*EAGER, *arguments, model=model)
     lengths = [30, span + 32, span + 31, 2 * span + 100, 900]
     counts = [span + 20] * len(lengths)
-    check_served(server, Reference(model), lengths, counts, Thinning.of(plan))
+    check_served(engine, Reference(model), lengths, counts, Thinning.of(plan))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from tests.e2e.checks import (
+from tests.support.checks import (
     EAGER,
     FLOAT32,
     TOLERANCE,
@@ -22,19 +22,17 @@ from tests.e2e.checks import (
     random_prompts,
     worst_differences,
 )
+from tests.support.engine import Engine
 from tests.support.models import make_exact_llama
 from tests.support.reference import Reference, Thinning
-from tests.support.server import Server
 from think_vllm.formats import FORMATS
-
-pytestmark = pytest.mark.e2e
 
 MAX_MODEL_LEN = 2048
 
 
 @dataclass(frozen=True)
 class Case:
-    """One server.
+    """One engine.
 
     Args:
         quant: Its format.
@@ -85,7 +83,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_served_logprobs_equal_the_reference(
-    serve: Callable[..., Server], tmp_path: Path, case: Case
+    load: Callable[..., Engine], tmp_path: Path, case: Case
 ) -> None:
     head_size, num_heads, num_kv_heads = case.heads
     model = make_exact_llama(
@@ -111,7 +109,7 @@ def test_served_logprobs_equal_the_reference(
     limit = ["--max-model-len", str(MAX_MODEL_LEN)]
     if case.chunk:
         limit += ["--max-num-batched-tokens", str(case.chunk)]
-    server = serve(*case.arguments, *arguments, *limit, model=model, **options)
+    engine = load(*case.arguments, *arguments, *limit, model=model, **options)
 
     # Prompts shorter than the windows, at the first positions that see a span thin, and long;
     # then two more spans fill while decoding.
@@ -120,13 +118,13 @@ def test_served_logprobs_equal_the_reference(
     counts = [min(2 * span + 40, 800)] * (len(lengths) - 1) + [120]
     reference, thinning = Reference(model), Thinning.of(plan)
     # Greedy answers of a random model go round in circles: groups of equal tokens.
-    completions = check_served(server, reference, lengths, counts, thinning, frequency_penalty=2.0)
+    completions = check_served(engine, reference, lengths, counts, thinning, frequency_penalty=2.0)
     if case.small_pool:
-        assert server.metric("vllm:num_preemptions_total") > 0
+        assert engine.metric("vllm:num_preemptions_total") > 0
     if case.chunk:
         # Alone, so that its chunks are whole: the last one of its prompt is a single token.
         alone = [1 + case.chunk * (1 + (2 * span + 32) // case.chunk)]
-        check_served(server, reference, alone, [40], thinning, frequency_penalty=2.0)
+        check_served(engine, reference, alone, [40], thinning, frequency_penalty=2.0)
 
     # The comparison would notice if nothing were coded.
     prompts = random_prompts(lengths)
@@ -143,16 +141,16 @@ def test_served_logprobs_equal_the_reference(
 
 
 def test_bundled_model(
-    serve: Callable[..., Server], recall_model: Path, recall_reference: Reference
+    load: Callable[..., Engine], recall_model: Path, recall_reference: Reference
 ) -> None:
     # Several layers, and positions. Its keys differ from the reference's by 1e-7 and more, so
     # one that lies between two codes may get the other one, and its layer's successors differ by
     # more: a few log-probabilities of a request then do, by up to 1e-3.
     plan, arguments = plan_served(128, kv_channel_prune=0.5, kv_quant="k4v2")
-    server = serve(*EAGER, *arguments)
+    engine = load(*EAGER, *arguments)
     lengths = [33, plan.span_tokens + 32, 300, 700, 1000, 1700]
     prompts = random_prompts(lengths)
-    completions = server.complete_all(prompts, [300] * len(lengths))
+    completions = engine.complete_all(prompts, [300] * len(lengths))
     for prompt, completion in zip(prompts, completions, strict=True):
         served = differences(recall_reference, prompt, completion, Thinning.of(plan))
         assert served.median() < TOLERANCE, len(prompt)
@@ -173,12 +171,12 @@ def half_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("quant", FORMATS)
-def test_float16(serve: Callable[..., Server], half_model: Path, quant: str) -> None:
+def test_float16(load: Callable[..., Engine], half_model: Path, quant: str) -> None:
     plan, arguments = plan_served(64, itemsize=2, kv_channel_prune=0.5, kv_quant=quant)
-    server = serve("--dtype", "float16", "--enforce-eager", *arguments, model=half_model)
+    engine = load("--dtype", "float16", "--enforce-eager", *arguments, model=half_model)
     lengths = [40, plan.span_tokens + 32, 900]
     prompts = random_prompts(lengths)
-    completions = server.complete_all(prompts, [plan.span_tokens + 20] * 3, frequency_penalty=2.0)
+    completions = engine.complete_all(prompts, [plan.span_tokens + 20] * 3, frequency_penalty=2.0)
     reference, thinning = Reference(half_model), Thinning.of(plan)
     for prompt, completion in zip(prompts, completions, strict=True):
         served = differences(reference, prompt, completion, thinning)

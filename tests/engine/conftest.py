@@ -1,0 +1,26 @@
+"""An engine at a time, in a process of their own."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.engine import Engine, engine_process
+
+
+@pytest.fixture(scope="session")
+def process() -> Iterator[ProcessPoolExecutor]:
+    with engine_process() as process:
+        yield process
+
+
+@pytest.fixture(scope="session")
+def load(process: ProcessPoolExecutor, recall_model: Path) -> Callable[..., Engine]:
+    """Load an engine. It replaces the one before."""
+
+    def start(*arguments: str, model: Path = recall_model, **options: Any) -> Engine:
+        return Engine(process, model, arguments, **options)
+
+    return start
