@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -29,6 +29,10 @@ import torch  # noqa: E402  (behind what it reads while it is imported)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+if TYPE_CHECKING:
+    from tests.support.prefix_reference import PrefixReference
+    from tests.support.reference import Reference
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -39,11 +43,19 @@ def recall_model() -> Path:
 
 
 @pytest.fixture(scope="session")
-def recall_reference(recall_model: Path) -> Any:
+def recall_reference(recall_model: Path) -> "Reference":
     """The bundled model in plain transformers, float32."""
     from tests.support.reference import Reference
 
     return Reference(recall_model)
+
+
+@pytest.fixture(scope="session")
+def prefix_reference(recall_model: Path) -> "PrefixReference":
+    """The same for prompts whose prefix was hit, or which were pruned chunk by chunk."""
+    from tests.support.prefix_reference import PrefixReference
+
+    return PrefixReference(recall_model)
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Servers that end-to-end tests share: a start costs most of a minute."""
+"""Servers that end-to-end tests share: a start costs 20 seconds and more."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack

@@ -13,15 +13,14 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.checks import EAGER, TOLERANCE, random_prompts, worst_differences
+from tests.support.checks import EAGER, HALF, TOLERANCE, random_prompts, worst_differences
 from tests.support.models import BUNDLED, make_llama
-from tests.support.reference import Reference, Thinning
-from tests.support.server import Completion, Server, completion_of
+from tests.support.reference import Reference
+from tests.support.served import Completion
+from tests.support.server import Server, completion_of
 
 pytestmark = pytest.mark.e2e
 
-#: 0.5 at head size 128 in float32: 63 channels, 4 blocks of 48 tokens become 3.
-HALF = Thinning(key_channels=63, span_tokens=192)
 PROMPT = random_prompts([400], seed=5)[0]
 #: Index of the answer's first token whose query sees the second span thin.
 SECOND_SPAN = 2 * HALF.span_tokens + HALF.recent_window - len(PROMPT)

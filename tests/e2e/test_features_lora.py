@@ -17,7 +17,8 @@ from tests.support.checks import (
 )
 from tests.support.models import make_llama
 from tests.support.reference import Reference, Thinning
-from tests.support.server import Completion, Server
+from tests.support.served import Completion
+from tests.support.server import Server
 
 pytestmark = pytest.mark.e2e
 

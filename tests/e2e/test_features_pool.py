@@ -16,7 +16,8 @@ import pytest
 from tests.support.checks import EAGER, TOLERANCE, plan_served, random_prompts, worst_differences
 from tests.support.models import make_exact_llama
 from tests.support.reference import Reference, Thinning
-from tests.support.server import Completion, Server, completion_of, run_serve
+from tests.support.served import Completion
+from tests.support.server import Server, completion_of, run_serve
 
 pytestmark = pytest.mark.e2e
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.checks import TOLERANCE, random_prompts
-from tests.support.reference import Reference, Thinning
+from tests.support.checks import HALF, TOLERANCE, random_prompts
+from tests.support.reference import Reference
 from tests.support.server import offline_environment
 
 pytestmark = pytest.mark.e2e
@@ -73,7 +73,6 @@ def test_sessions_are_refused_alone(
     session, others = json.loads(line.removeprefix("RESULT"))
     assert "streaming-input sessions" in session
     assert len(others) == 2
-    thinning = Thinning(key_channels=63, span_tokens=192)
     for tokens, logprobs in others:
-        expected = recall_reference.logprobs(prompt, tokens, thinning)
+        expected = recall_reference.logprobs(prompt, tokens, HALF)
         assert logprobs == pytest.approx(expected, abs=TOLERANCE)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.checks import TOLERANCE, random_prompts
-from tests.support.reference import Reference, Thinning
+from tests.support.checks import HALF, TOLERANCE, random_prompts
+from tests.support.reference import Reference
 from tests.support.server import offline_environment
 
 pytestmark = pytest.mark.e2e
@@ -54,9 +54,8 @@ def test_llm_takes_additional_config(
     assert done.returncode == 0, done.stderr[-3000:]
     line = next(x for x in done.stdout.splitlines() if x.startswith("RESULT"))
     assert "REFUSED kv_channel_prune is 0.4" in done.stdout
-    half = Thinning(key_channels=63, span_tokens=192)
     for prompt, (tokens, logprobs), thinning in zip(
-        prompts, json.loads(line.removeprefix("RESULT")), [half, half, None], strict=True
+        prompts, json.loads(line.removeprefix("RESULT")), [HALF, HALF, None], strict=True
     ):
         expected = recall_reference.logprobs(prompt, tokens, thinning)
         assert max(abs(a - b) for a, b in zip(expected, logprobs, strict=True)) < TOLERANCE

@@ -9,18 +9,17 @@ import pytest
 
 from tests.support.checks import (
     EAGER,
+    HALF,
     TOLERANCE,
     check_served,
     random_prompts,
     worst_differences,
 )
-from tests.support.reference import Reference, Thinning
+from tests.support.reference import Reference
 from tests.support.server import Server
 
 pytestmark = pytest.mark.e2e
 
-#: 0.5 at head size 128 in float32: 63 channels, 4 blocks of 48 tokens become 3.
-HALF = Thinning(key_channels=63, span_tokens=192)
 PRUNED = (*EAGER, "--kv-channel-prune", "0.5")
 
 

@@ -26,7 +26,8 @@ from tests.support.checks import (
 from tests.support.metrics import read_metrics, settled_metrics
 from tests.support.models import copy_tokenizer, make_exact_llama, make_llama
 from tests.support.reference import Reference, Thinning
-from tests.support.server import Completion, Server
+from tests.support.served import Completion
+from tests.support.server import Server
 from think_vllm.cli.plan import budget_fields
 from think_vllm.models import AttentionLayers
 from think_vllm.planner import BlockPlan

@@ -4,34 +4,35 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.support.checks import EAGER, TOLERANCE, plan_served, random_prompts, worst_differences
+from tests.support.checks import (
+    BOTH,
+    EAGER,
+    HALF,
+    HITS,
+    TOLERANCE,
+    hit_of,
+    plan_served,
+    random_prompts,
+    worst_differences,
+)
 from tests.support.metrics import Snapshot, read_metrics, settled_metrics
-from tests.support.prefix_reference import HITS, PrefixReference, hit_of, view_of, worst
-from tests.support.reference import Reference, Thinning
-from tests.support.server import Completion, Server
+from tests.support.prefix_reference import PrefixReference, view_of, worst
+from tests.support.reference import Reference
+from tests.support.served import Completion
+from tests.support.server import Server
 from think_vllm.cli.plan import budget_fields
 from think_vllm.metrics.catalog import SHARE_EDGES
 from think_vllm.models import AttentionLayers
 
 pytestmark = pytest.mark.e2e
 
-#: 0.5 at head size 128 in float32: 63 channels, 4 blocks of 48 tokens become 3.
-HALF = Thinning(key_channels=63, span_tokens=192)
 PRUNED = (*EAGER, "--kv-channel-prune", "0.5", "--max-num-batched-tokens", "2048")
-#: With 0.3 of the value channels too: 64 and 88 channels, 5 blocks of 48 tokens become 3.
-BOTH = Thinning(key_channels=64, span_tokens=240, value_channels=88)
 DENSE = {"vllm_xargs": {"kv_channel_prune": False}}
-
-
-@pytest.fixture(scope="module")
-def prefix_reference(recall_model: Path) -> PrefixReference:
-    return PrefixReference(recall_model)
 
 
 class TestThinPrefixes:
@@ -259,3 +260,25 @@ def test_dense_prefixes_are_exact(
         differences = worst_differences(recall_reference, [tokens], [completion], thinning)
         assert all(x < TOLERANCE for x in differences.values()), differences
     server.wait_for_metric("vllm:kv_cache_usage_perc", 0)
+
+
+def test_length_that_vllm_chooses_for_a_small_pool(
+    serve: Callable[..., Server], prefix_reference: PrefixReference
+) -> None:
+    # 23 blocks of 48 tokens hold 1,104 dense ones, and more while chunks of a prompt are compacted.
+    chunk = 64
+    arguments = ("--kv-prune-prefill", "--max-num-batched-tokens", str(chunk))
+    server = serve(
+        *EAGER, "--kv-channel-prune", "0.5", "--kv-value-prune", "0.3", *arguments,
+        "--max-model-len", "auto", "--no-async-scheduling",
+        kv_cache_bytes=24 * 196_608,
+    )  # fmt: skip
+    (model,) = server.get("/v1/models").json()["data"]
+    longest = model["max_model_len"]
+    assert 23 * 48 < longest < 2048
+    (prompt,) = random_prompts([longest - 40], seed=3)
+    completion = server.complete(prompt, 40)
+    assert len(completion.tokens) == 40
+    view = view_of(prompt, completion, BOTH)
+    view.chunk_starts = range(0, len(prompt), chunk)
+    assert worst(prefix_reference, prompt, completion, view) < TOLERANCE

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.reference import Reference, Thinning
-from tests.support.server import Completion, Server
+from tests.support.served import Completion
+from tests.support.server import Server
 from tests.support.soak import CASES, MAX_MODEL_LEN, soak
 from tests.support.soak_checks import (
     TOLERANCE,

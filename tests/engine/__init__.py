@@ -1,1 +1,1 @@
-"""Tests of vLLM's engine with thin blocks, in the process of the tests."""
+"""Tests of vLLM's engine with thin blocks, without a server."""

@@ -1,4 +1,4 @@
-"""Coded thin blocks: served log-probabilities of every format against the reference.
+"""Coded thin blocks: log-probabilities of every format against the reference.
 
 On models whose keys and values are exact (``make_exact_llama``), so that both sides code the
 same bits.
@@ -82,7 +82,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_served_logprobs_equal_the_reference(
+def test_logprobs_equal_the_reference(
     load: Callable[..., Engine], tmp_path: Path, case: Case
 ) -> None:
     head_size, num_heads, num_kv_heads = case.heads

@@ -9,6 +9,7 @@ from tests.conftest import REPOSITORY
 from tests.support.checks import (
     EAGER,
     FLOAT32,
+    HALF,
     TOLERANCE,
     check_served,
     random_prompts,
@@ -18,8 +19,6 @@ from tests.support.engine import Engine
 from tests.support.metrics import settled_metrics
 from tests.support.reference import Reference, Thinning
 
-#: 0.5 at head size 128 in float32: 63 channels, 4 blocks of 48 tokens become 3.
-HALF = Thinning(key_channels=63, span_tokens=192)
 PRUNED = (*EAGER, "--kv-channel-prune", "0.5")
 
 

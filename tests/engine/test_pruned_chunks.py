@@ -1,44 +1,10 @@
 """Prompts pruned chunk by chunk, and prefix caching with that."""
 
 from collections.abc import Callable
-from pathlib import Path
 
-import pytest
-
-from tests.support.checks import EAGER, TOLERANCE, random_prompts
+from tests.support.checks import BOTH, EAGER, TOLERANCE, hit_of, random_prompts
 from tests.support.engine import Engine
-from tests.support.prefix_reference import PrefixReference, hit_of, view_of, worst
-from tests.support.reference import Thinning
-
-#: 0.5 at head size 128 in float32, with 0.3 of the value channels too: 64 and 88 channels, 5
-#: blocks of 48 tokens become 3.
-BOTH = Thinning(key_channels=64, span_tokens=240, value_channels=88)
-
-
-@pytest.fixture(scope="module")
-def prefix_reference(recall_model: Path) -> PrefixReference:
-    return PrefixReference(recall_model)
-
-
-def test_length_that_vllm_chooses_for_a_small_pool(
-    load: Callable[..., Engine], prefix_reference: PrefixReference
-) -> None:
-    # 23 blocks of 48 tokens hold 1,104 dense ones, and more while chunks of a prompt are compacted.
-    chunk = 64
-    arguments = ("--kv-prune-prefill", "--max-num-batched-tokens", str(chunk))
-    engine = load(
-        *EAGER, "--kv-channel-prune", "0.5", "--kv-value-prune", "0.3", *arguments,
-        "--max-model-len", "auto", "--no-async-scheduling",
-        kv_cache_bytes=24 * 196_608,
-    )  # fmt: skip
-    longest = engine.max_model_len
-    assert 23 * 48 < longest < 2048
-    (prompt,) = random_prompts([longest - 40], seed=3)
-    completion = engine.complete(prompt, 40)
-    assert len(completion.tokens) == 40
-    view = view_of(prompt, completion, BOTH)
-    view.chunk_starts = range(0, len(prompt), chunk)
-    assert worst(prefix_reference, prompt, completion, view) < TOLERANCE
+from tests.support.prefix_reference import PrefixReference, view_of, worst
 
 
 def test_prompts_pruned_at_chunk_ends(

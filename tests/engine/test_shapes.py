@@ -16,7 +16,7 @@ from tests.support.reference import Reference, Thinning
     [(64, 8, 1, 3, 0.5, None), (80, 4, 4, 2, 0.4, 32), (256, 4, 2, 2, 0.7, None)],
     ids=["mqa-64", "mha-80", "gqa-256"],
 )
-def test_served_logprobs_equal_the_reference(
+def test_logprobs_equal_the_reference(
     load: Callable[..., Engine],
     tmp_path: Path,
     head_size: int,

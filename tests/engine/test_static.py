@@ -6,14 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.checks import FLOAT32, TOLERANCE, random_prompts
+from tests.support.checks import FLOAT32, HITS, TOLERANCE, random_prompts
 from tests.support.engine import Engine
 from tests.support.static_server import Static
 from think_vllm.cli.plan_static import static_budget
 
 #: Key/value heads and layers of the bundled model.
 HEADS = LAYERS = 2
-HITS = "vllm:prefix_cache_hits_total"
 
 
 class TestPlain:
@@ -64,6 +63,6 @@ class TestPlain:
         before = engine.metric("vllm:num_preemptions_total")
         # All start together, in 38 blocks of the 69 that there are, and they grow to 137.
         prompts = random_prompts([100, 133, 240, 80, 150, 155, 60, 170])
-        done = engine.complete_together(prompts, 400)
+        done = engine.complete_all(prompts, [400] * len(prompts))
         assert static.worst(prompts, done) < TOLERANCE
         assert engine.metric("vllm:num_preemptions_total") > before

@@ -9,8 +9,14 @@ from typing import Any
 
 import pytest
 
-from tests.support.checks import EAGER, TOLERANCE, check_served, plan_served, worst_differences
-from tests.support.checks import random_prompts as prompts_of
+from tests.support.checks import (
+    EAGER,
+    TOLERANCE,
+    check_served,
+    plan_served,
+    random_prompts,
+    worst_differences,
+)
 from tests.support.engine import Engine
 from tests.support.models import make_model
 from tests.support.reference import Reference, Thinning
@@ -62,7 +68,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], tuple[str, ...], dict[str, Any]]]
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
-def test_served_logprobs_equal_the_reference(
+def test_logprobs_equal_the_reference(
     load: Callable[..., Engine],
     tmp_path: Path,
     family: tuple[str, dict[str, Any], tuple[str, ...], dict[str, Any]],
@@ -77,7 +83,7 @@ def test_served_logprobs_equal_the_reference(
     reference = Reference(model)
     completions = check_served(engine, reference, lengths, counts, Thinning.of(plan))
     # The comparison would notice if nothing were pruned.
-    dense = worst_differences(reference, prompts_of(lengths)[-1:], completions[-1:], None)
+    dense = worst_differences(reference, random_prompts(lengths)[-1:], completions[-1:], None)
     assert dense[700] > 10 * TOLERANCE
     layers = settings["layer_types"]
     told = f"{layers.count(FULL)} of {len(layers)} layers become thin; the others have a sliding"

@@ -1,4 +1,4 @@
-"""Comparing a server's log-probabilities with the reference."""
+"""Comparing log-probabilities of a server or an engine with the reference."""
 
 import random
 from collections.abc import Sequence
@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 
-from tests.support.engine import Engine
 from tests.support.reference import Reference, Thinning
-from tests.support.server import Completion, Server
+from tests.support.served import Completion, Served
 from think_vllm.config import ThinkConfig
 from think_vllm.planner import BlockPlan, plan_blocks
 
@@ -17,6 +16,12 @@ from think_vllm.planner import BlockPlan, plan_blocks
 TOLERANCE = 1e-4
 FLOAT32 = ("--dtype", "float32", "--max-num-seqs", "16")
 EAGER = (*FLOAT32, "--enforce-eager")
+HITS = "vllm:prefix_cache_hits_total"
+
+#: 0.5 at head size 128 in float32: 63 channels, 4 blocks of 48 tokens become 3.
+HALF = Thinning(key_channels=63, span_tokens=192)
+#: With 0.3 of the value channels too: 64 and 88 channels, 5 blocks of 48 tokens become 3.
+BOTH = Thinning(key_channels=64, span_tokens=240, value_channels=88)
 
 
 def random_prompts(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
@@ -64,7 +69,7 @@ def worst_differences(
 
 
 def check_served(
-    server: Server | Engine,
+    server: Served,
     reference: Reference,
     lengths: Sequence[int],
     max_tokens: Sequence[int],
@@ -84,3 +89,13 @@ def check_served(
     worst = worst_differences(reference, prompts, completions, thinning)
     assert all(x < TOLERANCE for x in worst.values()), worst
     return completions
+
+
+def hit_of(
+    server: Served, prompt: list[int], max_tokens: int, **options: Any
+) -> tuple[Completion, int]:
+    """Complete a prompt, and say how many of its tokens were in the cache."""
+    before = server.metric(HITS)
+    completion = server.complete(prompt, max_tokens, **options)
+    # Hits are counted when a request is admitted, and written with a later step.
+    return completion, int(server.metric(HITS) - before)

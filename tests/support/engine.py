@@ -16,13 +16,13 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
-import pytest
+from tests.support.served import GREEDY, KV_CACHE_BYTES, Completion, Served
+from tests.support.server import offline_environment
 
-from tests.support.server import KV_CACHE_BYTES, Completion, metric_of, offline_environment
 
-
-class Engine:
+class Engine(Served):
     """The engine that was loaded last.
 
     Args:
@@ -43,53 +43,26 @@ class Engine:
         arguments = [*arguments, "--kv-cache-memory-bytes", str(kv_cache_bytes)]
         self._log: str = process.submit(_load, str(model), arguments).result()
 
-    @property
-    def max_model_len(self) -> int:
-        """Tokens of the longest request."""
-        return self._process.submit(_max_model_len).result()
-
     def complete(self, prompt: list[int], max_tokens: int, **options: Any) -> Completion:
-        """Greedy completion of exactly ``max_tokens`` tokens."""
         return self.complete_all([prompt], [max_tokens], **options)[0]
-
-    def complete_together(
-        self, prompts: Sequence[list[int]], max_tokens: int, **options: Any
-    ) -> list[Completion]:
-        """Complete all prompts at the same time."""
-        return self.complete_all(prompts, [max_tokens] * len(prompts), **options)
 
     def complete_all(
         self, prompts: Sequence[list[int]], max_tokens: Sequence[int], **options: Any
     ) -> list[Completion]:
-        """Complete all prompts at the same time."""
         return self._process.submit(_complete, prompts, max_tokens, options).result()
 
-    def log_tail(self, lines: int = 60) -> str:
-        """The end of what think-vllm logged while the engine started."""
-        return "\n".join(self._log.splitlines()[-lines:])
+    def log_text(self) -> str:
+        """What think-vllm logged while the engine started."""
+        return self._log
 
     def metrics_text(self) -> str:
-        """All metrics, as Prometheus gets them."""
         return self._process.submit(_metrics_text).result()
-
-    def metric(self, name: str, label: str = "") -> float:
-        """Sum of a Prometheus metric over its labels, or over those that hold ``label``."""
-        return metric_of(self.metrics_text(), name, label)
-
-    def wait_for_metric(self, name: str, value: float) -> None:
-        """As of a server, but nothing runs behind the last answer that one could wait for."""
-        assert self.metric(name) == value
 
 
 @contextmanager
 def engine_process() -> Iterator[ProcessPoolExecutor]:
     """A process for engines, one after the other."""
-    with pytest.MonkeyPatch.context() as patch:
-        environment = offline_environment()
-        for name in set(os.environ) - set(environment):
-            patch.delenv(name)
-        for name, value in environment.items():
-            patch.setenv(name, value)
+    with patch.dict(os.environ, offline_environment(), clear=True):
         process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
         process.submit(int).result()  # it has its environment
     with process:
@@ -140,18 +113,12 @@ def _stop() -> None:
     cleanup_dist_env_and_memory()
 
 
-def _max_model_len() -> int:
-    length: int = _llm.llm_engine.model_config.max_model_len
-    return length
-
-
 def _complete(
     prompts: Sequence[list[int]], max_tokens: Sequence[int], options: dict[str, Any]
 ) -> list[Completion]:
     from vllm import SamplingParams
 
-    usual = {"temperature": 0, "logprobs": 0, "ignore_eos": True}
-    params = [SamplingParams(max_tokens=count, **usual, **options) for count in max_tokens]
+    params = [SamplingParams(max_tokens=count, **GREEDY, **options) for count in max_tokens]
     asked = [{"prompt_token_ids": prompt} for prompt in prompts]
     return [_completion_of(done) for done in _llm.generate(asked, params, use_tqdm=False)]
 

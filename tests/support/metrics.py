@@ -4,7 +4,7 @@ import time
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.support.server import METRIC_TIMEOUT_S, POLL_S, Server
+from tests.support.served import METRIC_TIMEOUT_S, POLL_S, Served
 from think_vllm.metrics.catalog import HELD, PREFIX, SHARE, SHARE_EDGES, SPANS
 
 
@@ -47,12 +47,12 @@ class Snapshot:
         return [self.value(f"{SHARE}_bucket", le=str(float(edge))) for edge in SHARE_EDGES]
 
 
-def read_metrics(server: Server) -> Snapshot:
+def read_metrics(server: Served) -> Snapshot:
     """Look now."""
     return Snapshot(server.metrics_text())
 
 
-def settled_metrics(server: Server, spans: float | None = None) -> Snapshot:
+def settled_metrics(server: Served, spans: float | None = None) -> Snapshot:
     """Look when nothing runs any more.
 
     Args:

@@ -14,11 +14,8 @@ import torch
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 from tests.support.channels import kept_channels, kept_value_channels
-from tests.support.engine import Engine
 from tests.support.reference import Thinning
-from tests.support.server import Completion, Server
-
-HITS = "vllm:prefix_cache_hits_total"
+from tests.support.served import Completion
 
 #: Per layer, the channels that each token's key and value keep once it is thin: bool [2, Hk, n, D].
 Kept = list[torch.Tensor]
@@ -198,13 +195,3 @@ def worst(
 def view_of(prompt: list[int], completion: Completion, thinning: Thinning, **hit: Any) -> View:
     """The view of a request that is done."""
     return View(thinning, len(prompt), len(prompt) + len(completion.tokens) - 1, **hit)
-
-
-def hit_of(
-    server: Server | Engine, prompt: list[int], max_tokens: int, **options: Any
-) -> tuple[Completion, int]:
-    """Complete a prompt, and say how many of its tokens were in the cache."""
-    before = server.metric(HITS)
-    completion = server.complete(prompt, max_tokens, **options)
-    # Hits are counted when a request is admitted, and written with a later step.
-    return completion, int(server.metric(HITS) - before)

@@ -11,20 +11,17 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import httpx
 
+from tests.support.served import GREEDY, KV_CACHE_BYTES, POLL_S, Completion, Served
 from think_vllm.loadtest.server import server_environment
 
 START_TIMEOUT_S = 300
 REQUEST_TIMEOUT_S = 600
-METRIC_TIMEOUT_S = 30
-POLL_S = 0.1
-KV_CACHE_BYTES = 256 * 2**20
 
 
 def serve_arguments(model_tag: str | None, **given: Any) -> argparse.Namespace:
@@ -45,21 +42,12 @@ def serve_arguments(model_tag: str | None, **given: Any) -> argparse.Namespace:
     return argparse.Namespace(**{**usual, "model_tag": model_tag, **given})
 
 
-@dataclass(frozen=True)
-class Completion:
-    """One completion: token ids, and the log-probability of each."""
-
-    tokens: list[int]
-    logprobs: list[float]
-    text: str
-
-
 def completion_of(choice: dict[str, Any]) -> Completion:
     """A choice of an answer that was asked for token ids and log-probabilities."""
     return Completion(choice["token_ids"], choice["logprobs"]["token_logprobs"], choice["text"])
 
 
-class Server:
+class Server(Served):
     """vLLM's OpenAI-compatible server in a process of its own.
 
     Args:
@@ -160,10 +148,9 @@ class Server:
         finally:
             os.killpg(self._process.pid, signal.SIGCONT)
 
-    def log_tail(self, lines: int = 60) -> str:
-        """The end of the server's output."""
-        text = self.log.read_text(encoding="utf-8", errors="replace")
-        return "\n".join(text.splitlines()[-lines:])
+    def log_text(self) -> str:
+        """The server's output."""
+        return self.log.read_text(encoding="utf-8", errors="replace")
 
     def post(self, path: str, body: dict[str, Any]) -> httpx.Response:
         """POST a JSON body."""
@@ -208,9 +195,7 @@ class Server:
         body = {
             "prompt": prompt,
             "max_tokens": max_tokens,
-            "temperature": 0,
-            "logprobs": 0,
-            "ignore_eos": True,
+            **GREEDY,
             "return_token_ids": True,
             **options,
         }
@@ -242,37 +227,9 @@ class Server:
             }
         return [found[place] for place in range(len(prompts))]
 
-    def wait_for_metric(self, name: str, value: float) -> None:
-        """Wait until a metric has a value; vLLM updates its metrics after the answer."""
-        deadline = time.monotonic() + METRIC_TIMEOUT_S
-        while (seen := self.metric(name)) != value:
-            if time.monotonic() > deadline:
-                raise AssertionError(f"{name} is {seen} after {METRIC_TIMEOUT_S} s, not {value}")
-            time.sleep(POLL_S)
-
     def metrics_text(self) -> str:
         """All metrics, as Prometheus gets them."""
         return self._client.get(f"{self.url}/metrics").text
-
-    def metric(self, name: str, label: str = "") -> float:
-        """Sum of a Prometheus metric over its labels, or over those that hold ``label``."""
-        return metric_of(self.metrics_text(), name, label)
-
-
-def metric_of(text: str, name: str, label: str = "") -> float:
-    """Sum of a metric in what Prometheus gets, over its labels or those that hold ``label``.
-
-    Raises:
-        KeyError: If it is not there.
-    """
-    values = [
-        float(line.rsplit(" ", 1)[1])
-        for line in text.splitlines()
-        if line.startswith((name + "{", name + " ")) and label in line
-    ]
-    if not values:
-        raise KeyError(f"{name} is not among the server's metrics")
-    return sum(values)
 
 
 def run_serve(model: Path, arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from tests.support.reference import Reference, Thinning
-from tests.support.server import Completion, Server
+from tests.support.served import Completion
+from tests.support.server import Server
 from tests.support.soak_jobs import Job
 
 #: Float32, as in ``tests/e2e/checks.py``: other orders of the same sums.

@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 
 from tests.support.checks import TOLERANCE, random_prompts
-from tests.support.engine import Engine
-from tests.support.server import Completion, Server
+from tests.support.served import Completion, Served
 from tests.support.static_tables import MaskedModel, mask, random_tables
 from think_vllm.config import ThinkConfig
 from think_vllm.static.plan import StaticPlan, plan_static
@@ -46,7 +45,7 @@ class Static:
             for prompt, done in zip(prompts, completions, strict=True)
         )
 
-    def check(self, server: Server | Engine, lengths: list[int], counts: list[int]) -> None:
+    def check(self, server: Served, lengths: list[int], counts: list[int]) -> None:
         """Compare a load with the reference, and see that the whole model says something else."""
         prompts = random_prompts(lengths)
         done = server.complete_all(prompts, counts)

@@ -3,10 +3,14 @@
 from collections.abc import Callable
 from itertools import pairwise
 
+import pytest
+
 from tests.support.checks import EAGER, TOLERANCE, plan_served, random_prompts, worst_differences
-from tests.support.engine import Engine
 from tests.support.metrics import settled_metrics
 from tests.support.reference import Reference, Thinning
+from tests.support.server import Server
+
+pytestmark = pytest.mark.e2e
 
 MAX_MODEL_LEN = 2048
 LENGTHS = [60, 300, 420, 610, 700, 955, 1100, 1433]
@@ -22,7 +26,7 @@ def losses(reference: Reference, prompts: list[list[int]], thinning: Thinning) -
 
 
 def test_requests_beyond_the_limit_stay_dense(
-    load: Callable[..., Engine], recall_reference: Reference
+    serve: Callable[..., Server], recall_reference: Reference
 ) -> None:
     plan, _ = plan_served(128, kv_channel_prune=0.5)
     thinning = Thinning.of(plan)
@@ -36,9 +40,9 @@ def test_requests_beyond_the_limit_stay_dense(
     # Of little more than the longest request: some are preempted, and go on as they began.
     pool = (MAX_MODEL_LEN // plan.block_size + 2) * plan.layout.run_bytes * 2 * 2
     limits = ("--max-model-len", str(MAX_MODEL_LEN), "--max-num-batched-tokens", "160")
-    engine = load(*EAGER, *flags, *limits, kv_cache_bytes=pool)
-    answers = engine.complete_together(prompts, 260)
-    assert engine.metric("vllm:num_preemptions_total") > 0
+    server = serve(*EAGER, *flags, *limits, kv_cache_bytes=pool)
+    answers = server.complete_together(prompts, 260)
+    assert server.metric("vllm:num_preemptions_total") > 0
     for prompt, answer, loss in zip(prompts, answers, lost, strict=True):
         kept, other = (None, thinning) if loss > limit else (thinning, None)
         worst = worst_differences(recall_reference, [prompt], [answer], kept)
@@ -46,13 +50,13 @@ def test_requests_beyond_the_limit_stay_dense(
         if len(prompt) > plan.span_tokens:
             others = worst_differences(recall_reference, [prompt], [answer], other)
             assert others[len(prompt)] > 10 * TOLERANCE, loss
-    seen = settled_metrics(engine)
+    seen = settled_metrics(server)
     assert seen.total("requests_kept_dense") == sum(loss > limit for loss in lost)
     # A prompt with the same beginning finds exact blocks, whoever left them.
-    before = engine.metric("vllm:prefix_cache_hits_total")
-    again = engine.complete(prompts[-1], 20)
-    assert engine.metric("vllm:prefix_cache_hits_total") - before > 1000
+    before = server.metric("vllm:prefix_cache_hits_total")
+    again = server.complete(prompts[-1], 20)
+    assert server.metric("vllm:prefix_cache_hits_total") - before > 1000
     kept = None if lost[-1] > limit else thinning
     worst = worst_differences(recall_reference, [prompts[-1]], [again], kept)
     assert worst[LENGTHS[-1]] < TOLERANCE
-    engine.wait_for_metric("vllm:kv_cache_usage_perc", 0)
+    server.wait_for_metric("vllm:kv_cache_usage_perc", 0)
