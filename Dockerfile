@@ -50,7 +50,7 @@ VOLUME ["/cache"]
 EXPOSE 8000
 HEALTHCHECK --interval=15s --timeout=10s --start-period=5m --retries=4 \
     CMD ["python3", "-c", "import http.client as h; c = h.HTTPConnection('127.0.0.1', 8000, timeout=8); c.request('GET', '/health'); raise SystemExit(c.getresponse().status != 200)"]
-# `vllm` does not start with the CPU build (think_vllm/cli/serve.py); this takes the same arguments.
+# `vllm` does not start with the CPU build (think_vllm/tools/serve.py); this takes the same arguments.
 ENTRYPOINT ["think-vllm", "serve"]
 CMD ["models/tiny-recall", "--kv-channel-prune", "0.5", "--kv-cache-memory-bytes", "268435456"]
 

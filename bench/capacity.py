@@ -28,14 +28,14 @@ from transformers import AutoConfig
 
 from bench.machine import describe_machine
 from tests.support.server import Server
-from think_vllm.config import ThinkConfig
-from think_vllm.loadtest import server as loadtest
-from think_vllm.loadtest.comparison import ratios_of
-from think_vllm.loadtest.driver import generator_arguments, measure_load
-from think_vllm.loadtest.generator import LoadGenerator
-from think_vllm.loadtest.results import Figures
-from think_vllm.loadtest.scenario import LoadPoint, Scenario
-from think_vllm.planner import BlockPlan, plan_blocks
+from think_vllm.plan.planner import BlockPlan, plan_blocks
+from think_vllm.plan.settings import ThinkConfig
+from think_vllm.tools.bench.comparison import ratios_of
+from think_vllm.tools.bench.driver import generator_arguments, measure_load
+from think_vllm.tools.bench.generator import LoadGenerator
+from think_vllm.tools.bench.results import Figures
+from think_vllm.tools.bench.scenario import LoadPoint, Scenario
+from think_vllm.tools.common import server as loadtest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 VLLM_BLOCK_SIZE = 128  # its default on CPUs

@@ -15,14 +15,14 @@ import torch
 
 from bench.machine import describe_machine
 from tests.support.vllm_kernel import vllm_attention
-from think_vllm.attention.cpu_evict import CPUEvictor
-from think_vllm.attention.evicting import Pack, Watched
-from think_vllm.choosing import Chooser, top_channels
-from think_vllm.config import ThinkConfig
 from think_vllm.kernels.cpu.compaction import compact_spans
 from think_vllm.kernels.cpu.scoring import add_query_energy, key_energy
-from think_vllm.planner import BlockPlan, plan_blocks
-from think_vllm.policies import LayerHeads
+from think_vllm.plan.planner import BlockPlan, plan_blocks
+from think_vllm.plan.settings import ThinkConfig
+from think_vllm.worker.channel_selection import Chooser, top_channels
+from think_vllm.worker.cpu.eviction import CPUEvictor
+from think_vllm.worker.eviction_step import Pack, Watched
+from think_vllm.worker.policies import LayerHeads
 
 
 class EndOfPrompt:

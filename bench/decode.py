@@ -17,15 +17,15 @@ import torch
 
 from bench.machine import describe_machine
 from tests.support.vllm_kernel import vllm_attention
-from think_vllm.config import ThinkConfig
-from think_vllm.formats import FORMATS
 from think_vllm.kernels.cpu.compaction import compact_spans
 from think_vllm.kernels.cpu.decode import DecodeRows, decode_attention
 from think_vllm.kernels.cpu.static_attention import static_attention
 from think_vllm.kernels.cpu.static_store import store_static
-from think_vllm.planner import BlockPlan, plan_blocks
-from think_vllm.static.blocks import StaticChannels
-from think_vllm.static.plan import StaticPlan, plan_static
+from think_vllm.kernels.static_cache import StaticChannels
+from think_vllm.plan.formats import FORMATS
+from think_vllm.plan.planner import BlockPlan, plan_blocks
+from think_vllm.plan.settings import ThinkConfig
+from think_vllm.plan.static_plan import StaticPlan, plan_static
 
 VLLM_BLOCK_SIZE = 128  # its default on CPUs
 

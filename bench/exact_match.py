@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from think_vllm.evals.recall import CODE_DIGITS, RecallSample
-from think_vllm.evals.stats import wilson_interval
+from think_vllm.tools.eval.recall import CODE_DIGITS, RecallSample
+from think_vllm.tools.eval.stats import wilson_interval
 
 HEADER = (
     "| measured on | keys pruned | format | channels by | thin | right "

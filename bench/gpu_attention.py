@@ -23,9 +23,9 @@ from bench.gpu_check.machine import gpu_machine
 from bench.gpu_rivals import RIVALS, Kernel, Maker, flash_version, take
 from csrc_triton.decode import decode_attention, decode_splits
 from csrc_triton.splits import make_workspace
-from think_vllm.config import ThinkConfig
-from think_vllm.formats import FORMATS
-from think_vllm.planner import BlockPlan, plan_blocks
+from think_vllm.plan.formats import FORMATS
+from think_vllm.plan.planner import BlockPlan, plan_blocks
+from think_vllm.plan.settings import ThinkConfig
 
 L2_BYTES = 256 * 2**20  # larger than any L2 cache
 COPY_BYTES = 2 * 2**30

@@ -38,7 +38,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from bench.machine import describe_machine
 from tests.conftest import REPOSITORY
-from think_vllm.selection import remember_plan, selected_engine
+from think_vllm.hooks.engine import remember_plan, selected_engine
 
 VLLM_BLOCK_SIZE = 128  # its default on CPUs
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -202,7 +202,7 @@ def measure_scheduler(options: argparse.Namespace) -> None:
 def thin_spec(dense: FullAttentionSpec) -> FullAttentionSpec:
     """The spec that layers of the engine whose plan was remembered get."""
     # Imported only now: it registers the spec with its manager.
-    from think_vllm.blocks.spec import ThinKVCacheSpec
+    from think_vllm.scheduler.spec import ThinKVCacheSpec
 
     return ThinKVCacheSpec.from_dense(dense, selected_engine())
 
@@ -229,7 +229,7 @@ def decode_step(context: int, requests: int, block_size: int, prompt: int) -> An
 
 def measure_builder(options: argparse.Namespace) -> None:
     """Print a table of steps of the metadata builders."""
-    from think_vllm.attention.cpu_builder import ThinkCPUMetadataBuilder
+    from think_vllm.worker.cpu.builder import ThinkCPUMetadataBuilder
 
     print("| format | requests | context | due | plain us | thin us | ratio |")
     print("| --- | --- | --- | --- | --- | --- | --- |")

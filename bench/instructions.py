@@ -34,8 +34,8 @@ from bench.sass import (
 )
 from bench.source_lines import Chain, number_lines
 from csrc_triton import aot, decode
-from think_vllm.formats import FORMATS
-from think_vllm.planner import BlockPlan
+from think_vllm.plan.formats import FORMATS
+from think_vllm.plan.planner import BlockPlan
 
 #: Functions of the kernel over dense blocks have this in their names.
 DENSE = "dense"

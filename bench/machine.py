@@ -1,6 +1,6 @@
 """What a figure was measured on."""
 
-from think_vllm.loadtest.machine import this_machine
+from think_vllm.tools.common.machine import this_machine
 
 
 def describe_machine() -> str:

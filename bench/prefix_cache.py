@@ -32,11 +32,11 @@ from bench.capacity import (
 from bench.machine import describe_machine
 from tests.support.models import BUNDLED
 from tests.support.server import Server
-from think_vllm.loadtest import server as loadtest
-from think_vllm.loadtest.driver import generator_arguments
-from think_vllm.loadtest.generator import LoadGenerator
-from think_vllm.loadtest.scenario import LoadPoint, Scenario
-from think_vllm.planner import plan_blocks
+from think_vllm.plan.planner import plan_blocks
+from think_vllm.tools.bench.driver import generator_arguments
+from think_vllm.tools.bench.generator import LoadGenerator
+from think_vllm.tools.bench.scenario import LoadPoint, Scenario
+from think_vllm.tools.common import server as loadtest
 
 HEADER = (
     "| server | hit rate | of plain | plan | questions | errors |\n"

@@ -31,10 +31,10 @@ from bench.quality_simulated import SIMULATED_FORMATS, simulated_rows
 from models.recipe.evaluate import POLICIES, SIZES
 from tests.support.models import BUNDLED
 from tests.support.server import Server
-from think_vllm.config import ThinkConfig
-from think_vllm.evals.recall import CODE_DIGITS, RecallSample, recall_samples
-from think_vllm.formats import FORMATS
-from think_vllm.planner import BlockPlan, plan_blocks
+from think_vllm.plan.formats import FORMATS
+from think_vllm.plan.planner import BlockPlan, plan_blocks
+from think_vllm.plan.settings import ThinkConfig
+from think_vllm.tools.eval.recall import CODE_DIGITS, RecallSample, recall_samples
 
 RATIOS = (0.0, 0.4, 0.5, 0.6)
 ALL_RATIOS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)

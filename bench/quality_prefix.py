@@ -25,7 +25,7 @@ from bench.machine import describe_machine
 from bench.quality import QUESTION_MARK, is_right
 from tests.support.models import BUNDLED
 from tests.support.server import Server
-from think_vllm.evals.recall import QUESTION_TOKENS, RecallSample, recall_samples
+from think_vllm.tools.eval.recall import QUESTION_TOKENS, RecallSample, recall_samples
 
 HEADER = "| prefix | flags | right | tokens hit, of all |\n| --- | --- | --- | --- |"
 FORMATS = {

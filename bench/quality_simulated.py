@@ -24,9 +24,9 @@ from models.recipe.evaluate import (
     prefill,
     prune_keys,
 )
-from think_vllm.evals.recall import RecallSample
-from think_vllm.formats import FORMATS, BlockFormat
-from think_vllm.reference.quantization import code_and_back
+from think_vllm.kernels.reference.quantization import code_and_back
+from think_vllm.plan.formats import FORMATS, BlockFormat
+from think_vllm.tools.eval.recall import RecallSample
 
 SIMULATED_FORMATS = ("none", "kivi4", "k4v2")
 

@@ -22,8 +22,8 @@ from bench.tables.engine import ask, check, code_version, flags
 from bench.tables.report import write_report
 from bench.tables.results import Results
 from think_vllm.errors import ThinkError
-from think_vllm.evals.pictures import check_pictures
-from think_vllm.evals.provenance import collect_provenance
+from think_vllm.tools.common.provenance import collect_provenance
+from think_vllm.tools.eval.pictures import check_pictures
 
 OUT = Path("docs/results/quality-tables")
 DOCUMENT = Path("docs/quality.md")

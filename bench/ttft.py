@@ -16,7 +16,7 @@ from pathlib import Path
 from bench.machine import describe_machine
 from tests.support.models import BUNDLED, make_llama
 from tests.support.server import Server
-from think_vllm.formats import FORMATS
+from think_vllm.plan.formats import FORMATS
 
 
 def seconds_to_answer(server: Server, prompt: list[int]) -> float:

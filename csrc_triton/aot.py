@@ -25,10 +25,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from think_vllm.config import ThinkConfig
-from think_vllm.formats import FORMATS
-from think_vllm.planner import BlockPlan, plan_blocks
-from think_vllm.static.plan import StaticPlan, plan_static
+from think_vllm.plan.formats import FORMATS
+from think_vllm.plan.planner import BlockPlan, plan_blocks
+from think_vllm.plan.settings import ThinkConfig
+from think_vllm.plan.static_plan import StaticPlan, plan_static
 
 #: Modules of this package that have kernels; those that do not exist are left out.
 MODULES = ("store", "scores", "compact", "decode", "context")

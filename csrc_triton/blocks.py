@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 
 from csrc_triton.launch import STRIDE_MULTIPLE
-from think_vllm.layout import ThinLayout
-from think_vllm.planner import BlockPlan
+from think_vllm.plan.layout import ThinLayout
+from think_vllm.plan.planner import BlockPlan
 
 #: Compile-time numbers of a plan, in the order in which kernels take them:
 #: D head size, N tokens of a dense block, SPAN and THIN blocks of a span before and after,

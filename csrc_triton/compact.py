@@ -24,7 +24,7 @@ from csrc_triton.checks import check_tasks, check_tensor
 from csrc_triton.coding import element_pointer
 from csrc_triton.gather import code_matrix
 from csrc_triton.launch import kernel, whole_stride
-from think_vllm.planner import BlockPlan
+from think_vllm.plan.planner import BlockPlan
 
 #: Programs at most: a few for each multiprocessor. They share out (span, KV head) items.
 MAX_PROGRAMS = 512

@@ -14,8 +14,8 @@ from csrc_triton.blocks import cache_bytes, cache_strides, check_cache, element_
 from csrc_triton.decode import attention_constants, check_rows, check_scale, launch_options
 from csrc_triton.launch import kernel, row_strides, whole_stride
 from csrc_triton.tiles import attend_dense, attend_thin, span_tiles
-from think_vllm.formats import Coding
-from think_vllm.planner import BlockPlan
+from think_vllm.plan.formats import Coding
+from think_vllm.plan.planner import BlockPlan
 
 #: Queries of a program: tokens times heads of a group. Tiles of 2-bit keys leave fewer registers.
 QUERIES = 32

@@ -31,8 +31,8 @@ from csrc_triton.splits import (
     make_workspace,
 )
 from csrc_triton.tiles import attend_dense, attend_thin, span_tiles
-from think_vllm.formats import Coding
-from think_vllm.planner import BlockPlan
+from think_vllm.plan.formats import Coding
+from think_vllm.plan.planner import BlockPlan
 
 #: Query heads of a program: 8 is the narrowest product of tensor cores.
 MIN_QUERIES = 8

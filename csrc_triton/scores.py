@@ -1,9 +1,9 @@
-"""Energies of channels: what ``think_vllm/policies.py`` makes scores of.
+"""Energies of channels: what ``think_vllm/worker/policies.py`` makes scores of.
 
 Source: ThinK, arXiv 2407.21018, section 3.2: a key channel scores the norm of its observed queries
 times the norm of its keys. Means of squares rank channels alike; with grouped queries the
 mean runs over the heads of the group as well. A value channel scores the norm of the observed
-queries' outputs; see ``think_vllm/reference/scoring.py``. Sums run in an order that depends on
+queries' outputs; see ``think_vllm/kernels/reference/scoring.py``. Sums run in an order that depends on
 nothing but the prompt itself, so the same prompt chooses the same channels in any batch.
 """
 
@@ -23,7 +23,7 @@ from csrc_triton.blocks import (
 from csrc_triton.checks import ELEMENTS, check_heads, check_tasks, check_tensor
 from csrc_triton.coding import as_float, element_pointer, load_bits
 from csrc_triton.launch import kernel, row_strides, whole_stride
-from think_vllm.planner import BlockPlan
+from think_vllm.plan.planner import BlockPlan
 
 #: Tokens whose keys one program sums up, in whole blocks.
 CHUNK_TOKENS = 1024

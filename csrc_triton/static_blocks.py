@@ -9,8 +9,8 @@ import triton.language as tl
 
 from csrc_triton.checks import check_tensor
 from csrc_triton.dots import dot_constants
-from think_vllm.static.blocks import StaticChannels, check_static_cache
-from think_vllm.static.plan import StaticPlan
+from think_vllm.kernels.static_cache import StaticChannels, check_static_cache
+from think_vllm.plan.static_plan import StaticPlan
 
 #: Least size of a ``tl.dot`` operand. Blocks have multiples of as many tokens.
 MIN_PAD = 16

@@ -22,7 +22,7 @@ from csrc_triton.static_blocks import (
     tile_tokens,
 )
 from csrc_triton.static_tiles import attend_static, gather_query
-from think_vllm.static.plan import StaticPlan
+from think_vllm.plan.static_plan import StaticPlan
 
 #: Query rows of a program, tokens times heads of a group, and tokens of a tile. Neither spills at
 #: head sizes up to 256, coded or not; what is fastest on a GPU has not been measured.

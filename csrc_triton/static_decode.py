@@ -25,7 +25,7 @@ from csrc_triton.static_blocks import (
     tile_tokens,
 )
 from csrc_triton.static_tiles import attend_static, gather_query
-from think_vllm.static.plan import StaticPlan
+from think_vllm.plan.static_plan import StaticPlan
 
 #: Tokens of a tile. Codes need more registers: with more of them, some would spill.
 PLAIN_TILE = 64

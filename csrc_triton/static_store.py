@@ -18,8 +18,8 @@ from csrc_triton.coding import (
 )
 from csrc_triton.launch import kernel, row_strides, whole_stride
 from csrc_triton.static_blocks import ChannelOrder, check_order, kept_channels, static_constants
-from think_vllm.static.blocks import check_static_cache
-from think_vllm.static.plan import StaticPlan
+from think_vllm.kernels.static_cache import check_static_cache
+from think_vllm.plan.static_plan import StaticPlan
 
 #: Tokens of a program: one 32-byte sector of a key channel in bf16.
 TOKENS = 16

@@ -16,7 +16,7 @@ from csrc_triton.blocks import (
 )
 from csrc_triton.checks import check_heads, check_tensor
 from csrc_triton.launch import kernel, row_strides, whole_stride
-from think_vllm.planner import BlockPlan
+from think_vllm.plan.planner import BlockPlan
 
 #: Tokens of a program.
 TOKENS = 16

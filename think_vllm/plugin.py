@@ -7,8 +7,9 @@ nor kernels are imported, unless a config asks for thin blocks.
 import contextlib
 import logging
 
-from think_vllm import VLLM_VERSIONS, __version__, compat
+from think_vllm import VLLM_VERSIONS, __version__
 from think_vllm.errors import FLAGS
+from think_vllm.hooks import platform as compat
 
 # A child of vLLM's logger, so that vLLM's handlers and levels apply.
 logger = logging.getLogger("vllm.think_vllm")
@@ -16,8 +17,8 @@ logger = logging.getLogger("vllm.think_vllm")
 
 def register() -> None:
     """Install the hooks; safe to call more than once."""
-    from think_vllm import activation
-    from think_vllm.cli.flags import add_flags
+    from think_vllm.hooks import activation
+    from think_vllm.hooks.flags import add_flags
 
     if compat.supported_vllm():
         compat.install(add_flags, activation.activate, activation.select_backend)

@@ -22,7 +22,7 @@ from typing import Any
 from bench.gpu_check.engine import BUNDLED, make_llm
 from bench.gpu_check.jit import CompilationCounter
 from bench.gpu_check.machine import REPOSITORY, gpu_machine
-from think_vllm.evals.recall import RecallSample, recall_prompt
+from think_vllm.tools.eval.recall import RecallSample, recall_prompt
 
 PROMPTS = 48
 PROMPT_TOKENS = 1200

@@ -20,10 +20,10 @@ from csrc_triton.decode import decode_attention, decode_splits
 from csrc_triton.scores import add_query_energy, key_energy
 from csrc_triton.splits import make_workspace
 from csrc_triton.store import store_dense
-from think_vllm.attention.cuda_warmup import warm_up
-from think_vllm.config import ThinkConfig
-from think_vllm.formats import FORMATS
-from think_vllm.planner import BlockPlan, plan_blocks
+from think_vllm.plan.formats import FORMATS
+from think_vllm.plan.planner import BlockPlan, plan_blocks
+from think_vllm.plan.settings import ThinkConfig
+from think_vllm.worker.cuda.warmup import warm_up
 
 HEADS = (32, 8)
 HEAD_SIZE = 128

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.gpu_check.machine import gpu_machine
-from think_vllm.formats import FORMATS
+from think_vllm.plan.formats import FORMATS
 
 METRICS = (
     "gpu__time_duration.sum",

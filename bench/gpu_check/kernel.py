@@ -13,9 +13,9 @@ import torch
 
 from bench.gpu_attention import memory_needed, random_memory, think_kernel
 from csrc_triton.compact import compact_spans
-from think_vllm.config import ThinkConfig
-from think_vllm.formats import FORMATS
-from think_vllm.planner import BlockPlan, plan_blocks
+from think_vllm.plan.formats import FORMATS
+from think_vllm.plan.planner import BlockPlan, plan_blocks
+from think_vllm.plan.settings import ThinkConfig
 
 HEADS = (32, 8)
 HEAD_SIZE = 128

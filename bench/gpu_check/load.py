@@ -20,7 +20,7 @@ from typing import Any
 from bench.gpu_check.engine import BUNDLED, SHAPE_8B, make_llm, make_shape
 from bench.gpu_check.machine import gpu_machine
 from bench.gpu_check.trace import Trace, summarize
-from think_vllm.formats import FORMATS
+from think_vllm.plan.formats import FORMATS
 
 #: Ids that every model here has.
 TOKENS = range(4, 384)

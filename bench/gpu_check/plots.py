@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from think_vllm.loadtest.plots import COLORS, DPI
+from think_vllm.tools.bench.plots import COLORS, DPI
 
 #: What decode attention is compared with.
 BASELINE = "FlashAttention 3"

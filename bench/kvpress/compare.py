@@ -28,7 +28,7 @@ from bench.kvpress.presses import KINDS, Case
 from bench.tables.beside import CHOICES, FILE
 from bench.tables.questions import Question, judge, questions
 from bench.tables.results import Results, Row
-from think_vllm.evals.provenance import collect_provenance
+from think_vllm.tools.common.provenance import collect_provenance
 
 #: Prompts whose choices are compared directly; the references loop in Python.
 DIRECT_PROMPTS = 5

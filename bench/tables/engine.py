@@ -16,13 +16,13 @@ from bench.tables.configurations import Configuration
 from bench.tables.questions import ANSWER_TOKENS, Question, judge, questions
 from bench.tables.results import Results, Row
 from think_vllm import __version__
-from think_vllm.budget import kept_tokens
-from think_vllm.config import flag_name
-from think_vllm.config_parser import parse_config
-from think_vllm.doctor.examination import run_probe
-from think_vllm.doctor.probe import ProbeJob
 from think_vllm.errors import ThinkError
-from think_vllm.planner import plan_blocks
+from think_vllm.plan.budget import kept_tokens
+from think_vllm.plan.parsing import parse_config
+from think_vllm.plan.planner import plan_blocks
+from think_vllm.plan.settings import flag_name
+from think_vllm.tools.doctor.examination import run_probe
+from think_vllm.tools.doctor.probe import ProbeJob
 
 #: Enough for as many of the longest requests, dense, as run at once.
 SEQUENCES, POOL_BYTES = 16, 128 * 2**20
@@ -114,7 +114,7 @@ def calibrate(model: Path, path: Path) -> None:
         ThinkError: If the command fails.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "think_vllm.cli.main", "calibrate", str(model)]
+    command = [sys.executable, "-m", "think_vllm.tools.cli", "calibrate", str(model)]
     done = subprocess.run(
         [*command, "--task", "recall", "--out", str(path)],
         capture_output=True,

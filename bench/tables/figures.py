@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from bench.tables.results import Row
-from think_vllm.evals.stats import Difference, Estimate, estimate_difference, estimate_mean
+from think_vllm.tools.eval.stats import Difference, Estimate, estimate_difference, estimate_mean
 
 #: Of all bootstraps.
 SEED = 0

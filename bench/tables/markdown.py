@@ -6,7 +6,7 @@ from bench.tables.configurations import POLICIES, RATIOS, configurations
 from bench.tables.figures import compare, share_right, sign, within_a_point
 from bench.tables.questions import WAYS
 from bench.tables.results import Results, Row
-from think_vllm.evals.stats import Difference, Estimate
+from think_vllm.tools.eval.stats import Difference, Estimate
 
 DENSE = "dense"
 FIRST_POLICY = next(iter(POLICIES))

@@ -8,8 +8,8 @@ from bench.tables.figures import compare, share_right
 from bench.tables.markdown import DENSE, known_policies
 from bench.tables.questions import SIZES, WAYS
 from bench.tables.results import Results
-from think_vllm.evals.pictures import new_figure, save
-from think_vllm.evals.stats import Estimate
+from think_vllm.tools.eval.pictures import new_figure, save
+from think_vllm.tools.eval.stats import Estimate
 
 #: Shares below this are drawn in colours that want white letters.
 _DARK = 0.6

@@ -18,7 +18,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from think_vllm.evals.recall import BOS, CODE_DIGITS, STOP, VOCABULARY, recall_samples
+from think_vllm.tools.eval.recall import BOS, CODE_DIGITS, STOP, VOCABULARY, recall_samples
 
 #: Tokens of prompt and answer, and records among them.
 SIZES = ((512, 32), (1024, 64), (2048, 96))

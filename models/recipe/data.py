@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from think_vllm.evals.recall import (
+from think_vllm.tools.eval.recall import (
     BOS,
     CODE_DIGITS,
     RECORD_TOKENS,

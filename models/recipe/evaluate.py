@@ -27,7 +27,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from think_vllm.evals.recall import ANSWER_TOKENS, CODE_DIGITS, RecallSample, recall_samples
+from think_vllm.tools.eval.recall import ANSWER_TOKENS, CODE_DIGITS, RecallSample, recall_samples
 
 from .init import HEAD_DIM
 

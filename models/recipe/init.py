@@ -17,7 +17,7 @@ import math
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from think_vllm.evals.recall import BOS, EOS, PAD, VOCABULARY
+from think_vllm.tools.eval.recall import BOS, EOS, PAD, VOCABULARY
 
 from .tokenizer import stop_token_ids
 

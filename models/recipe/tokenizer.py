@@ -7,7 +7,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from think_vllm.evals.recall import BOS, EOS, PAD, STOP, UNK, VOCABULARY
+from think_vllm.tools.eval.recall import BOS, EOS, PAD, STOP, UNK, VOCABULARY
 
 # The model knows no roles: a conversation is its contents in order, and an earlier answer ends
 # with the stop mark that made the server stop. The text starts with `<s>` because servers

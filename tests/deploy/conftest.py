@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from think_vllm.compat_moved import moved
+from think_vllm.hooks.moved import moved
 from think_vllm.plugin import register
 
 Parse = Callable[[Sequence[str]], argparse.Namespace]

@@ -14,7 +14,7 @@ from tests.support.deploy import (
     metric_names,
     read_yaml,
 )
-from think_vllm.config_parser import parse_config
+from think_vllm.plan.parsing import parse_config
 
 FILES = ["compose.yaml", "compose.cpu.yaml"]
 SERVICES = [(file, name) for file in FILES for name in ("thin", "plain", "prometheus", "grafana")]

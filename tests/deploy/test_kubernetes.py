@@ -13,8 +13,8 @@ from tests.deploy.conftest import Parse
 from tests.support.chart import CHART, RELEASE, VALUES, install_chart, render_chart
 from tests.support.deploy import DEPLOY, read_yaml
 from think_vllm import __version__
-from think_vllm.config import ThinkConfig
-from think_vllm.config_parser import parse_config
+from think_vllm.plan.parsing import parse_config
+from think_vllm.plan.settings import ThinkConfig
 
 MANIFEST = DEPLOY / "kubernetes" / "think-vllm.yaml"
 Objects = dict[str, dict[str, Any]]

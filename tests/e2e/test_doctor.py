@@ -11,11 +11,11 @@ import torch
 from tests.support.checks import EAGER, TOLERANCE, plan_served
 from tests.support.reference import Reference, Thinning
 from tests.support.server import offline_environment
-from think_vllm.cli.main import main
-from think_vllm.doctor.examination import Examination, Generation, run_probe
-from think_vllm.doctor.finding import Level
-from think_vllm.doctor.probe import ProbeJob
 from think_vllm.errors import ThinkError
+from think_vllm.tools.cli import main
+from think_vllm.tools.doctor.examination import Examination, Generation, run_probe
+from think_vllm.tools.doctor.finding import Level
+from think_vllm.tools.doctor.probe import ProbeJob
 
 pytestmark = pytest.mark.e2e
 
@@ -24,7 +24,7 @@ ARGUMENTS = [*EAGER, *FLAGS, "--kv-cache-memory-bytes", "100000000"]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "think_vllm.cli.main", "doctor", *arguments]
+    command = [sys.executable, "-m", "think_vllm.tools.cli", "doctor", *arguments]
     environment = offline_environment()
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.server import offline_environment
-from think_vllm.loadtest.results import Results
+from think_vllm.tools.bench.results import Results
 
 pytestmark = pytest.mark.e2e
 
@@ -30,7 +30,7 @@ def test_bench_compares_two_servers(recall_model: Path, tmp_path: Path) -> None:
     scenario = tmp_path / "few.yaml"
     scenario.write_text(SCENARIO, encoding="utf-8")
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "think_vllm.cli.main", "bench", str(recall_model)]
+    command = [sys.executable, "-m", "think_vllm.tools.cli", "bench", str(recall_model)]
     command += ["--config", "--kv-channel-prune 0.5 --kv-quant k4v2", "--scenario", str(scenario)]
     command += ["--kv-cache-memory-bytes", str(POOL_BYTES), "--out", str(out)]
     command += ["--server-args", "--enforce-eager --max-model-len 512"]

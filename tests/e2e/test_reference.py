@@ -9,9 +9,9 @@ import torch
 from tests.support.channels import kept_channels, kept_value_channels
 from tests.support.checks import plan_served
 from tests.support.reference import Thinning, thin_attention
-from think_vllm.formats import FORMATS
-from think_vllm.reference.attention import decode_attention_ref
-from think_vllm.reference.compaction import compact_spans_ref
+from think_vllm.kernels.reference.attention import decode_attention_ref
+from think_vllm.kernels.reference.compaction import compact_spans_ref
+from think_vllm.plan.formats import FORMATS
 
 HEAD_SIZE, KV_HEADS, HEADS = 64, 2, 4
 

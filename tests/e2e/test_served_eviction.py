@@ -18,7 +18,7 @@ from tests.support.checks import (
 )
 from tests.support.reference import Reference, Thinning
 from tests.support.server import Server
-from think_vllm.planner import BlockPlan
+from think_vllm.plan.planner import BlockPlan
 
 pytestmark = pytest.mark.e2e
 

@@ -17,7 +17,7 @@ from tests.support.checks import (
 from tests.support.models import make_exact_llama
 from tests.support.reference import Reference, Thinning
 from tests.support.server import Server
-from think_vllm.formats import FORMATS
+from think_vllm.plan.formats import FORMATS
 
 pytestmark = pytest.mark.e2e
 

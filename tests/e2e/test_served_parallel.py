@@ -28,9 +28,9 @@ from tests.support.models import copy_tokenizer, make_exact_llama, make_llama
 from tests.support.reference import Reference, Thinning
 from tests.support.served import Completion
 from tests.support.server import Server
-from think_vllm.cli.plan import budget_fields
-from think_vllm.models import AttentionLayers
-from think_vllm.planner import BlockPlan
+from think_vllm.hooks.model_support import AttentionLayers
+from think_vllm.plan.planner import BlockPlan
+from think_vllm.tools.plan import budget_fields
 
 pytestmark = pytest.mark.e2e
 

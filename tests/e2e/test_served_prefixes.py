@@ -25,9 +25,9 @@ from tests.support.prefix_reference import PrefixReference, view_of, worst
 from tests.support.reference import Reference
 from tests.support.served import Completion
 from tests.support.server import Server
-from think_vllm.cli.plan import budget_fields
+from think_vllm.hooks.model_support import AttentionLayers
 from think_vllm.metrics.catalog import SHARE_EDGES
-from think_vllm.models import AttentionLayers
+from think_vllm.tools.plan import budget_fields
 
 pytestmark = pytest.mark.e2e
 

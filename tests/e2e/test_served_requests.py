@@ -14,16 +14,16 @@ import vllm
 
 from tests.support.server import Server, offline_environment, serve_arguments
 from tests.unit.loadtest.made import figures, measurement, results
-from think_vllm.cli.example import example_hint
-from think_vllm.cli.main import main
-from think_vllm.evals.recall import recall_samples
-from think_vllm.evals.stats import wilson_interval
-from think_vllm.evals.tasks import make_questions
-from think_vllm.evals.tasks.haystack import Frame
-from think_vllm.loadtest.comparison import rows_of
-from think_vllm.loadtest.machine import this_machine
-from think_vllm.loadtest.results import Results
-from think_vllm.loadtest.scenario import load_scenario
+from think_vllm.tools.bench.comparison import rows_of
+from think_vllm.tools.bench.results import Results
+from think_vllm.tools.bench.scenario import load_scenario
+from think_vllm.tools.cli import main
+from think_vllm.tools.common.machine import this_machine
+from think_vllm.tools.eval.recall import recall_samples
+from think_vllm.tools.eval.stats import wilson_interval
+from think_vllm.tools.eval.tasks import make_questions
+from think_vllm.tools.eval.tasks.haystack import Frame
+from think_vllm.tools.example import example_hint
 
 pytestmark = pytest.mark.e2e
 
@@ -108,7 +108,7 @@ def test_bench_loads_a_server_that_runs(server: Server, recall_model: Path, tmp_
     loads = ["--concurrency", "3", "--num-prompts", "6", "--no-plots"]
 
     def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "think_vllm.cli.main", "bench", str(recall_model)]
+        command = [sys.executable, "-m", "think_vllm.tools.cli", "bench", str(recall_model)]
         return subprocess.run(
             [*command, *url, *loads, *arguments],
             capture_output=True,

@@ -25,7 +25,7 @@ from tests.support.checks import (
 from tests.support.engine import Engine
 from tests.support.models import make_exact_llama
 from tests.support.reference import Reference, Thinning
-from think_vllm.formats import FORMATS
+from think_vllm.plan.formats import FORMATS
 
 MAX_MODEL_LEN = 2048
 

@@ -9,7 +9,7 @@ import torch
 from tests.support.checks import FLOAT32, HITS, TOLERANCE, random_prompts
 from tests.support.engine import Engine
 from tests.support.static_server import Static
-from think_vllm.cli.plan_static import static_budget
+from think_vllm.tools.plan_static import static_budget
 
 #: Key/value heads and layers of the bundled model.
 HEADS = LAYERS = 2

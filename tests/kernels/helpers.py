@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from think_vllm.config import ThinkConfig
 from think_vllm.kernels.cpu.decode import DecodeRows
-from think_vllm.layout import BlockForm
-from think_vllm.planner import BlockPlan, plan_blocks
-from think_vllm.reference.compaction import split_dense, thin_run, write_thin
+from think_vllm.kernels.reference.compaction import split_dense, thin_run, write_thin
+from think_vllm.plan.layout import BlockForm
+from think_vllm.plan.planner import BlockPlan, plan_blocks
+from think_vllm.plan.settings import ThinkConfig
 
 #: Rounding the output, relative to the largest one: half a unit in the last of 24, 8 or 11 bits.
 ROUNDING = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}

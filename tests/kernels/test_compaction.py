@@ -4,8 +4,12 @@ import torch
 
 from tests.kernels.helpers import FORMATS, bias_keys, make_plan, random_channels
 from think_vllm.kernels.cpu.compaction import compact_spans, read_channels
-from think_vllm.layout import BlockForm
-from think_vllm.reference.compaction import compact_spans_ref, read_channels_ref, split_dense
+from think_vllm.kernels.reference.compaction import (
+    compact_spans_ref,
+    read_channels_ref,
+    split_dense,
+)
+from think_vllm.plan.layout import BlockForm
 
 
 def make_cache(plan, dtype, num_kv_heads, num_requests, spans, seed=0, gap_blocks=0):

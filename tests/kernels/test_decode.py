@@ -4,8 +4,8 @@ import torch
 
 from tests.kernels.helpers import ROUNDING, SUMMATION, Case, make_case, make_plan, make_rows
 from think_vllm.kernels.cpu.decode import DecodeRows, decode_attention
-from think_vllm.reference.attention import decode_attention_ref
-from think_vllm.reference.compaction import thin_run
+from think_vllm.kernels.reference.attention import decode_attention_ref
+from think_vllm.kernels.reference.compaction import thin_run
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

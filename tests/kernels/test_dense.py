@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.support.vllm_kernel import vllm_attention
-from think_vllm.attention.cpu_dense import clear_tail, dense_isa
+from think_vllm.worker.cpu.dense import clear_tail, dense_isa
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -7,22 +7,28 @@ import pytest
 import torch
 
 from tests.kernels.helpers import make_case, make_plan
-from think_vllm.attention.cpu_evict import CPUEvictor, skip_evicted
-from think_vllm.attention.evicting import Pack, Watched
-from think_vllm.choosing import Chooser
-from think_vllm.config import ThinkConfig
-from think_vllm.eviction import add_attention, choose_tokens, gather_tokens, pool, table_of_entries
 from think_vllm.kernels.cpu.decode import DecodeRows, decode_attention
-from think_vllm.planner import BlockPlan, plan_blocks
-from think_vllm.policies import LayerHeads
-from think_vllm.reference.compaction import dense_tokens
-from think_vllm.reference.eviction import (
+from think_vllm.kernels.reference.compaction import dense_tokens
+from think_vllm.kernels.reference.eviction import (
     attention_sums_ref,
     choose_tokens_ref,
     gather_tokens_ref,
     pool_ref,
 )
-from think_vllm.reference.quantization import code_and_back
+from think_vllm.kernels.reference.quantization import code_and_back
+from think_vllm.plan.planner import BlockPlan, plan_blocks
+from think_vllm.plan.settings import ThinkConfig
+from think_vllm.worker.channel_selection import Chooser
+from think_vllm.worker.cpu.eviction import CPUEvictor, skip_evicted
+from think_vllm.worker.eviction_step import Pack, Watched
+from think_vllm.worker.policies import LayerHeads
+from think_vllm.worker.token_selection import (
+    add_attention,
+    choose_tokens,
+    gather_tokens,
+    pool,
+    table_of_entries,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 #: A few hundred float32 roundings in another order; elements are converted exactly.
@@ -98,7 +104,7 @@ def test_add_attention_in_chunks_and_tiles_with_sinks_and_a_cap(monkeypatch):
     options = {"logits_soft_cap": 2.0, "sinks": torch.linspace(-1, 3, 4)}
     expected = attention_sums_ref(query, keys, 0, 0.5, **options)
     for tile_scores in (1, 500, 1 << 22):
-        monkeypatch.setattr("think_vllm.eviction.TILE_SCORES", tile_scores)
+        monkeypatch.setattr("think_vllm.worker.token_selection.TILE_SCORES", tile_scores)
         sums = torch.zeros(2, 100)
         for begin, end in ((0, 7), (7, 64), (64, 100)):
             held = blocks[: -(-end // 16)]

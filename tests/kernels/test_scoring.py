@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from tests.kernels.helpers import fill_dense_block, make_case, make_plan
-from think_vllm.choosing import top_channels
 from think_vllm.kernels.cpu.scoring import add_query_energy, key_energy
-from think_vllm.reference.scoring import key_energy_ref, query_energy_ref
+from think_vllm.kernels.reference.scoring import key_energy_ref, query_energy_ref
+from think_vllm.worker.channel_selection import top_channels
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 #: A few hundred float32 roundings in another order; elements are converted exactly.

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tests.support.vllm_kernel import vllm_attention
-from think_vllm.attention.cpu_scratch import PromptScratch
+from think_vllm.worker.cpu.scratch import PromptScratch
 
 
 @pytest.mark.parametrize("lengths", [[1], [128], [129, 5, 300], [64, 256, 1, 127]], ids=str)

@@ -11,10 +11,10 @@ import torch
 if sys.argv[2] == "bound":
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # as vLLM does before we are imported
 torch.set_num_threads(int(sys.argv[1]))
-from think_vllm.config import ThinkConfig
+from think_vllm.plan.settings import ThinkConfig
 from think_vllm.kernels.cpu.threads import SERIAL_WORK, choose_threads
-from think_vllm.kernels.cpu.warmup import warm_up
-from think_vllm.planner import plan_blocks
+from think_vllm.worker.cpu.warmup import warm_up
+from think_vllm.plan.planner import plan_blocks
 warm_up(torch.float32, 2, 1, plan_blocks(ThinkConfig(kv_channel_prune=0.5), 64, 4))
 print(torch.get_num_threads(), choose_threads(SERIAL_WORK), choose_threads(1))
 """

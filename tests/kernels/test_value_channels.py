@@ -8,12 +8,16 @@ from tests.kernels.helpers import make_case, make_plan, random_channels
 from tests.kernels.test_compaction import bits, make_cache
 from tests.kernels.test_decode import check, contexts_of, run
 from tests.kernels.test_decode_formats import mark_used
-from think_vllm.choosing import top_channels
 from think_vllm.kernels.cpu.compaction import compact_spans, read_channels
 from think_vllm.kernels.cpu.scoring import add_query_energy
-from think_vllm.reference.attention import decode_attention_ref
-from think_vllm.reference.compaction import compact_spans_ref, dense_tokens, thin_run
-from think_vllm.reference.scoring import query_energy_ref, top_channels_ref, value_energy_ref
+from think_vllm.kernels.reference.attention import decode_attention_ref
+from think_vllm.kernels.reference.compaction import compact_spans_ref, dense_tokens, thin_run
+from think_vllm.kernels.reference.scoring import (
+    query_energy_ref,
+    top_channels_ref,
+    value_energy_ref,
+)
+from think_vllm.worker.channel_selection import top_channels
 
 #: Every format, with and without pruned keys. 0.3 keeps 44 of 64 channels and 88 of 128: no whole
 #: vectors, and groups that are not full.

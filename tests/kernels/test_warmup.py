@@ -10,9 +10,9 @@ import torch
 
 import think_vllm
 from tests.kernels.helpers import make_case, make_plan
-from think_vllm.choosing import top_channels
 from think_vllm.kernels.cpu import attend, compaction, decode, scoring
-from think_vllm.kernels.cpu.warmup import warm_up
+from think_vllm.worker.channel_selection import top_channels
+from think_vllm.worker.cpu.warmup import warm_up
 
 KERNELS = [
     attend.attend,
@@ -62,11 +62,11 @@ def test_nothing_compiles_after_warm_up(dtype, quant, ratio):
 
 WARM_UP = """
 import torch
-from think_vllm.config import ThinkConfig
-from think_vllm.choosing import top_channels
+from think_vllm.plan.settings import ThinkConfig
+from think_vllm.worker.channel_selection import top_channels
 from think_vllm.kernels.cpu import attend
-from think_vllm.kernels.cpu.warmup import warm_up
-from think_vllm.planner import plan_blocks
+from think_vllm.worker.cpu.warmup import warm_up
+from think_vllm.plan.planner import plan_blocks
 warm_up(torch.float32, 2, 1, plan_blocks(ThinkConfig(kv_channel_prune=0.5), 64, 4))
 hits = sum(attend.attend.stats.cache_hits.values())
 print(attend.__file__, attend.attend.stats.cache_path, hits, sep="|")

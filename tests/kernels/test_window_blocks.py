@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.support.vllm_kernel import vllm_attention
-from think_vllm.attention.cpu_window import WindowCPUImpl
+from think_vllm.worker.cpu.window import WindowCPUImpl
 
 BLOCK, HEADS, SIZE = 48, 2, 64
 

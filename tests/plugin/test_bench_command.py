@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from think_vllm.cli.main import main
-from think_vllm.loadtest.configuration import DEFAULT_FLAGS, read_engine
+from think_vllm.tools.bench.configuration import DEFAULT_FLAGS, read_engine
+from think_vllm.tools.cli import main
 
 MEMORY = ("--kv-cache-memory-bytes", "50MB")
 

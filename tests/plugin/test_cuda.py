@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from think_vllm import activation, engine_checks
 from think_vllm.errors import ThinkError
+from think_vllm.hooks import activation
+from think_vllm.hooks import engine_support as engine_checks
 
 
 class Platform:
@@ -58,7 +59,7 @@ def test_gpus_are_served(
     monkeypatch.setattr("vllm.platforms.current_platform", Platform("cuda", capability))
     engine_checks.check_device(config(dtype))
     path = activation.select_backend(config(dtype))
-    assert path == "think_vllm.attention.cuda_backend.ThinkCUDABackend"
+    assert path == "think_vllm.worker.cuda.backend.ThinkCUDABackend"
 
 
 @pytest.mark.parametrize(
@@ -92,8 +93,8 @@ def test_batch_invariance_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_cpu_backend_imports_neither_triton_nor_its_kernels() -> None:
     code = """
 import sys
-import think_vllm.attention.cpu_backend
-ours = [m for m in sys.modules if m.startswith(("csrc_triton", "think_vllm.attention.cuda"))]
+import think_vllm.worker.cpu.backend
+ours = [m for m in sys.modules if m.startswith(("csrc_triton", "think_vllm.worker.cuda"))]
 assert not ours, ours
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -103,8 +104,8 @@ assert not ours, ours
 def test_the_cuda_backend_imports_no_kernels_for_cpus() -> None:
     code = """
 import sys
-import think_vllm.attention.cuda_backend as backend
-import think_vllm.attention.cuda_static as static
+import think_vllm.worker.cuda.backend as backend
+import think_vllm.worker.static.cuda_layer as static
 assert backend.ThinkCUDABackend.get_name() == static.StaticCUDABackend.get_name() == "CUSTOM"
 theirs = [m for m in sys.modules if m.startswith("think_vllm.kernels")]
 assert not theirs, theirs

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from think_vllm.compat_moved import moved
-from think_vllm.config_parser import parse_config
+from think_vllm.hooks.moved import moved
+from think_vllm.plan.parsing import parse_config
 from think_vllm.plugin import register
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

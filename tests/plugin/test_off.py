@@ -28,8 +28,8 @@ print("RESULT" + json.dumps({
     "prefix_caching": config.cache_config.enable_prefix_caching,
     "rswa": config.model_config.rswa_window,
     "ours": sorted(m for m in sys.modules if m.startswith(
-        ("think_vllm.attention", "think_vllm.blocks", "think_vllm.kernels",
-         "think_vllm.metrics", "think_vllm.static.activation"))),
+        ("think_vllm.worker", "think_vllm.scheduler", "think_vllm.kernels",
+         "think_vllm.metrics"))),
     "wrapped": [kind.__name__ for kind in (KVConnectorProm, LoggingStatLogger)
                 if hasattr(kind.__init__, "__wrapped__")],
 }))
@@ -85,7 +85,7 @@ def test_register_selects_our_backend_with_thin_blocks(
     recall_model: object, settings: dict[str, object], block_size: int
 ) -> None:
     result = probe(recall_model, {"think": settings})
-    assert result["backend"] == "think_vllm.attention.cpu_backend.ThinkCPUBackend"
+    assert result["backend"] == "think_vllm.worker.cpu.backend.ThinkCPUBackend"
     assert result["block_size"] == block_size
     assert result["prefix_caching"] is True
     assert result["wrapped"] == ["KVConnectorProm", "LoggingStatLogger"]

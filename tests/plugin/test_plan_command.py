@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from tests.support.models import make_config, make_llama
-from think_vllm.cli.main import main
-from think_vllm.cli.plan import budget_fields, parse_bytes
-from think_vllm.config import ThinkConfig
-from think_vllm.models import AttentionLayers
-from think_vllm.planner import plan_blocks
+from think_vllm.hooks.model_support import AttentionLayers
+from think_vllm.plan.planner import plan_blocks
+from think_vllm.plan.settings import ThinkConfig
+from think_vllm.tools.cli import main
+from think_vllm.tools.plan import budget_fields, parse_bytes
 
 FIELDS = {
     "head_size",
@@ -55,7 +55,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_plan_program_prints_json_with_the_documented_fields(recall_model: Path) -> None:
-    command = [sys.executable, "-m", "think_vllm.cli.main", "plan", str(recall_model)]
+    command = [sys.executable, "-m", "think_vllm.tools.cli", "plan", str(recall_model)]
     command += ["--kv-channel-prune", "0.5", "--memory", "1GiB", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -181,8 +181,8 @@ def test_windows_are_refused_where_they_have_no_group_of_their_own(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("think_vllm.engine_checks.is_cpu", lambda: cpu)
-    monkeypatch.setattr("think_vllm.engine_checks.check_device", lambda vllm_config: None)
+    monkeypatch.setattr("think_vllm.hooks.engine_support.is_cpu", lambda: cpu)
+    monkeypatch.setattr("think_vllm.hooks.engine_support.check_device", lambda vllm_config: None)
     shape = {**HEADS, "architectures": ["Gemma2ForCausalLM"]}
     model = make_config(tmp_path, "gemma2", **shape)
     assert message in refused(capsys, model, "--kv-channel-prune", "0.5", *arguments)

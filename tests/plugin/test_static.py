@@ -18,11 +18,11 @@ from tests.plugin.test_off import probe
 from tests.plugin.test_refusals import SMALL, refused
 from tests.support.models import make_config, make_llama
 from tests.support.static_tables import random_tables
-from think_vllm.activation import activate, select_backend
-from think_vllm.attention.cpu_static import StaticCPUBackend
-from think_vllm.cli.main import main
 from think_vllm.errors import ThinkError
-from think_vllm.static.activation import check_static, remember_static
+from think_vllm.hooks.activation import activate, select_backend
+from think_vllm.hooks.static_engine import check_static, remember_static
+from think_vllm.tools.cli import main
+from think_vllm.worker.static.cpu_layer import StaticCPUBackend
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def flags(file: Path) -> list[str]:
 
 def test_static_leaves_all_but_attention_to_vllm(recall_model: Path, file: Path) -> None:
     result = probe(recall_model, settings(file))
-    assert result["backend"] == "think_vllm.attention.cpu_static.StaticCPUBackend"
+    assert result["backend"] == "think_vllm.worker.static.cpu_layer.StaticCPUBackend"
     assert result["block_size"] == 128
     assert result["prefix_caching"] is True
     assert result["rswa"] is None
@@ -55,7 +55,7 @@ def test_static_that_prunes_no_channel_is_off(recall_model: Path, file: Path) ->
     result = probe(recall_model, settings(file, kv_channel_prune=0.005))
     assert result["backend"] == "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackend"
     # The tables were checked; nothing else of ours is there.
-    assert result["ours"] == ["think_vllm.static.activation"]
+    assert result["ours"] == ["think_vllm.hooks.static_engine"]
 
 
 def test_spec_is_vllms_own_with_fewer_bytes(
@@ -145,7 +145,7 @@ def test_gpus_get_the_same_plan_and_a_warning(
     assert engine.cache_config.block_size == 128
     assert engine.attention_config.backend is AttentionBackendEnum.CUSTOM
     assert engine.model_config.rswa_window is None
-    path = "think_vllm.attention.cuda_static.StaticCUDABackend"
+    path = "think_vllm.worker.static.cuda_layer.StaticCUDABackend"
     assert select_backend(engine) == path
     engine.model_config.dtype = torch.float32
     with pytest.raises(ThinkError, match="dtype is float32; on GPUs use --dtype bfloat16"):

@@ -42,31 +42,39 @@ def test_vllm_is_of_the_series_that_we_extend() -> None:
 @pytest.mark.parametrize(
     ("ours", "function", "parameters"),
     [
-        ("compat.py", "platforms.interface:Platform.pre_register_and_update", ["parser"]),
-        ("compat.py", "platforms.interface:Platform.check_and_update_config", ["vllm_config"]),
+        ("hooks/platform.py", "platforms.interface:Platform.pre_register_and_update", ["parser"]),
         (
-            "compat.py",
+            "hooks/platform.py",
+            "platforms.interface:Platform.check_and_update_config",
+            ["vllm_config"],
+        ),
+        (
+            "hooks/platform.py",
             "platforms.interface:Platform.get_attn_backend_cls",
             ["selected_backend", "attn_selector_config", "num_heads"],
         ),
         (
-            "compat.py",
+            "hooks/platform.py",
             "v1.attention.backends.registry:register_backend",
             ["backend", "class_path", "is_mamba"],
         ),
         (
-            "compat.py",
+            "hooks/platform.py",
             "utils.argparse_utils:FlexibleArgumentParser.parse_known_args",
             ["self", "args", "namespace"],
         ),
         ("activation.py", "config.model:ModelConfig.get_head_size", ["self"]),
         ("activation.py", "config.model:ModelConfig.get_sliding_window", ["self"]),
-        ("static/tables.py", "config.model:ModelConfig.get_total_num_hidden_layers", ["self"]),
-        ("static/tables.py", "config.model:ModelConfig.get_total_num_kv_heads", ["self"]),
-        ("static/tables.py", "config.model:ModelConfig.get_hidden_size", ["self"]),
-        ("static/tables.py", "config.model:ModelConfig.get_vocab_size", ["self"]),
         (
-            "compat_requests.py",
+            "plan/channel_tables.py",
+            "config.model:ModelConfig.get_total_num_hidden_layers",
+            ["self"],
+        ),
+        ("plan/channel_tables.py", "config.model:ModelConfig.get_total_num_kv_heads", ["self"]),
+        ("plan/channel_tables.py", "config.model:ModelConfig.get_hidden_size", ["self"]),
+        ("plan/channel_tables.py", "config.model:ModelConfig.get_vocab_size", ["self"]),
+        (
+            "hooks/requests.py",
             "v1.engine.input_processor:InputProcessor.process_inputs",
             [
                 *["self", "request_id", "prompt", "params", "supported_tasks", "arrival_time"],
@@ -75,34 +83,34 @@ def test_vllm_is_of_the_series_that_we_extend() -> None:
             ],
         ),
         (
-            "compat_requests.py",
+            "hooks/requests.py",
             "exceptions:VLLMValidationError.__init__",
             ["self", "message", "parameter", "value"],
         ),
-        ("cli/plan.py", "engine.arg_utils:EngineArgs.create_model_config", ["self"]),
+        ("tools/plan.py", "engine.arg_utils:EngineArgs.create_model_config", ["self"]),
         (
-            "cli/plan.py",
+            "tools/plan.py",
             "config.model:ModelConfig.get_num_kv_heads",
             ["self", "parallel_config", "arch_config"],
         ),
         (
-            "cli/plan.py",
+            "tools/plan.py",
             "config.model:ModelConfig.get_num_layers",
             ["self", "parallel_config"],
         ),
         (
-            "cli/serve.py",
+            "tools/serve.py",
             ENV_SETUP,
             [],
         ),
-        ("cli/serve.py", "logger:configure_logging_from_args", ["args"]),
+        ("tools/serve.py", "logger:configure_logging_from_args", ["args"]),
         (
-            "cli/serve.py",
+            "tools/serve.py",
             "entrypoints.cli.serve:ServeSubcommand.subparser_init",
             ["self", "subparsers"],
         ),
-        ("cli/serve.py", "entrypoints.cli.serve:ServeSubcommand.validate", ["self", "args"]),
-        ("cli/serve.py", "entrypoints.cli.serve:ServeSubcommand.cmd", ["args"]),
+        ("tools/serve.py", "entrypoints.cli.serve:ServeSubcommand.validate", ["self", "args"]),
+        ("tools/serve.py", "entrypoints.cli.serve:ServeSubcommand.cmd", ["args"]),
     ],
     ids=name_of,
 )
@@ -112,22 +120,22 @@ def test_vllm_signature_is_what_we_rely_on(ours: str, function: str, parameters:
 
 def test_vllm_defaults_and_keywords_are_what_we_rely_on() -> None:
     check_defaults(
-        "compat.py", "v1.attention.backends.registry:register_backend", {"is_mamba": False}
+        "hooks/platform.py", "v1.attention.backends.registry:register_backend", {"is_mamba": False}
     )
     check_defaults(
-        "cli/plan.py", "config.model:ModelConfig.get_num_kv_heads", {"arch_config": None}
+        "tools/plan.py", "config.model:ModelConfig.get_num_kv_heads", {"arch_config": None}
     )
     check_accepts(
-        "cli/plan.py", "engine.arg_utils:EngineArgs", {"model", "dtype", "trust_remote_code"}
+        "tools/plan.py", "engine.arg_utils:EngineArgs", {"model", "dtype", "trust_remote_code"}
     )
-    check_accepts("cli/plan.py", "config.parallel:ParallelConfig", {"tensor_parallel_size"})
+    check_accepts("tools/plan.py", "config.parallel:ParallelConfig", {"tensor_parallel_size"})
 
 
 @pytest.mark.parametrize(
     ("ours", "kind", "names"),
     [
         (
-            "engine_checks.py",
+            "hooks/engine_support.py",
             "config.cache:CacheConfig",
             {"block_size", "user_specified_block_size", "enable_prefix_caching", "cache_dtype"}
             | {"kv_offloading_size", "kv_sharing_fast_prefill"},
@@ -147,24 +155,24 @@ def test_vllm_defaults_and_keywords_are_what_we_rely_on() -> None:
             | {"rswa_window", "use_mla"},
         ),
         (
-            "engine_checks.py",
+            "hooks/engine_support.py",
             "config.parallel:ParallelConfig",
             {"decode_context_parallel_size", "prefill_context_parallel_size", "use_ubatching"},
         ),
-        ("compat.py", "config.model_arch:ModelArchitectureConfig", {"rswa_window"}),
-        ("compat.py", "config.attention:AttentionConfig", {"backend", "backend_per_kind"}),
+        ("hooks/platform.py", "config.model_arch:ModelArchitectureConfig", {"rswa_window"}),
+        ("hooks/platform.py", "config.attention:AttentionConfig", {"backend", "backend_per_kind"}),
         (
-            "compat.py",
+            "hooks/platform.py",
             "v1.attention.backends.registry:AttentionBackendEnum",
             {"CUSTOM", "CPU_ATTN"},
         ),
         (
-            "engine_checks.py",
+            "hooks/engine_support.py",
             "platforms.interface:Platform",
             {"is_cpu", "is_cuda", "device_name"},
         ),
         (
-            "engine_checks.py",
+            "hooks/engine_support.py",
             "platforms.interface:DeviceCapability",
             {"as_version_str", "to_int"},
         ),
@@ -179,7 +187,7 @@ def test_vllm_members_are_what_we_rely_on(ours: str, kind: str, names: set[str])
     ("ours", "kind", "base"),
     [
         (
-            "cli/serve.py",
+            "tools/serve.py",
             "engine.arg_utils:AsyncEngineArgs",
             "engine.arg_utils:EngineArgs",
         ),
@@ -195,24 +203,24 @@ def test_vllm_base_is_what_we_rely_on(ours: str, kind: str, base: str) -> None:
     [
         # Flags get into every parser of engine arguments, after the plugins have been loaded.
         (
-            "compat.py",
+            "hooks/platform.py",
             "engine.arg_utils:AsyncEngineArgs.add_cli_args",
             ["load_general_plugins()", "current_platform.pre_register_and_update(parser)"],
         ),
         (
-            "compat.py",
+            "hooks/platform.py",
             "utils.argparse_utils:FlexibleArgumentParser.parse_args",
             ["super().parse_args("],
         ),
         # A config is completed by the platform before anyone uses it.
         (
-            "compat.py",
+            "hooks/platform.py",
             "config.vllm:VllmConfig.__post_init__",
             ["current_platform.check_and_update_config(self)"],
         ),
         # The choice of a backend depends on what we set, and is cached by it.
         (
-            "compat.py",
+            "hooks/platform.py",
             "v1.attention.selector:get_attn_backend",
             [
                 "vllm_config = get_current_vllm_config()",
@@ -221,13 +229,13 @@ def test_vllm_base_is_what_we_rely_on(ours: str, kind: str, base: str) -> None:
             ],
         ),
         (
-            "compat.py",
+            "hooks/platform.py",
             "v1.attention.selector:_cached_get_attn_backend",
             ["get_attn_backend_cls(backend,", "resolve_obj_by_qualname(attention_cls)"],
         ),
         # Prompt lengths come with every step once there is a window.
         (
-            "compat.py",
+            "hooks/platform.py",
             "v1.worker.gpu_model_runner:GPUModelRunner._build_attention_metadata",
             [
                 "if self.model_config.rswa_window is not None:",
@@ -235,7 +243,7 @@ def test_vllm_base_is_what_we_rely_on(ours: str, kind: str, base: str) -> None:
                 "rswa_prefix_lens=rswa_prefix_lens",
             ],
         ),
-        ("cli/serve.py", "entrypoints.cli.serve:ServeSubcommand.cmd", ["args.model_tag"]),
+        ("tools/serve.py", "entrypoints.cli.serve:ServeSubcommand.cmd", ["args.model_tag"]),
     ],
     ids=name_of,
 )
@@ -244,29 +252,35 @@ def test_vllm_does_what_we_rely_on(ours: str, function: str, pieces: list[str]) 
 
 
 def test_parsers_are_those_of_argparse() -> None:
-    assert issubclass(FlexibleArgumentParser, argparse.ArgumentParser), "cli/flags.py"
+    assert issubclass(FlexibleArgumentParser, argparse.ArgumentParser), "hooks/flags.py"
     parse = argparse.ArgumentParser.parse_known_args
-    assert list(inspect.signature(parse).parameters) == ["self", "args", "namespace"], "compat.py"
-    assert "self.parse_known_args(args," in tight(argparse.ArgumentParser.parse_args), "compat.py"
+    assert list(inspect.signature(parse).parameters) == ["self", "args", "namespace"], (
+        "hooks/platform.py"
+    )
+    assert "self.parse_known_args(args," in tight(argparse.ArgumentParser.parse_args), (
+        "hooks/platform.py"
+    )
 
 
 def test_vllm_values_are_what_we_rely_on() -> None:
-    assert isinstance(platforms.current_platform, Platform), "compat.py"
-    assert "VLLM_BATCH_INVARIANT" in dir(envs), "engine_checks.py"
-    assert "_actions" in vars(FlexibleArgumentParser()), "cli/flags.py"
+    assert isinstance(platforms.current_platform, Platform), "hooks/platform.py"
+    assert "VLLM_BATCH_INVARIANT" in dir(envs), "hooks/engine_support.py"
+    assert "_actions" in vars(FlexibleArgumentParser()), "hooks/flags.py"
     assert AttentionBackendEnum["CUSTOM"] is AttentionBackendEnum.CUSTOM
     assert DEFAULT_PLUGINS_GROUP == "vllm.general_plugins", "pyproject.toml registers there"
     for name in ("pre_register_and_update", "check_and_update_config", "get_attn_backend_cls"):
         declared = inspect.getattr_static(Platform, name)
-        assert isinstance(declared, classmethod), f"compat.py replaces {name} by a class method"
+        assert isinstance(declared, classmethod), (
+            f"hooks/platform.py replaces {name} by a class method"
+        )
 
 
 def test_vllm_says_which_layers_have_a_window() -> None:
-    assert "has_sliding_window" in AttentionSelectorConfig._fields, "compat.py"
+    assert "has_sliding_window" in AttentionSelectorConfig._fields, "hooks/platform.py"
     # How vLLM learns that thin and sliding-window layers need groups of their own.
     uniform = "is_kv_cache_spec_uniform"
     places = f"v1.core.kv_cache_planning:{uniform} | v1.core.kv_cache_utils:{uniform}"
-    check_source("blocks/spec.py", places, "except AssertionError")
+    check_source("hooks/kv_cache_spec.py", places, "except AssertionError")
 
 
 def test_block_sizes_that_the_user_has_named_stay() -> None:
@@ -274,4 +288,4 @@ def test_block_sizes_that_the_user_has_named_stay() -> None:
     methods = ["check_and_update_config", "update_block_size_for_backend"]
     texts = [source.text(source.find(f"platforms.cpu:CpuPlatform.{name}")) for name in methods]
     asked = [text for text in texts if "ifnotcache_config.user_specified_block_size:" in text]
-    assert len(asked) == 1, "compat.py"
+    assert len(asked) == 1, "hooks/platform.py"

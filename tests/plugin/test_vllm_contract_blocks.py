@@ -20,7 +20,7 @@ from tests.support.contract import (
     name_of,
 )
 
-MANAGER, SPEC = "blocks/manager.py", "blocks/spec.py"
+MANAGER, SPEC = "scheduler/manager.py", "hooks/kv_cache_spec.py"
 FULL = "v1.core.single_type_kv_cache_manager:FullAttentionManager"
 FREED = ["self", "request_id", "processed_computed_tokens", "num_prompt_tokens"]
 COMPUTED = ["num_local_computed_tokens", "num_external_computed_tokens"]
@@ -112,7 +112,7 @@ CACHED = ["self", "request", "num_tokens", "retention_interval", "replay_boundar
         ),
         (MANAGER, "v1.request:Request.is_finished", ["self"]),
         (
-            "blocks/prefix.py",
+            "scheduler/prefix.py",
             "v1.core.kv_cache_utils:resolve_block_hashes",
             [
                 *["block_hashes", "hash_block_size", "block_size"],
@@ -120,24 +120,24 @@ CACHED = ["self", "request", "num_tokens", "retention_interval", "replay_boundar
             ],
         ),
         (
-            "compat_requests.py",
+            "hooks/requests.py",
             "v1.core.sched.scheduler:Scheduler.add_request",
             ["self", "request"],
         ),
         (
-            "compat_rows.py",
+            "hooks/model_runner.py",
             "v1.worker.gpu_model_runner:GPUModelRunner._update_states",
             ["self", "scheduler_output"],
         ),
         (SPEC, "v1.kv_cache_interface:replace_as", ["spec", "target_cls", "drop", "changes"]),
         (SPEC, "v1.kv_cache_interface:FullAttentionSpec.merge", ["specs"]),
         (
-            "compat.py",
+            "hooks/platform.py",
             "v1.kv_cache_spec_registry:KVCacheSpecRegistry._ensure_registered",
             ["vllm_config"],
         ),
         (
-            "compat.py",
+            "hooks/platform.py",
             "v1.kv_cache_spec_registry:KVCacheSpecRegistry.register",
             ["kvcache_spec_cls", "manager_class", "uniform_type_base_spec"],
         ),
@@ -151,7 +151,7 @@ def test_vllm_signature_is_what_we_rely_on(ours: str, function: str, parameters:
 def test_vllm_defaults_are_what_we_rely_on() -> None:
     check_defaults(MANAGER, f"{FULL}.remove_skipped_blocks", {"num_prompt_tokens": None})
     check_defaults(
-        "compat.py",
+        "hooks/platform.py",
         "v1.kv_cache_spec_registry:KVCacheSpecRegistry._ensure_registered",
         {"vllm_config": None},
     )
@@ -196,15 +196,15 @@ def test_vllm_defaults_are_what_we_rely_on() -> None:
             {"req_id", "num_computed_tokens", "block_ids"},
         ),
         (
-            "blocks/prefix.py",
+            "scheduler/prefix.py",
             "v1.core.kv_cache_utils:BlockHashListWithBlockSize",
             {"block_hashes"},
         ),
-        ("compat_rows.py", "v1.core.sched.output:NewRequestData", {"sampling_params"}),
-        ("compat_requests.py", "v1.request:Request", {"sampling_params", "block_hashes"}),
-        ("compat_requests.py", "sampling_params:SamplingParams", {"extra_args"}),
+        ("hooks/model_runner.py", "v1.core.sched.output:NewRequestData", {"sampling_params"}),
+        ("hooks/requests.py", "v1.request:Request", {"sampling_params", "block_hashes"}),
+        ("hooks/requests.py", "sampling_params:SamplingParams", {"extra_args"}),
         (
-            "compat_requests.py",
+            "hooks/requests.py",
             "v1.core.sched.scheduler:Scheduler",
             {"vllm_config", "kv_cache_manager", "requests"},
         ),
@@ -272,23 +272,23 @@ def test_vllm_specs_are_frozen_dataclasses_that_we_extend() -> None:
         # A request is announced before it can be looked up; its hashes stay the same object, and
         # every rank is told its sampling parameters.
         (
-            "compat_requests.py",
+            "hooks/requests.py",
             "v1.core.sched.scheduler:Scheduler.add_request",
             ["self._enqueue_waiting_request(request)"],
         ),
         (
-            "compat_requests.py",
+            "hooks/requests.py",
             "v1.request:Request.update_block_hashes",
             ["self.block_hashes.extend("],
         ),
         (
-            "compat_rows.py",
+            "hooks/model_runner.py",
             "v1.core.sched.output:NewRequestData.from_request",
             ["sampling_params=request.sampling_params"],
         ),
         # Preempted requests are known to V1 until they finish.
         (
-            "compat_rows.py",
+            "hooks/model_runner.py",
             "v1.worker.gpu_model_runner:GPUModelRunner._update_states",
             [
                 "for req_id in scheduler_output.finished_req_ids: "

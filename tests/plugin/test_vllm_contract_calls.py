@@ -1,6 +1,6 @@
 """The order and the effect of calls that the block manager relies on, shown by vLLM's own objects.
 
-See ``test_vllm_contract.py``; what fails here concerns ``think_vllm/blocks/manager.py``.
+See ``test_vllm_contract.py``; what fails here concerns ``think_vllm/scheduler/manager.py``.
 """
 
 from typing import Any
@@ -130,7 +130,7 @@ def test_blocks_are_freed_on_the_basis_of_processed_tokens(
     assert (args, kwargs) in [
         (("a", 2), {"num_prompt_tokens": PROMPT}),
         (("a", 2, PROMPT), {}),
-    ], "blocks/manager.py frees what the steps in flight do not read"
+    ], "scheduler/manager.py frees what the steps in flight do not read"
     # Not cached, so nothing is hashed.
     assert "cache_blocks" not in recorder.take()
 

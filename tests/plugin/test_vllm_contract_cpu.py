@@ -33,60 +33,60 @@ STORE += ["kv_cache_dtype"]
 @pytest.mark.parametrize(
     ("ours", "function", "parameters"),
     [
-        ("attention/cpu_impl.py", "config.vllm:get_current_vllm_config", []),
+        ("worker/cpu/impl.py", "config.vllm:get_current_vllm_config", []),
         (
-            "attention/heads.py",
+            "worker/heads.py",
             "distributed.parallel_state:get_tensor_model_parallel_rank",
             [],
         ),
-        ("attention/heads.py", "config.model:ModelConfig.get_total_num_kv_heads", ["self"]),
+        ("worker/heads.py", "config.model:ModelConfig.get_total_num_kv_heads", ["self"]),
         (
-            "attention/cpu_backend.py",
+            "worker/cpu/backend.py",
             "v1.attention.backend:AttentionBackend.customize_spec",
             ["spec"],
         ),
         (
-            "attention/cpu_backend.py",
+            "worker/cpu/backend.py",
             "v1.attention.backends.cpu_attn:CPUAttentionBackend.get_name",
             [],
         ),
         (
-            "attention/cpu_backend.py",
+            "worker/cpu/backend.py",
             "v1.attention.backends.cpu_attn:CPUAttentionBackend.get_impl_cls",
             [],
         ),
         (
-            "attention/cpu_backend.py",
+            "worker/cpu/backend.py",
             "v1.attention.backends.cpu_attn:CPUAttentionBackend.get_builder_cls",
             [],
         ),
         (
-            "attention/cpu_backend.py",
+            "worker/cpu/backend.py",
             "v1.attention.backends.cpu_attn:CPUAttentionBackend.supports_attn_type",
             ["attn_type"],
         ),
         (
-            "attention/cpu_backend.py",
+            "worker/cpu/backend.py",
             "v1.attention.backends.cpu_attn:CPUAttentionBackend.get_supported_kernel_block_sizes",
             ["kv_cache_spec"],
         ),
         (
-            "attention/cpu_builder.py",
+            "worker/cpu/builder.py",
             "v1.attention.backends.cpu_attn:CPUAttentionMetadataBuilder.__init__",
             ["self", "kv_cache_spec", "layer_names", "vllm_config", "device"],
         ),
         (
-            "attention/cpu_builder.py",
+            "worker/cpu/builder.py",
             "v1.attention.backends.cpu_attn:CPUAttentionMetadataBuilder.build",
             BUILD,
         ),
         (
-            "attention/cpu_builder.py",
+            "worker/cpu/builder.py",
             "v1.attention.backends.cpu_attn:CPUAttentionMetadataBuilder._set_isa_to_layers",
             ["self", "layer_names"],
         ),
         (
-            "attention/cpu_builder.py",
+            "worker/cpu/builder.py",
             "v1.attention.backend:AttentionMetadataBuilder._init_reorder_batch_threshold",
             [
                 "self",
@@ -96,28 +96,28 @@ STORE += ["kv_cache_dtype"]
             ],
         ),
         (
-            "attention/cpu_parts.py",
+            "worker/cpu/metadata.py",
             "v1.attention.backend:CommonAttentionMetadata.replace",
             ["self", "kwargs"],
         ),
         (
-            "attention/cpu_impl.py",
+            "worker/cpu/impl.py",
             "v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.__init__",
             LAYER,
         ),
         (
-            "attention/cpu_impl.py",
+            "worker/cpu/impl.py",
             "v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.forward",
             FORWARD,
         ),
-        ("attention/cpu_dense.py", "_custom_ops:cpu_attn_reshape_and_cache", STORE),
+        ("worker/cpu/dense.py", "_custom_ops:cpu_attn_reshape_and_cache", STORE),
         (
-            "attention/cpu_static.py",
+            "worker/static/cpu_layer.py",
             "v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.do_kv_cache_update",
             ["self", "layer", "key", "value", "kv_cache", "slot_mapping"],
         ),
         (
-            "attention/cpu_static_builder.py",
+            "worker/static/cpu_builder.py",
             "config.vllm:get_layers_from_vllm_config",
             ["vllm_config", "layer_type", "layer_names"],
         ),
@@ -132,47 +132,47 @@ def test_vllm_signature_is_what_we_rely_on(ours: str, function: str, parameters:
     ("ours", "kind", "names"),
     [
         (
-            "attention/cpu_builder.py",
+            "worker/cpu/builder.py",
             "v1.attention.backend:CommonAttentionMetadata",
             {"query_start_loc", "query_start_loc_cpu", "seq_lens", "num_reqs", "max_seq_len"}
             | {"num_actual_tokens", "max_query_len", "block_table_tensor", "rswa_prefix_lens"},
         ),
-        ("attention/cpu_backend.py", "v1.attention.backend:AttentionType", {"DECODER"}),
-        ("attention/heads.py", "config.model:ModelConfig", {"seed"}),
-        ("attention/heads.py", "config.parallel:ParallelConfig", {"tensor_parallel_size"}),
+        ("worker/cpu/backend.py", "v1.attention.backend:AttentionType", {"DECODER"}),
+        ("worker/heads.py", "config.model:ModelConfig", {"seed"}),
+        ("worker/heads.py", "config.parallel:ParallelConfig", {"tensor_parallel_size"}),
         (
-            "attention/cpu_backend.py",
+            "worker/cpu/backend.py",
             "v1.attention.backends.cpu_attn:CPUAttentionBackend",
             {"supported_kv_cache_dtypes"},
         ),
         (
-            "attention/cpu_builder.py",
+            "worker/cpu/builder.py",
             "v1.attention.backends.cpu_attn:CPUAttentionMetadataBuilder",
             {"dtype", "head_dim", "num_heads", "num_kv_heads", "block_size", "isa"},
         ),
         (
-            "attention/cpu_impl.py",
+            "worker/cpu/impl.py",
             "v1.attention.backends.cpu_attn:CPUAttentionBackendImpl",
             {"alibi_slopes", "sinks", "kv_sharing_target_layer_name", "scale", "head_size"}
             | {"num_kv_heads", "logits_soft_cap", "do_kv_cache_update"},
         ),
         (
-            "attention/cpu_parts.py",
+            "worker/cpu/metadata.py",
             "v1.attention.backends.cpu_attn:CPUAttentionMetadata",
             {"block_table", "scheduler_metadata"},
         ),
         (
-            "static/spec.py",
+            "hooks/static_spec.py",
             "v1.kv_cache_interface:FullAttentionSpec",
             {"head_size", "head_size_v"},
         ),
         (
-            "static/spec.py",
+            "hooks/static_spec.py",
             "v1.kv_cache_interface:FullAttentionSpec",
             {"dtype", "state_content_bytes"},
         ),
         (
-            "attention/cpu_static_builder.py",
+            "worker/static/cpu_builder.py",
             "model_executor.layers.attention.attention:Attention",
             {"impl"},
         ),
@@ -187,17 +187,17 @@ def test_vllm_members_are_what_we_rely_on(ours: str, kind: str, names: set[str])
     ("ours", "kind", "base"),
     [
         (
-            "attention/cpu_backend.py",
+            "worker/cpu/backend.py",
             "v1.attention.backends.cpu_attn:CPUAttentionBackend",
             "v1.attention.backend:AttentionBackend",
         ),
         (
-            "attention/cpu_builder.py",
+            "worker/cpu/builder.py",
             "v1.attention.backends.cpu_attn:CPUAttentionMetadataBuilder",
             "v1.attention.backend:AttentionMetadataBuilder",
         ),
         (
-            "attention/cpu_impl.py",
+            "worker/cpu/impl.py",
             "v1.attention.backends.cpu_attn:CPUAttentionBackendImpl",
             "v1.attention.backend:AttentionImpl",
         ),
@@ -213,7 +213,7 @@ def test_vllm_base_is_what_we_rely_on(ours: str, kind: str, base: str) -> None:
     [
         # Which heads a rank has.
         (
-            "attention/heads.py",
+            "worker/heads.py",
             "model_executor.layers.linear:QKVParallelLinear",
             [
                 "self.num_kv_head_replicas = divide(tp_size, self.total_num_kv_heads)",
@@ -222,41 +222,41 @@ def test_vllm_base_is_what_we_rely_on(ours: str, kind: str, base: str) -> None:
         ),
         # A spec is made by its layer's backend.
         (
-            "blocks/spec.py",
+            "hooks/kv_cache_spec.py",
             "v1.worker.utils:customize_attention_spec",
             ["spec = backend.customize_spec(spec)"],
         ),
         # Tokens are stored by the kernels that the builder has chosen for its layers.
         (
-            "attention/cpu_builder.py",
+            "worker/cpu/builder.py",
             "v1.attention.backends.cpu_attn:CPUAttentionMetadataBuilder._set_isa_to_layers",
             ["layer.isa = self.isa"],
         ),
         (
-            "attention/cpu_builder.py",
+            "worker/cpu/builder.py",
             "v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.do_kv_cache_update",
             ["ops.cpu_attn_reshape_and_cache(", "layer.isa"],
         ),
         # A page has as many bytes as its spec says, whatever heads the layer has.
         (
-            "static/spec.py",
+            "hooks/static_spec.py",
             "v1.kv_cache_interface:AttentionSpec.state_content_size_bytes",
             ["return (self.head_size + self.head_size_v) * get_dtype_size(self.dtype)"],
         ),
         (
-            "static/spec.py",
+            "hooks/static_spec.py",
             "v1.kv_cache_interface:compute_layer_kv_cache_shape_bytes",
             ["spec.num_heads", "spec.state_content_size_bytes"],
         ),
         # Queries and outputs are of the layer's own heads.
         (
-            "attention/cpu_static.py",
+            "worker/static/cpu_layer.py",
             "model_executor.layers.attention.attention:Attention.forward",
             ["query.view(-1, self.num_heads"],
         ),
         # No metadata means that vLLM is profiling. A block is two halves, keys and values.
         (
-            "attention/cpu_impl.py",
+            "worker/cpu/impl.py",
             "v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.forward",
             [
                 "if attn_metadata is None: return output",
@@ -275,7 +275,7 @@ def test_vllm_does_what_we_rely_on(ours: str, function: str, pieces: list[str]) 
 
 def test_vllm_values_are_what_we_rely_on() -> None:
     assert CPUAttentionBackend.supported_kv_cache_layouts() == (KVCacheLayout.LBHNC,), "layout.py"
-    assert AttentionType.DECODER == "decoder", "attention/cpu_backend.py and cuda_impl.py"
-    assert MultipleOf(16).base == 16, "attention/cpu_backend.py"
-    # Keys and values are stored before attention, by an operator of its own: attention/cpu_impl.py.
+    assert AttentionType.DECODER == "decoder", "worker/cpu/backend.py and cuda_impl.py"
+    assert MultipleOf(16).base == 16, "worker/cpu/backend.py"
+    # Keys and values are stored before attention, by an operator of its own: worker/cpu/impl.py.
     assert CPUAttentionBackend.forward_includes_kv_cache_update is False

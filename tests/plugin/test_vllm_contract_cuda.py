@@ -22,15 +22,15 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from tests.support.contract import check_members, check_parameters, name_of, tight
 from tests.support.flash import FlashStandIn
-from think_vllm import compat_rows
-from think_vllm.eviction import split_runs
-from think_vllm.layout import BlockForm
-from think_vllm.spans import SpanRule
+from think_vllm.hooks import model_runner as compat_rows
+from think_vllm.plan.layout import BlockForm
+from think_vllm.plan.spans import SpanRule
+from think_vllm.worker.token_selection import split_runs
 
-BACKEND, BUILDER = "attention/cuda_backend.py", "attention/cuda_builder.py"
-IMPL, PARTS = "attention/cuda_impl.py", "attention/cuda_parts.py"
-LAYER, STATIC = "attention/cuda_layer.py", "attention/cuda_static_builder.py"
-ACTIVATION, COMPAT = "activation.py", "compat.py"
+BACKEND, BUILDER = "worker/cuda/backend.py", "worker/cuda/builder.py"
+IMPL, PARTS = "worker/cuda/impl.py", "worker/cuda/metadata.py"
+LAYER, STATIC = "worker/cuda/layer.py", "worker/static/cuda_builder.py"
+ACTIVATION, COMPAT = "activation.py", "hooks/platform.py"
 
 
 def names(function: Callable[..., Any]) -> list[str]:
@@ -98,7 +98,7 @@ def names(function: Callable[..., Any]) -> list[str]:
                 "output_block_scale",
             ],
         ),
-        ("attention/cuda_static.py", "config.vllm:get_current_vllm_config", []),
+        ("worker/static/cuda_layer.py", "config.vllm:get_current_vllm_config", []),
         (BACKEND, "v1.attention.backend:AttentionBackend.supported_kv_cache_layouts", []),
         (
             BACKEND,

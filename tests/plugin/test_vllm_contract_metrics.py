@@ -17,9 +17,9 @@ from vllm.v1.worker.gpu import model_runner as v2
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from tests.support.contract import check_members, check_parameters, check_source, name_of
-from think_vllm import compat_metrics
+from think_vllm.hooks import metrics as compat_metrics
 
-OURS = "compat_metrics.py"
+OURS = "hooks/metrics.py"
 PROM = ["vllm_config", "labelnames", "per_engine_labelvalues"]
 
 
@@ -72,12 +72,12 @@ PROM = ["vllm_config", "labelnames", "per_engine_labelvalues"]
             ["self", "log_fn"],
         ),
         (
-            "metrics/engine.py",
+            "scheduler/report.py",
             "distributed.utils:get_pp_indices",
             ["num_hidden_layers", "pp_rank", "pp_size"],
         ),
         (
-            "metrics/engine.py",
+            "scheduler/report.py",
             "config.model:ModelConfig.get_total_num_hidden_layers",
             ["self"],
         ),
@@ -112,18 +112,18 @@ def test_vllm_signature_is_what_we_rely_on(ours: str, function: str, parameters:
         (OURS, "v1.outputs:KVConnectorOutput", {"kv_connector_stats"}),
         (OURS, "v1.metrics.stats:SchedulerStats", {"kv_connector_stats"}),
         (
-            "metrics/engine.py",
+            "scheduler/report.py",
             "v1.core.sched.scheduler:Scheduler",
             {"running", "kv_cache_manager", "kv_cache_config"},
         ),
-        ("metrics/engine.py", "v1.core.kv_cache_manager:KVCacheManager", {"coordinator"}),
+        ("scheduler/report.py", "v1.core.kv_cache_manager:KVCacheManager", {"coordinator"}),
         (
-            "metrics/engine.py",
+            "scheduler/report.py",
             "v1.kv_cache_interface:KVCacheConfig",
             {"kv_cache_groups", "num_blocks"},
         ),
         (
-            "metrics/engine.py",
+            "scheduler/report.py",
             "config.parallel:ParallelConfig",
             {"pipeline_parallel_size", "tensor_parallel_size"},
         ),

@@ -17,10 +17,10 @@ from tests.support.contract import (
     check_source,
     name_of,
 )
-from think_vllm.doctor.forced import FORCED_TOKENS, ForcedTokens
-from think_vllm.loadtest.driver import generator_arguments
-from think_vllm.loadtest.scenario import known_scenarios, load_scenario
-from think_vllm.loadtest.server import KEEP_ALIVE, KEEP_ALIVE_S
+from think_vllm.tools.bench.driver import generator_arguments
+from think_vllm.tools.bench.scenario import known_scenarios, load_scenario
+from think_vllm.tools.common.server import KEEP_ALIVE, KEEP_ALIVE_S
+from think_vllm.tools.doctor.forced import FORCED_TOKENS, ForcedTokens
 
 #: In 0.33, and before.
 PARSER = "entrypoints.common.cli_args:make_arg_parser"
@@ -30,27 +30,27 @@ PARSER += " | entrypoints.launchers.cli_args:make_arg_parser"
 @pytest.mark.parametrize(
     ("ours", "function", "parameters"),
     [
-        ("doctor/probe.py", "entrypoints.llm:LLM.from_engine_args", ["engine_args"]),
+        ("tools/doctor/probe.py", "entrypoints.llm:LLM.from_engine_args", ["engine_args"]),
         (
-            "doctor/probe.py",
+            "tools/doctor/probe.py",
             "engine.arg_utils:AsyncEngineArgs.add_cli_args",
             ["parser", "async_args_only"],
         ),
-        ("doctor/probe.py", "engine.arg_utils:EngineArgs.from_cli_args", ["args"]),
+        ("tools/doctor/probe.py", "engine.arg_utils:EngineArgs.from_cli_args", ["args"]),
         (
-            "loadtest/configuration.py",
+            "tools/bench/configuration.py",
             PARSER,
             ["parser"],
         ),
-        ("loadtest/generator_program.py", "benchmarks.serve:add_cli_args", ["parser"]),
-        ("loadtest/generator_program.py", "benchmarks.serve:main", ["args"]),
+        ("tools/bench/generator_program.py", "benchmarks.serve:add_cli_args", ["parser"]),
+        ("tools/bench/generator_program.py", "benchmarks.serve:main", ["args"]),
         (
-            "doctor/forced.py",
+            "tools/doctor/forced.py",
             "v1.sample.logits_processor:AdapterLogitsProcessor.new_req_logits_processor",
             ["self", "params"],
         ),
         (
-            "doctor/forced.py",
+            "tools/doctor/forced.py",
             "v1.sample.logits_processor:AdapterLogitsProcessor.is_argmax_invariant",
             ["self"],
         ),
@@ -62,18 +62,22 @@ def test_signatures(ours: str, function: str, parameters: list[str]) -> None:
 
 
 def test_parameters_passed_by_name() -> None:
-    check_accepts("doctor/probe.py", "entrypoints.llm:LLM.generate", ["prompts", "sampling_params"])
+    check_accepts(
+        "tools/doctor/probe.py", "entrypoints.llm:LLM.generate", ["prompts", "sampling_params"]
+    )
     names = ["temperature", "max_tokens", "ignore_eos", "logprobs", "extra_args"]
-    check_accepts("doctor/probe.py", "sampling_params:SamplingParams", names)
+    check_accepts("tools/doctor/probe.py", "sampling_params:SamplingParams", names)
     check_members(
-        "doctor/probe.py", "engine.arg_utils:EngineArgs", {"additional_config", "logits_processors"}
+        "tools/doctor/probe.py",
+        "engine.arg_utils:EngineArgs",
+        {"additional_config", "logits_processors"},
     )
     names = ["is_cpu", "is_cuda", "get_device_name", "get_device_total_memory"]
-    check_members("doctor/machine.py", "platforms.interface:Platform", set(names))
+    check_members("tools/doctor/machine.py", "platforms.interface:Platform", set(names))
 
 
 def test_server_under_test_keeps_connections_longer_than_the_load_generator() -> None:
-    ours = "loadtest/server.py"
+    ours = "tools/common/server.py"
     check_source(ours, "benchmarks.serve:benchmark", "keepalive_timeout=60,")
     assert KEEP_ALIVE_S > 60
     server = "entrypoints.launchers.api_server.entry:build_and_serve"

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from think_vllm.attention.sorting import leading_thin_spans
-from think_vllm.spans import SpanRule
+from think_vllm.plan.spans import SpanRule
+from think_vllm.worker.step_builder import leading_thin_spans
 
 BLOCK = 4
 

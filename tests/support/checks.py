@@ -8,8 +8,8 @@ import torch
 
 from tests.support.reference import Reference, Thinning
 from tests.support.served import Completion, Served
-from think_vllm.config import ThinkConfig
-from think_vllm.planner import BlockPlan, plan_blocks
+from think_vllm.plan.planner import BlockPlan, plan_blocks
+from think_vllm.plan.settings import ThinkConfig
 
 #: Float32: two implementations that sum in different orders differ by some 1e-6 here; one wrong
 #: channel of one span shows as 1e-3 and more.

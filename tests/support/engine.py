@@ -83,7 +83,7 @@ def _load(model: str, arguments: list[str]) -> str:
     from vllm import LLM
     from vllm.logger import configure_logging_if_needed
 
-    from think_vllm.doctor.probe import parse_engine_args
+    from think_vllm.tools.doctor.probe import parse_engine_args
 
     engine_args = parse_engine_args(model, arguments)
     # Else the first engine does, and takes our handler away.

@@ -3,7 +3,7 @@
 Independent of the package's own code for scores, selection, spans and thin blocks: one causal
 forward pass over prompt and completion, in which a query past the prompt sees the keys and values
 of thin spans with their pruned channels set to zero, and as they come back from their coding. Only
-the rules of a coding itself are the package's (``reference/quantization.py``).
+the rules of a coding itself are the package's (``kernels/reference/quantization.py``).
 """
 
 from collections.abc import Iterator
@@ -23,9 +23,9 @@ from tests.support.channels import (
     value_scores,
 )
 from tests.support.eviction_reference import best_tokens, token_margin, token_scores
-from think_vllm.formats import FORMATS, BlockFormat
-from think_vllm.planner import BlockPlan
-from think_vllm.reference.quantization import code_and_back
+from think_vllm.kernels.reference.quantization import code_and_back
+from think_vllm.plan.formats import FORMATS, BlockFormat
+from think_vllm.plan.planner import BlockPlan
 
 
 @dataclass(frozen=True)

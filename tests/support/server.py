@@ -18,7 +18,7 @@ from typing import Any, Self
 import httpx
 
 from tests.support.served import GREEDY, KV_CACHE_BYTES, POLL_S, Completion, Served
-from think_vllm.loadtest.server import server_environment
+from think_vllm.tools.common.server import server_environment
 
 START_TIMEOUT_S = 300
 REQUEST_TIMEOUT_S = 600
@@ -84,7 +84,7 @@ class Server(Served):
     def __enter__(self) -> Self:
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
-        command = [sys.executable, "-m", "think_vllm.cli.main", "serve", self.model]
+        command = [sys.executable, "-m", "think_vllm.tools.cli", "serve", self.model]
         command += [*self.arguments, "--port", str(port)]
         with self.log.open("wb") as output:
             self._process = subprocess.Popen(
@@ -234,7 +234,7 @@ class Server(Served):
 
 def run_serve(model: Path, arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
     """Start a server that is expected to refuse to start."""
-    command = [sys.executable, "-m", "think_vllm.cli.main", "serve", str(model), *arguments]
+    command = [sys.executable, "-m", "think_vllm.tools.cli", "serve", str(model), *arguments]
     return subprocess.run(
         command,
         capture_output=True,

@@ -33,8 +33,8 @@ from tests.support.soak_checks import (
     compare_with_reference,
 )
 from tests.support.soak_jobs import Job, draw_jobs
-from think_vllm.config import ThinkConfig
-from think_vllm.planner import BlockPlan, plan_blocks
+from think_vllm.plan.planner import BlockPlan, plan_blocks
+from think_vllm.plan.settings import ThinkConfig
 
 MAX_MODEL_LEN = 2048
 #: Of the bundled model, and of the exact one.

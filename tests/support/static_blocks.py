@@ -2,10 +2,10 @@
 
 import torch
 
-from think_vllm.config import ThinkConfig
-from think_vllm.reference.static import static_attention_ref, store_static_ref
-from think_vllm.static.blocks import StaticChannels
-from think_vllm.static.plan import StaticPlan
+from think_vllm.kernels.reference.static import static_attention_ref, store_static_ref
+from think_vllm.kernels.static_cache import StaticChannels
+from think_vllm.plan.settings import ThinkConfig
+from think_vllm.plan.static_plan import StaticPlan
 
 #: Kept key and value channels of 64: keys alone, values alone, both, either of them longer, odd
 #: numbers, hardly any.

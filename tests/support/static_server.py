@@ -10,8 +10,8 @@ import torch
 from tests.support.checks import TOLERANCE, random_prompts
 from tests.support.served import Completion, Served
 from tests.support.static_tables import MaskedModel, mask, random_tables
-from think_vllm.config import ThinkConfig
-from think_vllm.static.plan import StaticPlan, plan_static
+from think_vllm.plan.settings import ThinkConfig
+from think_vllm.plan.static_plan import StaticPlan, plan_static
 
 
 class Static:

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
-from think_vllm.formats import Coding
-from think_vllm.reference.quantization import code_and_back
-from think_vllm.static.tables import Calibration, ChannelTables, ModelShape
+from think_vllm.kernels.reference.quantization import code_and_back
+from think_vllm.plan.channel_tables import Calibration, ChannelTables, ModelShape
+from think_vllm.plan.formats import Coding
 
 _running: "MaskedModel | None" = None
 

@@ -19,12 +19,12 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from tests.support.flash import FlashStandIn, found
 from tests.triton.expected import SCALE, Request
 from tests.triton.runners import make_runner
-from think_vllm import compat_rows
-from think_vllm.attention.cuda_backend import ThinkCUDABackend
-from think_vllm.attention.heads import RankHeads
-from think_vllm.blocks.spec import ThinKVCacheSpec
-from think_vllm.planner import BlockPlan
-from think_vllm.selection import EnginePlan
+from think_vllm.hooks import model_runner as compat_rows
+from think_vllm.hooks.engine import EnginePlan
+from think_vllm.plan.planner import BlockPlan
+from think_vllm.scheduler.spec import ThinKVCacheSpec
+from think_vllm.worker.cuda.backend import ThinkCUDABackend
+from think_vllm.worker.heads import RankHeads
 
 
 class Engine:
@@ -78,7 +78,7 @@ class Engine:
         )
         chosen = EnginePlan(plan, thin_prefixes=not plan.rule.delay_prompt, in_flight_tokens=0)
         with (
-            patch("think_vllm.attention.cuda_builder.selected_engine", return_value=chosen),
+            patch("think_vllm.worker.cuda.builder.selected_engine", return_value=chosen),
             patch.object(compat_rows, "watch_runner") as watch,
         ):
             self.builder = ThinkCUDABackend.get_builder_cls()(
@@ -107,12 +107,12 @@ class Engine:
         shape = (num_blocks, layers, self.heads[1], plan.block_size, 2 * plan.head_size)
         memory = torch.full(shape, torch.nan, device=self.device)
         with (
-            patch("think_vllm.attention.cuda_impl.get_current_vllm_config"),
+            patch("think_vllm.worker.cuda.impl.get_current_vllm_config"),
             # The one of a GPU has no float32.
             found(self.flash),
-            patch("think_vllm.attention.cuda_impl.remember_plan", return_value=plan),
+            patch("think_vllm.worker.cuda.impl.remember_plan", return_value=plan),
             patch(
-                "think_vllm.attention.cuda_impl.rank_heads",
+                "think_vllm.worker.cuda.impl.rank_heads",
                 return_value=RankHeads(0, self.heads[1], plan.head_size, seed=0),
             ),
         ):

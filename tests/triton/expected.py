@@ -16,19 +16,19 @@ from tests.triton.reference import (
     key_energy_ref,
     split_dense,
 )
-from think_vllm.planner import BlockPlan
-from think_vllm.reference.eviction import (
+from think_vllm.kernels.reference.eviction import (
     attention_sums_ref,
     choose_tokens_ref,
     pool_ref,
 )
-from think_vllm.reference.scoring import (
+from think_vllm.kernels.reference.scoring import (
     key_scores_ref,
     query_energy_ref,
     top_channels_ref,
 )
-from think_vllm.request import own_rule
-from think_vllm.spans import SpanRule
+from think_vllm.plan.planner import BlockPlan
+from think_vllm.plan.request import own_rule
+from think_vllm.plan.spans import SpanRule
 
 SCALE = 0.2
 

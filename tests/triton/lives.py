@@ -7,8 +7,8 @@ import torch
 
 from tests.triton.engine import Engine
 from tests.triton.expected import Expected, Request, expect, make_request
-from think_vllm.config import ThinkConfig
-from think_vllm.planner import BlockPlan
+from think_vllm.plan.planner import BlockPlan
+from think_vllm.plan.settings import ThinkConfig
 
 #: Format, blocks of a span before and after, tokens of a thin block, kept channels of keys and of
 #: values, heads.

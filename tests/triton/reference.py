@@ -3,8 +3,8 @@
 from functools import partial
 
 from tests.kernels import helpers
-from think_vllm.layout import BlockForm
-from think_vllm.reference import attention, compaction, eviction, scoring
+from think_vllm.kernels.reference import attention, compaction, eviction, scoring
+from think_vllm.plan.layout import BlockForm
 
 FORM = BlockForm.GPU
 

@@ -7,7 +7,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tests.triton.expected import Request
-from think_vllm import compat, compat_rows
+from think_vllm.hooks import model_runner as compat_rows
+from think_vllm.hooks import platform as compat
 
 
 class RunnerV1:

@@ -16,12 +16,12 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from tests.support.static_blocks import random_channels
-from think_vllm.attention.cuda_static import StaticCUDABackend
-from think_vllm.attention.heads import RankHeads
-from think_vllm.reference.static import static_attention_ref, store_static_ref
-from think_vllm.static.activation import StaticEngine
-from think_vllm.static.blocks import StaticChannels
-from think_vllm.static.plan import StaticPlan
+from think_vllm.hooks.static_engine import StaticEngine
+from think_vllm.kernels.reference.static import static_attention_ref, store_static_ref
+from think_vllm.kernels.static_cache import StaticChannels
+from think_vllm.plan.static_plan import StaticPlan
+from think_vllm.worker.heads import RankHeads
+from think_vllm.worker.static.cuda_layer import StaticCUDABackend
 
 SCALE = 0.2
 #: Float32 sums in another order, of values of about 1.
@@ -89,7 +89,7 @@ class StaticWorker:
         self.block_table = torch.zeros(shape, dtype=torch.int32, device=device)
         self.seq_lens = torch.zeros(self.MAX_REQUESTS, dtype=torch.int32, device=device)
         engine: Any = StaticEngine(plan, Tables(self.channels))
-        module = "think_vllm.attention.cuda_static"
+        module = "think_vllm.worker.static.cuda_layer"
         with (
             patch(f"{module}.get_current_vllm_config"),
             patch(f"{module}.remember_static", return_value=engine),
@@ -98,7 +98,7 @@ class StaticWorker:
                 StaticCUDABackend.get_impl_cls()(heads[0], plan.head_size, SCALE, heads[1])
                 for _ in range(layers)
             ]
-        with patch("think_vllm.static.spec.selected_static", return_value=engine):
+        with patch("think_vllm.scheduler.static_spec.selected_static", return_value=engine):
             self.spec = StaticCUDABackend.customize_spec(
                 FullAttentionSpec(
                     block_size=plan.block_size,
@@ -118,7 +118,7 @@ class StaticWorker:
             compilation_config=SimpleNamespace(static_forward_context=self.layers),
             model_config=SimpleNamespace(dtype=torch.float32),
         )
-        module = "think_vllm.attention.cuda_static_builder"
+        module = "think_vllm.worker.static.cuda_builder"
         rank = RankHeads(0, heads[1], plan.head_size, seed=0)
         with (
             patch(f"{module}.selected_static", return_value=engine),

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from tests.conftest import REPOSITORY
-from think_vllm.formats import FORMATS
+from think_vllm.plan.formats import FORMATS
 
 #: Everything that a process prints which compiles the kernels of one format.
 SCRIPT = """

@@ -8,11 +8,11 @@ import torch
 from csrc_triton.context import context_attention
 from tests.triton.lives import PLANS, Life
 from tests.triton.reference import split_dense
-from think_vllm.attention import cuda_impl
-from think_vllm.attention.cuda_backend import ThinkCUDABackend
-from think_vllm.attention.cuda_state import GroupState
 from think_vllm.errors import ThinkError
 from think_vllm.metrics.worker import take_report
+from think_vllm.worker.cuda import impl as cuda_impl
+from think_vllm.worker.cuda.backend import ThinkCUDABackend
+from think_vllm.worker.cuda.state import GroupState
 
 
 @pytest.mark.parametrize("version", [1, 2])

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from tests.kernels.helpers import make_plan
-from think_vllm.attention.cuda_parts import DueSpans, Observed, Slots, to_device
-from think_vllm.attention.cuda_state import GroupState, RequestSlots
-from think_vllm.attention.cuda_warmup import warm_up
+from think_vllm.worker.cuda.metadata import DueSpans, Observed, Slots, to_device
+from think_vllm.worker.cuda.state import GroupState, RequestSlots
+from think_vllm.worker.cuda.warmup import warm_up
 
 
 def test_request_slots_keep_their_numbers_while_requests_are_known():

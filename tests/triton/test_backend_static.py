@@ -6,10 +6,10 @@ from vllm.v1.attention.backend import AttentionCGSupport
 
 from tests.support.static_blocks import QUANTS, make_plan
 from tests.triton.static_engine import StaticWorker
-from think_vllm.attention.cuda_static import StaticCUDABackend
-from think_vllm.attention.cuda_static_builder import StaticCUDAMetadataBuilder
-from think_vllm.attention.cuda_warmup import warm_up_static
 from think_vllm.errors import ThinkError
+from think_vllm.worker.cuda.warmup import warm_up_static
+from think_vllm.worker.static.cuda_builder import StaticCUDAMetadataBuilder
+from think_vllm.worker.static.cuda_layer import StaticCUDABackend
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from tests.triton.engine import Engine
 from tests.triton.lives import PLANS, Life
 from tests.triton.static_engine import StaticWorker
 from tests.triton.test_backend_eviction import evicting
-from think_vllm.attention.cuda_warmup import (
+from think_vllm.worker.cuda.warmup import (
     warm_up,
     warm_up_layers,
     warm_up_static,

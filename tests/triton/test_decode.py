@@ -10,7 +10,7 @@ from csrc_triton.decode import decode_attention, decode_splits
 from csrc_triton.splits import choose_splits, make_workspace
 from tests.kernels.helpers import FORMATS, ROUNDING, SUMMATION, Case, make_plan
 from tests.triton.reference import decode_attention_ref, make_case
-from think_vllm.reference.compaction import thin_run
+from think_vllm.kernels.reference.compaction import thin_run
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 formats = pytest.mark.parametrize(("quant", "ratio"), FORMATS)

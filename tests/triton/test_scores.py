@@ -6,7 +6,7 @@ import torch
 from csrc_triton.scores import add_query_energy, key_energy
 from tests.kernels.helpers import make_plan
 from tests.triton.reference import key_energy_ref, make_case, split_dense
-from think_vllm.reference.scoring import query_energy_ref
+from think_vllm.kernels.reference.scoring import query_energy_ref
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 #: A few hundred float32 roundings in another order; elements are converted exactly.

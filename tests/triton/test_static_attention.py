@@ -11,7 +11,7 @@ from csrc_triton.static_context import static_context
 from csrc_triton.static_decode import static_decode
 from tests.kernels.helpers import ROUNDING, SUMMATION
 from tests.support.static_blocks import KEPT, QUANTS, StaticCase, make_plan
-from think_vllm.reference.static import run_parts
+from think_vllm.kernels.reference.static import run_parts
 
 quants = pytest.mark.parametrize("quant", QUANTS)
 

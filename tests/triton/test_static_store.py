@@ -6,8 +6,8 @@ import torch
 from csrc_triton.static_blocks import order_channels
 from csrc_triton.static_store import store_static
 from tests.support.static_blocks import KEPT, QUANTS, StaticCase, make_plan
-from think_vllm.reference.static import read_run, store_static_ref
-from think_vllm.static.blocks import StaticChannels
+from think_vllm.kernels.reference.static import read_run, store_static_ref
+from think_vllm.kernels.static_cache import StaticChannels
 
 ROWS = [(kept, torch.bfloat16) for kept in KEPT]
 ROWS += [((31, 48), torch.float16), ((31, 48), torch.float32), ((64, 64), torch.bfloat16)]

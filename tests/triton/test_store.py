@@ -4,7 +4,7 @@ import torch
 from csrc_triton.store import clear_tails, store_dense
 from tests.kernels.helpers import make_plan
 from tests.triton.reference import FORM, dense_tokens
-from think_vllm.layout import DenseLayout
+from think_vllm.plan.layout import DenseLayout
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 

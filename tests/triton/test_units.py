@@ -8,9 +8,14 @@ import triton.language as tl
 
 from csrc_triton import units
 from tests.support import ptx
-from think_vllm.formats import FORMATS
-from think_vllm.layout import BlockForm, ThinLayout
-from think_vllm.reference.quantization import from_units, read_matrix, to_units, write_matrix
+from think_vllm.kernels.reference.quantization import (
+    from_units,
+    read_matrix,
+    to_units,
+    write_matrix,
+)
+from think_vllm.plan.formats import FORMATS
+from think_vllm.plan.layout import BlockForm, ThinLayout
 
 ASM = {8: units._FP8, 4: units._INT4, 2: units._INT2}
 

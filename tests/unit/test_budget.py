@@ -6,12 +6,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from think_vllm.budget import USED_SHARE, kept_tokens
-from think_vllm.config import ThinkConfig
 from think_vllm.errors import ThinkError
-from think_vllm.formats import FORMATS
-from think_vllm.planner import BLOCK_SIZES, BlockPlan, plan_blocks
-from think_vllm.report import plan_fields, plan_summary
+from think_vllm.plan.budget import USED_SHARE, kept_tokens
+from think_vllm.plan.formats import FORMATS
+from think_vllm.plan.planner import BLOCK_SIZES, BlockPlan, plan_blocks
+from think_vllm.plan.settings import ThinkConfig
+from think_vllm.plan.summary import plan_fields, plan_summary
 
 
 def make(budget: int, block_size: int | None = None, **changes: object) -> BlockPlan:

@@ -9,11 +9,11 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from tests.support.models import make_llama
-from think_vllm.cli.main import main
 from think_vllm.errors import ThinkError
-from think_vllm.static.calibration import ChannelScores, score_prompts
-from think_vllm.static.prompts import read_prompts, task_prompts
-from think_vllm.static.tables import ModelShape, read_tables
+from think_vllm.plan.channel_tables import ModelShape, read_tables
+from think_vllm.tools.calibrate.calibration import ChannelScores, score_prompts
+from think_vllm.tools.calibrate.prompts import read_prompts, task_prompts
+from think_vllm.tools.cli import main
 
 SHAPE = ModelShape(
     model_type="llama", num_layers=1, num_heads=4, num_kv_heads=2, head_size=8, hidden_size=32,

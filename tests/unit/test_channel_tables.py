@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from tests.support.static_tables import mask, random_tables
-from think_vllm.config import ThinkConfig
 from think_vllm.errors import ThinkError
-from think_vllm.static.plan import StaticPlan, plan_static
-from think_vllm.static.tables import ChannelTables, load_tables, read_tables
+from think_vllm.plan.channel_tables import ChannelTables, load_tables, read_tables
+from think_vllm.plan.settings import ThinkConfig
+from think_vllm.plan.static_plan import StaticPlan, plan_static
 
 RATIOS = {"kv_channel_prune": 0.5, "kv_value_prune": 0.25}
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from vllm.exceptions import VLLMValidationError
 
-from think_vllm import compat_requests
+from think_vllm.hooks import requests as compat_requests
 
 STATIC = {"kv_channel_prune": 0.5, "kv_select": "static", "kv_channel_tables_file": "t.json"}
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from think_vllm import compat_rows
-from think_vllm.attention.sorting import leading_thin_spans
-from think_vllm.spans import SpanRule
+from think_vllm.hooks import model_runner as compat_rows
+from think_vllm.plan.spans import SpanRule
+from think_vllm.worker.step_builder import leading_thin_spans
 
 RULE = SpanRule(2, 3, 2, 5, True)  # 3 blocks of 2 tokens
 

@@ -4,10 +4,10 @@ from typing import get_args
 
 import pytest
 
-from think_vllm.config import ThinkConfig
-from think_vllm.config_parser import config_from_additional, parse_config
 from think_vllm.errors import ThinkError
-from think_vllm.formats import FORMATS, GROUP_SIZES
+from think_vllm.plan.formats import FORMATS, GROUP_SIZES
+from think_vllm.plan.parsing import config_from_additional, parse_config
+from think_vllm.plan.settings import ThinkConfig
 
 STATIC = {"kv_select": "static", "kv_channel_tables_file": "t.json"}
 

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.kernels.helpers import make_plan
-from think_vllm import compat_rows
-from think_vllm.attention.cpu_builder import ThinkCPUMetadataBuilder
-from think_vllm.attention.cpu_parts import ThinkCPUMetadata
-from think_vllm.config import ThinkConfig
-from think_vllm.planner import BlockPlan, plan_blocks
-from think_vllm.spans import ENDLESS, SpanRule
+from think_vllm.hooks import model_runner as compat_rows
+from think_vllm.plan.planner import BlockPlan, plan_blocks
+from think_vllm.plan.settings import ThinkConfig
+from think_vllm.plan.spans import ENDLESS, SpanRule
+from think_vllm.worker.cpu.builder import ThinkCPUMetadataBuilder
+from think_vllm.worker.cpu.metadata import ThinkCPUMetadata
 
 PLAN = make_plan(128, torch.bfloat16, 48)
 SPAN = PLAN.rule.span_tokens

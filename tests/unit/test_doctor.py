@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from think_vllm.doctor.comparison import compare
-from think_vllm.doctor.finding import Finding, Level
-from think_vllm.doctor.probe import ProbeJob, ProbeResult, make_prompts
+from think_vllm.tools.doctor.comparison import compare
+from think_vllm.tools.doctor.finding import Finding, Level
+from think_vllm.tools.doctor.probe import ProbeJob, ProbeResult, make_prompts
 
 
 def result(logprobs: list[list[float]], likeliest: list[list[int]]) -> ProbeResult:

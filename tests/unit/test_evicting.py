@@ -6,9 +6,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from think_vllm.attention.evicting import take_packs, watch
-from think_vllm.attention.sorting import sort_step
-from think_vllm.spans import RowLimits, SpanRule
+from think_vllm.plan.spans import RowLimits, SpanRule
+from think_vllm.worker.eviction_step import take_packs, watch
+from think_vllm.worker.step_builder import sort_step
 
 WINDOW = 5
 RULES = st.builds(

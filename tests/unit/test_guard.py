@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from think_vllm import compat_metrics, compat_rows
-from think_vllm.attention.guard import begin_guard, loss_guard, take_verdicts
+from think_vllm.hooks import metrics as compat_metrics
+from think_vllm.hooks import model_runner as compat_rows
 from think_vllm.metrics.worker import begin_report
-from think_vllm.spans import SpanRule
+from think_vllm.plan.spans import SpanRule
+from think_vllm.worker.loss_guard import begin_guard, loss_guard, take_verdicts
 
 RULE = SpanRule(2, 3, 2, 5, True, delay_prompt=True)
 

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from think_vllm.errors import ThinkError
-from think_vllm.formats import FORMATS, GROUP_SIZES, Coding
-from think_vllm.layout import (
+from think_vllm.plan.formats import FORMATS, GROUP_SIZES, Coding
+from think_vllm.plan.layout import (
     ALIGN_BYTES,
     BlockForm,
     DenseLayout,

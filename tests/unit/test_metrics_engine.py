@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tests.support.block_engine import NUM_BLOCKS, Engine
 from tests.unit.test_manager import ACTIONS, make_spec
 from think_vllm.metrics.catalog import BLOCKS, BYTES, HELD, HITS, MULTIPLE, SPANS
-from think_vllm.metrics.engine import LOOK_SECONDS, EngineReport
+from think_vllm.scheduler.report import LOOK_SECONDS, EngineReport
 
 BLOCK_BYTES = 1000
 IDLE = {HELD: {"dense": 0, "thin": 0}, MULTIPLE: {"": 0.0}}

@@ -4,10 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from think_vllm.config import ThinkConfig
 from think_vllm.errors import ThinkError
-from think_vllm.formats import FORMATS, GROUP_SIZES
-from think_vllm.planner import (
+from think_vllm.plan.formats import FORMATS, GROUP_SIZES
+from think_vllm.plan.planner import (
     BLOCK_SIZES,
     CHANNEL_ALIGNMENT,
     CHANNEL_TOLERANCE,
@@ -17,6 +16,7 @@ from think_vllm.planner import (
     plan_blocks,
     pruned_channels,
 )
+from think_vllm.plan.settings import ThinkConfig
 
 CODED = [name for name in FORMATS if name != "none"]
 

@@ -7,12 +7,12 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from think_vllm.attention.heads import RankHeads, rank_heads
-from think_vllm.block_plan import BlockPlan
-from think_vllm.choosing import Chooser, count_sources, top_channels
-from think_vllm.config import ThinkConfig
-from think_vllm.policies import POLICIES, LayerHeads
-from think_vllm.reference.scoring import key_scores_ref, query_energy_ref, top_channels_ref
+from think_vllm.kernels.reference.scoring import key_scores_ref, query_energy_ref, top_channels_ref
+from think_vllm.plan.block_plan import BlockPlan
+from think_vllm.plan.settings import ThinkConfig
+from think_vllm.worker.channel_selection import Chooser, count_sources, top_channels
+from think_vllm.worker.heads import RankHeads, rank_heads
+from think_vllm.worker.policies import POLICIES, LayerHeads
 
 D, TOKENS, WINDOW = 64, 90, 32
 HEADS = LayerHeads(layer=3, first=4, count=2, head_size=D)
@@ -131,7 +131,7 @@ def test_policies_are_the_references(select: str) -> None:
 
 
 def test_policies_are_those_of_the_flag() -> None:
-    # Static channels are scored before there is an engine: see think_vllm/static/.
+    # Static channels are scored before there is an engine: see think_vllm/tools/calibrate/.
     wanted = (*POLICIES, "static")
     assert ThinkConfig.model_fields["kv_select"].annotation.__args__ == wanted
 
@@ -217,7 +217,7 @@ def test_heads_of_a_rank(rank: int, ranks: int, total: int, first: int) -> None:
         parallel_config=SimpleNamespace(tensor_parallel_size=ranks),
     )
     count = max(1, total // ranks)
-    with patch("think_vllm.attention.heads.get_tensor_model_parallel_rank", return_value=rank):
+    with patch("think_vllm.worker.heads.get_tensor_model_parallel_rank", return_value=rank):
         heads = rank_heads(config, count, D)  # type: ignore[arg-type]  # stands for vLLM's
     name = "language_model.model.layers.31.self_attn.attn"
     assert heads.of_layer(name) == LayerHeads(31, first, count, D, 5)

@@ -11,12 +11,12 @@ from vllm.v1.request import Request
 from tests.support.block_engine import BLOCK, NUM_BLOCKS, Engine, make_manager
 from tests.support.block_worker import Thin
 from tests.unit.test_manager import WINDOW, make_spec
-from think_vllm import compat
-from think_vllm.blocks import publisher as publisher_module
-from think_vllm.blocks.life import Life
-from think_vllm.blocks.manager import ThinKVCacheManager
-from think_vllm.blocks.prefix import LimitedHashes, thin_groups
-from think_vllm.blocks.publisher import Publisher
+from think_vllm.hooks import platform as compat
+from think_vllm.scheduler import publisher as publisher_module
+from think_vllm.scheduler.manager import ThinKVCacheManager
+from think_vllm.scheduler.prefix import LimitedHashes, thin_groups
+from think_vllm.scheduler.publisher import Publisher
+from think_vllm.scheduler.request_state import Life
 
 #: Of ``make_spec``: 3 blocks of 4 tokens become 2, and 5 recent tokens stay dense.
 SPAN = 12

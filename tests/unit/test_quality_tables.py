@@ -15,7 +15,7 @@ from bench.tables.questions import SIZES, Question, judge, questions
 from bench.tables.report import MARKERS, replace_section, write_report
 from bench.tables.results import Results, Row
 from tests.support.models import BUNDLED
-from think_vllm.evals.recall import recall_samples
+from think_vllm.tools.eval.recall import recall_samples
 
 
 @pytest.mark.parametrize("way", ["unasked", "asked"])

@@ -7,9 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from think_vllm.formats import FORMATS, GROUP_SIZES, Coding
-from think_vllm.layout import MatrixLayout, ThinLayout, max_key_channels
-from think_vllm.reference.quantization import (
+from think_vllm.kernels.reference.quantization import (
     code_and_back,
     dequantize,
     fp8_zeros,
@@ -20,6 +18,8 @@ from think_vllm.reference.quantization import (
     unpack,
     write_matrix,
 )
+from think_vllm.plan.formats import FORMATS, GROUP_SIZES, Coding
+from think_vllm.plan.layout import MatrixLayout, ThinLayout, max_key_channels
 
 INTEGER = [Coding.INT4, Coding.INT2]
 #: Rounding to float16: half a unit in the last place, relative, and below 2 ** -14 absolute.

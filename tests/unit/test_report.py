@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from think_vllm.config_parser import parse_config
-from think_vllm.planner import BlockPlan, plan_blocks
-from think_vllm.report import context_hint, never_thin, plan_fields, plan_summary
+from think_vllm.plan.parsing import parse_config
+from think_vllm.plan.planner import BlockPlan, plan_blocks
+from think_vllm.plan.summary import context_hint, never_thin, plan_fields, plan_summary
 
 
 def make(**settings: object) -> BlockPlan:

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from think_vllm.errors import ThinkError
-from think_vllm.request import own_rule
-from think_vllm.spans import SpanRule
+from think_vllm.plan.request import own_rule
+from think_vllm.plan.spans import SpanRule
 
 PRUNING = SpanRule(16, 4, 3, 32, True)  # spans of 64 tokens
 EVICTING = replace(PRUNING, delay_prompt=True, budget_spans=4)

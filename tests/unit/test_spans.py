@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from think_vllm.spans import ENDLESS, RowLimits, SpanRule
+from think_vllm.plan.spans import ENDLESS, RowLimits, SpanRule
 
 RULES = st.builds(
     SpanRule,

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from think_vllm.attention.sorting import leading_thin_spans, sort_step
-from think_vllm.attention.step import Ends, Step
-from think_vllm.spans import ENDLESS, SpanRule
+from think_vllm.plan.spans import ENDLESS, SpanRule
+from think_vllm.worker.step import Ends, Step
+from think_vllm.worker.step_builder import leading_thin_spans, sort_step
 
 WINDOW = 5
 

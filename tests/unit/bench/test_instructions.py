@@ -14,7 +14,7 @@ from bench.instructions import (
 from bench.sass import parse
 from bench.source_lines import Place, function_at, number_lines
 from csrc_triton import aot
-from think_vllm.planner import BlockPlan
+from think_vllm.plan.planner import BlockPlan
 
 
 def chain(*functions: str) -> tuple[Place, ...]:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from think_vllm.cli.config_file import (
+from think_vllm.errors import ThinkError
+from think_vllm.hooks.config_file import (
     check_settings,
     known_options,
     negations,
@@ -14,7 +15,6 @@ from think_vllm.cli.config_file import (
     read_settings,
     split_config,
 )
-from think_vllm.errors import ThinkError
 
 
 def settings_of(path: Path, text: str) -> dict[str, object]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.support.server import serve_arguments
-from think_vllm.cli.example import example_hint
+from think_vllm.tools.example import example_hint
 
 PROMPT = """what's "it"?"""
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from think_vllm.cli.loading import VARIABLE, check_loaded, left_out
 from think_vllm.errors import ThinkError
+from think_vllm.tools.loading import VARIABLE, check_loaded, left_out
 
 
 @pytest.mark.parametrize(

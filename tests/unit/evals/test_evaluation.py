@@ -6,8 +6,8 @@ import sys
 import pytest
 
 from tests.support.fake_api import FakeApi, read_recall
-from think_vllm.cli.main import main
-from think_vllm.evals.stats import mcnemar_exact, paired_interval, wilson_interval
+from think_vllm.tools.cli import main
+from think_vllm.tools.eval.stats import mcnemar_exact, paired_interval, wilson_interval
 
 CELLS = ["--lengths", "400", "800", "--depths", "0", "100", "--samples", "5", "--seed", "3"]
 
@@ -216,7 +216,7 @@ def fake_command(model, arguments, port):
 
 
 def test_serve_starts_one_server_after_the_other(tmp_path, monkeypatch):
-    monkeypatch.setattr("think_vllm.loadtest.server.server_command", fake_command)
+    monkeypatch.setattr("think_vllm.tools.common.server.server_command", fake_command)
     status, results, answers = evaluate(
         tmp_path, "--serve", "m", "--config", "--thin 1", "--server-args", "--all 2",
         "--tasks", "recall", "--no-plots", *CELLS,
@@ -234,7 +234,7 @@ def test_serve_starts_one_server_after_the_other(tmp_path, monkeypatch):
 
 
 def test_serve_reports_the_servers_before_one_that_fails(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("think_vllm.loadtest.server.server_command", fake_command)
+    monkeypatch.setattr("think_vllm.tools.common.server.server_command", fake_command)
     status, results, _ = evaluate(
         tmp_path, "--serve", "m", "--config", "--die now", "--tasks", "recall", "--no-plots", *CELLS
     )

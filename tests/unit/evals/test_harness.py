@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.support.fake_api import FakeApi
-from think_vllm.cli.main import main
 from think_vllm.errors import ThinkError
-from think_vllm.evals.harness import find_harness, harness_command
+from think_vllm.tools.cli import main
+from think_vllm.tools.eval.harness import find_harness, harness_command
 
 #: Leaves results as lm_eval 0.4.13 does, and its arguments beside them.
 PROGRAM = """#!{python}

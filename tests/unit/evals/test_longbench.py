@@ -3,8 +3,8 @@ import json
 import pytest
 
 from think_vllm.errors import ThinkError
-from think_vllm.evals.scoring import score
-from think_vllm.evals.tasks.longbench import (
+from think_vllm.tools.eval.scoring import score
+from think_vllm.tools.eval.tasks.longbench import (
     longbench_questions,
     read_prompts,
     read_rows,

@@ -2,8 +2,8 @@ import random
 
 import pytest
 
-from think_vllm.evals.question import Question
-from think_vllm.evals.scoring import (
+from think_vllm.tools.eval.question import Question
+from think_vllm.tools.eval.scoring import (
     classification_match,
     code_similarity,
     common_subsequence,

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from think_vllm.evals.stats import (
+from think_vllm.tools.eval.stats import (
     estimate_difference,
     estimate_mean,
     mcnemar_exact,

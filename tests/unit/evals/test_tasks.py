@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 
 from think_vllm.errors import ThinkError
-from think_vllm.evals.recall import RECORD_TOKENS
-from think_vllm.evals.scoring import score
-from think_vllm.evals.tasks import TASKS, check_tasks, make_questions
-from think_vllm.evals.tasks.haystack import Frame, as_english, hide, read_sentences
+from think_vllm.tools.eval.recall import RECORD_TOKENS
+from think_vllm.tools.eval.scoring import score
+from think_vllm.tools.eval.tasks import TASKS, check_tasks, make_questions
+from think_vllm.tools.eval.tasks.haystack import Frame, as_english, hide, read_sentences
 
 ON_GRID = [name for name, task in TASKS.items() if task.has_depth]
 LENGTHS = (700, 2048)

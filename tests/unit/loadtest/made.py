@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from think_vllm.loadtest.configuration import Kind
-from think_vllm.loadtest.machine import Machine
-from think_vllm.loadtest.results import Figures, Measurement, Results, ServerRecord
-from think_vllm.loadtest.scenario import Scenario
+from think_vllm.tools.bench.configuration import Kind
+from think_vllm.tools.bench.results import Figures, Measurement, Results, ServerRecord
+from think_vllm.tools.bench.scenario import Scenario
+from think_vllm.tools.common.machine import Machine
 
 MACHINE = Machine(
     date="2026-11-23T10:00:00+00:00",

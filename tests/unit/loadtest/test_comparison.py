@@ -4,7 +4,7 @@ import pytest
 
 from tests.unit.loadtest.made import MACHINE, SCENARIO, figures, measurement, results
 from think_vllm.errors import ThinkError
-from think_vllm.loadtest.comparison import check_comparable, rows_of
+from think_vllm.tools.bench.comparison import check_comparable, rows_of
 
 RUN = results(
     measurement("thin", 8, figures(300, 12.0, median_ttft_ms=50, processor_s=1.0)),

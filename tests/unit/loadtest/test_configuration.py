@@ -5,7 +5,7 @@ import shlex
 import pytest
 
 from think_vllm.errors import ThinkError
-from think_vllm.loadtest.configuration import (
+from think_vllm.tools.bench.configuration import (
     DEFAULT_FLAGS,
     make_configurations,
     shared_flags,

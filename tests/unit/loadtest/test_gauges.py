@@ -2,7 +2,7 @@
 
 import pytest
 
-from think_vllm.loadtest.gauges import (
+from think_vllm.tools.bench.gauges import (
     Cache,
     Sample,
     cache_of,

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from think_vllm.loadtest import process
-from think_vllm.loadtest.interrupts import Interrupted, held, interruptible
-from think_vllm.loadtest.process import ProcessGroup
+from think_vllm.tools.common import process
+from think_vllm.tools.common.interrupts import Interrupted, held, interruptible
+from think_vllm.tools.common.process import ProcessGroup
 
 #: Starts a child that ignores SIGTERM, says so, and waits.
 PARENT = """

@@ -8,10 +8,10 @@ import pytest
 
 from tests.unit.loadtest.made import figures, measurement, results
 from think_vllm.errors import ThinkError
-from think_vllm.loadtest import plots
-from think_vllm.loadtest.comparison import rows_of
-from think_vllm.loadtest.report import csv_text, markdown
-from think_vllm.loadtest.results import Failure, Results
+from think_vllm.tools.bench import plots
+from think_vllm.tools.bench.comparison import rows_of
+from think_vllm.tools.bench.report import csv_text, markdown
+from think_vllm.tools.bench.results import Failure, Results
 
 RUN = results(
     measurement("plain", 8, figures(200, 4.0, cache_use_mean=0.97)),

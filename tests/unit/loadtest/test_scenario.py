@@ -7,7 +7,7 @@ import yaml
 
 from tests.conftest import REPOSITORY
 from think_vllm.errors import ThinkError
-from think_vllm.loadtest.scenario import (
+from think_vllm.tools.bench.scenario import (
     FOLDER,
     LoadPoint,
     Scenario,

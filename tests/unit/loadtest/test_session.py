@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 
 from tests.support.fake_server import LAST_WORDS
-from think_vllm.loadtest.results import Results
-from think_vllm.loadtest.server import KEEP_ALIVE, KEEP_ALIVE_S, server_environment
+from think_vllm.tools.bench.results import Results
+from think_vllm.tools.common.server import KEEP_ALIVE, KEEP_ALIVE_S, server_environment
 
 #: The command, but for which program its servers are.
 PROGRAM = """
 import sys
-from think_vllm.cli.main import main
-from think_vllm.loadtest import server
+from think_vllm.tools.cli import main
+from think_vllm.tools.common import server
 
 def command(model, arguments, port):
     return [sys.executable, "-m", "tests.support.fake_server", "serve", model, *arguments,
@@ -116,7 +116,7 @@ def test_interrupt_in_the_middle_of_a_load_leaves_no_process(
         assert line, said
         said += line
     deadline = time.monotonic() + DEADLINE_S
-    while not any("think_vllm.loadtest.generator_program" in one for one in survivors(out)):
+    while not any("think_vllm.tools.bench.generator_program" in one for one in survivors(out)):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     # The command, the server, its stubborn child, the load generator.

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from think_vllm.formats import Coding
 from think_vllm.kernels.cpu.elements import flat_elements
-from think_vllm.layout import MatrixLayout
-from think_vllm.planner import BlockPlan
+from think_vllm.plan.formats import Coding
+from think_vllm.plan.layout import MatrixLayout
+from think_vllm.plan.planner import BlockPlan
 
 
 class Cache(NamedTuple):

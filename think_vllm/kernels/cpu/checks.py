@@ -6,7 +6,7 @@ import torch
 
 from think_vllm.kernels.cpu.elements import CARRIERS
 from think_vllm.kernels.cpu.vectors import LANES
-from think_vllm.planner import BlockPlan
+from think_vllm.plan.planner import BlockPlan
 
 
 def check_cache(

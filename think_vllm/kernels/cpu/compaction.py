@@ -13,7 +13,7 @@ from think_vllm.kernels.cpu.compiling import kernel
 from think_vllm.kernels.cpu.elements import copy_elements, flat_elements, flat_indices
 from think_vllm.kernels.cpu.quantize import put_matrix
 from think_vllm.kernels.cpu.threads import choose_threads, fetch_add
-from think_vllm.planner import BlockPlan
+from think_vllm.plan.planner import BlockPlan
 
 
 def compact_spans(

@@ -19,7 +19,7 @@ from think_vllm.kernels.cpu.elements import flat_elements, flat_indices
 from think_vllm.kernels.cpu.splits import Inputs, Sizes
 from think_vllm.kernels.cpu.threads import choose_threads
 from think_vllm.kernels.cpu.vectors import LANES
-from think_vllm.planner import BlockPlan
+from think_vllm.plan.planner import BlockPlan
 
 #: Tokens of a split, in whole blocks: enough to hide its cost, few enough to balance.
 SPLIT_TOKENS = 512

@@ -1,4 +1,4 @@
-"""Writing coded matrices: the rules of ``reference/quantization.py``, to the bit.
+"""Writing coded matrices: the rules of ``kernels/reference/quantization.py``, to the bit.
 
 No fast-math anywhere here: float32 operations in the reference's order give its bits.
 """
@@ -10,7 +10,6 @@ import numpy as np
 from numba import njit
 from numba.extending import overload
 
-from think_vllm.formats import FP8_MAX
 from think_vllm.kernels.cpu.blocks import (
     Fp8Keys,
     Fp8Matrix,
@@ -27,6 +26,7 @@ from think_vllm.kernels.cpu.elements import (
     float32_to_element,
 )
 from think_vllm.kernels.cpu.softmax import row_max
+from think_vllm.plan.formats import FP8_MAX
 
 FLOAT16_MAX = np.float32(65_504.0)
 FLOAT16_NAN = np.int16(0x7E00)

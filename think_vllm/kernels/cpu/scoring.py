@@ -1,9 +1,9 @@
-"""Energies of channels: what ``think_vllm/policies.py`` makes scores of.
+"""Energies of channels: what ``think_vllm/worker/policies.py`` makes scores of.
 
 Source: ThinK, arXiv 2407.21018, section 3.2: a key channel scores the norm of its observed queries
 times the norm of its keys. Means of squares rank channels alike; with grouped queries the
 mean runs over the heads of the group as well. A value channel scores the norm of the observed
-queries' outputs; see ``reference/scoring.py``.
+queries' outputs; see ``kernels/reference/scoring.py``.
 """
 
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from think_vllm.kernels.cpu.checks import check_cache, check_query, check_tasks
 from think_vllm.kernels.cpu.compiling import kernel
 from think_vllm.kernels.cpu.elements import element_to_float32, flat_elements, flat_indices
 from think_vllm.kernels.cpu.threads import choose_threads, fetch_add
-from think_vllm.planner import BlockPlan
+from think_vllm.plan.planner import BlockPlan
 
 
 class _KeyShape(NamedTuple):

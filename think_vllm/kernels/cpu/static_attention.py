@@ -25,9 +25,9 @@ from think_vllm.kernels.cpu.splits import Inputs, Sizes
 from think_vllm.kernels.cpu.static_blocks import gather_channels
 from think_vllm.kernels.cpu.threads import choose_threads
 from think_vllm.kernels.cpu.vectors import LANES
-from think_vllm.layout import align_up
-from think_vllm.static.blocks import StaticChannels, check_static_cache
-from think_vllm.static.plan import StaticPlan
+from think_vllm.kernels.static_cache import StaticChannels, check_static_cache
+from think_vllm.plan.layout import align_up
+from think_vllm.plan.static_plan import StaticPlan
 
 
 def static_attention(

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from think_vllm.static.plan import StaticPlan
+from think_vllm.plan.static_plan import StaticPlan
 
 
 @dataclass(frozen=True)

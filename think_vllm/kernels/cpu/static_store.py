@@ -2,11 +2,11 @@
 
 import torch
 
-from think_vllm.formats import FP8_MAX
 from think_vllm.kernels.cpu.quantize import SMALLEST_NORMAL
 from think_vllm.kernels.cpu.static_blocks import gather_channels, static_parts
-from think_vllm.static.blocks import StaticChannels, check_static_cache
-from think_vllm.static.plan import StaticPlan
+from think_vllm.kernels.static_cache import StaticChannels, check_static_cache
+from think_vllm.plan.formats import FP8_MAX
+from think_vllm.plan.static_plan import StaticPlan
 
 
 def quantize_tokens(part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,160 @@
+"""Turn thin blocks on for one engine: check its config, plan its blocks, complete it."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+from typing import TYPE_CHECKING
+
+from think_vllm import VLLM_VERSIONS, __version__
+from think_vllm.errors import WAY_OUT, ThinkError
+from think_vllm.hooks import metrics as compat_metrics
+from think_vllm.hooks import platform as compat
+from think_vllm.hooks import requests as compat_requests
+from think_vllm.hooks.engine_support import asked_block_size, check_engine, check_guard, is_cpu
+from think_vllm.hooks.model_support import attention_layers, plan_model, window_summary
+from think_vllm.plan.parsing import config_from_additional
+from think_vllm.plan.planner import BlockPlan
+from think_vllm.plan.settings import ThinkConfig, prune_flags
+from think_vllm.plan.summary import context_hint, never_thin, plan_summary, static_summary
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = logging.getLogger("vllm.think_vllm")
+
+
+def activate(vllm_config: VllmConfig) -> None:
+    """Check and complete a config that asks for thin blocks; leave any other one alone.
+
+    Runs again whenever vLLM validates a config, so every step is idempotent.
+
+    Raises:
+        ThinkError: If this engine cannot be served with thin blocks.
+    """
+    config = config_from_additional(vllm_config.additional_config)
+    if config is None or vllm_config.model_config is None:
+        return
+    if config.is_static:
+        from think_vllm.hooks.static_engine import activate_static
+
+        static = activate_static(config, vllm_config)
+        if static is None:
+            _say_off(config)
+        else:
+            _say(static_summary(static, vllm_config.cache_config.enable_prefix_caching))
+            compat_requests.watch_front_end()
+            if not is_cpu():
+                _warn_of_gpus()
+        return
+    check_engine(vllm_config)
+    plan = plan_engine(config, vllm_config)
+    if config.guards:
+        check_guard(vllm_config.parallel_config)
+    if plan is None:
+        _say_off(config)
+        return
+    cache_config = vllm_config.cache_config
+    # Before it is ours. When vLLM validates a config again, the hint has been given.
+    user_block_size = asked_block_size(cache_config)
+    compat.fix_block_size(cache_config, plan.block_size)
+    if cache_config.enable_prefix_caching and not config.allows_prefix_caching:
+        cache_config.enable_prefix_caching = False
+        logger.info(
+            "think-vllm: --kv-evict h2o adds up all queries of a prompt, so each is computed "
+            "whole; prefix caching is off"
+        )
+    compat.claim_custom_backend(vllm_config)
+    compat_requests.watch_front_end()
+    compat_metrics.watch_front_end()
+    if is_cpu():
+        compat.request_prompt_lens(vllm_config.model_config)
+    else:
+        _warn_of_gpus()
+    lines = plan_summary(plan, cache_config.enable_prefix_caching)
+    lines += window_summary(attention_layers(vllm_config.model_config))
+    longest = vllm_config.model_config.max_model_len
+    _say(never_thin(plan, longest), logging.WARNING)
+    if longest < config.kv_plan_context:
+        lines += context_hint(plan, longest, user_block_size)
+    _say(lines)
+
+
+def refuse_version(vllm_config: VllmConfig) -> None:
+    """Stand-in for ``activate`` on a vLLM that this version does not extend.
+
+    Raises:
+        ThinkError: If the config asks for thin blocks.
+    """
+    if config_from_additional(vllm_config.additional_config) is None:
+        return
+    import vllm
+
+    raise ThinkError(
+        f"thin KV blocks: think-vllm {__version__} works with vLLM {VLLM_VERSIONS}, this is "
+        f"{vllm.__version__}; install one of those. {WAY_OUT}"
+    )
+
+
+def select_backend(vllm_config: VllmConfig, has_window: bool = False) -> str | None:
+    """Path of the attention backend for an engine, None if it has no thin blocks.
+
+    Args:
+        vllm_config: Of the engine.
+        has_window: Whether the layer has a sliding window. Then its blocks are never thin.
+    """
+    config = config_from_additional(vllm_config.additional_config)
+    if config is not None and config.is_static:
+        from think_vllm.hooks.static_engine import plan_static_engine
+
+        if plan_static_engine(config, vllm_config) is None:
+            return None
+        return compat.CPU_STATIC_BACKEND_PATH if is_cpu() else compat.CUDA_STATIC_BACKEND_PATH
+    if engine_plan(vllm_config) is None:
+        return None
+    if not is_cpu():
+        return compat.CUDA_BACKEND_PATH
+    return compat.CPU_WINDOW_BACKEND_PATH if has_window else compat.CPU_BACKEND_PATH
+
+
+def engine_plan(vllm_config: VllmConfig) -> BlockPlan | None:
+    """Plan the blocks of an engine; None if its config asks for none that become thin.
+
+    With ``--kv-select static`` blocks are as they are from the first token on: see ``static/``.
+    """
+    config = config_from_additional(vllm_config.additional_config)
+    if config is None or config.is_static:
+        return None
+    return plan_engine(config, vllm_config)
+
+
+def plan_engine(config: ThinkConfig, vllm_config: VllmConfig) -> BlockPlan | None:
+    """Plan the blocks of an engine; the same in every process of it.
+
+    Raises:
+        ThinkError: If no plan fits.
+    """
+    return plan_model(config, vllm_config.model_config, asked_block_size(vllm_config.cache_config))
+
+
+def _say_off(config: ThinkConfig) -> None:
+    logger.info(
+        "think-vllm: %s prunes no channel of this model, and --kv-quant is none; thin KV "
+        "blocks are off",
+        prune_flags(config),
+    )
+
+
+def _say(lines: list[str], level: int = logging.INFO) -> None:
+    """Log the plan, once per start of a server: every API server and engine process has it."""
+    is_first = multiprocessing.parent_process() is None
+    for line in lines:
+        logger.log(level if is_first else logging.DEBUG, "think-vllm: %s", line)
+
+
+def _warn_of_gpus() -> None:
+    logger.warning(
+        "think-vllm %s: the GPU kernels were tested in an interpreter; no GPU has run them "
+        "yet. Compare answers with a server without these flags (docs/gpu.md)",
+        __version__,
+    )

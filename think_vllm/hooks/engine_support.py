@@ -1,0 +1,272 @@
+"""Refuse what an engine is asked to be and thin blocks cannot serve, before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from think_vllm.errors import FLAGS, WAY_OUT, ThinkError
+from think_vllm.hooks.model_support import attention_layers, check_model
+
+if TYPE_CHECKING:
+    from vllm.config import CacheConfig, ModelConfig, ParallelConfig, VllmConfig
+
+#: Least compute capability of a GPU, and least head size there: what the kernels are made for.
+CUDA_CAPABILITY = 80
+CUDA_MIN_HEAD_SIZE = 64
+
+
+def check_engine(vllm_config: VllmConfig) -> None:
+    """Refuse what is not supported with thin blocks.
+
+    Raises:
+        ThinkError: Naming the option or the property of the model, and the way out.
+    """
+    check_device(vllm_config)
+    check_model(vllm_config.model_config)
+    check_windows(vllm_config)
+    cache_dtype = vllm_config.cache_config.cache_dtype
+    check_cache_dtype(vllm_config.model_config, cache_dtype, vllm_config.quant_config)
+    parallel = vllm_config.parallel_config
+    unsupported: list[tuple[Any, str, str, str]] = [
+        (
+            vllm_config.speculative_config,
+            "--speculative-config",
+            "a rejected token rolls its request back, and thin blocks cannot become dense again",
+            "leave it out",
+        ),
+        (
+            vllm_config.kv_transfer_config,
+            "--kv-transfer-config (a KV connector)",
+            "connectors move dense blocks and know nothing of channel tables",
+            "leave it out",
+        ),
+        (
+            vllm_config.kv_events_config is not None
+            and vllm_config.kv_events_config.enable_kv_cache_events,
+            "--kv-events-config",
+            "blocks change their form without an event",
+            "leave it out",
+        ),
+        # vLLM turns this into a KV connector only later.
+        (
+            vllm_config.cache_config.kv_offloading_size,
+            "--kv-offloading-size",
+            "offloading moves dense blocks and knows nothing of channel tables",
+            "leave it out",
+        ),
+        (
+            parallel.decode_context_parallel_size > 1,
+            f"--decode-context-parallel-size {parallel.decode_context_parallel_size}",
+            "it cuts spans into pieces on several ranks",
+            "use 1",
+        ),
+        (
+            parallel.prefill_context_parallel_size > 1,
+            f"--prefill-context-parallel-size {parallel.prefill_context_parallel_size}",
+            "it cuts spans into pieces on several ranks",
+            "use 1",
+        ),
+        (
+            vllm_config.cache_config.kv_sharing_fast_prefill,
+            "--kv-sharing-fast-prefill",
+            "queries that choose channels would be left out",
+            "leave it out",
+        ),
+    ]
+    for present, name, reason, way_out in unsupported:
+        if present:
+            raise ThinkError(
+                f"thin KV blocks do not support {name} yet: {reason}; {way_out}, or serve without "
+                f"{FLAGS}"
+            )
+
+
+def check_cache_dtype(model_config: ModelConfig, asked: str, quant_config: Any = None) -> None:
+    """Refuse a quantized KV cache of vLLM's own, whether the user or the checkpoint asks for it.
+
+    Args:
+        model_config: vLLM's, of the model.
+        asked: ``--kv-cache-dtype``.
+        quant_config: What vLLM has made of the checkpoint's quantization config, if it has.
+
+    Raises:
+        ThinkError: Naming the option or the checkpoint, and the way out.
+    """
+    dtype = str(model_config.dtype).removeprefix("torch.")
+    why = "blocks that are dense hold keys and values as computed"
+    declared = checkpoint_cache_dtype(model_config, quant_config)
+    # What a user names goes before what the checkpoint says.
+    if declared and (asked == "auto" or asked not in plain_dtypes(model_config)):
+        way_out = f"give --kv-cache-dtype {dtype}"
+        if dtype not in ("bfloat16", "float16"):  # vLLM has no such value
+            way_out = "give --dtype bfloat16 --kv-cache-dtype bfloat16"
+        raise ThinkError(
+            f"thin KV blocks do not support the KV cache type that the checkpoint "
+            f"{model_config.model} sets ({declared} in its quantization config): {why}; "
+            f"{way_out}, which leaves the rest of its quantization as it is, or serve without "
+            f"{FLAGS}"
+        )
+    if asked not in plain_dtypes(model_config):
+        way_out = "use --kv-quant fp8 instead" if asked.startswith("fp8") else "use auto"
+        raise ThinkError(
+            f"thin KV blocks do not support --kv-cache-dtype {asked} yet: {why}; {way_out}, or "
+            f"serve without {FLAGS}"
+        )
+
+
+#: Where the formats of checkpoints (compressed-tensors, ModelOpt, Quark, fp8) say how keys and
+#: values are to be kept.
+_CACHE_KEYS = ("kv_cache_scheme", "kv_cache_quant_algo", "kv_cache_dtype", "kv_cache_quant_config")
+
+
+def checkpoint_cache_dtype(model_config: ModelConfig, quant_config: Any = None) -> str:
+    """What a checkpoint sets for the KV cache, as ``key=value``; empty if nothing.
+
+    A cache type of "auto" may become fp8 after this: vLLM's layers follow what a checkpoint says.
+    """
+    declared = [
+        getattr(config, name, None)
+        for config in (model_config.hf_config, model_config.hf_text_config)
+        for name in ("quantization_config", "compression_config")
+    ]
+    for config in filter(None, declared):
+        outer = config if isinstance(config, Mapping) else config.to_dict()
+        # ModelOpt has its settings one level deeper.
+        inner = outer.get("quantization")
+        for settings in (outer, inner if isinstance(inner, Mapping) else {}):
+            for key in _CACHE_KEYS:
+                value = settings.get(key)
+                said = str(value).lower().removeprefix("torch.")
+                if value and said not in (*plain_dtypes(model_config), "none"):
+                    return f"{key}={value}"
+    scheme = getattr(quant_config, "kv_cache_scheme", None)
+    return f"kv_cache_scheme={scheme}" if scheme else ""
+
+
+def check_device(vllm_config: VllmConfig) -> None:
+    """Refuse devices that there are no kernels for, and what they cannot do.
+
+    Raises:
+        ThinkError: Naming the device or the option, and the way out.
+    """
+    from vllm import envs
+    from vllm.platforms import current_platform
+
+    if is_cpu():
+        if vllm_config.use_v2_model_runner:
+            raise ThinkError(
+                "thin KV blocks do not support vLLM's model runner V2 on CPUs yet; set "
+                f"VLLM_USE_V2_MODEL_RUNNER=0, or serve without {FLAGS}"
+            )
+        return
+    if not current_platform.is_cuda():
+        raise ThinkError(
+            "thin KV blocks: there are kernels for CPUs and for NVIDIA GPUs, the device is "
+            f"{current_platform.device_name}. {WAY_OUT}"
+        )
+    if not current_platform.has_device_capability(CUDA_CAPABILITY):
+        found = current_platform.get_device_capability()
+        raise ThinkError(
+            f"thin KV blocks: the GPU has compute capability {found.as_version_str()}; the "
+            f"kernels need 8.0 (Ampere) or later. {WAY_OUT}"
+        )
+    dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
+    if dtype not in ("bfloat16", "float16"):
+        raise ThinkError(
+            f"thin KV blocks: the model's dtype is {dtype}; on GPUs use --dtype bfloat16 or "
+            f"--dtype float16. {WAY_OUT}"
+        )
+    head_size = vllm_config.model_config.get_head_size()
+    if head_size < CUDA_MIN_HEAD_SIZE:
+        raise ThinkError(
+            f"thin KV blocks: the model's head size is {head_size}; on GPUs it must be at least "
+            f"{CUDA_MIN_HEAD_SIZE}. {WAY_OUT}"
+        )
+    for present, name, way_out in (
+        (
+            vllm_config.parallel_config.use_ubatching,
+            "microbatching (--enable-dbo, --ubatch-size)",
+            "leave it out",
+        ),
+        (envs.VLLM_BATCH_INVARIANT, "VLLM_BATCH_INVARIANT on GPUs", "unset it"),
+    ):
+        if present:
+            raise ThinkError(
+                f"thin KV blocks do not support {name} yet; {way_out}, or serve without {FLAGS}"
+            )
+
+
+def check_guard(parallel: ParallelConfig) -> None:
+    """Refuse a limit on lost score mass where a rank cannot decide alone, and in time.
+
+    Raises:
+        ThinkError: Naming the option, the reason and the way out.
+    """
+    for present, name, reason, way_out in (
+        (
+            not is_cpu(),
+            "on GPUs",
+            "the host would have to wait for each prompt's scores, and async scheduling would "
+            "schedule a prompt's compaction before they are known",
+            "leave it out",
+        ),
+        (
+            parallel.tensor_parallel_size > 1,
+            f"with --tensor-parallel-size {parallel.tensor_parallel_size}",
+            "each rank knows the scores of its own heads only, and all must decide alike",
+            "use 1",
+        ),
+        (
+            parallel.pipeline_parallel_size > 1,
+            f"with --pipeline-parallel-size {parallel.pipeline_parallel_size}",
+            "each rank knows the scores of its own layers only, and all must decide alike",
+            "use 1",
+        ),
+    ):
+        if present:
+            raise ThinkError(
+                f"--kv-prune-max-loss is not supported {name}: {reason}; {way_out}, or leave "
+                "--kv-prune-max-loss out"
+            )
+
+
+def check_windows(vllm_config: VllmConfig) -> None:
+    """Refuse sliding-window layers where vLLM cannot keep them apart from the full ones.
+
+    Raises:
+        ThinkError: Naming the device or the option, and the way out.
+    """
+    if not attention_layers(vllm_config.model_config).window:
+        return
+    if not is_cpu():
+        # vLLM's FlashAttention could serve them, but nobody has seen yet what it does with a
+        # block that was thin: see worker/cpu/window.py.
+        raise ThinkError(
+            f"thin KV blocks do not support {vllm_config.model_config.model} on NVIDIA GPUs "
+            "(CUDA): some of its layers have a sliding window, which is supported on CPUs only. "
+            f"{WAY_OUT}"
+        )
+    if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+        raise ThinkError(
+            "thin KV blocks do not support --disable-hybrid-kv-cache-manager with sliding-window "
+            "layers, which it would give the blocks of full ones; leave it out, or serve without "
+            f"{FLAGS}"
+        )
+
+
+def is_cpu() -> bool:
+    """Whether vLLM runs on CPUs."""
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
+
+
+def plain_dtypes(model_config: ModelConfig) -> tuple[str, ...]:
+    """Values of ``--kv-cache-dtype`` that leave keys and values of a model as computed."""
+    return ("auto", str(model_config.dtype).removeprefix("torch."))
+
+
+def asked_block_size(cache_config: CacheConfig) -> int | None:
+    """``--block-size``, None if it was left out."""
+    return cache_config.block_size if cache_config.user_specified_block_size else None

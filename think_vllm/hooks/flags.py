@@ -1,0 +1,114 @@
+"""The flags: sugar for ``--additional-config '{"think": {...}}'``."""
+
+import argparse
+from collections.abc import Mapping
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from think_vllm.errors import ThinkError
+from think_vllm.hooks import platform as compat
+from think_vllm.hooks.config_file import our_arguments
+from think_vllm.plan.parsing import parse_config, settings_of
+from think_vllm.plan.settings import ADDITIONAL_CONFIG_KEY, MAX_PRUNE_RATIO, ThinkConfig, flag_name
+
+_METAVARS = {
+    "kv_channel_prune": "RATIO",
+    "kv_value_prune": "RATIO",
+    "kv_quant": "FORMAT",
+    "kv_quant_group": "N",
+    "kv_select": "POLICY",
+    "kv_channel_tables": "SCOPE",
+    "kv_prefix_cache": "FORM",
+    "kv_evict": "METHOD",
+    "kv_prune_max_loss": "SHARE",
+    "kv_channel_tables_file": "PATH",
+}
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add our flags to a parser of vLLM's engine arguments.
+
+    After parsing they are validated together and moved into ``additional_config``, which
+    vLLM carries to every process.
+    """
+    if _has_flags(parser):
+        return
+    declare_flags(parser)
+
+    def fold(namespace: argparse.Namespace) -> bool:
+        try:
+            fold_flags(namespace)
+        except ThinkError as error:
+            parser.error(str(error))
+        return ADDITIONAL_CONFIG_KEY in (getattr(namespace, "additional_config", None) or {})
+
+    compat.fold_after_parsing(parser, fold)
+    compat.follow_config_files(our_arguments)
+
+
+def declare_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the bare options, without moving them anywhere."""
+    group = parser.add_argument_group(
+        "think-vllm",
+        "Thin KV blocks: pruned channels of keys and values (ThinK, arXiv 2407.21018), quantized "
+        "keys and values (KIVI, arXiv 2402.02750), or both.",
+    )
+    for name, field in ThinkConfig.model_fields.items():
+        group.add_argument(flag_name(name), default=None, **_options(name, field))
+
+
+def _options(name: str, field: FieldInfo) -> dict[str, Any]:
+    """What argparse needs to know about a setting."""
+    text = f"{field.description} Default: {'none' if field.default is None else field.default}."
+    if field.annotation is bool:
+        return {"action": argparse.BooleanOptionalAction, "help": text}
+    options: dict[str, Any] = {"metavar": _METAVARS.get(name, "TOKENS")}
+    if get_origin(field.annotation) is Literal:
+        choices = get_args(field.annotation)
+        text += f" One of {', '.join(map(str, choices))}."
+        return {**options, "type": type(choices[0]), "choices": choices, "help": text}
+    if _METAVARS.get(name) == "PATH":
+        return {**options, "type": str, "help": text}
+    if _METAVARS.get(name) == "RATIO":
+        text += f" At most {MAX_PRUNE_RATIO}."
+    return {**options, "type": field.annotation, "help": text}
+
+
+def take_flags(namespace: argparse.Namespace) -> dict[str, Any]:
+    """Remove our options from a namespace and return those that were given."""
+    given: dict[str, Any] = {}
+    for name in ThinkConfig.model_fields:
+        value = vars(namespace).pop(name, None)
+        if value is not None:
+            given[name] = value
+    return given
+
+
+def fold_flags(namespace: argparse.Namespace) -> None:
+    """Move our options into ``namespace.additional_config``, over what JSON gave there.
+
+    Raises:
+        ThinkError: If a value is out of range, means nothing beside the others, or stands where
+            nobody reads it.
+    """
+    given = take_flags(namespace)
+    additional = getattr(namespace, "additional_config", None) or {}
+    if not isinstance(additional, Mapping):
+        if not given:
+            return  # vLLM's to judge
+        raise ThinkError(
+            f"--additional-config is {additional!r}; it must be an object, beside which "
+            f"{flag_name(next(iter(given)))} can stand"
+        )
+    settings = settings_of(additional)
+    if not given:
+        return
+    config = parse_config({**(settings or {}), **given})
+    # Every process checks them again, so defaults must not look as if somebody had given them.
+    ours = config.model_dump(exclude_unset=True)
+    namespace.additional_config = {**additional, ADDITIONAL_CONFIG_KEY: ours}
+
+
+def _has_flags(parser: argparse.ArgumentParser) -> bool:
+    return any(action.dest == "kv_channel_prune" for action in parser._actions)

@@ -1,0 +1,135 @@
+"""How vLLM tells us of requests before they run; see the ledger in ``hooks/platform.py``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from think_vllm.errors import WAY_OUT, ThinkError
+from think_vllm.hooks.platform import wrap_method
+from think_vllm.plan.parsing import config_from_additional
+from think_vllm.plan.request import own_rule, refuse_settings
+from think_vllm.plan.spans import SpanRule
+
+
+@dataclass(frozen=True)
+class _Engine:
+    """What requests may ask of an engine: its rule; None if no block of it becomes thin."""
+
+    rule: SpanRule | None
+    is_static: bool
+
+
+def watch_front_end() -> None:
+    """Answer requests that cannot be served with an error, one by one, in engines with thin blocks.
+
+    These are streaming-input sessions, and requests that ask for settings there are not.
+    """
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    wrap_method(InputProcessor, "process_inputs", _check_request)
+
+
+def _check_request(original: Any, processor: Any, *args: Any, **kwargs: Any) -> Any:
+    engine = _engine_of(processor)
+    if engine.rule is not None and kwargs.get("resumable"):
+        raise ThinkError(
+            "thin KV blocks do not support streaming-input sessions: their prompts grow, and thin "
+            f"blocks cannot become dense again. Send the whole prompt. {WAY_OUT}"
+        )
+    params = kwargs["params"] if "params" in kwargs else args[2]
+    extra_args = getattr(params, "extra_args", None)  # pooling parameters have none
+    if extra_args:
+        _check_extra_args(engine, extra_args)
+    return original(processor, *args, **kwargs)
+
+
+def _check_extra_args(engine: _Engine, extra_args: Mapping[str, Any]) -> None:
+    """Refuse what a request asks for, if it is wrong.
+
+    Raises:
+        VLLMValidationError: VLLM's own for bad requests, which its server answers with status 400.
+    """
+    from vllm.exceptions import VLLMValidationError
+
+    try:
+        if engine.rule is not None:
+            own_rule(engine.rule, extra_args)
+        elif engine.is_static:
+            refuse_settings(extra_args)
+    except ThinkError as error:
+        raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
+
+
+def _engine_of(processor: Any) -> _Engine:
+    """A front end's engine, looked at once. One without our flags may share the process."""
+    if not hasattr(processor, "think_vllm_engine"):
+        from think_vllm.hooks.activation import engine_plan
+
+        config = config_from_additional(processor.vllm_config.additional_config)
+        plan = engine_plan(processor.vllm_config)
+        processor.think_vllm_engine = _Engine(
+            rule=None if plan is None else plan.rule,
+            is_static=config is not None and config.is_static,
+        )
+    engine: _Engine = processor.think_vllm_engine
+    return engine
+
+
+def watch_scheduler() -> None:
+    """Tell block managers of requests that ask for something, in engines with thin blocks."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    wrap_method(Scheduler, "add_request", _announce)
+
+
+def _announce(original: Any, scheduler: Any, request: Any) -> Any:
+    params = request.sampling_params
+    if params is not None and params.extra_args:
+        announce_request(scheduler.kv_cache_manager.coordinator.single_type_managers, request)
+    return original(scheduler, request)
+
+
+def announce_request(managers: Iterable[Any], request: Any) -> None:
+    """Tell an engine's managers of a request, in case it has a rule of its own.
+
+    Args:
+        managers: Of all groups of layers; only those whose spans become thin listen.
+        request: vLLM's own. If it stays dense it will hit no thin span.
+    """
+    from think_vllm.scheduler.manager import ThinKVCacheManager
+    from think_vllm.scheduler.prefix import LimitedHashes
+
+    ours = [manager for manager in managers if isinstance(manager, ThinKVCacheManager)]
+    own = own_rule(ours[0].rule, request.sampling_params.extra_args) if ours else None
+    if own is None:
+        return
+    for manager in ours:
+        manager.rules.announce(request)
+    if own.stays_dense:
+        request.block_hashes = LimitedHashes(request.block_hashes, sys.maxsize, max_thin_spans=0)
+
+
+def settle_requests(scheduler: Any, verdicts: Mapping[str, bool]) -> None:
+    """Tell block managers what the worker has decided about requests whose prompts have ended.
+
+    Args:
+        scheduler: vLLM's.
+        verdicts: Whether each stays dense.
+    """
+    managers = scheduler.kv_cache_manager.coordinator.single_type_managers
+    for name, dense in verdicts.items():
+        request = scheduler.requests.get(name)
+        if request is not None:  # else it has ended with its prompt
+            settle_request(managers, request, dense)
+
+
+def settle_request(managers: Iterable[Any], request: Any, dense: bool) -> None:
+    """As ``settle_requests``, of one request."""
+    from think_vllm.scheduler.manager import ThinKVCacheManager
+
+    for manager in managers:
+        if isinstance(manager, ThinKVCacheManager):
+            manager.settle(request, dense)

@@ -1,0 +1,155 @@
+"""Turn static pruning on for one engine: check its config, read its tables, complete it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from think_vllm.errors import FLAGS, ThinkError
+from think_vllm.hooks import platform as compat
+from think_vllm.hooks.engine_support import asked_block_size, check_cache_dtype, check_device
+from think_vllm.hooks.model_support import attention_layers, check_model
+from think_vllm.plan.channel_tables import ChannelTables, ModelShape, load_tables
+from think_vllm.plan.parsing import config_from_additional
+from think_vllm.plan.settings import ThinkConfig
+from think_vllm.plan.static_plan import StaticPlan, plan_static
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, VllmConfig
+
+WHO = "--kv-select static"
+
+
+@dataclass(frozen=True)
+class StaticEngine:
+    """What the layers of an engine need to know.
+
+    Args:
+        plan: How many channels go.
+        tables: Which ones.
+    """
+
+    plan: StaticPlan
+    tables: ChannelTables
+
+
+_selected: StaticEngine | None = None
+
+
+def activate_static(config: ThinkConfig, vllm_config: VllmConfig) -> StaticPlan | None:
+    """Check and complete a config that asks for static pruning.
+
+    Runs again whenever vLLM validates a config, so every step is idempotent.
+
+    Returns:
+        The plan; None if no channel of the model goes, and vLLM is left alone.
+
+    Raises:
+        ThinkError: If this engine cannot be served like that.
+    """
+    check_static(vllm_config)
+    plan = plan_static_engine(config, vllm_config)
+    # A wrong file is an error even where nothing would be read from it.
+    tables_of(config, vllm_config)
+    if plan is None:
+        return None
+    # As vLLM's own default would be reset whenever a config is validated again.
+    compat.fix_block_size(vllm_config.cache_config, plan.block_size)
+    compat.claim_custom_backend(vllm_config)
+    return plan
+
+
+def plan_static_engine(config: ThinkConfig, vllm_config: VllmConfig) -> StaticPlan | None:
+    """Plan the blocks of an engine; the same in every process of it.
+
+    Raises:
+        ThinkError: If no plan fits.
+    """
+    return plan_static(
+        config,
+        head_size=vllm_config.model_config.get_head_size(),
+        itemsize=vllm_config.model_config.dtype.itemsize,
+        block_size=asked_block_size(vllm_config.cache_config),
+    )
+
+
+def tables_of(config: ThinkConfig, vllm_config: VllmConfig) -> ChannelTables:
+    """Read the tables of an engine.
+
+    Raises:
+        ThinkError: If there are none for its model.
+    """
+    assert config.kv_channel_tables_file is not None  # parse_config
+    return load_tables(config.kv_channel_tables_file, ModelShape.of(vllm_config.model_config))
+
+
+def remember_static(vllm_config: VllmConfig) -> StaticEngine:
+    """Remember plan and tables of the engine whose layers are being built.
+
+    vLLM builds layers with their engine's config at hand, and asks for KV cache specs without it.
+
+    Raises:
+        RuntimeError: If that engine is not pruned statically.
+    """
+    global _selected
+    config = config_from_additional(vllm_config.additional_config)
+    if config is None or not config.is_static:
+        raise RuntimeError("think-vllm: remember_static() for an engine without static pruning")
+    plan = plan_static_engine(config, vllm_config)
+    if plan is None:
+        raise RuntimeError("think-vllm: remember_static() for an engine that prunes nothing")
+    _selected = StaticEngine(plan, tables_of(config, vllm_config))
+    return _selected
+
+
+def selected_static() -> StaticEngine:
+    """Plan and tables of the engine whose layers this process built last.
+
+    Raises:
+        RuntimeError: If none was built.
+    """
+    if _selected is None:
+        raise RuntimeError("think-vllm: selected_static() before remember_static()")
+    return _selected
+
+
+def check_static(vllm_config: VllmConfig) -> None:
+    """Refuse what is not supported with static pruning.
+
+    Raises:
+        ThinkError: Naming the option or the property of the model, and the way out.
+    """
+    check_device(vllm_config)
+    check_static_model(vllm_config.model_config)
+    parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
+    check_cache_dtype(vllm_config.model_config, cache.cache_dtype, vllm_config.quant_config)
+    unsupported: list[tuple[Any, str]] = [
+        (vllm_config.speculative_config, "--speculative-config"),
+        (vllm_config.kv_transfer_config, "--kv-transfer-config (a KV connector)"),
+        # vLLM turns this into a KV connector only later.
+        (cache.kv_offloading_size, "--kv-offloading-size"),
+        (parallel.decode_context_parallel_size > 1, "--decode-context-parallel-size above 1"),
+        (parallel.prefill_context_parallel_size > 1, "--prefill-context-parallel-size above 1"),
+        (cache.kv_sharing_fast_prefill, "--kv-sharing-fast-prefill"),
+    ]
+    for present, name in unsupported:
+        if present:
+            raise ThinkError(
+                f"{WHO} does not support {name} yet: nobody has tested it with blocks whose keys "
+                f"are shorter than its values; leave it out, or serve without {FLAGS}"
+            )
+
+
+def check_static_model(model_config: ModelConfig) -> None:
+    """Refuse models that static pruning cannot serve.
+
+    Raises:
+        ThinkError: Naming the property, and the way out.
+    """
+    check_model(model_config)
+    if attention_layers(model_config).window:
+        raise ThinkError(
+            f"{WHO} does not support {model_config.model} yet: some of its layers have a sliding "
+            "window, and their blocks would have another size; use --kv-select think, or serve "
+            f"without {FLAGS}"
+        )

@@ -1,0 +1,69 @@
+"""Static blocks as kernels of every device see them: channels of a layer, and what a cache is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from think_vllm.hooks.static_engine import StaticEngine
+    from think_vllm.plan.static_plan import StaticPlan
+    from think_vllm.worker.policies import LayerHeads
+
+#: Dtypes of models.
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True)
+class StaticChannels:
+    """Kept channels of a layer.
+
+    Args:
+        keys: ``[Hk, C]`` int64, ascending per head.
+        values: ``[Hk, V]`` int64, ascending per head.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+def rank_channels(engine: StaticEngine, heads: LayerHeads) -> StaticChannels:
+    """Kept channels of the KV heads that this rank has of a layer."""
+    these = slice(heads.first, heads.first + heads.count)
+    return StaticChannels(
+        keys=torch.tensor(engine.tables.kept_keys(heads.layer, engine.plan)[these]),
+        values=torch.tensor(engine.tables.kept_values(heads.layer, engine.plan)[these]),
+    )
+
+
+def check_static_cache(
+    who: str, kv_cache: torch.Tensor, dtype: torch.dtype, plan: StaticPlan
+) -> None:
+    """Check a cache against a plan and a model's dtype.
+
+    Raises:
+        ValueError: Saying who, what was given and what is expected.
+    """
+    if dtype not in DTYPES or dtype.itemsize != plan.itemsize:
+        raise ValueError(
+            f"{who}: keys and queries are {dtype}, plan.itemsize is {plan.itemsize}; "
+            "expected bfloat16 or float16 with 2, float32 with 4"
+        )
+    stored = torch.uint8 if plan.is_coded else dtype
+    width = plan.layout.token_bytes // stored.itemsize
+    if kv_cache.dtype != stored or kv_cache.dim() != 4:
+        raise ValueError(
+            f"{who}: kv_cache is {kv_cache.dtype} {tuple(kv_cache.shape)}; expected {stored} "
+            f"[num_blocks, Hk, {plan.block_size}, {width}]"
+        )
+    if tuple(kv_cache.shape[2:]) != (plan.block_size, width):
+        raise ValueError(
+            f"{who}: kv_cache has shape {tuple(kv_cache.shape)}; expected [num_blocks, Hk, "
+            f"{plan.block_size}, {width}]"
+        )
+    if kv_cache.stride()[1:] != (plan.block_size * width, width, 1):
+        raise ValueError(
+            f"{who}: kv_cache has strides {kv_cache.stride()}; dims 1 to 3 must be contiguous"
+        )

@@ -1,0 +1,1 @@
+"""Numbers only: settings, layouts, spans, plans. Imports neither torch nor vLLM."""

@@ -1,0 +1,65 @@
+"""How many tokens a pool of blocks holds, dense and as planned. Pure integers."""
+
+from dataclasses import dataclass
+
+from think_vllm.plan.planner import BlockPlan
+
+
+@dataclass(frozen=True)
+class PoolShape:
+    """A pool of blocks and who shares it.
+
+    Args:
+        num_blocks: Blocks that requests can have; the null block is none of them.
+        full_groups: Groups of full-attention layers, whose old blocks become thin.
+        window_groups: Groups of sliding-window layers.
+        window_tokens: Of the window, 0 without one.
+    """
+
+    num_blocks: int
+    full_groups: int = 1
+    window_groups: int = 0
+    window_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class PoolCapacity:
+    """What such a pool holds of requests of one length.
+
+    Args:
+        plain_tokens: Tokens of as many requests as fit, all dense.
+        thin_tokens: As planned.
+        plain_requests: Whole requests, all dense.
+        thin_requests: As planned.
+        multiple: Requests that fit where one dense one does, on average.
+    """
+
+    plain_tokens: int
+    thin_tokens: int
+    plain_requests: int
+    thin_requests: int
+    multiple: float
+
+
+def pool_capacity(plan: BlockPlan, pool: PoolShape, context_len: int) -> PoolCapacity:
+    """Count what a pool holds.
+
+    Args:
+        plan: How blocks become thin.
+        pool: The pool.
+        context_len: Tokens of a request.
+    """
+    dense = -(-context_len // plan.block_size)
+    # A window may begin and end inside a block.
+    window = pool.window_groups * min(dense, -(-pool.window_tokens // plan.block_size) + 1)
+    plain = pool.full_groups * dense + window
+    thin = pool.full_groups * plan.blocks_for(context_len) + window
+    multiple = plain / (pool.full_groups * dense / plan.effective_multiple(context_len) + window)
+    plain_tokens = pool.num_blocks * plan.block_size * pool.full_groups * dense // plain
+    return PoolCapacity(
+        plain_tokens=plain_tokens,
+        thin_tokens=int(plain_tokens * multiple),
+        plain_requests=pool.num_blocks // plain,
+        thin_requests=pool.num_blocks // thin,
+        multiple=multiple,
+    )

@@ -1,0 +1,153 @@
+"""The KV cache spec that tells vLLM which block manager a layer needs.
+
+Importing this module registers the spec. It is imported wherever a spec is made (workers,
+through the attention backend) or unpickled (the engine core), and nowhere else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Any
+
+from vllm.v1.kv_cache_interface import FullAttentionSpec, replace_as
+
+from think_vllm.errors import ThinkError
+from think_vllm.hooks import platform as compat
+from think_vllm.hooks.engine import EnginePlan, selected_engine
+from think_vllm.plan.spans import SpanRule
+from think_vllm.scheduler.manager import ThinKVCacheManager
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThinKVCacheSpec(FullAttentionSpec):
+    """Full attention whose old spans shrink from ``span_blocks`` to ``thin_blocks`` blocks.
+
+    The page size is that of a dense block: thin blocks live in the same pool.
+    """
+
+    span_blocks: int
+    thin_blocks: int
+    recent_window: int
+    prune_decode: bool
+    #: Tokens of a prompt's end that no prefix hit may cover; 0 if nothing is pruned.
+    observation_window: int = 0
+    #: Whether thin spans are cached.
+    thin_prefixes: bool = True
+    prune_prefill: bool = False
+    delay_prompt: bool = False
+    #: Spans that a prompt keeps at most; None for all.
+    budget_spans: int | None = None
+    #: Whether the worker decides at a prompt's end if its request stays dense.
+    guarded: bool = False
+    #: Tokens that are scheduled before the first of them has been processed, at most.
+    in_flight_tokens: int = 0
+
+    @cached_property
+    def rule(self) -> SpanRule:
+        """When a span is thin."""
+        return SpanRule(
+            block_size=self.block_size,
+            span_blocks=self.span_blocks,
+            thin_blocks=self.thin_blocks,
+            recent_window=self.recent_window,
+            prune_decode=self.prune_decode,
+            prune_prefill=self.prune_prefill,
+            delay_prompt=self.delay_prompt,
+            budget_spans=self.budget_spans,
+        )
+
+    def max_blocks(self, num_tokens: int) -> int:
+        """Blocks that a request holds at once until it has ``num_tokens`` tokens, at most."""
+        dense = -(-num_tokens // int(self.block_size))
+        if not (self.prune_prefill and self.prune_decode):
+            return dense  # of a short prompt nothing may ever become thin
+        # Tails come back when a span's chunk has been processed, a span at a time.
+        spans = self.rule.prompt_spans(max(0, num_tokens - self.in_flight_tokens))
+        if spans < 2:
+            return dense
+        tail = self.span_blocks - self.thin_blocks
+        # It may have held more just before the last of these spans was due.
+        before = self.rule.due_position(spans - 1) + self.in_flight_tokens - 1
+        peak = -(-before // int(self.block_size)) - (spans - 2) * tail
+        return max(peak, dense - (spans - 1) * tail)
+
+    def max_memory_usage_bytes(self, vllm_config: Any) -> int:
+        """Memory that a request of the longest length needs, as vLLM checks at start-up."""
+        if not (self.prune_prefill and self.prune_decode):
+            dense: int = super().max_memory_usage_bytes(vllm_config)
+            return dense
+        most = self.max_blocks(vllm_config.model_config.max_model_len)
+        return most * int(self.page_size_bytes)
+
+    @classmethod
+    def from_dense(cls, spec: FullAttentionSpec, engine: EnginePlan) -> ThinKVCacheSpec:
+        """Extend the spec that vLLM made for a full-attention layer."""
+        plan, rule = engine.plan, engine.plan.rule
+        made: ThinKVCacheSpec = replace_as(
+            spec,
+            cls,
+            span_blocks=rule.span_blocks,
+            thin_blocks=rule.thin_blocks,
+            recent_window=rule.recent_window,
+            prune_decode=rule.prune_decode,
+            prune_prefill=rule.prune_prefill,
+            delay_prompt=rule.delay_prompt,
+            budget_spans=rule.budget_spans,
+            observation_window=plan.choosing_window,
+            guarded=plan.guards,
+            thin_prefixes=engine.thin_prefixes,
+            in_flight_tokens=engine.in_flight_tokens,
+        )
+        return made
+
+    @classmethod
+    def merge(cls, specs: list[Any]) -> ThinKVCacheSpec:
+        """Merge the specs of one group, as vLLM's specs with own fields do.
+
+        Raises:
+            ValueError: If the specs disagree on a field of ours.
+            AssertionError: If a spec is of another kind.
+        """
+        own = [f.name for f in fields(cls) if f.name not in _DENSE_FIELDS]
+        first = specs[0]
+        for spec in specs[1:]:
+            if not isinstance(spec, ThinKVCacheSpec):
+                # How vLLM asks whether layers are of one kind; those with a window are not.
+                raise AssertionError(f"ThinKVCacheSpec.merge: {type(spec).__name__} is another")
+            for name in own:
+                if getattr(spec, name) != getattr(first, name):
+                    raise ValueError(
+                        f"ThinKVCacheSpec.merge: layers of one group differ in {name}: "
+                        f"{getattr(first, name)} and {getattr(spec, name)}"
+                    )
+        merged = FullAttentionSpec.merge(
+            [replace_as(spec, FullAttentionSpec, drop=own) for spec in specs]
+        )
+        dense = {name: getattr(merged, name) for name in _DENSE_FIELDS}
+        made: ThinKVCacheSpec = replace(first, **dense)
+        return made
+
+
+def customize_spec(spec: Any) -> Any:
+    """Make the spec of a layer: a ``ThinKVCacheSpec`` for full attention, else as it is.
+
+    Raises:
+        ThinkError: If the layer does not have the shape that the plan was made for.
+    """
+    if type(spec) is not FullAttentionSpec:
+        return spec
+    engine = selected_engine()
+    plan = engine.plan
+    if spec.head_size != plan.head_size or spec.head_size_v != plan.head_size:
+        raise ThinkError(
+            f"thin KV blocks: an attention layer has head sizes {spec.head_size} (keys) "
+            f"and {spec.head_size_v} (values), the plan was made for {plan.head_size}; "
+            "models whose heads differ are not supported"
+        )
+    return ThinKVCacheSpec.from_dense(spec, engine)
+
+
+_DENSE_FIELDS = frozenset(f.name for f in fields(FullAttentionSpec) if f.init)
+
+compat.register_spec(ThinKVCacheSpec, ThinKVCacheManager, base=FullAttentionSpec)

@@ -1,1 +1,0 @@
-"""Channels that are the same for every token of a model, calibrated once."""

@@ -1,0 +1,179 @@
+"""vLLM's metrics: read once, or sampled while a load runs."""
+
+import re
+import statistics
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from think_vllm.tools.common.server import Server, ServerError
+
+SAMPLE_S = 0.2
+#: Share of the blocks in use from which on the cache counts as nearly full, if prompts are small.
+FULL_CACHE = 0.9
+#: ... and at least, if a prompt needs much of it.
+LEAST_FULL_CACHE = 0.5
+
+RUNNING = "vllm:num_requests_running"
+WAITING = "vllm:num_requests_waiting"
+CACHE_USE = "vllm:kv_cache_usage_perc"
+PREEMPTIONS = "vllm:num_preemptions_total"
+PREFIX_HITS = "vllm:prefix_cache_hits_total"
+PREFIX_QUERIES = "vllm:prefix_cache_queries_total"
+
+
+@dataclass(frozen=True)
+class Cache:
+    """KV cache of a server, all engines together.
+
+    Args:
+        num_blocks: Blocks, vLLM's null block included.
+        block_size: Tokens of a dense one.
+        dtype: vLLM's ``cache_dtype``.
+    """
+
+    num_blocks: int
+    block_size: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One look at the gauges.
+
+    Args:
+        running: Requests.
+        waiting: Requests.
+        cache_use: Share of the blocks in use.
+    """
+
+    running: float
+    waiting: float
+    cache_use: float
+
+
+@dataclass(frozen=True)
+class Occupancy:
+    """What the samples of a load say.
+
+    Args:
+        running_mean: Requests that ran, while any did.
+        running_waiting: The same while others waited, from when the cache was first nearly full;
+            None if that never was.
+        running_peak: Most that ran.
+        cache_use_mean: Share of the blocks in use, of the samples that count above.
+        cache_use_peak: Most.
+    """
+
+    running_mean: float
+    running_waiting: float | None
+    running_peak: float
+    cache_use_mean: float
+    cache_use_peak: float
+
+
+def values_of(text: str, name: str) -> list[float]:
+    """Values of a metric, one for each set of labels.
+
+    Raises:
+        KeyError: If there is no such metric.
+    """
+    lines = [line for line in text.splitlines() if line.startswith((name + "{", name + " "))]
+    if not lines:
+        raise KeyError(f"{name} is not among the server's metrics")
+    return [float(line.rsplit(" ", 1)[1]) for line in lines]
+
+
+def sample_of(text: str) -> Sample:
+    """The gauges; several engines are added up, and their caches' use is averaged."""
+    use = statistics.fmean(values_of(text, CACHE_USE))
+    return Sample(sum(values_of(text, RUNNING)), sum(values_of(text, WAITING)), use)
+
+
+def counter_of(text: str, name: str) -> float:
+    """A counter of all engines; 0 if it has not been made yet."""
+    try:
+        return sum(values_of(text, name))
+    except KeyError:
+        return 0.0
+
+
+def cache_of(text: str) -> Cache | None:
+    """The KV cache; None if the server does not say."""
+    lines = [line for line in text.splitlines() if line.startswith("vllm:cache_config_info{")]
+    labels = [dict(re.findall(r'(\w+)="([^"]*)"', line)) for line in lines]
+    try:
+        return Cache(
+            sum(int(label["num_gpu_blocks"]) for label in labels),
+            int(labels[0]["block_size"]),
+            labels[0]["cache_dtype"],
+        )
+    except (IndexError, KeyError, ValueError):
+        return None
+
+
+def full_cache(prompt_tokens: int, cache: Cache | None) -> float:
+    """Share of the blocks in use from which on a prompt may find no room.
+
+    Args:
+        prompt_tokens: Of one request.
+        cache: Of the server; None if unknown.
+    """
+    if cache is None:
+        return FULL_CACHE
+    # Whole blocks, and what others are about to need.
+    share = 1.5 * (prompt_tokens + cache.block_size) / (cache.num_blocks * cache.block_size)
+    return max(LEAST_FULL_CACHE, min(FULL_CACHE, 1 - share))
+
+
+def occupancy_of(samples: Sequence[Sample], full: float) -> Occupancy:
+    """Sum up the samples of a load.
+
+    Args:
+        samples: In the order taken.
+        full: Share of the blocks in use that counts as full.
+    """
+    working = [sample for sample in samples if sample.running > 0]
+    if not working:
+        return Occupancy(0.0, None, 0.0, 0.0, 0.0)
+    first = next((i for i, sample in enumerate(working) if sample.cache_use >= full), len(working))
+    crowded = [sample for sample in working[first:] if sample.waiting > 0]
+    return Occupancy(
+        running_mean=statistics.fmean(sample.running for sample in working),
+        running_waiting=statistics.fmean(s.running for s in crowded) if crowded else None,
+        running_peak=max(sample.running for sample in working),
+        cache_use_mean=statistics.fmean(sample.cache_use for sample in crowded or working),
+        cache_use_peak=max(sample.cache_use for sample in working),
+    )
+
+
+class Sampler(threading.Thread):
+    """Looks at a server's gauges until it is told to stop.
+
+    Args:
+        server: Where.
+    """
+
+    def __init__(self, server: Server) -> None:
+        super().__init__(daemon=True)
+        self.samples: list[Sample] = []
+        self.misses = 0
+        self._server = server
+        self._done = threading.Event()
+
+    def run(self) -> None:
+        """Sample until told to stop."""
+        is_done = False
+        while not is_done:  # once at least, however short the load
+            try:
+                self.samples.append(sample_of(self._server.get("/metrics")))
+            except (OSError, KeyError, ServerError):
+                # A busy server may be slow, one that ended is noticed by who runs the load.
+                self.misses += 1
+            is_done = self._done.wait(SAMPLE_S)
+
+    def stop(self) -> list[Sample]:
+        """End sampling; return the samples."""
+        self._done.set()
+        self.join()
+        return self.samples

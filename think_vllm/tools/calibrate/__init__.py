@@ -1,0 +1,1 @@
+"""``think-vllm calibrate``: channel tables of a model."""

@@ -1,0 +1,135 @@
+"""A program and all its children: started in a session of their own, ended together."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from think_vllm.errors import end_of_output
+from think_vllm.tools.common.interrupts import held
+
+GRACE_S = 30.0
+POLL_S = 0.1
+#: Of the process itself in user and kernel mode, in /proc/PID/stat behind the name.
+_TIMES = slice(11, 13)
+
+
+class ProcessGroup:
+    """One program with its children.
+
+    Args:
+        command: Program and arguments.
+        log: File that gets its output.
+        environment: All its variables; None for this process's.
+        takes_input: Whether it is sent lines. Then it learns when this process has ended.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        log: Path,
+        environment: Mapping[str, str] | None = None,
+        takes_input: bool = False,
+    ) -> None:
+        self.command = list(command)
+        self.log = log
+        self._stdin = subprocess.PIPE if takes_input else subprocess.DEVNULL
+        self._environment = None if environment is None else dict(environment)
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        try:
+            # A signal between the fork and the assignment would leave a child that nobody knows.
+            with held(), self.log.open("wb") as output:
+                self._process = subprocess.Popen(
+                    self.command,
+                    stdin=self._stdin,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    env=self._environment,
+                    start_new_session=True,
+                )
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    @property
+    def exit_status(self) -> int | None:
+        """What it ended with; None while it runs."""
+        return None if self._process is None else self._process.poll()
+
+    def send(self, line: str) -> None:
+        """Send a line to its standard input; lost if it has ended."""
+        assert self._process is not None
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.write(line.encode("utf-8") + b"\n")
+            self._process.stdin.flush()
+
+    def processor_s(self) -> float:
+        """Seconds of processor time that members of the group that still run have used."""
+        assert self._process is not None
+        ticks = sum(int(x) for stat in _stats(self._process.pid) for x in stat[_TIMES])
+        return ticks / os.sysconf("SC_CLK_TCK")
+
+    def stop(self) -> None:
+        """Ask it to end, wait for a while, then kill what is left of the group."""
+        process = self._process
+        if process is None:
+            return
+        with held():
+            if process.poll() is None:
+                # To the program alone: vLLM's ends its children itself, in order.
+                process.send_signal(signal.SIGTERM)
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=GRACE_S)
+            _kill_group(process.pid)
+            process.wait()
+            if process.stdin is not None:
+                with suppress(BrokenPipeError):
+                    process.stdin.close()
+            self._process = None
+
+    def log_tail(self, lines: int = 40) -> str:
+        """The end of its output, behind the first error in it."""
+        return end_of_output(self.log.read_text(encoding="utf-8", errors="replace"), lines)
+
+
+def _kill_group(group: int) -> None:
+    """Kill the members of a group, and wait until none is left that still runs.
+
+    Orphans are reaped by somebody else, so zombies do not count.
+    """
+    deadline = time.monotonic() + GRACE_S
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(group, signal.SIGKILL)
+        except ProcessLookupError:
+            return
+        if not any(_stats(group)):
+            return
+        time.sleep(POLL_S)
+
+
+def _stats(group: int) -> Iterator[list[str]]:
+    """Fields of /proc/PID/stat behind the name, of members of a group that are no zombies."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            # pid (name) state parent group ...; the name may hold spaces and brackets.
+            fields = path.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+            if int(fields[2]) == group and fields[0] not in "ZX":
+                yield fields

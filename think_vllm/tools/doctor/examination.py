@@ -1,0 +1,233 @@
+"""The examination: machine, versions, model, plan, and a short generation with and without."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from think_vllm.errors import FLAGS, ThinkError, end_of_output
+from think_vllm.hooks import platform as compat
+from think_vllm.hooks.activation import plan_engine
+from think_vllm.hooks.static_engine import plan_static_engine
+from think_vllm.plan.parsing import config_from_additional
+from think_vllm.plan.summary import (
+    never_thin,
+    plan_fields,
+    plan_summary,
+    static_fields,
+    static_summary,
+)
+from think_vllm.tools.doctor.comparison import Comparison, compare
+from think_vllm.tools.doctor.finding import Finding, Level
+from think_vllm.tools.doctor.machine import check_machine, check_versions
+from think_vllm.tools.doctor.probe import ProbeJob, ProbeResult, parse_engine_args
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from think_vllm.plan.planner import BlockPlan
+    from think_vllm.plan.static_plan import StaticPlan
+
+LOG_LINES = 25
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How much to generate, and what is still a go.
+
+    Args:
+        text: File to cut prompts from, None for recall prompts.
+        num_prompts: Prompts, answered together.
+        prompt_tokens: Of each prompt.
+        new_tokens: Of each answer.
+        max_perplexity_change: Largest relative change of perplexity on the dense answers.
+        min_agreement: Least share of steps whose likeliest token is the same.
+    """
+
+    text: Path | None
+    num_prompts: int
+    prompt_tokens: int
+    new_tokens: int
+    max_perplexity_change: float
+    min_agreement: float
+
+
+class Examination:
+    """Of one model with one set of flags; `findings` ends with the first that rules it out.
+
+    Args:
+        model: Name or directory.
+        arguments: Of `vllm serve`, without the model.
+        generation: What to generate, or None to leave it out.
+    """
+
+    def __init__(self, model: str, arguments: Sequence[str], generation: Generation | None) -> None:
+        self.model = model
+        self.arguments = list(arguments)
+        self.generation = generation
+        self.plan: BlockPlan | None = None
+        self.prefix_caching = False
+        self.static: StaticPlan | None = None
+        self.runs: tuple[ProbeResult, ProbeResult] | None = None
+        self.comparison: Comparison | None = None
+
+    def findings(self) -> Iterator[Finding]:
+        """Look at one thing after the other.
+
+        Raises:
+            SystemExit: If vLLM's parser does not take the arguments.
+        """
+        for part in (check_versions, check_machine, self._check_model, self._check_answers):
+            bad = False
+            for finding in part():
+                bad = bad or finding.level is Level.BAD
+                yield finding
+            if bad:
+                return
+
+    def fields(self) -> dict[str, Any]:
+        """What was found, JSON-ready."""
+        fields: dict[str, Any] = {"model": self.model, "arguments": self.arguments}
+        if self.plan is not None:
+            fields["plan"] = plan_fields(self.plan, self.prefix_caching)
+        if self.static is not None:
+            fields["plan"] = static_fields(self.static)
+        if self.comparison is not None:
+            fields["comparison"] = {
+                **vars(self.comparison),
+                "perplexity_change": self.comparison.perplexity_change,
+            }
+        return fields
+
+    def _check_model(self) -> Iterator[Finding]:
+        engine_args = parse_engine_args(self.model, self.arguments)
+        try:
+            with compat.refusals_raised():
+                vllm_config = engine_args.create_engine_config()
+            config = config_from_additional(vllm_config.additional_config)
+            if config is None:
+                raise ThinkError(f"no thin blocks: one of {FLAGS} is needed")
+            plan = None if config.is_static else plan_engine(config, vllm_config)
+            static = plan_static_engine(config, vllm_config) if config.is_static else None
+        except (ThinkError, OSError, ValueError) as error:
+            yield Finding(Level.BAD, "model", " ".join(str(error).split()))
+            return
+        model_config = vllm_config.model_config
+        yield Finding(Level.GOOD, "model", f"{self.model}: {', '.join(model_config.architectures)}")
+        if static is not None:
+            self.static = static
+            caching = vllm_config.cache_config.enable_prefix_caching
+            for line in static_summary(static, caching):
+                yield Finding(Level.GOOD, "plan", line)
+            yield from self._check_generation(model_config.max_model_len)
+            return
+        if plan is None:
+            yield Finding(Level.BAD, "plan", "no channel of this model would go; raise the ratio")
+            return
+        self.plan = plan
+        self.prefix_caching = vllm_config.cache_config.enable_prefix_caching
+        for line in plan_summary(plan, self.prefix_caching)[:-1]:
+            yield Finding(Level.GOOD, "plan", line)
+        longest = model_config.max_model_len
+        yield from self._check_lengths(plan, longest)
+
+    def _check_lengths(self, plan: BlockPlan, longest: int) -> Iterator[Finding]:
+        if never := never_thin(plan, longest):
+            yield Finding(Level.BAD, "plan", *never)
+            return
+        yield Finding(
+            Level.GOOD,
+            "plan",
+            f"requests of the longest length, {longest} tokens, take "
+            f"1/{plan.effective_multiple(longest):.2f} of the memory",
+        )
+        too_long = list(self._check_generation(longest))
+        yield from too_long
+        wanted = self.generation
+        if wanted is None or too_long:
+            return
+        if plan.rule.prompt_spans(wanted.prompt_tokens) == 0:
+            yield Finding(
+                Level.BAD,
+                "generation",
+                f"no span of a prompt of {wanted.prompt_tokens} tokens becomes thin; give "
+                f"--prompt-tokens {plan.span_tokens + plan.config.kv_recent_window} or more",
+            )
+
+    def _check_generation(self, longest: int) -> Iterator[Finding]:
+        wanted = self.generation
+        if wanted is not None and wanted.prompt_tokens + wanted.new_tokens > longest:
+            yield Finding(
+                Level.BAD,
+                "generation",
+                f"{wanted.prompt_tokens} + {wanted.new_tokens} tokens exceed the model's "
+                f"{longest}; give less --prompt-tokens or --new-tokens",
+            )
+
+    def _check_answers(self) -> Iterator[Finding]:
+        wanted = self.generation
+        if wanted is None:
+            yield Finding(Level.NOTE, "answers", "not compared (--no-generation)")
+            return
+        job = ProbeJob(
+            arguments=self.arguments,
+            model=self.model,
+            dense=True,
+            text=wanted.text,
+            num_prompts=wanted.num_prompts,
+            prompt_tokens=wanted.prompt_tokens,
+            new_tokens=wanted.new_tokens,
+            out=Path("result.json"),
+        )
+        try:
+            dense = run_probe(job)
+            thin = run_probe(
+                job.model_copy(
+                    update={"dense": False, "prompts": dense.prompts, "forced": dense.tokens}
+                )
+            )
+        except ThinkError as error:
+            yield Finding(Level.BAD, "answers", str(error))
+            return
+        self.runs = dense, thin
+        got = self.comparison = compare(dense, thin)
+        against = got.reasons_against(wanted.max_perplexity_change, wanted.min_agreement)
+        yield Finding(
+            Level.NOTE if against else Level.GOOD,
+            "answers",
+            f"{got.tokens} tokens behind {len(dense.prompts)} prompts: perplexity on the dense "
+            f"answers {got.perplexity_change:+.2%}, log-probabilities differ by up to "
+            f"{got.largest_difference:.3f}, the likeliest token is the same in "
+            f"{got.agreement:.1%}",
+        )
+        for reason in against:
+            yield Finding(Level.BAD, "answers", f"{reason}; prune less, or give values more bits")
+
+
+def run_probe(job: ProbeJob) -> ProbeResult:
+    """Run a job in a process of its own; its output is shown only if it fails.
+
+    Raises:
+        ThinkError: With the end of its output.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        out, file = Path(folder) / "result.json", Path(folder) / "job.json"
+        file.write_text(job.model_copy(update={"out": out}).model_dump_json(), encoding="utf-8")
+        done = subprocess.run(
+            [sys.executable, "-m", "think_vllm.tools.doctor.probe", str(file)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            check=False,
+        )
+        if done.returncode != 0:
+            tail = end_of_output(done.stdout, LOG_LINES)
+            which = "without the flags" if job.dense else "with the flags"
+            raise ThinkError(f"the engine {which} failed; the end of its output:\n{tail}")
+        return ProbeResult.model_validate(json.loads(out.read_text(encoding="utf-8")))

@@ -1,0 +1,260 @@
+"""``think-vllm plan``: the block plan of a model, without starting anything."""
+
+import argparse
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from think_vllm.errors import ThinkError
+from think_vllm.hooks.engine_support import check_cache_dtype, check_guard
+from think_vllm.hooks.flags import declare_flags, take_flags
+from think_vllm.hooks.model_support import (
+    AttentionLayers,
+    attention_layers,
+    check_model,
+    plan_model,
+    window_summary,
+)
+from think_vllm.plan.capacity import PoolShape, pool_capacity
+from think_vllm.plan.parsing import parse_config
+from think_vllm.plan.planner import BlockPlan, pruned_channels
+from think_vllm.plan.settings import prune_flags
+from think_vllm.plan.summary import budget_text, context_hint, never_thin, plan_fields, plan_summary
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+
+
+def plan(arguments: Sequence[str]) -> int:
+    """Print a plan.
+
+    Raises:
+        ThinkError: If the model or the settings cannot be served with thin blocks.
+    """
+    parser = _parser()
+    namespace = parser.parse_args(list(arguments))
+    settings = take_flags(namespace)
+    config = parse_config(settings)
+    if not settings:
+        parser.error(
+            "--kv-channel-prune RATIO, --kv-quant FORMAT or --kv-evict METHOD is needed (or "
+            "--kv-value-prune RATIO)"
+        )
+    model_config, ranks = _engine_shape(namespace)
+
+    check_model(model_config)
+    check_cache_dtype(model_config, namespace.kv_cache_dtype)
+    if config.is_static:
+        from think_vllm.tools.plan_static import print_static
+
+        return print_static(namespace, config, model_config, ranks)
+    made = plan_model(config, model_config, namespace.block_size)
+    if config.guards:
+        check_guard(ranks[0])
+    if made is None:
+        raise ThinkError(
+            f"{prune_flags(config)} prunes no channel at head size "
+            f"{model_config.get_head_size()}, and --kv-quant is none; nothing to plan. Give a "
+            "larger ratio, or --kv-quant FORMAT"
+        )
+    heads = model_config.get_num_kv_heads(ranks[0])
+    # Every rank gets as many blocks as the one with most layers has room for.
+    stages = [model_config.get_layers_start_end_indices(rank) for rank in ranks]
+    layers = attention_layers(model_config)
+    shares = [attention_layers(model_config, stage) for stage in stages]
+    share = max(shares, key=layers.block_layers)
+    prefix_caching = namespace.enable_prefix_caching and config.allows_prefix_caching
+    fields = plan_fields(made, prefix_caching) | budget_fields(
+        made, heads, layers, namespace.memory, namespace.context_length, share
+    )
+    fields["num_ranks"] = ranks[0].world_size
+    fields["warnings"] = never_thin(made, model_config.max_model_len)
+    lines = _text(made, fields, prefix_caching)
+    lines += [f"warning: {line}" for line in fields["warnings"]]
+    lines += context_hint(made, namespace.context_length, namespace.block_size)
+    print_plan(namespace, fields, [*lines, *window_summary(layers)])
+    return 0
+
+
+def print_plan(namespace: argparse.Namespace, fields: dict[str, Any], lines: list[str]) -> None:
+    """Print a plan's fields as JSON, or its lines, whichever was asked for."""
+    if namespace.json:
+        print(json.dumps({"model": namespace.model, **fields}, indent=2))
+    else:
+        print("\n  ".join([namespace.model, *lines]))
+
+
+def budget_fields(
+    made: BlockPlan,
+    num_kv_heads: int,
+    layers: AttentionLayers,
+    memory_bytes: int,
+    context_len: int,
+    share: AttentionLayers | None = None,
+) -> dict[str, Any]:
+    """What fits into a memory budget, against plain vLLM with the same block size.
+
+    Args:
+        made: The plan.
+        num_kv_heads: KV heads of a layer on one rank.
+        layers: Attention layers of the model by kind.
+        memory_bytes: Memory of the KV cache on one rank.
+        context_len: Tokens of a request.
+        share: Layers of that rank; None for all.
+    """
+    _, full_groups, window_groups = layers.groups
+    share = share or layers
+    block_bytes = made.layout.run_bytes * num_kv_heads * layers.block_layers(share)
+    blocks = max(0, memory_bytes // block_bytes - 1)  # vLLM keeps block 0 as the null block
+    pool = PoolShape(blocks, full_groups, window_groups, layers.window_tokens)
+    capacity = pool_capacity(made, pool, context_len)
+    return {
+        "num_kv_heads": num_kv_heads,
+        "num_layers": share.full + share.window,
+        "num_window_layers": share.window,
+        "memory_bytes": memory_bytes,
+        "num_blocks": blocks,
+        "context_length": context_len,
+        "plain_tokens": capacity.plain_tokens,
+        "thin_tokens": capacity.thin_tokens,
+        "plain_requests": capacity.plain_requests,
+        "thin_requests": capacity.thin_requests,
+        "effective_multiple": capacity.multiple,
+    }
+
+
+def parse_bytes(text: str) -> int:
+    """Read a size such as ``8GiB``, ``100M`` or ``123456``.
+
+    Raises:
+        argparse.ArgumentTypeError: If it is none.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?i?)b?", text.strip().lower())
+    if match is None or match[2] not in _UNITS:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 8GiB, 500MB or bytes")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def positive_int(text: str) -> int:
+    """Read a whole number above zero.
+
+    Raises:
+        argparse.ArgumentTypeError: If it is none.
+    """
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above zero")
+    return int(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="think-vllm plan", description="The block plan of a model."
+    )
+    parser.add_argument("model", help="Model name or directory.")
+    parser.add_argument("--dtype", default="auto", help="As for `vllm serve`. Default: auto.")
+    parser.add_argument(
+        "--block-size", type=positive_int, help="Tokens of a block. Default: the best."
+    )
+    parser.add_argument(
+        "--tensor-parallel-size",
+        "-tp",
+        type=positive_int,
+        default=1,
+        help="Ranks that share the heads. Default: 1.",
+    )
+    parser.add_argument(
+        "--pipeline-parallel-size",
+        "-pp",
+        type=positive_int,
+        default=1,
+        help="Stages that share the layers. Default: 1.",
+    )
+    parser.add_argument(
+        "--memory", type=parse_bytes, default=8 * 2**30, help="KV cache of a rank. Default: 8GiB."
+    )
+    parser.add_argument(
+        "--context-length",
+        type=positive_int,
+        default=8192,
+        help="Tokens of a request. Default: 8192.",
+    )
+    parser.add_argument("--kv-cache-dtype", default="auto", help="As for `vllm serve`.")
+    parser.add_argument(
+        "--max-model-len",
+        type=positive_int,
+        help="Tokens of the longest request. Default: the model's.",
+    )
+    parser.add_argument(
+        "--enable-prefix-caching",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="As for `vllm serve`.",
+    )
+    parser.add_argument("--trust-remote-code", action="store_true", help="As for `vllm serve`.")
+    parser.add_argument("--json", action="store_true", help="Print JSON.")
+    declare_flags(parser)
+    return parser
+
+
+def read_model(who: str, model: str, dtype: str, trust_remote_code: bool, **others: Any) -> Any:
+    """Let vLLM read a model's config; ``others`` are further arguments of an engine.
+
+    Raises:
+        ThinkError: If it cannot.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    try:
+        return EngineArgs(
+            model=model, dtype=dtype, trust_remote_code=trust_remote_code, **others
+        ).create_model_config()
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split()) or repr(error)
+        raise ThinkError(f"{who}: cannot read the model {model!r}: {reason}") from None
+
+
+def _engine_shape(namespace: argparse.Namespace) -> tuple[Any, list[Any]]:
+    """Let vLLM read the model's config, as it would for a server.
+
+    Returns:
+        That config, and the parallel config of the first rank of each pipeline stage.
+    """
+    from vllm.config import ParallelConfig
+
+    model_config = read_model(
+        "plan",
+        namespace.model,
+        namespace.dtype,
+        namespace.trust_remote_code,
+        max_model_len=namespace.max_model_len,
+    )
+    try:
+        ranks = [
+            ParallelConfig(
+                tensor_parallel_size=namespace.tensor_parallel_size,
+                pipeline_parallel_size=namespace.pipeline_parallel_size,
+                rank=stage * namespace.tensor_parallel_size,
+                # Left to choose one, vLLM refuses more ranks than this machine has GPUs.
+                distributed_executor_backend="mp",
+            )
+            for stage in range(namespace.pipeline_parallel_size)
+        ]
+        model_config.verify_with_parallel_config(ranks[0])
+    except (NotImplementedError, ValueError) as error:
+        raise ThinkError(f"plan: vLLM cannot split {namespace.model!r}: {error}") from None
+    return model_config, ranks
+
+
+def _text(made: BlockPlan, fields: dict[str, Any], prefix_caching: bool) -> list[str]:
+    lines = [*plan_summary(made, prefix_caching)[:-1], budget_text(fields)]
+    for kind, ratio, kept in (
+        ("", made.requested_ratio, made.key_channels),
+        ("value ", made.config.kv_value_prune, made.value_channels),
+    ):
+        wanted = made.head_size - pruned_channels(ratio, made.head_size)
+        if kept != wanted:
+            lines.append(
+                f"{wanted} {kind}channels were asked for; blocks are whole, and {kept} is the "
+                "most that fits"
+            )
+    return lines

@@ -1,0 +1,1 @@
+"""Attention over thin blocks on NVIDIA GPUs."""

@@ -1,0 +1,251 @@
+"""Write a sorted step in tensors, still on the host."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from think_vllm.plan.spans import SpanRule
+from think_vllm.worker.cuda.metadata import (
+    Chunks,
+    DueSpans,
+    EndedParts,
+    Observed,
+    Rows,
+    Slots,
+    StepParts,
+    WaveParts,
+)
+from think_vllm.worker.step import Choices, Ends, Int64Array, Observation, Prefill, Step, Wave
+from think_vllm.worker.tokens import token_range
+
+
+@dataclass(frozen=True)
+class StepSlots:
+    """Where the state of a step's requests is kept, by row of the batch.
+
+    Args:
+        resumed: Of windows that an earlier step has begun.
+        kept: Of windows that a later step goes on with.
+        requests: Of channels, for ends that keep some and requests with due spans; empty if
+            nothing is pruned.
+        tables: Rows with due spans whose channels are kept apart.
+    """
+
+    resumed: dict[int, int] = field(default_factory=dict)
+    kept: dict[int, int] = field(default_factory=dict)
+    requests: dict[int, int] = field(default_factory=dict)
+    tables: set[int] = field(default_factory=set)
+
+
+def step_parts(
+    step: Step,
+    slots: StepSlots,
+    rule: SpanRule,
+    chooses_per_span: bool = False,
+    evicted: Int64Array | None = None,
+) -> StepParts:
+    """Write a step in tensors, still on the host.
+
+    Args:
+        step: Of ``sort_step``.
+        slots: Where its requests' state is kept.
+        rule: What a span is.
+        chooses_per_span: Whether each span of a prompt has channels of its own.
+        evicted: int64 [num_reqs]. Empty spans of each request, which count as thin; None for none.
+    """
+    chunks, chunk_windows = step.chunk_ends, []
+    if chunks is not None and chunks.num_observed.any():
+        chunk_windows = chunks.observations
+    return StepParts(
+        prompts=_prompt_parts(step.prefill),
+        observed=_observed(step.observations, slots),
+        prompt_ends=_ended(step.prompt_ends, slots, rule, chooses_per_span),
+        # These windows begin and end here, whatever is kept of their prompts' windows.
+        chunk_observed=_observed(chunk_windows, StepSlots()),
+        chunk_ends=_ended(chunks, slots, rule, chooses_per_span),
+        waves=[_wave_parts(wave, slots, evicted) for wave in step.waves],
+    )
+
+
+def keeps_channels(ends: Ends) -> npt.NDArray[np.bool_]:
+    """Whose channels are kept: bool [n].
+
+    A span that falls due later takes them from there, also where it inherits them from the span
+    before: that span's were kept last.
+    """
+    kept: npt.NDArray[np.bool_] = ends.keeps | (ends.num_spans > 0)
+    return kept
+
+
+def due_spans(wave: Wave, slots: StepSlots) -> DueSpans | None:
+    """Write a wave's due spans in tensors, still on the host."""
+    if not wave.due_request:
+        return None
+    rows, kept = wave.due_request, wave.due_kept
+    return DueSpans(
+        request=_ints(rows),
+        span=_ints(wave.due_span),
+        slot=_ints([slots.requests.get(row, 0) for row in rows]),
+        # Spans of a request are neighbours, and if one of these has a table, all of them do.
+        tables=[
+            (i, slots.requests[row])
+            for i, row in enumerate(rows)
+            if row in slots.tables and kept[i] and (i == 0 or rows[i - 1] != row)
+        ],
+    )
+
+
+def keep_dense(waves: list[Wave], evicted: Int64Array) -> None:
+    """Let spans stay dense that would take as many blocks once they are thin.
+
+    Thin blocks that nothing was pruned or coded of would hold the same elements in another form,
+    which FlashAttention cannot read.
+
+    Args:
+        waves: Without packs. Changed: nothing is due, and only empty spans count as thin.
+        evicted: int64 [num_reqs]. Empty spans of each request.
+    """
+    for wave in waves:
+        wave.due_request, wave.due_span, wave.due_kept = [], [], []
+        wave.thin_spans = np.minimum(wave.thin_spans, evicted[wave.request])
+
+
+def _prompt_parts(prefill: Prefill | None) -> list[Chunks]:
+    """Prompts that start in this step, those that go on, and those that see thin spans."""
+    if prefill is None:
+        return []
+    fresh = prefill.seq_len == prefill.num_tokens
+    thin = prefill.thin_spans > 0
+    return [
+        Chunks(
+            fresh=is_fresh,
+            tokens=token_range(chosen.tokens(), torch.int32),
+            starts=_ints(np.concatenate(([0], np.cumsum(chosen.num_tokens)))),
+            seq_len=_ints(chosen.seq_len),
+            request=_ints(chosen.request),
+            thin_spans=_ints(chosen.thin_spans) if sees_thin else None,
+            max_query_len=int(chosen.num_tokens.max()),
+            max_seq_len=int(chosen.seq_len.max()),
+        )
+        for is_fresh, sees_thin, which in (
+            (True, False, fresh),
+            (False, False, ~fresh & ~thin),
+            (False, True, thin),
+        )
+        if which.any()
+        for chosen in [prefill.choose(which)]
+    ]
+
+
+def _observed(observations: list[Observation], slots: StepSlots) -> Observed | None:
+    if not observations:
+        return None
+    requests = [seen.request for seen in observations]
+    ended = [i for i, seen in enumerate(observations) if seen.keep_position is None]
+    return Observed(
+        begin=_ints([seen.begin for seen in observations]),
+        end=_ints([seen.end for seen in observations]),
+        resumed=_cut(requests, slots.resumed),
+        kept=_cut(requests, slots.kept),
+        ended=_ints(ended),
+    )
+
+
+def _cut(requests: list[int], slots: dict[int, int]) -> Slots | None:
+    index = [i for i, row in enumerate(requests) if row in slots]
+    if not index:
+        return None
+    return Slots(_ints(index), _ints([slots[requests[i]] for i in index]))
+
+
+def _ended(
+    ends: Ends | None, slots: StepSlots, rule: SpanRule, chooses_per_span: bool
+) -> EndedParts | None:
+    """Write ends in tensors; None if there is nothing to keep and nothing to compact."""
+    if ends is None:
+        return None
+    index = np.flatnonzero(keeps_channels(ends))
+    if not index.size:
+        return None
+    which, span = ends.spans()
+    choices = ends.choices(rule, chooses_per_span)
+    kept, tables = None, []
+    if slots.requests:
+        given = [slots.requests[int(i)] for i in ends.request[index]]
+        kept = Slots(_ints((choices.begin + choices.count - 1)[index]), _ints(given))
+        if chooses_per_span and rule.delay_prompt:
+            parts = zip(given, choices.begin[index], choices.count[index], strict=True)
+            tables = [(slot, int(begin), int(count)) for slot, begin, count in parts]
+    return EndedParts(
+        request=_ints(ends.request[choices.end]),
+        num_tokens=_ints(choices.num_tokens),
+        first_block=_ints(choices.first_block),
+        max_tokens=int((choices.num_tokens - choices.first_block * rule.block_size).max()),
+        window=_ints(choices.end) if chooses_per_span else None,
+        kept=kept,
+        tables=tables,
+        span_choice=_ints(choices.of_span),
+        span_request=_ints(ends.request[which]),
+        span=_ints(span),
+        final=_final(ends, choices),
+    )
+
+
+def _final(ends: Ends, choices: Choices) -> torch.Tensor | None:
+    packed = ends.packed[choices.end]
+    return _ints(np.flatnonzero(~packed)) if packed.any() else None
+
+
+def _wave_parts(wave: Wave, slots: StepSlots, evicted: Int64Array | None) -> WaveParts:
+    # Rows of one wave come request by request, each in token order.
+    _, first, count = np.unique(wave.request, return_index=True, return_counts=True)
+    single = first[count == 1]
+    single = single[np.argsort(wave.token[single])]
+    rows = None
+    if single.size:
+        rows = Rows(
+            tokens=token_range(wave.token[single], torch.int32),
+            request=_ints(wave.request[single]),
+            seq_len=_ints(wave.seq_len[single]),
+            thin_spans=_ints(wave.thin_spans[single]),
+        )
+    first, count = first[count > 1], count[count > 1]
+    thin = wave.thin_spans[first]
+    if evicted is not None:
+        thin = thin - evicted[wave.request[first]]
+    return WaveParts(
+        due_spans(wave, slots),
+        rows,
+        [
+            _resumed_chunks(wave, first[which], count[which], sees_thin)
+            for sees_thin, which in ((False, thin == 0), (True, thin > 0))
+            if which.any()
+        ],
+    )
+
+
+def _resumed_chunks(wave: Wave, first: Int64Array, count: Int64Array, sees_thin: bool) -> Chunks:
+    order = np.argsort(wave.token[first])
+    first, count = first[order], count[order]
+    last = first + count - 1
+    return Chunks(
+        fresh=False,
+        tokens=token_range(
+            np.concatenate([wave.token[i : j + 1] for i, j in zip(first, last, strict=True)]),
+            torch.int32,
+        ),
+        starts=_ints(np.concatenate(([0], np.cumsum(count)))),
+        seq_len=_ints(wave.seq_len[last]),
+        request=_ints(wave.request[last]),
+        thin_spans=_ints(wave.thin_spans[last]) if sees_thin else None,
+        max_query_len=int(count.max()),
+        max_seq_len=int(wave.seq_len[last].max()),
+    )
+
+
+def _ints(values: npt.ArrayLike) -> torch.Tensor:
+    return torch.from_numpy(np.array(values, np.int32))

@@ -1,0 +1,76 @@
+"""Whether a prompt that has ended would lose too much score mass, so that its request stays dense.
+
+The layers of one rank say what their choices of channels keep; once the step is over, the mean over
+layers and heads decides, once and for all. Nothing of the prompt has been compacted by then.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from think_vllm.hooks import model_runner as compat_rows
+
+_guard: "LossGuard | None" = None
+
+
+class LossGuard:
+    """Decides for the requests of one rank.
+
+    Args:
+        max_loss: Share of the score mass that may go.
+    """
+
+    def __init__(self, max_loss: float) -> None:
+        self._max_loss = max_loss
+        self._shares: dict[str, list[torch.Tensor]] = {}
+
+    def add(self, names: Sequence[str], shares: torch.Tensor) -> None:
+        """Note what a layer would keep of prompts that end in this step.
+
+        Args:
+            names: Ids of their requests.
+            shares: float64 [n, Hk]. Of the score mass; see ``kept_shares``.
+        """
+        for name, kept in zip(names, shares, strict=True):
+            if not compat_rows.is_settled(name):  # it resumes: what was decided stays so
+                self._shares.setdefault(name, []).append(kept)
+
+    def take(self) -> dict[str, bool]:
+        """Decide for the prompts that have ended since the last call.
+
+        Returns:
+            Whether each stays dense; one whose scores are no numbers does.
+        """
+        verdicts = {
+            name: not 1.0 - float(torch.stack(kept).mean()) <= self._max_loss
+            for name, kept in self._shares.items()
+        }
+        self._shares.clear()
+        return verdicts
+
+
+def begin_guard(max_loss: float | None) -> None:
+    """Decide for an engine from now on; None for one without a limit."""
+    global _guard
+    _guard = None if max_loss is None else LossGuard(max_loss)
+
+
+def loss_guard() -> LossGuard:
+    """The guard of this process's rank.
+
+    Raises:
+        RuntimeError: If its engine has no limit.
+    """
+    if _guard is None:
+        raise RuntimeError("think-vllm: loss_guard() for an engine without --kv-prune-max-loss")
+    return _guard
+
+
+def take_verdicts() -> dict[str, bool]:
+    """Decide for prompts that ended in this step, and tell this rank's builder."""
+    if _guard is None:
+        return {}
+    verdicts = _guard.take()
+    if verdicts:
+        compat_rows.settle(verdicts)
+    return verdicts

@@ -1,0 +1,1 @@
+"""Attention over statically pruned blocks."""
