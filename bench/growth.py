@@ -202,7 +202,7 @@ def measure_scheduler(options: argparse.Namespace) -> None:
 def thin_spec(dense: FullAttentionSpec) -> FullAttentionSpec:
     """The spec that layers of the engine whose plan was remembered get."""
     # Imported only now: it registers the spec with its manager.
-    from think_vllm.scheduler.spec import ThinKVCacheSpec
+    from think_vllm.hooks.kv_cache_spec import ThinKVCacheSpec
 
     return ThinKVCacheSpec.from_dense(dense, selected_engine())
 

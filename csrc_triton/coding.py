@@ -1,4 +1,4 @@
-"""Writing coded matrices: the rules of ``think_vllm/kernels/reference/quantization.py``, to the bit.
+"""Writing coded matrices: the rules of ``kernels/reference/quantization.py``, to the bit.
 
 A GPU and Triton's interpreter give the same bits because divisions are IEEE's, nothing is rounded
 but by IEEE's rules, and every NaN that is stored is written as bits. Whoever uses this compiles

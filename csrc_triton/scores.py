@@ -3,7 +3,7 @@
 Source: ThinK, arXiv 2407.21018, section 3.2: a key channel scores the norm of its observed queries
 times the norm of its keys. Means of squares rank channels alike; with grouped queries the
 mean runs over the heads of the group as well. A value channel scores the norm of the observed
-queries' outputs; see ``think_vllm/kernels/reference/scoring.py``. Sums run in an order that depends on
+queries' outputs; see ``kernels/reference/scoring.py``. Sums run in an order that depends on
 nothing but the prompt itself, so the same prompt chooses the same channels in any batch.
 """
 

@@ -9,7 +9,12 @@ from kvpress import SnapKVPress, ThinKPress
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from bench.kvpress.presses import WINDOW_TOKENS
-from think_vllm.kernels.reference.eviction import attention_sums_ref, choose_tokens_ref, pool_ref
+from think_vllm.kernels.reference.eviction import (
+    POOLING_TOKENS,
+    attention_sums_ref,
+    choose_tokens_ref,
+    pool_ref,
+)
 from think_vllm.kernels.reference.scoring import (
     key_energy_ref,
     key_scores_ref,
@@ -19,7 +24,7 @@ from think_vllm.kernels.reference.scoring import (
 from think_vllm.plan.layout import BlockForm
 from think_vllm.plan.parsing import parse_config
 from think_vllm.plan.planner import plan_blocks
-from think_vllm.worker.token_selection import POOLING_TOKENS, split_runs
+from think_vllm.worker.token_selection import split_runs
 
 RATIOS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 #: Query and KV heads of models with random weights: one to one, and groups of 4.

@@ -14,7 +14,7 @@ import torch
 from kvpress import ComposedPress, SnapKVPress, ThinKPress
 from transformers import PreTrainedModel
 
-from think_vllm.worker.token_selection import POOLING_TOKENS
+from think_vllm.kernels.reference.eviction import POOLING_TOKENS
 
 #: Of both windows and both kinds of choice, in every plan that is compared.
 WINDOW_TOKENS = 32

@@ -16,10 +16,10 @@ from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, KVCacheS
 from vllm.v1.request import Request, RequestStatus
 
 from tests.support.block_worker import BLOCK, Worker
-from think_vllm.hooks.requests import announce_request, settle_request
+from think_vllm.hooks.kv_cache_spec import ThinKVCacheSpec
 from think_vllm.plan.request import dense_rule, own_rule
 from think_vllm.scheduler.manager import ThinKVCacheManager
-from think_vllm.scheduler.spec import ThinKVCacheSpec
+from think_vllm.scheduler.requests import announce_request, settle_request
 
 NUM_BLOCKS = 40
 MAX_LEN = 100

@@ -21,8 +21,8 @@ from tests.triton.expected import SCALE, Request
 from tests.triton.runners import make_runner
 from think_vllm.hooks import model_runner as compat_rows
 from think_vllm.hooks.engine import EnginePlan
+from think_vllm.hooks.kv_cache_spec import ThinKVCacheSpec
 from think_vllm.plan.planner import BlockPlan
-from think_vllm.scheduler.spec import ThinKVCacheSpec
 from think_vllm.worker.cuda.backend import ThinkCUDABackend
 from think_vllm.worker.heads import RankHeads
 

@@ -98,7 +98,7 @@ class StaticWorker:
                 StaticCUDABackend.get_impl_cls()(heads[0], plan.head_size, SCALE, heads[1])
                 for _ in range(layers)
             ]
-        with patch("think_vllm.scheduler.static_spec.selected_static", return_value=engine):
+        with patch("think_vllm.hooks.static_spec.selected_static", return_value=engine):
             self.spec = StaticCUDABackend.customize_spec(
                 FullAttentionSpec(
                     block_size=plan.block_size,

@@ -74,9 +74,10 @@ def test_verdicts_reach_the_scheduler_without_statistics(monkeypatch: pytest.Mon
         "counters": {"requests_kept_dense": 1},
     }
     heard: list[Any] = []
-    monkeypatch.setattr(compat_metrics, "settle_requests", lambda _, told: heard.append(told))
     made = compat_metrics._report(
-        lambda *_: None, SimpleNamespace(), None, sent.kv_connector_stats, None
+        lambda _, told: heard.append(told),
+        lambda _: None,
+        *(lambda *_: None, SimpleNamespace(), None, sent.kv_connector_stats, None),
     )
     assert made is None
     assert heard == [{"a": False, "b": True}]

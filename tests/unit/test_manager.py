@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
 from tests.support.block_engine import BLOCK, MAX_LEN, NUM_BLOCKS, Engine
+from think_vllm.hooks.kv_cache_spec import ThinKVCacheSpec
 from think_vllm.plan.spans import SpanRule
 from think_vllm.scheduler.manager import ThinKVCacheManager
 from think_vllm.scheduler.rules import RequestRules
-from think_vllm.scheduler.spec import ThinKVCacheSpec
 
 
 def make_spec(**changes: Any) -> ThinKVCacheSpec:

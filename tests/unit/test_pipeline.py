@@ -24,8 +24,8 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
+from think_vllm.hooks.kv_cache_spec import ThinKVCacheSpec
 from think_vllm.plan.spans import SpanRule
-from think_vllm.scheduler.spec import ThinKVCacheSpec
 
 BLOCK = 4
 NUM_BLOCKS = 48

@@ -19,10 +19,10 @@ from vllm.v1.kv_cache_interface import KVCacheConfig, SlidingWindowSpec
 from vllm.v1.request import Request
 
 from tests.support.contract import planning
+from think_vllm.hooks.kv_cache_spec import ThinKVCacheSpec
 from think_vllm.hooks.model_support import AttentionLayers, attention_layers, window_summary
 from think_vllm.scheduler.manager import ThinKVCacheManager
 from think_vllm.scheduler.prefix import LimitedHashes
-from think_vllm.scheduler.spec import ThinKVCacheSpec
 from think_vllm.worker.cpu.window import clear_begun_blocks
 
 BLOCK, NUM_BLOCKS, WINDOW = 4, 64, 10

@@ -25,11 +25,10 @@ this can go when vLLM lets a block manager and an attention backend report.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from think_vllm.hooks.platform import wrap_method
-from think_vllm.hooks.requests import settle_requests
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -103,24 +102,36 @@ def _measured() -> Any:
     return KVConnectorOutput(kv_connector_stats=KVConnectorStats(data=report))
 
 
-def watch_scheduler() -> None:
-    """Have schedulers of engines with thin blocks send reports."""
+def watch_scheduler(
+    settle: Callable[[Any, Mapping[str, bool]], None], engine_report: Callable[[Any], Any]
+) -> None:
+    """Have schedulers of engines with thin blocks send reports.
+
+    Args:
+        settle: Gets a scheduler, and whether requests whose prompts have ended stay dense.
+        engine_report: Makes the report of a scheduler; None if it has nothing to report.
+    """
     from vllm.v1.core.sched.scheduler import Scheduler
 
-    wrap_method(Scheduler, "make_stats", _report)
+    wrap_method(Scheduler, "make_stats", functools.partial(_report, settle, engine_report))
 
 
-def _report(original: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+def _report(
+    settle: Callable[[Any, Mapping[str, bool]], None],
+    engine_report: Callable[[Any], Any],
+    original: Any,
+    scheduler: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
     # Before the next step is scheduled, and whether or not there are statistics.
     told = args[1] if len(args) > 1 else kwargs.get("kv_connector_stats")
     if told is not None and "settled" in told.data:
-        settle_requests(scheduler, told.data.pop("settled"))
+        settle(scheduler, told.data.pop("settled"))
     stats = original(scheduler, *args, **kwargs)
     if stats is None:  # --disable-log-stats
         return None
     if not hasattr(scheduler, "think_vllm_report"):
-        from think_vllm.scheduler.report import engine_report
-
         scheduler.think_vllm_report = engine_report(scheduler)
     if scheduler.think_vllm_report is not None:
         stats.kv_connector_stats = scheduler.think_vllm_report.take(stats.kv_connector_stats)

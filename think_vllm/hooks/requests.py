@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,58 +77,18 @@ def _engine_of(processor: Any) -> _Engine:
     return engine
 
 
-def watch_scheduler() -> None:
-    """Tell block managers of requests that ask for something, in engines with thin blocks."""
+def watch_scheduler(announce: Callable[[Iterable[Any], Any], None]) -> None:
+    """Hear of requests that ask for something, in engines with thin blocks.
+
+    Args:
+        announce: Gets the engine's block managers and the request.
+    """
     from vllm.v1.core.sched.scheduler import Scheduler
 
-    wrap_method(Scheduler, "add_request", _announce)
+    def add_request(original: Any, scheduler: Any, request: Any) -> Any:
+        params = request.sampling_params
+        if params is not None and params.extra_args:
+            announce(scheduler.kv_cache_manager.coordinator.single_type_managers, request)
+        return original(scheduler, request)
 
-
-def _announce(original: Any, scheduler: Any, request: Any) -> Any:
-    params = request.sampling_params
-    if params is not None and params.extra_args:
-        announce_request(scheduler.kv_cache_manager.coordinator.single_type_managers, request)
-    return original(scheduler, request)
-
-
-def announce_request(managers: Iterable[Any], request: Any) -> None:
-    """Tell an engine's managers of a request, in case it has a rule of its own.
-
-    Args:
-        managers: Of all groups of layers; only those whose spans become thin listen.
-        request: vLLM's own. If it stays dense it will hit no thin span.
-    """
-    from think_vllm.scheduler.manager import ThinKVCacheManager
-    from think_vllm.scheduler.prefix import LimitedHashes
-
-    ours = [manager for manager in managers if isinstance(manager, ThinKVCacheManager)]
-    own = own_rule(ours[0].rule, request.sampling_params.extra_args) if ours else None
-    if own is None:
-        return
-    for manager in ours:
-        manager.rules.announce(request)
-    if own.stays_dense:
-        request.block_hashes = LimitedHashes(request.block_hashes, sys.maxsize, max_thin_spans=0)
-
-
-def settle_requests(scheduler: Any, verdicts: Mapping[str, bool]) -> None:
-    """Tell block managers what the worker has decided about requests whose prompts have ended.
-
-    Args:
-        scheduler: vLLM's.
-        verdicts: Whether each stays dense.
-    """
-    managers = scheduler.kv_cache_manager.coordinator.single_type_managers
-    for name, dense in verdicts.items():
-        request = scheduler.requests.get(name)
-        if request is not None:  # else it has ended with its prompt
-            settle_request(managers, request, dense)
-
-
-def settle_request(managers: Iterable[Any], request: Any, dense: bool) -> None:
-    """As ``settle_requests``, of one request."""
-    from think_vllm.scheduler.manager import ThinKVCacheManager
-
-    for manager in managers:
-        if isinstance(manager, ThinKVCacheManager):
-            manager.settle(request, dense)
+    wrap_method(Scheduler, "add_request", add_request)

@@ -1,16 +1,10 @@
 """Static blocks as kernels of every device see them: channels of a layer, and what a cache is."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:
-    from think_vllm.hooks.static_engine import StaticEngine
-    from think_vllm.plan.static_plan import StaticPlan
-    from think_vllm.worker.policies import LayerHeads
+from think_vllm.plan.static_plan import StaticPlan
 
 #: Dtypes of models.
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -27,15 +21,6 @@ class StaticChannels:
 
     keys: torch.Tensor
     values: torch.Tensor
-
-
-def rank_channels(engine: StaticEngine, heads: LayerHeads) -> StaticChannels:
-    """Kept channels of the KV heads that this rank has of a layer."""
-    these = slice(heads.first, heads.first + heads.count)
-    return StaticChannels(
-        keys=torch.tensor(engine.tables.kept_keys(heads.layer, engine.plan)[these]),
-        values=torch.tensor(engine.tables.kept_values(heads.layer, engine.plan)[these]),
-    )
 
 
 def check_static_cache(

@@ -20,8 +20,6 @@ from typing import Any
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
 from think_vllm.errors import WAY_OUT
-from think_vllm.hooks import metrics as compat_metrics
-from think_vllm.hooks import requests as compat_requests
 from think_vllm.metrics.counts import SpanCounts
 from think_vllm.plan.spans import SpanRule
 from think_vllm.scheduler.prefix import (
@@ -48,9 +46,6 @@ class ThinKVCacheManager(FullAttentionManager):
         self._publisher = Publisher(self.block_pool, self.kv_cache_group_id, kv_cache_spec)
         self.counts = SpanCounts()
         self.rules = RequestRules(kv_cache_spec.guarded)
-        # Here, because whoever has a manager has a scheduler by then.
-        compat_metrics.watch_scheduler()
-        compat_requests.watch_scheduler()
 
     def settle(self, request: Any, dense: bool) -> None:
         """Hear whether a request whose prompt has ended stays dense, before its next step."""

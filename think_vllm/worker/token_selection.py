@@ -9,12 +9,10 @@ A prompt that keeps fewer tokens than it has is packed in its last old spans; se
 
 import torch
 
+from think_vllm.kernels.reference.eviction import POOLING_TOKENS
 from think_vllm.plan.layout import BlockForm, DenseLayout
 from think_vllm.plan.planner import BlockPlan
 
-#: Neighbours along the prompt over which SnapKV averages its scores: its authors' setting for
-#: LongBench.
-POOLING_TOKENS = 7
 #: Scores that are held at once, of one KV head: what stays in a core's cache. GPUs want fewer,
 #: larger pieces: 64 MiB of float32.
 TILE_SCORES, GPU_TILE_SCORES = 1 << 19, 1 << 24

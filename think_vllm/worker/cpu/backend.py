@@ -9,7 +9,7 @@ from typing import Any
 from vllm.v1.attention.backend import AttentionType, MultipleOf
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
-from think_vllm.scheduler.spec import customize_spec
+from think_vllm.hooks.kv_cache_spec import customize_spec
 from think_vllm.worker.cpu.builder import ThinkCPUMetadataBuilder
 from think_vllm.worker.cpu.impl import ThinkCPUImpl
 

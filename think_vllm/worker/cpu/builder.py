@@ -15,9 +15,9 @@ from think_vllm.hooks import metrics as compat_metrics
 from think_vllm.hooks import model_runner as compat_rows
 from think_vllm.hooks import platform as compat
 from think_vllm.hooks.engine import selected_engine
+from think_vllm.hooks.kv_cache_spec import ThinKVCacheSpec
 from think_vllm.kernels.cpu.decode import DecodeRows
 from think_vllm.plan.spans import RowLimits
-from think_vllm.scheduler.spec import ThinKVCacheSpec
 from think_vllm.worker.cpu.dense import dense_isa
 from think_vllm.worker.cpu.eviction import skip_evicted
 from think_vllm.worker.cpu.metadata import (

@@ -11,9 +11,9 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionType, MultipleO
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from think_vllm.hooks.engine_support import CUDA_CAPABILITY, CUDA_MIN_HEAD_SIZE
+from think_vllm.hooks.kv_cache_spec import customize_spec
 from think_vllm.plan.layout import MAX_HEAD_SIZE
 from think_vllm.plan.planner import SIZE_MULTIPLE
-from think_vllm.scheduler.spec import customize_spec
 from think_vllm.worker.cuda.builder import ThinkCUDAMetadataBuilder
 from think_vllm.worker.cuda.impl import ThinkCUDAImpl
 from think_vllm.worker.cuda.layer import PLAIN_DTYPES

@@ -29,8 +29,8 @@ from think_vllm.errors import ThinkError
 from think_vllm.hooks import metrics as compat_metrics
 from think_vllm.hooks import model_runner as compat_rows
 from think_vllm.hooks.engine import selected_engine
+from think_vllm.hooks.kv_cache_spec import ThinKVCacheSpec
 from think_vllm.plan.spans import RowLimits
-from think_vllm.scheduler.spec import ThinKVCacheSpec
 from think_vllm.worker.channel_selection import count_sources
 from think_vllm.worker.cuda.eviction import EmptySpans, skip_evicted
 from think_vllm.worker.cuda.metadata import (

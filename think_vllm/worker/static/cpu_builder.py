@@ -18,11 +18,12 @@ from vllm.v1.attention.backends.cpu_attn import (
 
 from think_vllm.hooks.static_engine import selected_static
 from think_vllm.kernels.cpu.static_attention import static_attention
-from think_vllm.kernels.static_cache import StaticChannels, rank_channels
+from think_vllm.kernels.static_cache import StaticChannels
 from think_vllm.metrics.worker import begin_report
 from think_vllm.worker.cpu.metadata import prefill_common
 from think_vllm.worker.cpu.scratch import BLOCK_SIZE, PromptScratch
 from think_vllm.worker.heads import rank_heads
+from think_vllm.worker.static.channels import rank_channels
 from think_vllm.worker.step import Prefill
 from think_vllm.worker.tokens import Tokens, token_range
 

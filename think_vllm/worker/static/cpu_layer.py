@@ -15,10 +15,10 @@ from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
 from think_vllm.hooks.static_engine import WHO, remember_static
+from think_vllm.hooks.static_spec import customize_static_spec
 from think_vllm.kernels.cpu.static_attention import static_attention
 from think_vllm.kernels.cpu.static_store import read_back, store_static
 from think_vllm.kernels.static_cache import StaticChannels
-from think_vllm.scheduler.static_spec import customize_static_spec
 from think_vllm.worker.cpu.backend import CustomCPUBackend
 from think_vllm.worker.refusals import refuse_options
 from think_vllm.worker.static.cpu_builder import StaticCPUMetadata, StaticCPUMetadataBuilder

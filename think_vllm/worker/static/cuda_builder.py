@@ -19,10 +19,10 @@ from vllm.v1.attention.backend import (
 )
 
 from think_vllm.hooks.static_engine import selected_static
-from think_vllm.kernels.static_cache import rank_channels
 from think_vllm.metrics.worker import begin_report
 from think_vllm.worker.cuda.warmup import warm_up_static_layers
 from think_vllm.worker.heads import rank_heads
+from think_vllm.worker.static.channels import rank_channels
 
 
 @dataclass(frozen=True)

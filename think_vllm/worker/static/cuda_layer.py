@@ -18,8 +18,8 @@ from csrc_triton.static_context import static_context
 from csrc_triton.static_decode import static_decode
 from csrc_triton.static_store import store_static
 from think_vllm.hooks.static_engine import WHO, remember_static
+from think_vllm.hooks.static_spec import customize_static_spec
 from think_vllm.kernels.static_cache import StaticChannels
-from think_vllm.scheduler.static_spec import customize_static_spec
 from think_vllm.worker.cuda.backend import CustomCUDABackend
 from think_vllm.worker.cuda.layer import CUDALayerImpl, refuse_output_scales
 from think_vllm.worker.static.cuda_builder import StaticCUDAMetadata, StaticCUDAMetadataBuilder

@@ -1,7 +1,7 @@
 """The KV cache spec that tells vLLM which block manager a layer needs.
 
-Importing this module registers the spec. It is imported wherever a spec is made (workers,
-through the attention backend) or unpickled (the engine core), and nowhere else.
+Importing this module registers the spec, and with it the scheduler's side. It is imported wherever
+a spec is made (workers, through the attention backend) or unpickled (the engine core).
 """
 
 from __future__ import annotations
@@ -13,10 +13,8 @@ from typing import Any
 from vllm.v1.kv_cache_interface import FullAttentionSpec, replace_as
 
 from think_vllm.errors import ThinkError
-from think_vllm.hooks import platform as compat
 from think_vllm.hooks.engine import EnginePlan, selected_engine
 from think_vllm.plan.spans import SpanRule
-from think_vllm.scheduler.manager import ThinKVCacheManager
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,4 +148,12 @@ def customize_spec(spec: Any) -> Any:
 
 _DENSE_FIELDS = frozenset(f.name for f in fields(FullAttentionSpec) if f.init)
 
-compat.register_spec(ThinKVCacheSpec, ThinKVCacheManager, base=FullAttentionSpec)
+
+def _register() -> None:
+    # The one import from hooks into a room above them: whoever unpickles a spec needs its manager.
+    from think_vllm.scheduler.registration import register
+
+    register(ThinKVCacheSpec)
+
+
+_register()
