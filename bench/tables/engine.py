@@ -17,7 +17,6 @@ from bench.tables.questions import ANSWER_TOKENS, Question, judge, questions
 from bench.tables.results import Results, Row
 from think_vllm import __version__
 from think_vllm.errors import ThinkError
-from think_vllm.plan.budget import kept_tokens
 from think_vllm.plan.parsing import parse_config
 from think_vllm.plan.planner import plan_blocks
 from think_vllm.plan.settings import flag_name
@@ -152,7 +151,7 @@ def plan_facts(
         "key_channels": plan.key_channels,
         "value_channels": plan.value_channels,
         "recent_window": plan.config.kv_recent_window,
-        "kept_tokens": kept_tokens(plan) if plan.config.evicts else None,
+        "kept_tokens": plan.kept_tokens if plan.config.evicts else None,
         "thin_share": {length: round(sum(x) / len(x), 3) for length, x in thin.items()},
     }
 

@@ -7,9 +7,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from think_vllm.errors import ThinkError
-from think_vllm.plan.budget import USED_SHARE, kept_tokens
 from think_vllm.plan.formats import FORMATS
-from think_vllm.plan.planner import BLOCK_SIZES, BlockPlan, plan_blocks
+from think_vllm.plan.planner import BLOCK_SIZES, USED_SHARE, BlockPlan, plan_blocks
 from think_vllm.plan.settings import ThinkConfig
 from think_vllm.plan.summary import plan_fields, plan_summary
 
@@ -28,7 +27,7 @@ def most_kept(budget: int, ratio: float, quant: str) -> int:
             plan = make(budget, block_size, kv_channel_prune=ratio, kv_quant=quant)
         except ThinkError:  # its spans are longer than the budget, or it has none
             continue
-        kept.append(kept_tokens(plan))
+        kept.append(plan.kept_tokens)
     return max(kept)
 
 
@@ -43,7 +42,7 @@ def test_plans_fill_their_budget(budget: int, ratio: float, quant: str) -> None:
     plan = make(budget, kv_channel_prune=ratio, kv_quant=quant)
     # Every worker plans again, with the block size that was chosen.
     assert plan_blocks(plan.config, 128, 2, plan.block_size) == plan
-    kept = kept_tokens(plan)
+    kept = plan.kept_tokens
     assert plan.rule.budget_spans == kept // plan.span_tokens
     # Short budgets hold few whole spans: then no block size would hold more.
     assert min(USED_SHARE * budget, most_kept(budget, ratio, quant)) <= kept <= budget
@@ -63,7 +62,7 @@ def test_plan_that_only_evicts_leaves_blocks_as_they_are() -> None:
     assert plan.layout.used_bytes == plan.layout.run_bytes
     assert not plan.layout.has_table
     assert not plan.rule.prune_decode
-    assert kept_tokens(plan) == 992
+    assert plan.kept_tokens == 992
     assert plan.effective_multiple(8192) == pytest.approx(8192 / (992 + 32 + 8))
     # A ratio that prunes no channel is none.
     assert make(1000, kv_channel_prune=0.005).span_blocks == 1

@@ -3,10 +3,62 @@
 from dataclasses import dataclass
 from functools import cached_property
 
-from think_vllm.plan.budget import kept_tokens
-from think_vllm.plan.channel_plan import ChannelPlan
+from think_vllm.plan.formats import BlockFormat
 from think_vllm.plan.layout import ThinLayout
+from think_vllm.plan.settings import ThinkConfig
 from think_vllm.plan.spans import SpanRule
+
+
+@dataclass(frozen=True)
+class ChannelPlan:
+    """How many channels of a head are kept.
+
+    Args:
+        config: What was asked for.
+        head_size: Channels of a key head.
+        key_channels: Kept key channels.
+        value_channels: Kept value channels.
+    """
+
+    config: ThinkConfig
+    head_size: int
+    key_channels: int
+    value_channels: int
+
+    @property
+    def format(self) -> BlockFormat:
+        """How tokens are coded."""
+        return self.config.format
+
+    @property
+    def prunes_keys(self) -> bool:
+        """Whether key channels are left out."""
+        return self.key_channels < self.head_size
+
+    @property
+    def prunes_values(self) -> bool:
+        """Whether value channels are left out."""
+        return self.value_channels < self.head_size
+
+    @property
+    def prunes(self) -> bool:
+        """Whether channels are left out, and so have to be chosen."""
+        return self.prunes_keys or self.prunes_values
+
+    @property
+    def requested_ratio(self) -> float:
+        """Fraction of key channels that was asked to go."""
+        return self.config.kv_channel_prune
+
+    @property
+    def actual_ratio(self) -> float:
+        """Fraction of key channels that goes."""
+        return 1.0 - self.key_channels / self.head_size
+
+    @property
+    def actual_value_ratio(self) -> float:
+        """Fraction of value channels that goes."""
+        return 1.0 - self.value_channels / self.head_size
 
 
 @dataclass(frozen=True)
@@ -102,6 +154,11 @@ class BlockPlan(ChannelPlan):
         return self.rule.span_tokens
 
     @property
+    def kept_tokens(self) -> int:
+        """Old tokens of a prompt that each KV head keeps at most: the budget's whole spans."""
+        return self.config.kv_evict_budget // self.span_tokens * self.span_tokens
+
+    @property
     def dense_bytes_per_token_head(self) -> float:
         """Bytes of one token in one KV head, keys and values, before compaction."""
         return float(2 * self.head_size * self.itemsize)
@@ -152,5 +209,5 @@ class BlockPlan(ChannelPlan):
         dense_tail = min(num_tokens, self.config.kv_recent_window + self.span_tokens / 2)
         old = num_tokens - dense_tail
         if self.config.evicts:
-            old = min(old, kept_tokens(self))
+            old = min(old, self.kept_tokens)
         return num_tokens / (old / self.capacity_multiple + dense_tail)

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 
 from think_vllm.errors import WAY_OUT, ThinkError
 from think_vllm.plan.block_plan import BlockPlan
-from think_vllm.plan.budget import fit_budget, kept_tokens
 from think_vllm.plan.formats import GROUP_SIZES, Coding
 from think_vllm.plan.layout import MAX_HEAD_SIZE, max_key_channels
 from think_vllm.plan.settings import ThinkConfig
@@ -36,6 +35,8 @@ INTEGER_HEAD_MULTIPLE = 32
 SAVINGS_TOLERANCE = 0.995
 #: Share of the head size by which a plan may prune more than requested, to fit its blocks.
 CHANNEL_TOLERANCE = 0.025
+#: Plans that use at least this share of a budget of tokens count as using all of it.
+USED_SHARE = 0.9
 
 
 def pruned_channels(ratio: float, head_size: int) -> int:
@@ -220,7 +221,7 @@ def _savings(plan: BlockPlan) -> float:
     context = float(plan.config.kv_plan_context)
     dense_tail = plan.span_tokens / 2
     if plan.config.evicts:
-        context = min(context, kept_tokens(plan) + dense_tail)
+        context = min(context, plan.kept_tokens + dense_tail)
     dense_tail = min(context, dense_tail)
     thin = (context - dense_tail) / plan.capacity_multiple
     return context / (thin + dense_tail + plan.block_size / 2)
@@ -255,3 +256,29 @@ def _no_plan(
                 f"or leave {'the flags' if len(asked) > 1 else 'the flag'} out"
             )
     return f"{who}: no plan fits. {WAY_OUT}"
+
+
+def fit_budget(candidates: Sequence[BlockPlan]) -> list[BlockPlan]:
+    """Leave the plans whose spans fill a budget well; all of them without eviction.
+
+    Args:
+        candidates: Plans of one configuration, at least one.
+
+    Raises:
+        ThinkError: If no span is as short as the budget.
+    """
+    config = candidates[0].config
+    if not config.evicts:
+        return list(candidates)
+    budget = config.kv_evict_budget
+    shortest = min(plan.span_tokens for plan in candidates)
+    if shortest > budget:
+        one_size = len({plan.block_size for plan in candidates}) == 1
+        raise ThinkError(
+            f"--kv-evict-budget is {budget}: kept tokens are packed in whole spans, of which the "
+            f"shortest here has {shortest} tokens; use --kv-evict-budget {shortest} or more"
+            + (", or a smaller --block-size" if one_size else "")
+        )
+    used = [(plan.kept_tokens, plan) for plan in candidates]
+    enough = min(USED_SHARE * budget, max(kept for kept, _ in used))
+    return [plan for kept, plan in used if kept >= enough]

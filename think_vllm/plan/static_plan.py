@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from think_vllm.errors import WAY_OUT, ThinkError
-from think_vllm.plan.channel_plan import ChannelPlan
+from think_vllm.plan.block_plan import ChannelPlan
 from think_vllm.plan.layout import MAX_HEAD_SIZE, StaticLayout
 from think_vllm.plan.planner import SIZE_MULTIPLE, pruned_channels
 from think_vllm.plan.settings import ThinkConfig

@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from think_vllm.plan.budget import kept_tokens
-from think_vllm.plan.channel_plan import ChannelPlan
+from think_vllm.plan.block_plan import ChannelPlan
 from think_vllm.plan.formats import Coding
 from think_vllm.plan.planner import BlockPlan, plan_blocks
 from think_vllm.plan.settings import ThinkConfig
@@ -118,7 +117,7 @@ def never_thin(plan: BlockPlan, longest: int) -> list[str]:
         return []
     recent = f"{plan.config.kv_recent_window} recent tokens (--kv-recent-window)"
     if plan.config.evicts and not plan.rule.shrinks:
-        why = f"{kept_tokens(plan)} old tokens are kept (--kv-evict-budget) beside {recent}"
+        why = f"{plan.kept_tokens} old tokens are kept (--kv-evict-budget) beside {recent}"
     else:
         why = f"The first {plan.span_tokens} tokens shrink once {recent} follow them"
     return [
@@ -154,7 +153,7 @@ def plan_fields(plan: BlockPlan, prefix_caching: bool) -> dict[str, Any]:
         "select": plan.config.kv_select if plan.prunes else None,
         "channel_tables": plan.config.kv_channel_tables if plan.prunes_keys else None,
         "evict": plan.config.kv_evict,
-        "evict_budget": kept_tokens(plan) if plan.config.evicts else None,
+        "evict_budget": plan.kept_tokens if plan.config.evicts else None,
         "dense_bytes_per_token_head": plan.dense_bytes_per_token_head,
         "thin_bytes_per_token_head": plan.thin_bytes_per_token_head,
         "key_bytes_per_token_head": plan.key_bytes_per_token_head,
@@ -188,7 +187,7 @@ def _eviction(plan: BlockPlan) -> list[str]:
     if not plan.config.evicts:
         return []
     return [
-        f"each KV head keeps {kept_tokens(plan)} old tokens of a prompt at most (budget "
+        f"each KV head keeps {plan.kept_tokens} old tokens of a prompt at most (budget "
         f"{plan.config.kv_evict_budget}, {plan.config.kv_evict}); what is decoded is not evicted"
     ]
 

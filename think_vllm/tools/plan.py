@@ -21,6 +21,7 @@ from think_vllm.plan.parsing import parse_config
 from think_vllm.plan.planner import BlockPlan, pruned_channels
 from think_vllm.plan.settings import prune_flags
 from think_vllm.plan.summary import budget_text, context_hint, never_thin, plan_fields, plan_summary
+from think_vllm.tools.plan_static import static_plan_text
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
@@ -45,9 +46,8 @@ def plan(arguments: Sequence[str]) -> int:
     check_model(model_config)
     check_cache_dtype(model_config, namespace.kv_cache_dtype)
     if config.is_static:
-        from think_vllm.tools.plan_static import print_static
-
-        return print_static(namespace, config, model_config, ranks)
+        _print(namespace, *static_plan_text(namespace, config, model_config, ranks))
+        return 0
     made = plan_model(config, model_config, namespace.block_size)
     if config.guards:
         check_guard(ranks[0])
@@ -72,11 +72,11 @@ def plan(arguments: Sequence[str]) -> int:
     lines = _text(made, fields, prefix_caching)
     lines += [f"warning: {line}" for line in fields["warnings"]]
     lines += context_hint(made, namespace.context_length, namespace.block_size)
-    print_plan(namespace, fields, [*lines, *window_summary(layers)])
+    _print(namespace, fields, [*lines, *window_summary(layers)])
     return 0
 
 
-def print_plan(namespace: argparse.Namespace, fields: dict[str, Any], lines: list[str]) -> None:
+def _print(namespace: argparse.Namespace, fields: dict[str, Any], lines: list[str]) -> None:
     """Print a plan's fields as JSON, or its lines, whichever was asked for."""
     if namespace.json:
         print(json.dumps({"model": namespace.model, **fields}, indent=2))

@@ -9,13 +9,16 @@ from think_vllm.plan.channel_tables import ModelShape, load_tables
 from think_vllm.plan.settings import ThinkConfig, prune_flags
 from think_vllm.plan.static_plan import StaticPlan, plan_static
 from think_vllm.plan.summary import budget_text, static_fields, static_summary
-from think_vllm.tools.plan import print_plan
 
 
-def print_static(
+def static_plan_text(
     namespace: argparse.Namespace, config: ThinkConfig, model_config: Any, ranks: list[Any]
-) -> int:
-    """Print the plan of static pruning."""
+) -> tuple[dict[str, Any], list[str]]:
+    """The plan of static pruning: its fields, and its lines.
+
+    Raises:
+        ThinkError: If the model cannot be served with it.
+    """
     check_static_model(model_config)
     assert config.kv_channel_tables_file is not None  # parse_config
     load_tables(config.kv_channel_tables_file, ModelShape.of(model_config))
@@ -33,12 +36,7 @@ def print_static(
         made, heads, layers, namespace.memory, namespace.context_length
     )
     fields["num_ranks"] = ranks[0].world_size
-    print_plan(
-        namespace,
-        fields,
-        [*static_summary(made, namespace.enable_prefix_caching), budget_text(fields)],
-    )
-    return 0
+    return fields, [*static_summary(made, namespace.enable_prefix_caching), budget_text(fields)]
 
 
 def static_budget(

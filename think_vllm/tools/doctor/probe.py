@@ -1,6 +1,6 @@
-"""Generate with one engine, in a process of its own.
+"""Generate with one engine in a process of its own: ``python -m <this module> JOB``.
 
-``python -m think_vllm.tools.doctor.probe JOB``, where ``JOB`` is a JSON file with the fields of `ProbeJob`. Two engines do not fit one GPU at a time, and
+``JOB`` is a JSON file with the fields of `ProbeJob`. Two engines do not fit one GPU at a time, and
 a process that has ended holds no memory.
 """
 
