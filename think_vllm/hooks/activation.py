@@ -11,10 +11,11 @@ from think_vllm.errors import WAY_OUT, ThinkError
 from think_vllm.hooks import metrics as compat_metrics
 from think_vllm.hooks import platform as compat
 from think_vllm.hooks import requests as compat_requests
+from think_vllm.hooks.engine import describe_engine, find_engine
 from think_vllm.hooks.engine_support import asked_block_size, check_engine, check_guard, is_cpu
-from think_vllm.hooks.model_support import attention_layers, plan_model, window_summary
+from think_vllm.hooks.model_support import window_summary
+from think_vllm.hooks.static_engine import activate_static
 from think_vllm.plan.parsing import config_from_additional
-from think_vllm.plan.planner import BlockPlan
 from think_vllm.plan.settings import ThinkConfig, prune_flags
 from think_vllm.plan.summary import context_hint, never_thin, plan_summary, static_summary
 
@@ -36,8 +37,6 @@ def activate(vllm_config: VllmConfig) -> None:
     if config is None or vllm_config.model_config is None:
         return
     if config.is_static:
-        from think_vllm.hooks.static_engine import activate_static
-
         static = activate_static(config, vllm_config)
         if static is None:
             _say_off(config)
@@ -48,15 +47,16 @@ def activate(vllm_config: VllmConfig) -> None:
                 _warn_of_gpus()
         return
     check_engine(vllm_config)
-    plan = plan_engine(config, vllm_config)
+    # Before it is ours. When vLLM validates a config again, the hint has been given.
+    user_block_size = asked_block_size(vllm_config.cache_config)
+    engine = describe_engine(config, vllm_config.model_config, user_block_size)
+    plan = engine.plan
     if config.guards:
         check_guard(vllm_config.parallel_config)
     if plan is None:
         _say_off(config)
         return
     cache_config = vllm_config.cache_config
-    # Before it is ours. When vLLM validates a config again, the hint has been given.
-    user_block_size = asked_block_size(cache_config)
     compat.fix_block_size(cache_config, plan.block_size)
     if cache_config.enable_prefix_caching and not config.allows_prefix_caching:
         cache_config.enable_prefix_caching = False
@@ -72,7 +72,7 @@ def activate(vllm_config: VllmConfig) -> None:
     else:
         _warn_of_gpus()
     lines = plan_summary(plan, cache_config.enable_prefix_caching)
-    lines += window_summary(attention_layers(vllm_config.model_config))
+    lines += window_summary(engine.layers)
     longest = vllm_config.model_config.max_model_len
     _say(never_thin(plan, longest), logging.WARNING)
     if longest < config.kv_plan_context:
@@ -103,38 +103,14 @@ def select_backend(vllm_config: VllmConfig, has_window: bool = False) -> str | N
         vllm_config: Of the engine.
         has_window: Whether the layer has a sliding window. Then its blocks are never thin.
     """
-    config = config_from_additional(vllm_config.additional_config)
-    if config is not None and config.is_static:
-        from think_vllm.hooks.static_engine import plan_static_engine
-
-        if plan_static_engine(config, vllm_config) is None:
-            return None
+    engine = find_engine(vllm_config)
+    if engine is not None and engine.static is not None:
         return compat.CPU_STATIC_BACKEND_PATH if is_cpu() else compat.CUDA_STATIC_BACKEND_PATH
-    if engine_plan(vllm_config) is None:
+    if engine is None or engine.plan is None:
         return None
     if not is_cpu():
         return compat.CUDA_BACKEND_PATH
     return compat.CPU_WINDOW_BACKEND_PATH if has_window else compat.CPU_BACKEND_PATH
-
-
-def engine_plan(vllm_config: VllmConfig) -> BlockPlan | None:
-    """Plan the blocks of an engine; None if its config asks for none that become thin.
-
-    With ``--kv-select static`` blocks are as they are from the first token on: see ``static/``.
-    """
-    config = config_from_additional(vllm_config.additional_config)
-    if config is None or config.is_static:
-        return None
-    return plan_engine(config, vllm_config)
-
-
-def plan_engine(config: ThinkConfig, vllm_config: VllmConfig) -> BlockPlan | None:
-    """Plan the blocks of an engine; the same in every process of it.
-
-    Raises:
-        ThinkError: If no plan fits.
-    """
-    return plan_model(config, vllm_config.model_config, asked_block_size(vllm_config.cache_config))
 
 
 def _say_off(config: ThinkConfig) -> None:

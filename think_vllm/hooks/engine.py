@@ -1,19 +1,92 @@
-"""The plan of the engine whose layers this process builds.
+"""What an engine's flags make of its model: planned once, asked for by everybody.
 
-vLLM builds layers with their engine's config at hand, and asks for KV cache specs and metadata
-builders without it, so what they need is remembered in between.
+The server, its block manager and its layers go this way, and so do ``think-vllm plan``, ``bench``
+and ``doctor``: what is said beforehand is what is served.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from think_vllm.hooks.activation import engine_plan
-from think_vllm.plan.planner import BlockPlan
+from think_vllm.hooks.engine_support import asked_block_size
+from think_vllm.hooks.model_support import AttentionLayers, attention_layers
+from think_vllm.plan.parsing import config_from_additional
+from think_vllm.plan.planner import BlockPlan, plan_blocks
+from think_vllm.plan.settings import ThinkConfig
+from think_vllm.plan.static_plan import StaticPlan, plan_static
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import ModelConfig, VllmConfig
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine whose flags ask for something.
+
+    Args:
+        config: What they ask for.
+        layers: Attention layers of its model by kind.
+        plan: Of blocks that become thin; None if none does.
+        static: Of blocks that are narrow from the first token on; None if none is.
+    """
+
+    config: ThinkConfig
+    layers: AttentionLayers
+    plan: BlockPlan | None = None
+    static: StaticPlan | None = None
+
+
+def find_engine(vllm_config: VllmConfig) -> Engine | None:
+    """Describe an engine, the same in every process of it; None if its flags ask for nothing.
+
+    Raises:
+        ThinkError: If no plan fits.
+    """
+    config = config_from_additional(vllm_config.additional_config)
+    if config is None:
+        return None
+    block_size = asked_block_size(vllm_config.cache_config)
+    return describe_engine(config, vllm_config.model_config, block_size)
+
+
+def describe_engine(
+    config: ThinkConfig, model_config: ModelConfig, block_size: int | None
+) -> Engine:
+    """Describe the engines of a model.
+
+    Args:
+        config: What is asked for.
+        model_config: vLLM's, of the model.
+        block_size: Tokens of a block if the user chose them, else None.
+
+    Raises:
+        ThinkError: If no plan fits.
+    """
+    return _describe(
+        config,
+        attention_layers(model_config),
+        model_config.get_head_size(),
+        model_config.dtype.itemsize,
+        block_size,
+    )
+
+
+@lru_cache(maxsize=16)
+def _describe(
+    config: ThinkConfig,
+    layers: AttentionLayers,
+    head_size: int,
+    itemsize: int,
+    block_size: int | None,
+) -> Engine:
+    if config.is_static:
+        return Engine(config, layers, static=plan_static(config, head_size, itemsize, block_size))
+    if layers.window:
+        # Beside them vLLM may cut a hit in the middle of a thin span.
+        config = config.model_copy(update={"kv_prefix_cache": "dense"})
+    return Engine(config, layers, plan=plan_blocks(config, head_size, itemsize, block_size))
 
 
 @dataclass(frozen=True)
@@ -36,15 +109,19 @@ _selected: EnginePlan | None = None
 
 
 def remember_plan(vllm_config: VllmConfig) -> BlockPlan:
-    """Plan the blocks of the engine whose layers are being built.
+    """Find the plan of the engine whose layers are being built.
+
+    VLLM builds layers with their engine's config at hand, and asks for KV cache specs without it,
+    so what these need is remembered in between.
 
     Raises:
         RuntimeError: If that engine has no thin blocks.
     """
     global _selected
-    plan = engine_plan(vllm_config)
-    if plan is None:
+    engine = find_engine(vllm_config)
+    if engine is None or engine.plan is None:
         raise RuntimeError("think-vllm: remember_plan() for an engine without thin blocks")
+    plan = engine.plan
     _selected = EnginePlan(
         plan=plan,
         thin_prefixes=plan.config.kv_prefix_cache == "thin",

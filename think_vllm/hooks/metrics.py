@@ -28,6 +28,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from think_vllm.hooks.engine import find_engine
 from think_vllm.hooks.platform import wrap_method
 
 if TYPE_CHECKING:
@@ -171,12 +172,11 @@ def _show(
     from prometheus_client import Counter, Gauge, Histogram
     from vllm.platforms import current_platform
 
-    from think_vllm.hooks.activation import engine_plan
     from think_vllm.metrics.prometheus import ThinkPromMetrics, forget_metrics
 
     forget_metrics()
-    plan = engine_plan(vllm_config)
-    if plan is None:
+    engine = find_engine(vllm_config)
+    if engine is None or engine.plan is None:
         return
     types = {Counter: prom._counter_cls, Gauge: prom._gauge_cls, Histogram: prom._histogram_cls}
     prom.prom_metrics = ThinkPromMetrics(
@@ -185,13 +185,13 @@ def _show(
         labelnames,
         per_engine_labelvalues,
         times_compaction=current_platform.is_cpu(),
-        has_choices=plan.prunes,
+        has_choices=engine.plan.prunes,
     )
 
 
 def _log(stat_logger: Any, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
-    from think_vllm.hooks.activation import engine_plan
     from think_vllm.metrics.log import CompactionLog
 
-    if engine_plan(vllm_config) is not None:
+    engine = find_engine(vllm_config)
+    if engine is not None and engine.plan is not None:
         stat_logger.kv_connector_logging = CompactionLog()

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from think_vllm.errors import WAY_OUT, ThinkError
 from think_vllm.hooks import platform as compat
-from think_vllm.plan.planner import BlockPlan, plan_blocks
-from think_vllm.plan.settings import ThinkConfig
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
@@ -79,33 +77,6 @@ def attention_layers(
         window=sum(kind == WINDOW for kind in kinds),
         window_tokens=window_tokens,
         others=tuple(sorted(set(kinds) - {*FULL, WINDOW})),
-    )
-
-
-def plan_model(
-    config: ThinkConfig, model_config: ModelConfig, block_size: int | None
-) -> BlockPlan | None:
-    """Plan the blocks of a model: what its engines do, and what is said of them beforehand.
-
-    Args:
-        config: What is asked for.
-        model_config: vLLM's, of the model.
-        block_size: Tokens of a block if the user chose them, else None.
-
-    Returns:
-        The plan, or None if nothing would become thin.
-
-    Raises:
-        ThinkError: If no plan fits.
-    """
-    if attention_layers(model_config).window:
-        # Beside them vLLM may cut a hit in the middle of a thin span.
-        config = config.model_copy(update={"kv_prefix_cache": "dense"})
-    return plan_blocks(
-        config,
-        head_size=model_config.get_head_size(),
-        itemsize=model_config.dtype.itemsize,
-        block_size=block_size,
     )
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from think_vllm.errors import WAY_OUT, ThinkError
+from think_vllm.hooks.engine import find_engine
 from think_vllm.hooks.platform import wrap_method
-from think_vllm.plan.parsing import config_from_additional
 from think_vllm.plan.request import own_rule, refuse_settings
 from think_vllm.plan.spans import SpanRule
 
@@ -65,16 +65,14 @@ def _check_extra_args(engine: _Engine, extra_args: Mapping[str, Any]) -> None:
 def _engine_of(processor: Any) -> _Engine:
     """A front end's engine, looked at once. One without our flags may share the process."""
     if not hasattr(processor, "think_vllm_engine"):
-        from think_vllm.hooks.activation import engine_plan
-
-        config = config_from_additional(processor.vllm_config.additional_config)
-        plan = engine_plan(processor.vllm_config)
+        engine = find_engine(processor.vllm_config)
+        plan = None if engine is None else engine.plan
         processor.think_vllm_engine = _Engine(
             rule=None if plan is None else plan.rule,
-            is_static=config is not None and config.is_static,
+            is_static=engine is not None and engine.config.is_static,
         )
-    engine: _Engine = processor.think_vllm_engine
-    return engine
+    known: _Engine = processor.think_vllm_engine
+    return known
 
 
 def watch_scheduler(announce: Callable[[Iterable[Any], Any], None]) -> None:

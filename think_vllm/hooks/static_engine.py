@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from think_vllm.errors import FLAGS, ThinkError
 from think_vllm.hooks import platform as compat
+from think_vllm.hooks.engine import describe_engine, find_engine
 from think_vllm.hooks.engine_support import asked_block_size, check_cache_dtype, check_device
 from think_vllm.hooks.model_support import attention_layers, check_model
 from think_vllm.plan.channel_tables import ChannelTables, ModelShape, load_tables
-from think_vllm.plan.parsing import config_from_additional
 from think_vllm.plan.settings import ThinkConfig
-from think_vllm.plan.static_plan import StaticPlan, plan_static
+from think_vllm.plan.static_plan import StaticPlan
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -48,7 +48,8 @@ def activate_static(config: ThinkConfig, vllm_config: VllmConfig) -> StaticPlan 
         ThinkError: If this engine cannot be served like that.
     """
     check_static(vllm_config)
-    plan = plan_static_engine(config, vllm_config)
+    block_size = asked_block_size(vllm_config.cache_config)
+    plan = describe_engine(config, vllm_config.model_config, block_size).static
     # A wrong file is an error even where nothing would be read from it.
     tables_of(config, vllm_config)
     if plan is None:
@@ -57,20 +58,6 @@ def activate_static(config: ThinkConfig, vllm_config: VllmConfig) -> StaticPlan 
     compat.fix_block_size(vllm_config.cache_config, plan.block_size)
     compat.claim_custom_backend(vllm_config)
     return plan
-
-
-def plan_static_engine(config: ThinkConfig, vllm_config: VllmConfig) -> StaticPlan | None:
-    """Plan the blocks of an engine; the same in every process of it.
-
-    Raises:
-        ThinkError: If no plan fits.
-    """
-    return plan_static(
-        config,
-        head_size=vllm_config.model_config.get_head_size(),
-        itemsize=vllm_config.model_config.dtype.itemsize,
-        block_size=asked_block_size(vllm_config.cache_config),
-    )
 
 
 def tables_of(config: ThinkConfig, vllm_config: VllmConfig) -> ChannelTables:
@@ -92,13 +79,12 @@ def remember_static(vllm_config: VllmConfig) -> StaticEngine:
         RuntimeError: If that engine is not pruned statically.
     """
     global _selected
-    config = config_from_additional(vllm_config.additional_config)
-    if config is None or not config.is_static:
+    engine = find_engine(vllm_config)
+    if engine is None or not engine.config.is_static:
         raise RuntimeError("think-vllm: remember_static() for an engine without static pruning")
-    plan = plan_static_engine(config, vllm_config)
-    if plan is None:
+    if engine.static is None:
         raise RuntimeError("think-vllm: remember_static() for an engine that prunes nothing")
-    _selected = StaticEngine(plan, tables_of(config, vllm_config))
+    _selected = StaticEngine(engine.static, tables_of(engine.config, vllm_config))
     return _selected
 
 

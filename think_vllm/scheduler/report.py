@@ -10,7 +10,7 @@ from typing import Any
 
 from vllm.distributed.utils import get_pp_indices
 
-from think_vllm.hooks.activation import engine_plan
+from think_vllm.hooks.engine import find_engine
 from think_vllm.hooks.model_support import attention_layers
 from think_vllm.metrics.catalog import (
     BLOCKS,
@@ -154,15 +154,15 @@ def _block_bytes(vllm_config: Any, spec: Any) -> int:
 
 
 def _capacity(vllm_config: Any, kv_cache_config: Any, full_groups: int) -> Gauges:
-    plan = engine_plan(vllm_config)
-    if plan is None:
+    engine = find_engine(vllm_config)
+    if engine is None or engine.plan is None:
         return {}
     groups = kv_cache_config.kv_cache_groups
     pool = PoolShape(
         num_blocks=kv_cache_config.num_blocks - 1,  # vLLM keeps block 0 as the null block
         full_groups=full_groups,
         window_groups=len(groups) - full_groups,
-        window_tokens=attention_layers(vllm_config.model_config).window_tokens,
+        window_tokens=engine.layers.window_tokens,
     )
-    capacity = pool_capacity(plan, pool, vllm_config.model_config.max_model_len)
+    capacity = pool_capacity(engine.plan, pool, vllm_config.model_config.max_model_len)
     return {CAPACITY: {"dense": capacity.plain_tokens, "planned": capacity.thin_tokens}}

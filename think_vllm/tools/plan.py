@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from think_vllm.errors import ThinkError
+from think_vllm.hooks.engine import describe_engine
 from think_vllm.hooks.engine_support import check_cache_dtype, check_guard
 from think_vllm.hooks.flags import declare_flags, take_flags
 from think_vllm.hooks.model_support import (
     AttentionLayers,
     attention_layers,
     check_model,
-    plan_model,
     window_summary,
 )
 from think_vllm.plan.capacity import PoolShape, pool_capacity
@@ -48,7 +48,8 @@ def plan(arguments: Sequence[str]) -> int:
     if config.is_static:
         _print(namespace, *static_plan_text(namespace, config, model_config, ranks))
         return 0
-    made = plan_model(config, model_config, namespace.block_size)
+    engine = describe_engine(config, model_config, namespace.block_size)
+    made, layers = engine.plan, engine.layers
     if config.guards:
         check_guard(ranks[0])
     if made is None:
@@ -60,7 +61,6 @@ def plan(arguments: Sequence[str]) -> int:
     heads = model_config.get_num_kv_heads(ranks[0])
     # Every rank gets as many blocks as the one with most layers has room for.
     stages = [model_config.get_layers_start_end_indices(rank) for rank in ranks]
-    layers = attention_layers(model_config)
     shares = [attention_layers(model_config, stage) for stage in stages]
     share = max(shares, key=layers.block_layers)
     prefix_caching = namespace.enable_prefix_caching and config.allows_prefix_caching

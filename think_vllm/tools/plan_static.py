@@ -4,10 +4,11 @@ import argparse
 from typing import Any
 
 from think_vllm.errors import ThinkError
+from think_vllm.hooks.engine import describe_engine
 from think_vllm.hooks.static_engine import check_static_model
 from think_vllm.plan.channel_tables import ModelShape, load_tables
 from think_vllm.plan.settings import ThinkConfig, prune_flags
-from think_vllm.plan.static_plan import StaticPlan, plan_static
+from think_vllm.plan.static_plan import StaticPlan
 from think_vllm.plan.summary import budget_text, static_fields, static_summary
 
 
@@ -23,7 +24,7 @@ def static_plan_text(
     assert config.kv_channel_tables_file is not None  # parse_config
     load_tables(config.kv_channel_tables_file, ModelShape.of(model_config))
     head_size = model_config.get_head_size()
-    made = plan_static(config, head_size, model_config.dtype.itemsize, namespace.block_size)
+    made = describe_engine(config, model_config, namespace.block_size).static
     if made is None:
         raise ThinkError(
             f"{prune_flags(config)} prunes no channel at head size {head_size}; nothing to plan. "

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
 from think_vllm.errors import ThinkError
+from think_vllm.hooks.engine import describe_engine
 from think_vllm.hooks.engine_support import check_cache_dtype
-from think_vllm.hooks.model_support import attention_layers, check_model, plan_model
+from think_vllm.hooks.model_support import attention_layers, check_model
 from think_vllm.plan.parsing import config_from_additional
 from think_vllm.plan.planner import BlockPlan
 from think_vllm.plan.settings import ADDITIONAL_CONFIG_KEY, ThinkConfig, flag_name
-from think_vllm.plan.static_plan import StaticPlan, plan_static
+from think_vllm.plan.static_plan import StaticPlan
 
 Kind = Literal["plain", "fp8 cache", "thin", "other", "external"]
 
@@ -202,15 +203,8 @@ def read_engine(model: str, arguments: Sequence[str], who: str) -> Engine:
     if settings is not None:
         check_model(model_config)
         check_cache_dtype(model_config, namespace.kv_cache_dtype)
-        if settings.is_static:
-            static = plan_static(
-                settings,
-                model_config.get_head_size(),
-                model_config.dtype.itemsize,
-                namespace.block_size,
-            )
-        else:
-            plan = plan_model(settings, model_config, namespace.block_size)
+        described = describe_engine(settings, model_config, namespace.block_size)
+        plan, static = described.plan, described.static
     return Engine(
         max_model_len=model_config.max_model_len,
         dtype=str(model_config.dtype).removeprefix("torch."),

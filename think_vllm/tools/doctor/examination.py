@@ -12,9 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from think_vllm.errors import FLAGS, ThinkError, end_of_output
 from think_vllm.hooks import platform as compat
-from think_vllm.hooks.activation import plan_engine
-from think_vllm.hooks.static_engine import plan_static_engine
-from think_vllm.plan.parsing import config_from_additional
+from think_vllm.hooks.engine import find_engine
 from think_vllm.plan.summary import (
     never_thin,
     plan_fields,
@@ -109,23 +107,22 @@ class Examination:
         try:
             with compat.refusals_raised():
                 vllm_config = engine_args.create_engine_config()
-            config = config_from_additional(vllm_config.additional_config)
-            if config is None:
+            engine = find_engine(vllm_config)
+            if engine is None:
                 raise ThinkError(f"no thin blocks: one of {FLAGS} is needed")
-            plan = None if config.is_static else plan_engine(config, vllm_config)
-            static = plan_static_engine(config, vllm_config) if config.is_static else None
         except (ThinkError, OSError, ValueError) as error:
             yield Finding(Level.BAD, "model", " ".join(str(error).split()))
             return
         model_config = vllm_config.model_config
         yield Finding(Level.GOOD, "model", f"{self.model}: {', '.join(model_config.architectures)}")
-        if static is not None:
-            self.static = static
+        if engine.static is not None:
+            self.static = engine.static
             caching = vllm_config.cache_config.enable_prefix_caching
-            for line in static_summary(static, caching):
+            for line in static_summary(engine.static, caching):
                 yield Finding(Level.GOOD, "plan", line)
             yield from self._check_generation(model_config.max_model_len)
             return
+        plan = engine.plan
         if plan is None:
             yield Finding(Level.BAD, "plan", "no channel of this model would go; raise the ratio")
             return
