@@ -60,6 +60,7 @@ fmt: setup ## Format the code and fix what ruff can fix
 lint: setup ## Check format and style, and files of deployment against their schemas; change nothing
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/hadolint Dockerfile
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec deploy/compose*.yaml
 	$(BIN)/check-jsonschema --schemafile $(CHART)/values.schema.json $(CHART)/values.yaml
