@@ -36,73 +36,76 @@ class ThinkConfig(BaseModel):
     )
     kv_quant: Literal["none", "fp8", "kivi4", "k4v2", "kivi2"] = Field(
         default="none",
-        description="Format of old keys and values: float8 e4m3, KIVI's 4 or 2 bits, or k4v2: "
-        "keys in 4 bits, values in 2.",
+        description="Format of old keys and values: fp8 (e4m3), kivi4 or kivi2 (KIVI's integers of "
+        "4 or 2 bits), or k4v2 (keys in 4 bits, values in 2).",
     )
     kv_quant_group: Literal[32, 64, 128] = Field(
         default=32,
-        description="Elements that share a scale and a zero, in kivi4, k4v2 and kivi2.",
+        description="Elements that share a scale and a zero point in kivi4, k4v2 and kivi2.",
     )
     kv_recent_window: int = Field(
         default=32,
         ge=0,
         le=65_536,
-        description="Most recent tokens that are neither pruned nor quantized.",
+        description="Most recent tokens, which are neither pruned nor quantized.",
     )
     kv_observation_window: int = Field(
         default=32,
         ge=1,
         le=65_536,
-        description="Last prompt tokens whose queries choose the channels.",
+        description="Last prompt tokens, whose queries select the channels.",
     )
     kv_select: Literal["think", "key-norm", "random", "static"] = Field(
         default="think",
-        description="What chooses the channels: ThinK's score, norm of queries times norm of keys; "
-        "the norm of the keys alone, with value channels as ThinK's; chance, to compare with; or "
-        "static: tables that were calibrated for the model once prune every token from the first.",
+        description="What selects the channels: think (ThinK's score: norm of the queries times "
+        "norm of the keys), key-norm (norm of the keys, no queries; values as with think), random "
+        "(a baseline), or static (tables calibrated once for the model prune every token, from "
+        "the first on).",
     )
     kv_channel_tables: Literal["prompt", "span"] = Field(
         default="prompt",
-        description="Over which keys a key channel is scored: those of the prompt, so that its "
-        "spans keep the same channels, or for each span its own.",
+        description="Which keys score a key channel: all keys of the prompt, so that all its spans "
+        "keep the same channels, or those of each span by itself.",
     )
     kv_prune_decode: bool = Field(
         default=True,
-        description="Also compact spans that fill up with generated tokens.",
+        description="Also compact spans of generated tokens, with the prompt's channels.",
     )
     kv_prune_prefill: bool = Field(
         default=False,
         description="Compact at the end of every chunk of a prompt, not only of the last one: for "
-        "prompts whose dense blocks do not fit the cache. Later chunks then see what is left.",
+        "prompts whose dense blocks do not fit the cache. Later chunks then attend to thin blocks.",
     )
     kv_prefix_cache: Literal["thin", "dense"] = Field(
         default="thin",
         description="What prefix caching keeps of old tokens: thin blocks, which take less memory "
-        "and make a hit approximate, or copies of dense ones, which leave it exact.",
+        "and make a hit approximate, or copies of dense blocks, which keep it exact.",
     )
     kv_evict: Literal["none", "snapkv", "h2o"] = Field(
         default="none",
-        description="Which old tokens of a long prompt each KV head keeps: those that the prompt's "
+        description="Evict old tokens of a long prompt. Each KV head keeps those that the prompt's "
         "last queries attend to most (snapkv), or all its queries together (h2o).",
     )
     kv_evict_budget: int = Field(
         default=1024,
         ge=1,
         le=1_048_576,
-        description="Old tokens of a prompt that each KV head keeps at most, in whole spans.",
+        description="Old tokens of a prompt that each KV head keeps at most, in whole spans, with "
+        "--kv-evict.",
     )
 
     kv_prune_max_loss: float = Field(
         default=1.0,
         gt=0.0,
         le=1.0,
-        description="A request stays dense if its key channels that would go have more than this "
-        "share of the scores, on average over layers and KV heads. 1 sets no limit.",
+        description="A request stays dense if the key channels to be pruned hold more than this "
+        "share of its score mass, averaged over layers and KV heads. 1 sets no limit. CPUs only, "
+        "one rank.",
     )
     kv_channel_tables_file: str | None = Field(
         default=None,
         min_length=1,
-        description="Tables for --kv-select static, as `think-vllm calibrate` writes them.",
+        description="Channel tables for --kv-select static, from `think-vllm calibrate`.",
     )
 
     kv_plan_context: int = Field(
@@ -110,7 +113,7 @@ class ThinkConfig(BaseModel):
         ge=256,
         le=2**24,
         description="Tokens of a typical request, prompt and answer: blocks are planned to save "
-        "most there. Short requests want short spans, as an unfinished span stays dense.",
+        "most there. Plan short requests with short spans: an unfinished span stays dense.",
     )
 
     @property
