@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from scripts.flags_page import PAGE, with_table
+from think_vllm.tools.cli import main
 
 REPOSITORY = Path(__file__).parents[2]
 PAGES = [
@@ -105,3 +106,14 @@ def test_missing_names_are_noticed(name: str) -> None:
 def test_flags_page_is_fresh() -> None:
     page = PAGE.read_text(encoding="utf-8")
     assert page == with_table(page), "run python -m scripts.flags_page"
+
+
+def test_plan_prints_what_the_readme_shows(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    shown = re.search(r"```console\n\$ think-vllm (plan .*)\n([^`]*)```", readme)
+    assert shown
+    monkeypatch.chdir(REPOSITORY)
+    assert main(shown[1].split()) == 0
+    assert capsys.readouterr().out == shown[2]
