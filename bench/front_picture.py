@@ -15,12 +15,14 @@ from think_vllm.tools.bench.results import Results
 FOLDER = Path("docs/results/random-56m")
 SCENARIO = "context-1k"
 PANELS = {"running requests": "running_waiting", "output tokens per second": "output_tokens_per_s"}
+NAMES = {"plain": "plain vLLM, bf16", "fp8 cache": "vLLM's own fp8 cache"}
 
 
 def draw(results: Results) -> Figure:
     """Draw bars for each server: multiples of plain vLLM's."""
     rows = [row for row in rows_of(results) if row.scenario == SCENARIO]
-    labels = [row.server.split(" --")[0].replace("fp8 cache", "vLLM's fp8 cache") for row in rows]
+    servers = [row.server.split(" --")[0] for row in rows]
+    labels = [NAMES.get(server, server) for server in servers]
     figure = Figure(figsize=(9, 2.4), layout="constrained")
     for axis, (title, name) in zip(figure.subplots(1, 2, sharey=True), PANELS.items(), strict=True):
         multiples = [row.ratios[name] for row in rows]
