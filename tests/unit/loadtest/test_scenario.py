@@ -21,8 +21,9 @@ PREFIXES = {**SMALL, "dataset": "prefix_repetition", "prefix_tokens": 60}
 
 def test_known_scenarios_are_those_of_the_configs() -> None:
     assert (REPOSITORY / "configs" / "load").resolve() == FOLDER
-    wanted = {"paper", "context-1k", "document-8k", "chat", "mixed", "burst"}
-    assert set(known_scenarios()) == wanted
+    assert set(known_scenarios()) == {
+        *("paper", "context-1k", "document-8k", "prompt-2k", "chat", "tenants", "mixed", "burst")
+    }
 
 
 @pytest.mark.parametrize("name", known_scenarios())
