@@ -1,7 +1,10 @@
-"""A few hundred requests of all lengths, some abandoned, on too few blocks; ``bench/soak.py`` is
-the same with thousands.
+"""Requests of all lengths, some abandoned, on too few blocks: a few hundred, or ``SOAK_REQUESTS``.
+
+With ``-s`` it prints what has come of them.
 """
 
+import os
+from collections import Counter
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -23,7 +26,7 @@ from tests.support.soak_checks import (
 )
 from tests.support.soak_jobs import Job, draw_jobs
 
-REQUESTS = 250
+REQUESTS = int(os.environ.get("SOAK_REQUESTS", "250"))
 
 
 @pytest.mark.e2e
@@ -40,8 +43,18 @@ def test_soak(serve: Callable[..., Server], tmp_path: Path, name: str) -> None:
         thinning,
         jobs,
         case.precise(),
-        alone=15,
+        alone=max(15, REQUESTS // 12),
         exact_prefixes=case.exact_prefixes,
+    )
+    kinds = Counter(
+        "refused" if job.status != 200 else "answered" if got.done else "cut off"
+        for job, got in zip(done.jobs, done.outcomes, strict=True)
+    )
+    print(  # noqa: T201  (for -s)
+        f"{name}: {dict(kinds)}, {done.preemptions} preemptions, {done.seconds:.0f} s of load, "
+        f"{done.found.compared} compared, {done.found.compared_alone} of them alone, worst "
+        f"{done.found.worst:.1e}, {done.found.rescored} by float64, {len(done.found.tossed)} too "
+        "close to call"
     )
     assert not done.found.failures, "\n".join(done.found.failures)
 

@@ -52,17 +52,15 @@ class Case:
         exact: Whether it serves ``make_exact_llama`` and not the bundled model. Codes are
             rounded, so they are the same in company as alone only where keys are the same bits.
             It has random weights.
-        prefix_caching: Whether prompts that begin alike share blocks.
     """
 
     settings: ThinkConfig
     exact: bool = False
-    prefix_caching: bool = True
 
     @property
     def exact_prefixes(self) -> bool:
         """Whether prompts that begin alike are served as if they did not."""
-        return not self.prefix_caching or self.settings.kv_prefix_cache == "dense"
+        return self.settings.kv_prefix_cache == "dense"
 
     @property
     def plan(self) -> BlockPlan:
@@ -88,8 +86,7 @@ class Case:
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
         limits = ["--max-model-len", str(MAX_MODEL_LEN), "--max-num-batched-tokens", "512"]
         limits += ["--max-num-seqs", "16", "--dtype", "float32", "--enforce-eager"]
-        caching = "--enable-prefix-caching" if self.prefix_caching else "--no-enable-prefix-caching"
-        return [*limits, *flags, caching]
+        return [*limits, *flags, "--enable-prefix-caching"]
 
     def jobs(self, seed: int, count: int) -> list[Job]:
         """What to send."""
