@@ -6,19 +6,19 @@ Run: ``python -m bench.compaction``.
 """
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable
 
 import numpy as np
 import torch
 
-from bench.machine import describe_machine
-from tests.support.vllm_kernel import vllm_attention
+from bench.support.turns import take_turns, timed
+from bench.support.vllm_kernel import vllm_attention
 from think_vllm.kernels.cpu.compaction import compact_spans
 from think_vllm.kernels.cpu.scoring import add_query_energy, key_energy
 from think_vllm.plan.planner import BlockPlan, plan_blocks
 from think_vllm.plan.settings import ThinkConfig
+from think_vllm.tools.common.machine import this_machine
 from think_vllm.worker.channel_selection import Chooser, top_channels
 from think_vllm.worker.cpu.eviction import CPUEvictor
 from think_vllm.worker.eviction_step import Pack, Watched
@@ -108,21 +108,14 @@ def main() -> None:
         options.tokens, options.heads, options.kv_heads, plan
     )
     attention = prompt_attention(end.query, options.kv_heads)
-    pairs = []
-    for round_ in range(options.rounds + 3):
-        times = []
-        for work in (end.run, attention):
-            start = clock()
-            work()
-            times.append(1e3 * (clock() - start))
-        if round_ >= 3:
-            pairs.append(times)
-    print(describe_machine())
+    runs = {"end": timed(end.run, clock), "attention": timed(attention, clock)}
+    times = take_turns(runs, options.rounds)
+    print(this_machine())
     print(
         f"{options.tokens} tokens, {options.heads}/{options.kv_heads} heads of 128, bf16, evict "
-        f"{options.evict}: end of prompt {statistics.median(a for a, _ in pairs):.2f} ms, vLLM's "
-        f"attention {statistics.median(b for _, b in pairs):.1f} ms, share "
-        f"{100 * statistics.median(a / b for a, b in pairs):.1f} %"
+        f"{options.evict}: end of prompt {1e3 * times.median('end'):.2f} ms, vLLM's attention "
+        f"{1e3 * times.median('attention'):.1f} ms, share "
+        f"{100 * times.ratio('end', 'attention'):.1f} %"
     )
 
 

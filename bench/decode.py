@@ -8,15 +8,13 @@ Run: ``python -m bench.decode``.
 """
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 
 import numpy as np
 import torch
 
-from bench.machine import describe_machine
-from tests.support.vllm_kernel import vllm_attention
+from bench.support.turns import take_turns, timed
+from bench.support.vllm_kernel import vllm_attention
 from think_vllm.kernels.cpu.compaction import compact_spans
 from think_vllm.kernels.cpu.decode import DecodeRows, decode_attention
 from think_vllm.kernels.cpu.static_attention import static_attention
@@ -26,8 +24,20 @@ from think_vllm.plan.formats import FORMATS
 from think_vllm.plan.planner import BlockPlan, plan_blocks
 from think_vllm.plan.settings import ThinkConfig
 from think_vllm.plan.static_plan import StaticPlan, plan_static
+from think_vllm.tools.common.machine import this_machine
 
 VLLM_BLOCK_SIZE = 128  # its default on CPUs
+
+
+def random_channels(count: int, *shape: int) -> torch.Tensor:
+    """Some channels of each head in ascending order, ``[..., count]``; the last size is D."""
+    return torch.rand(shape).argsort(dim=-1)[..., :count].sort(dim=-1).values
+
+
+def rows_of(num_seqs: int, queries: int, context: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sequence of each query, and the tokens that it attends to."""
+    request = np.repeat(np.arange(num_seqs, dtype=np.int32), queries)
+    return request, np.tile(np.arange(context - queries + 1, context + 1, dtype=np.int32), num_seqs)
 
 
 def vllm_kernel(
@@ -71,18 +81,14 @@ def think_kernel(
     spans = plan.rule.prompt_spans(context - queries + 1) if thin else 0
     if spans:
         request = np.repeat(np.arange(num_seqs), spans)
-        kept = []
-        for count_kept in (plan.key_channels, plan.value_channels)[: 1 + plan.prunes_values]:
-            ranked = torch.rand(num_seqs * spans, num_kv_heads, head_size).argsort(dim=-1)
-            kept.append(ranked[..., :count_kept].sort(dim=-1).values.to(torch.uint8))
-        channels = torch.cat(kept, dim=-1)
+        kept = [
+            random_channels(number, num_seqs * spans, num_kv_heads, head_size)
+            for number in (plan.key_channels, plan.value_channels)[: 1 + plan.prunes_values]
+        ]
+        channels = torch.cat(kept, dim=-1).to(torch.uint8)
         span = np.tile(np.arange(spans), num_seqs)
         compact_spans(cache, table, request, span, channels, plan)
-    rows = DecodeRows(
-        np.repeat(np.arange(num_seqs, dtype=np.int32), queries),
-        np.tile(np.arange(context - queries + 1, context + 1, dtype=np.int32), num_seqs),
-        np.full(count, spans, np.int32),
-    )
+    rows = DecodeRows(*rows_of(num_seqs, queries, context), np.full(count, spans, np.int32))
     out = torch.empty_like(query)
 
     def run() -> None:
@@ -108,15 +114,14 @@ def static_kernel(
     cache = torch.empty(num_seqs * width, num_kv_heads, plan.block_size, channels, dtype=dtype)
     kept = StaticChannels(
         *(
-            torch.rand(num_kv_heads, head_size).argsort(dim=-1)[:, :number].sort(dim=-1).values
+            random_channels(number, num_kv_heads, head_size)
             for number in (plan.key_channels, plan.value_channels)
         )
     )
     key, value = torch.randn(2, num_tokens, num_kv_heads, head_size).to(query.dtype)
     store_static(key, value, cache, torch.arange(num_tokens), kept, plan)
     table = torch.arange(num_seqs * width, dtype=torch.int32).view(num_seqs, width)
-    request = np.repeat(np.arange(num_seqs, dtype=np.int32), queries)
-    lengths = np.tile(np.arange(context - queries + 1, context + 1, dtype=np.int32), num_seqs)
+    request, lengths = rows_of(num_seqs, queries, context)
     out = torch.empty_like(query)
 
     def run() -> None:
@@ -168,14 +173,8 @@ def main() -> None:
             if name == "none":
                 dense = think_kernel(query, count, *shape, plan, False)
                 kernels[f"dense blocks of {plan.block_size}"] = dense
-    times: dict[str, list[float]] = {name: [] for name in kernels}
-    for round_ in range(options.rounds + 3):
-        for name, run in kernels.items():
-            start = time.perf_counter()
-            run()
-            if round_ >= 3:
-                times[name].append(1e3 * (time.perf_counter() - start))
-    print(describe_machine())
+    times = take_turns({name: timed(run) for name, run in kernels.items()}, options.rounds)
+    print(this_machine())
     print(
         f"{options.sequences} x {options.context} tokens, {options.queries} queries each, "
         f"{options.heads}/{options.kv_heads} heads of {options.head_size}, {options.dtype}, "
@@ -183,9 +182,8 @@ def main() -> None:
         f"{options.rounds} rounds\n"
     )
     print("| kernel | ms | of vLLM's time |\n| --- | --- | --- |")
-    for name, measured in times.items():
-        ratio = statistics.median(a / b for a, b in zip(measured, times["vLLM"], strict=True))
-        print(f"| {name} | {statistics.median(measured):.2f} | {ratio:.2f} |")
+    for name in kernels:
+        print(f"| {name} | {1e3 * times.median(name):.2f} | {times.ratio(name, 'vLLM'):.2f} |")
 
 
 if __name__ == "__main__":

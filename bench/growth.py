@@ -13,13 +13,10 @@ enough to be doubled by whoever else wants the core. Run: ``python -m bench.grow
 """
 
 import argparse
-import gc
 import logging
 import random
-import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,9 +33,10 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
-from bench.machine import describe_machine
-from tests.conftest import REPOSITORY
+from bench.support.repository import BUNDLED
+from bench.support.turns import take_turns, timed
 from think_vllm.hooks.engine import remember_plan, selected_engine
+from think_vllm.tools.common.machine import this_machine
 
 VLLM_BLOCK_SIZE = 128  # its default on CPUs
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -53,7 +51,7 @@ def make_config(settings: dict[str, Any] | None, requests: int, caching: bool) -
     """An engine's config, as a server with these settings has it; None for plain vLLM."""
     load_general_plugins()
     return EngineArgs(
-        model=str(REPOSITORY / "models" / "tiny-recall"),
+        model=str(BUNDLED),
         enforce_eager=True,
         max_num_seqs=requests,
         max_num_batched_tokens=32768,
@@ -129,48 +127,6 @@ class Steps:
         return scheduled - start + time.thread_time() - resumed
 
 
-@dataclass
-class Times:
-    """Seconds of each round, by what was measured."""
-
-    rounds: dict[str, list[float]]
-
-    def ratio(self, name: str, base: str) -> float:
-        """Median of the ratios to ``base``, round by round."""
-        pairs = zip(self.rounds[name], self.rounds[base], strict=True)
-        return statistics.median(a / b for a, b in pairs)
-
-    def cells(self, name: str, base: str) -> list[str]:
-        """Median and mean in microseconds, and the ratios of both to ``base``."""
-        mean, base_mean = (statistics.fmean(self.rounds[x]) for x in (name, base))
-        median = statistics.median(self.rounds[name])
-        ratio = self.ratio(name, base)
-        cells = [f"{1e6 * median:.1f}", f"{1e6 * mean:.1f}"]
-        return [*cells, f"{ratio:.3f}", f"{mean / base_mean:.3f}"]
-
-
-def take_turns(runs: dict[str, Callable[[], float]], rounds: int, warm_up: int = 5) -> Times:
-    """Run each once a round, in an order that changes."""
-    times = Times({name: [] for name in runs})
-    names = list(runs)
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-    try:
-        for index in range(rounds + warm_up):
-            names.append(names.pop(0))
-            for name in names:
-                seconds = runs[name]()
-                if index >= warm_up:
-                    times.rounds[name].append(seconds)
-            # Between rounds and not in one of them; the rest of the process is frozen.
-            gc.collect(0)
-    finally:
-        gc.enable()
-        gc.unfreeze()
-    return times
-
-
 def measure_scheduler(options: argparse.Namespace) -> None:
     """Print a table of steps of the scheduler."""
     print("| format | requests | manager | median us | mean us | median ratio | mean ratio |")
@@ -195,8 +151,12 @@ def measure_scheduler(options: argparse.Namespace) -> None:
                 ).run
             times = take_turns(runs, options.steps)
             for manager in runs:
-                cells = [name, str(requests), manager, *times.cells(manager, base)]
-                print(f"| {' | '.join(cells)} |", flush=True)
+                median, mean = times.median(manager), times.mean(manager)
+                print(
+                    f"| {name} | {requests} | {manager} | {1e6 * median:.1f} | {1e6 * mean:.1f} "
+                    f"| {times.ratio(manager, base):.3f} | {mean / times.mean(base):.3f} |",
+                    flush=True,
+                )
 
 
 def thin_spec(dense: FullAttentionSpec) -> FullAttentionSpec:
@@ -252,23 +212,16 @@ def measure_builder(options: argparse.Namespace) -> None:
                     mine = decode_step(context, requests, plan.block_size, prompt)
                     theirs = decode_step(context, requests, VLLM_BLOCK_SIZE, prompt)
                     assert len(ours.build(0, mine).waves[0].due_span) == requests * is_due
-                    runs = {"plain": timed(plain, theirs), "thin": timed(ours, mine)}
+                    builds = {"plain": partial(plain.build, 0, theirs)}
+                    builds["thin"] = partial(ours.build, 0, mine)
+                    runs = {who: timed(run, time.thread_time) for who, run in builds.items()}
                     times = take_turns(runs, options.steps)
-                    cells = [name, requests, context, "all" if is_due else "none"]
-                    cells += [f"{1e6 * statistics.median(times.rounds[x]):.1f}" for x in runs]
-                    cells.append(f"{times.ratio('thin', 'plain'):.3f}")
-                    print(f"| {' | '.join(map(str, cells))} |", flush=True)
-
-
-def timed(builder: Any, common: CommonAttentionMetadata) -> Callable[[], float]:
-    """One build, and its seconds of processor time."""
-
-    def run() -> float:
-        start = time.thread_time()
-        builder.build(0, common)
-        return time.thread_time() - start
-
-    return run
+                    plain_us, thin_us = (1e6 * times.median(who) for who in runs)
+                    print(
+                        f"| {name} | {requests} | {context} | {'all' if is_due else 'none'} "
+                        f"| {plain_us:.1f} | {thin_us:.1f} | {times.ratio('thin', 'plain'):.3f} |",
+                        flush=True,
+                    )
 
 
 def main() -> None:
@@ -287,7 +240,7 @@ def main() -> None:
     parser.add_argument("--prefix-caching", action="store_true", help="in both schedulers")
     options = parser.parse_args()
     logging.getLogger("vllm").setLevel(logging.ERROR)
-    print(describe_machine())
+    print(this_machine())
     for part, measure in (("scheduler", measure_scheduler), ("builder", measure_builder)):
         if part in options.parts:
             print(f"\n{part}, {options.steps} steps\n")

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import torch
 
-from bench.gpu_check.machine import REPOSITORY, folder_name, gpu_machine
+from bench.gpu_check.machine import folder_name, gpu_machine
 from bench.gpu_check.runner import FAILED, TIMED_OUT, run_all
 from bench.gpu_check.sections import BUDGETS, sections_of
+from bench.support.repository import REPOSITORY
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -19,9 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.gpu_check.engine import BUNDLED, make_llm
+from bench.gpu_check.engine import make_llm
 from bench.gpu_check.jit import CompilationCounter
-from bench.gpu_check.machine import REPOSITORY, gpu_machine
+from bench.gpu_check.machine import gpu_machine
+from bench.support.repository import BUNDLED, REPOSITORY
 from think_vllm.tools.eval.recall import RecallSample, recall_prompt
 
 PROMPTS = 48

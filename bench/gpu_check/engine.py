@@ -6,9 +6,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from bench.gpu_check.machine import REPOSITORY
+from bench.support.repository import BUNDLED
 
-BUNDLED = REPOSITORY / "models" / "tiny-recall"
 #: What makes a Llama of the bundled model's configuration as large as one of 8B parameters.
 SHAPE_8B = {
     "hidden_size": 4096,

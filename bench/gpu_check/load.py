@@ -17,9 +17,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.gpu_check.engine import BUNDLED, SHAPE_8B, make_llm, make_shape
+from bench.gpu_check.engine import SHAPE_8B, make_llm, make_shape
 from bench.gpu_check.machine import gpu_machine
 from bench.gpu_check.trace import Trace, summarize
+from bench.support.repository import BUNDLED
 from think_vllm.plan.formats import FORMATS
 
 #: Ids that every model here has.

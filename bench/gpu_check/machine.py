@@ -1,14 +1,13 @@
 """What was measured, and on what."""
 
-import datetime
 import platform
 import re
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parent.parent.parent
+from bench.support.repository import REPOSITORY
+from think_vllm.tools.common.machine import now, package_versions
+
 #: Written by ``make gpu-kit``: the copy on a lent machine may have no history.
 KIT_COMMIT = REPOSITORY / ".kit" / "commit"
 PACKAGES = ("torch", "triton", "vllm", "transformers", "numba", "numpy")
@@ -27,10 +26,10 @@ GPU_FIELDS = {
 def gpu_machine() -> dict[str, object]:
     """Date, GPU, clocks, driver, versions, command and commit; what cannot be told is left out."""
     return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "date": now(),
         **read_gpu(_ask(["nvidia-smi", f"--query-gpu={_query()}", "--format=csv,noheader"])),
         "python": platform.python_version(),
-        "versions": package_versions(),
+        "versions": package_versions(PACKAGES),
         "command": [sys.executable, *sys.orig_argv[1:]],
         "commit": find_commit(),
     }
@@ -45,17 +44,6 @@ def read_gpu(answer: str) -> dict[str, str]:
     if not answer:
         return {}
     return dict(zip(GPU_FIELDS, map(str.strip, answer.splitlines()[0].split(",")), strict=False))
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of the packages that are installed."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def find_commit() -> str:

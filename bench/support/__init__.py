@@ -1,0 +1,1 @@
+"""What benchmarks share, some of it with tests."""
