@@ -2,11 +2,12 @@
 
 Every configuration (``bench/tables/configurations.py``) is a vLLM engine in a process of its own,
 which answers the same recall prompts of 512, 1,024 and 2,048 tokens (``tables/questions.py``).
-Results are written as they come: a run that was interrupted goes on where it was. Rows of another
-version of ``think_vllm/`` are run again, unless ``--keep-rows`` is given.
+Answers are written as they come, to ``bench/out``: a run that was interrupted goes on where it was.
+Rows of another version of ``think_vllm/`` are run again, unless ``--keep-rows`` is given.
 
-It writes ``results.json``, ``tables.md`` and plots, and the section of ``docs/quality.md`` between
-its two markers. The bundled model says nothing about real language models (models/README.md).
+It writes what the answers come to, ``results.json``, and plots, and the section of
+``docs/quality.md`` between its two markers. The bundled model says nothing about real language
+models (models/README.md).
 """
 
 import argparse
@@ -19,12 +20,14 @@ from pathlib import Path
 
 from bench.tables.configurations import Configuration, configurations
 from bench.tables.engine import ask, check, code_version, flags
+from bench.tables.figures import count
 from bench.tables.report import write_report
 from bench.tables.results import Results
 from think_vllm.errors import ThinkError
 from think_vllm.tools.common.provenance import collect_provenance
 from think_vllm.tools.eval.pictures import check_pictures
 
+ANSWERS = Path("bench/out/quality-tables.json")
 OUT = Path("docs/results/quality-tables")
 DOCUMENT = Path("docs/quality.md")
 
@@ -59,7 +62,7 @@ def fill(results: Results, wanted: list[Configuration], options: argparse.Namesp
                 command=shlex.join(["python", "-m", "bench.quality_tables", *sys.argv[1:]]),
             )
         )
-        results.save(options.out / "results.json")
+        results.save(options.answers)
         print(f"  {results.rows[name].seconds:.0f} s", flush=True)
 
 
@@ -69,6 +72,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path("models/tiny-recall"))
     parser.add_argument("--samples", type=int, default=200, help="prompts of each size")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--answers", type=Path, default=ANSWERS, help="of all questions so far")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--document", type=Path, default=DOCUMENT, help="its section is replaced")
     parser.add_argument("--only", nargs="+", default=["*"], help="names or patterns of them")
@@ -77,8 +81,6 @@ def main() -> None:
     parser.add_argument("--no-report", action="store_true", help="only ask")
     options = parser.parse_args()
     check_pictures()
-    asked = Results(model=str(options.model), seed=options.seed, samples=options.samples)
-    results = Results.load(options.out / "results.json", asked)
     everything = list(configurations())
     wanted = [
         configuration
@@ -87,11 +89,20 @@ def main() -> None:
     ]
     if not wanted:
         raise SystemExit(f"--only {shlex.join(options.only)}: no configuration has such a name")
+    asked = Results(model=str(options.model), seed=options.seed, samples=options.samples)
+    results = Results.load(options.out / "results.json", asked)
     if not options.report:
-        fill(results, wanted, options)
-    # In the order of the list, whichever came first.
-    order = {configuration.name: place for place, configuration in enumerate(everything)}
-    results.rows = dict(sorted(results.rows.items(), key=lambda item: order.get(item[0], 1_000)))
+        answers = Results.load(options.answers, asked)
+        fill(answers, wanted, options)
+        count(answers)
+        results.provenance = answers.provenance or results.provenance
+        results.skipped = answers.skipped
+        results.rows |= {
+            name: row.model_copy(update={"answers": {}}) for name, row in answers.rows.items()
+        }
+    # In the order of the list, whichever came first; without those that it no longer has.
+    names = [configuration.name for configuration in everything]
+    results.rows = {name: results.rows[name] for name in names if name in results.rows}
     results.save(options.out / "results.json")
     for path in [] if options.no_report else write_report(results, options.out, options.document):
         print(path)

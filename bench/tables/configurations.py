@@ -27,10 +27,9 @@ METHODS = ("snapkv", "h2o")
 BUDGETS = (128, 256, 512, 1024)
 EVICTION_RATIOS = (0.0, 0.4)
 VALUE_RATIOS = (0.3, 0.5, 0.7)
-#: What is compared with kvpress: ratios of channels, budgets of tokens, and both.
-COMPARED_RATIOS = (0.4, 0.5, 0.6, 0.7, 0.8)
-COMPARED_BUDGETS = (128, 256, 512)
-COMPARED_BOTH = ((256, 0.4), (256, 0.6))
+#: Formats and ratios whose prefixes are hit, or whose prompts are pruned chunk by chunk.
+PREFIX_FORMATS = (("none", 0.5), ("kivi4", 0.4), ("k4v2", 0.5))
+CHUNKS = (512, 256)
 
 #: Blocks are planned for the shortest prompts, whose spans are short: most of a prompt is thin.
 PLANNED = {"kv_plan_context": 512}
@@ -41,20 +40,23 @@ class Configuration:
     """One engine.
 
     Args:
-        name: Unique; ``dense`` and ``float32: dense`` are what others are compared with.
+        name: Unique; ``dense`` is what others are compared with.
         group: The table it belongs to.
         settings: Of ``ThinkConfig``; none for an engine without thin blocks.
         ways: How it is asked.
-        dtype: Of the model.
-        labels: What the tables say of it.
+        labels: What the tables of channels say of it.
+        arguments: Further ones of the engine.
+        hits: Whether each prompt follows one of the same text that asks for another record, so
+            that it finds a prefix whose channels that one has chosen.
     """
 
     name: str
     group: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     ways: tuple[str, ...] = WAYS[:1]
-    dtype: str = "bfloat16"
     labels: Mapping[str, Any] = field(default_factory=dict)
+    arguments: tuple[str, ...] = ()
+    hits: bool = False
 
 
 def configurations() -> Iterator[Configuration]:
@@ -64,16 +66,18 @@ def configurations() -> Iterator[Configuration]:
     for format_ in FORMATS:
         for ratio in FORMAT_RATIOS:
             settings = {**_pruned(ratio), "kv_quant": format_, **PLANNED}
-            labels = {"format": format_, "ratio": ratio}
-            yield Configuration(_name(format_, ratio), "formats", settings, labels=labels)
+            yield Configuration(_name(format_, ratio), "formats", settings)
     for ratio in VALUE_RATIOS:
         settings = {"kv_value_prune": ratio, **PLANNED}
-        yield Configuration(f"values {ratio:g}", "values", settings, labels={"ratio": ratio})
+        yield Configuration(f"values {ratio:g}", "values", settings)
     for method in METHODS:
         for budget in BUDGETS:
             for ratio in EVICTION_RATIOS:
-                yield _eviction(method, budget, ratio)
-    yield from _compared()
+                evict = {"kv_evict": method, "kv_evict_budget": budget}
+                settings = {**_pruned(ratio), **evict, **PLANNED}
+                name = _name(f"{method} {budget}", ratio)
+                yield Configuration(name, "eviction", settings, WAYS)
+    yield from _prefixes()
 
 
 def _channels() -> Iterator[Configuration]:
@@ -86,43 +90,22 @@ def _channels() -> Iterator[Configuration]:
             yield Configuration(f"{policy} {ratio:g}", "channels", settings, labels=labels)
 
 
-def _eviction(method: str, budget: int, ratio: float) -> Configuration:
-    evict = {"kv_evict": method, "kv_evict_budget": budget}
-    return Configuration(
-        _name(f"{method} {budget}", ratio),
-        "eviction",
-        {**_pruned(ratio), **evict, **PLANNED},
-        WAYS,
-        labels={"method": method, "budget": budget, "ratio": ratio},
-    )
-
-
-def _compared() -> Iterator[Configuration]:
-    """In float32, so that other code rounds as little as ours does."""
-    cases = [
-        (0.0, None),
-        *((ratio, None) for ratio in COMPARED_RATIOS),
-        *((0.0, budget) for budget in COMPARED_BUDGETS),
-        *((ratio, budget) for budget, ratio in COMPARED_BOTH),
-    ]
-    for ratio, budget in cases:
-        settings = _pruned(ratio)
-        if budget is not None:
-            settings |= {"kv_evict": "snapkv", "kv_evict_budget": budget}
-        name = compared_name(ratio, budget)
-        if settings:
-            # kvpress compresses a prompt once, and nothing of what follows.
-            settings |= {"kv_prune_decode": False, **PLANNED}
-        # What channels do to an answer hardly depends on the way it is asked.
-        ways = WAYS[:1] if ratio and budget is None else WAYS
-        labels = {"ratio": ratio, "budget": budget}
-        yield Configuration(name, "float32", settings, ways, "float32", labels)
-
-
-def compared_name(ratio: float, budget: int | None) -> str:
-    """Name of a configuration that is compared with kvpress."""
-    what = _name("" if budget is None else f"snapkv {budget}", ratio)
-    return f"float32: {what or 'dense'}"
+def _prefixes() -> Iterator[Configuration]:
+    for format_, ratio in PREFIX_FORMATS:
+        settings = {**_pruned(ratio), "kv_quant": format_, **PLANNED}
+        name = _name("" if format_ == "none" else format_, ratio)
+        for mode in ("thin", "dense"):
+            cached = {**settings, "kv_prefix_cache": mode}
+            yield Configuration(f"{name}, {mode} prefix", "prefixes", cached, hits=True)
+        for tokens in CHUNKS:
+            # Chunks are one prompt's own only if no other shares the step.
+            alone = ("--max-num-batched-tokens", str(tokens), "--max-num-seqs", "1")
+            yield Configuration(
+                f"{name}, chunks of {tokens}",
+                "prefixes",
+                {**settings, "kv_prune_prefill": True},
+                arguments=alone,
+            )
 
 
 def _pruned(ratio: float) -> dict[str, Any]:

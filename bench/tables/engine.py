@@ -1,8 +1,8 @@
 """Ask one configuration: a vLLM engine in a process of its own, led along the right answers."""
 
-import datetime
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -13,18 +13,22 @@ from pathlib import Path
 import torch
 
 from bench.tables.configurations import Configuration
-from bench.tables.questions import ANSWER_TOKENS, Question, judge, questions
+from bench.tables.questions import ANSWER_TOKENS, Question, judge, other_prompt, questions
 from bench.tables.results import Results, Row
 from think_vllm import __version__
 from think_vllm.errors import ThinkError
 from think_vllm.plan.parsing import parse_config
 from think_vllm.plan.planner import plan_blocks
 from think_vllm.plan.settings import flag_name
+from think_vllm.tools.common.machine import now
 from think_vllm.tools.doctor.examination import run_probe
 from think_vllm.tools.doctor.probe import ProbeJob
 
 #: Enough for as many of the longest requests, dense, as run at once.
 SEQUENCES, POOL_BYTES = 16, 128 * 2**20
+DTYPE = "bfloat16"
+#: Of prompts that are to find their prefix in the cache: all but the question and a block.
+LEAST_HIT = 0.8
 PACKAGE = "think_vllm"
 
 
@@ -43,6 +47,11 @@ def ask(configuration: Configuration, results: Results) -> Row:
         for way in configuration.ways
         for question in questions(way, results.seed, results.samples)
     ]
+    order = in_order(len(asked), configuration.hits)
+    prompts = [
+        asked[place][1].prompt if counts else other_prompt(asked[place][1])
+        for place, counts in order
+    ]
     # One process less to start; an engine answers the same in either.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     begin = time.monotonic()
@@ -50,11 +59,11 @@ def ask(configuration: Configuration, results: Results) -> Row:
         arguments=engine_arguments(configuration),
         model=str(model),
         dense=False,
-        prompts=[list(question.prompt) for _, question in asked],
-        num_prompts=len(asked),
-        prompt_tokens=max(len(question.prompt) for _, question in asked),
+        prompts=[list(prompt) for prompt in prompts],
+        num_prompts=len(prompts),
+        prompt_tokens=max(map(len, prompts)),
         new_tokens=ANSWER_TOKENS,
-        forced=[list(question.answer) for _, question in asked],
+        forced=[list(asked[place][1].answer) for place, _ in order],
         out=Path("result.json"),
     )
     result = run_probe(job)
@@ -62,25 +71,46 @@ def ask(configuration: Configuration, results: Results) -> Row:
         group=configuration.group,
         labels=dict(configuration.labels),
         settings=dict(configuration.settings),
-        dtype=configuration.dtype,
         code=code_version(),
-        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        date=now(),
         seconds=round(time.monotonic() - begin, 1),
-        plan=plan_facts(configuration, model, [question for _, question in asked]),
-        answers={},
+        thin_share=thin_share(configuration, model, [question for _, question in asked]),
     )
-    for (way, question), logprobs, likeliest in zip(
-        asked, result.logprobs, result.likeliest, strict=True
-    ):
-        row.add(way, question, judge(question, logprobs, likeliest))
+    found = 0
+    for at, (place, counts) in enumerate(order):
+        if counts:
+            way, question = asked[place]
+            answer = judge(question, result.logprobs[at], result.likeliest[at])
+            row.add(way, question, answer)
+            found += result.cached_tokens[at]
+    if configuration.hits:
+        row.hit_share = round(found / sum(len(question.prompt) for _, question in asked), 3)
+        if row.hit_share < LEAST_HIT:
+            raise ThinkError(f"{configuration.name}: only {row.hit_share} of prompts was hit")
     return row
+
+
+def in_order(count: int, hits: bool) -> list[tuple[int, bool]]:
+    """Which question's prompt comes when, and whether its answer counts.
+
+    With hits, as many prompts as run at once leave their prefixes first, and then are asked.
+    """
+    if not hits:
+        return [(place, True) for place in range(count)]
+    return [
+        (place, counts)
+        for first in range(0, count, SEQUENCES)
+        for counts in (False, True)
+        for place in range(first, min(first + SEQUENCES, count))
+    ]
 
 
 def engine_arguments(configuration: Configuration) -> list[str]:
     """As for ``vllm serve``."""
-    arguments = ["--dtype", configuration.dtype, "--enforce-eager", "--no-enable-prefix-caching"]
+    caching = "--enable-prefix-caching" if configuration.hits else "--no-enable-prefix-caching"
+    arguments = ["--dtype", DTYPE, "--enforce-eager", caching]
     arguments += ["--max-num-seqs", str(SEQUENCES), "--kv-cache-memory-bytes", str(POOL_BYTES)]
-    return [*arguments, *flags(configuration)]
+    return [*arguments, *flags(configuration), *configuration.arguments]
 
 
 def flags(configuration: Configuration) -> list[str]:
@@ -124,20 +154,16 @@ def calibrate(model: Path, path: Path) -> None:
         raise ThinkError(f"{path}: think-vllm calibrate failed: {done.stderr[-500:]}")
 
 
-def plan_facts(
+def thin_share(
     configuration: Configuration, model: Path, asked: Sequence[Question]
-) -> dict[str, object]:
-    """What tables say of a plan, and what the comparison with kvpress makes the same.
-
-    Returns:
-        Nothing without thin blocks.
-    """
+) -> dict[int, float]:
+    """Mean share of prompts that was thin, by size; nothing without thin blocks."""
     if not configuration.settings:
         return {}
     if configuration.settings.get("kv_select") == "static":
-        return {"thin_share": {question.length: 1.0 for question in asked}}
+        return {question.length: 1.0 for question in asked}
     head_size = json.loads((model / "config.json").read_text(encoding="utf-8"))["head_dim"]
-    itemsize = getattr(torch, configuration.dtype).itemsize
+    itemsize = getattr(torch, DTYPE).itemsize
     plan = plan_blocks(parse_config(configuration.settings), head_size, itemsize)
     assert plan is not None  # the engine has run with it
     thin: dict[int, list[float]] = {}
@@ -145,15 +171,7 @@ def plan_facts(
         tokens = len(question.prompt)
         share = plan.rule.prompt_spans(tokens) * plan.span_tokens / tokens
         thin.setdefault(question.length, []).append(share)
-    return {
-        "block_size": plan.block_size,
-        "span_tokens": plan.span_tokens,
-        "key_channels": plan.key_channels,
-        "value_channels": plan.value_channels,
-        "recent_window": plan.config.kv_recent_window,
-        "kept_tokens": plan.kept_tokens if plan.config.evicts else None,
-        "thin_share": {length: round(sum(x) / len(x), 3) for length, x in thin.items()},
-    }
+    return {length: round(statistics.fmean(shares), 3) for length, shares in thin.items()}
 
 
 def code_version() -> str:

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.tables.configurations import BUDGETS, EVICTION_RATIOS, METHODS, RATIOS
-from bench.tables.figures import compare, share_right
-from bench.tables.markdown import DENSE, known_policies
+from bench.tables.figures import DENSE, logprob_against, share_right
+from bench.tables.markdown import known_policies
 from bench.tables.questions import SIZES, WAYS
 from bench.tables.results import Results
 from think_vllm.tools.eval.pictures import new_figure, save
@@ -33,7 +33,9 @@ def _heatmap(results: Results, known: list[str], path: Path) -> Path:
     for (size, records), panel in zip(SIZES, axes, strict=True):
         values = [
             [
-                share_right(row, WAYS[0], size).value if row is not None else float("nan")
+                float("nan")
+                if row is None
+                else share_right(row, WAYS[0], results.samples, size).value
                 for row in (results.rows.get(f"{policy} {ratio:g}") for ratio in RATIOS)
             ]
             for policy in known
@@ -57,11 +59,10 @@ def _heatmap(results: Results, known: list[str], path: Path) -> Path:
 
 def _logprobs(results: Results, known: list[str], path: Path) -> Path:
     figure, (panel,) = new_figure(1, width=6, height=3.8)
-    dense = results.rows[DENSE]
     for policy in known:
         rows = {ratio: results.rows.get(f"{policy} {ratio:g}") for ratio in RATIOS}
         points = [
-            (ratio, compare(row, dense, WAYS[0]).logprob.estimate)
+            (ratio, logprob_against(row, WAYS[0], DENSE))
             for ratio, row in rows.items()
             if row is not None
         ]
@@ -85,7 +86,7 @@ def _eviction(results: Results, path: Path) -> Path:
                 suffix = f" + {ratio:g}" if ratio else ""
                 rows = {b: results.rows.get(f"{method} {b}{suffix}") for b in BUDGETS}
                 points = [
-                    (budget, share_right(row, way, size))
+                    (budget, share_right(row, way, results.samples, size))
                     for budget, row in rows.items()
                     if row is not None
                 ]

@@ -10,8 +10,6 @@ to ask count only digits that are read from thin blocks:
 
 Every answer is led: each step is given the right tokens so far, and says what it would have said,
 and how likely the right one was. All digits likeliest is what a greedy answer that is right means.
-
-Pure Python, for environments without vLLM.
 """
 
 import math
@@ -77,6 +75,17 @@ def questions(way: str, seed: int, samples: int) -> Iterator[Question]:
                 assert answer[0] == _QUESTION_MARK
                 counted = slice(1, ANSWER_TOKENS)
             yield Question(length, _ids(prompt), _ids(answer), counted)
+
+
+def other_prompt(question: Question) -> tuple[int, ...]:
+    """The same text with a question for another record, which leaves its prefix in the cache."""
+    words = [VOCABULARY[token] for token in question.prompt]
+    # Of every record and, last, of the question itself.
+    places = [i for i in range(3, len(words)) if words[i - 3 : i] == ["the", "code", "of"]]
+    *records, asked = places
+    keys = [words[place] for place in records if words[place] != words[asked]]
+    words[asked] = keys[len(keys) // 2]
+    return _ids(words)
 
 
 def judge(question: Question, logprobs: Sequence[float], likeliest: Sequence[int]) -> Answer:

@@ -1,14 +1,13 @@
-"""Files made of results: ``tables.md``, pictures, and a section of a document."""
+"""What is made of results: pictures, and a section of a document."""
 
 from pathlib import Path
 
-from bench.tables import beside, markdown
-from bench.tables.markdown import DENSE
+from bench.tables import markdown
+from bench.tables.figures import DENSE
 from bench.tables.pictures import draw_all
 from bench.tables.questions import WAYS
 from bench.tables.results import Results
 
-TABLES = "tables.md"
 #: Kept by a document around what is replaced.
 MARKERS = ("<!-- quality tables: begin -->", "<!-- quality tables: end -->")
 
@@ -18,7 +17,7 @@ def write_report(results: Results, directory: Path, document: Path) -> list[Path
 
     Args:
         results: Rows; without a dense one there is nothing to compare with.
-        directory: Where tables and pictures go.
+        directory: Where pictures go.
         document: A Markdown file with `MARKERS`; it is left alone if it has none.
 
     Returns:
@@ -26,59 +25,34 @@ def write_report(results: Results, directory: Path, document: Path) -> list[Path
     """
     if DENSE not in results.rows:
         raise SystemExit(f"no row {DENSE!r} yet; run it with --only {DENSE}")
-    pictures = draw_all(results, directory)
-    summary = "\n\n".join(summary_parts(results, directory))
-    tables = directory / TABLES
-    everything = [
-        "# Quality tables",
-        provenance(results),
-        summary,
-        markdown.duels(results),
-        *markdown.all_tables(results),
-        markdown.remarks(results),
-    ]
-    tables.write_text("\n\n".join(filter(None, everything)) + "\n", encoding="utf-8")
-    written = [*pictures, tables]
-    if document.is_file() and replace_section(document, summary_of_document(results, directory)):
+    written = draw_all(results, directory)
+    if document.is_file() and replace_section(document, summary(results)):
         written.append(document)
     return written
 
 
-def summary_parts(results: Results, directory: Path) -> list[str]:
-    """Claims, and tables of all sizes together; what has no rows is left out."""
+def summary(results: Results) -> str:
+    """Claims, tables and remarks; what has no rows is left out."""
     sections = {
         "What was expected, and what was found": markdown.claims(results),
         "Channels: share right, unasked, by ratio": markdown.policies(results),
         "Channels: log-probability to dense": markdown.policies_logprob(results),
     }
-    for group in ("formats", "values", "eviction"):
+    for group, title in markdown.TITLES.items():
         for way in WAYS:
-            title = f"{markdown.TITLES[group]}, {way}"
-            sections[title] = markdown.group_table(results, group, way)
-    theirs = beside.load(directory)
-    if theirs is not None:
-        sections["Beside kvpress"] = beside.comparison(results, theirs)
-        sections["Choices, beside kvpress"] = beside.choices(theirs)
-    return [f"### {title}\n\n{text}" for title, text in sections.items() if text]
-
-
-def summary_of_document(results: Results, directory: Path) -> str:
-    """The summary with its provenance and its remarks."""
-    parts = [provenance(results), *summary_parts(results, directory), markdown.remarks(results)]
-    return "\n\n".join(filter(None, parts))
-
-
-def provenance(results: Results) -> str:
-    """One paragraph: questions, date, machine, versions."""
+            sections[f"{title}, {way}"] = markdown.group_table(results, group, way)
     found = results.provenance
     versions = ", ".join(f"{name} {text}" for name, text in found.get("versions", {}).items())
     codes = ", ".join(sorted({row.code for row in results.rows.values()}))
-    return (
+    parts = [
         f"{len(results.rows)} configurations, {results.samples} prompts of each size, seed "
         f"{results.seed}, `{results.model}`; last run {found.get('date', '-')}; "
         f"{found.get('processor', '-')}, {found.get('cores', '-')} cores; Python "
-        f"{found.get('python', '-')}, {versions}; code {codes}."
-    )
+        f"{found.get('python', '-')}, {versions}; code {codes}.",
+        *(f"### {title}\n\n{text}" for title, text in sections.items() if text),
+        markdown.remarks(results),
+    ]
+    return "\n\n".join(filter(None, parts))
 
 
 def replace_section(document: Path, text: str) -> bool:

@@ -1,70 +1,84 @@
-"""The file of results: one row for each configuration, written as they come."""
+"""The files of results: all answers while engines run, and figures of them to keep.
+
+Answers go to a working file that is not kept in the repository, with every question's. What pages
+and pictures need is counted from them, one line of JSON for each configuration.
+"""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from bench.tables.questions import Answer, Question
+from think_vllm.tools.common.compact import write_json
 
 
-class Answers(BaseModel):
-    """Answers to the questions of one size, in their order, each kind on one line of the file."""
-
+class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid")
+
+
+class Answers(_Record):
+    """Answers to the questions of one size, in their order."""
 
     right: str = Field(default="", description="1 for a right answer, 0 for a wrong one.")
-    logprob: str = Field(default="", description="Means over the digits that count; nats.")
+    logprobs: list[float] = Field(default=[], description="Means over counted digits; nats.")
 
 
-class Row(BaseModel):
+class Against(NamedTuple):
+    """A configuration against another on the same questions.
+
+    Args:
+        better: Questions that it alone answered right.
+        worse: Questions that the other alone answered right.
+        logprob: Mean difference of the log-probability of right digits; nats a digit.
+        low: Lower end of its 95 % interval; None where all differences are the same.
+        high: Upper end.
+    """
+
+    better: int
+    worse: int
+    logprob: float
+    low: float | None
+    high: float | None
+
+
+class Figures(_Record):
+    """What the answers to one way of asking come to."""
+
+    right: dict[int, int] = Field(description="Right answers by size.")
+    against: dict[str, Against] = Field(default={}, description="By the other's name.")
+
+
+class Row(_Record):
     """What one configuration answered."""
-
-    model_config = ConfigDict(extra="forbid")
 
     group: str
     labels: dict[str, Any]
     settings: dict[str, Any]
-    dtype: str
     code: str = Field(description="Version of the code that answered.")
     date: str = Field(description="UTC, ISO 8601.")
     seconds: float = Field(description="Start of the engine and all answers.")
-    plan: dict[str, Any] = Field(description="How blocks were made; empty without thin ones.")
-    answers: dict[str, dict[int, Answers]] = Field(description="By way of asking and by size.")
+    thin_share: dict[int, float] = Field(description="Of prompts, by size; empty if none is thin.")
+    hit_share: float | None = Field(default=None, description="Of prompts, in the prefix cache.")
+    answers: dict[str, dict[int, Answers]] = Field(
+        default={}, description="By way of asking and by size; in the working file only."
+    )
+    figures: dict[str, Figures] = Field(default={}, description="By way of asking.")
 
     def add(self, way: str, question: Question, answer: Answer) -> None:
         """Append the next answer."""
         cell = self.answers.setdefault(way, {}).setdefault(question.length, Answers())
         cell.right += str(int(answer.right))
-        cell.logprob = f"{cell.logprob} {answer.logprob:.5f}".lstrip()
-
-    def sizes(self, way: str) -> list[int]:
-        """Sizes that were asked."""
-        return sorted(self.answers.get(way, {}))
-
-    def right(self, way: str, size: int | None) -> list[float]:
-        """1 or 0 for each question of a size; None for all sizes."""
-        return [float(mark) for cell in self._cells(way, size) for mark in cell.right]
-
-    def logprob(self, way: str, size: int | None) -> list[float]:
-        """Mean log-probability for each question, as for `right`."""
-        return [float(x) for cell in self._cells(way, size) for x in cell.logprob.split()]
-
-    def _cells(self, way: str, size: int | None) -> list[Answers]:
-        cells = self.answers.get(way, {})
-        return [cells[length] for length in sorted(cells) if size in (None, length)]
+        cell.logprobs.append(round(answer.logprob, 5))
 
 
-class Results(BaseModel):
+class Results(_Record):
     """A file of rows that answered the same questions."""
-
-    model_config = ConfigDict(extra="forbid")
 
     model: str
     seed: int
     samples: int = Field(description="Questions of each size.")
     provenance: dict[str, Any] = Field(default={}, description="Of the last run that added rows.")
-    notes: dict[str, Any] = {}
     skipped: dict[str, str] = Field(default={}, description="Configurations that were not run.")
     rows: dict[str, Row] = {}
 
@@ -82,13 +96,11 @@ class Results(BaseModel):
             if getattr(found, name) != getattr(wanted, name):
                 raise SystemExit(
                     f"{path}: its {name} is {getattr(found, name)}, now "
-                    f"{getattr(wanted, name)}; give the same, or another --out"
+                    f"{getattr(wanted, name)}; give the same, or another file"
                 )
         return found
 
     def save(self, path: Path) -> None:
-        """Write the file; what was there stays whole until then."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
+        """Write the file, a row on each line; what was there stays whole until then."""
+        rows = {name: row.model_dump(exclude_defaults=True) for name, row in self.rows.items()}
+        write_json(path, self.model_dump(exclude={"rows"}) | {"rows": rows})

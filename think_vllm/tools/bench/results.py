@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from think_vllm.errors import ThinkError
 from think_vllm.tools.bench.configuration import Kind
 from think_vllm.tools.bench.scenario import LoadPoint, Scenario
+from think_vllm.tools.common.compact import write_json
 from think_vllm.tools.common.machine import Machine
 
 FORMAT = 1
@@ -138,9 +139,7 @@ class Results(_Record):
 
     def write(self, path: Path) -> None:
         """Write the file, whole or not at all."""
-        part = path.with_suffix(".part")
-        part.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        part.replace(path)
+        write_json(path, self.model_dump(mode="json"))
 
     @classmethod
     def read(cls, path: Path) -> Self:

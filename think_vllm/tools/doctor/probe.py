@@ -56,12 +56,14 @@ class ProbeResult(BaseModel):
         tokens: Generated, or followed.
         logprobs: Of the tokens.
         likeliest: The token that would have been chosen.
+        cached_tokens: Of each prompt, found in the prefix cache.
     """
 
     prompts: list[list[int]]
     tokens: list[list[int]]
     logprobs: list[list[float]]
     likeliest: list[list[int]]
+    cached_tokens: list[int] = []
 
 
 def make_prompts(job: ProbeJob, encode: Callable[[str], list[int]]) -> list[list[int]]:
@@ -124,10 +126,8 @@ def run(job: ProbeJob) -> ProbeResult:
         )
         for tokens in forced
     ]
-    outputs = [
-        output.outputs[0]
-        for output in llm.generate([{"prompt_token_ids": ids} for ids in prompts], params)
-    ]
+    requests = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params)
+    outputs = [request.outputs[0] for request in requests]
     steps = [list(zip(output.token_ids, output.logprobs or [], strict=True)) for output in outputs]
     return ProbeResult(
         prompts=prompts,
@@ -137,6 +137,7 @@ def run(job: ProbeJob) -> ProbeResult:
             [max(step, key=lambda token: step[token].logprob) for _, step in answer]
             for answer in steps
         ],
+        cached_tokens=[request.num_cached_tokens or 0 for request in requests],
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from think_vllm.tools.common.compact import write_json
 from think_vllm.tools.common.provenance import Provenance
 from think_vllm.tools.eval.harness import HarnessTable
 from think_vllm.tools.eval.stats import Difference, Estimate
@@ -67,7 +68,7 @@ def write_report(
         "by_cell": [asdict(group) for group in cells],
         "harness": [asdict(table) for table in harness],
     }
-    _write(directory / RESULTS_FILE, json.dumps(document, indent=1) + "\n")
+    write_json(directory / RESULTS_FILE, document)
     _write(directory / ANSWERS_FILE, "".join(f"{line}\n" for line in _answers(runs)))
     text = "\n".join(_markdown(runs, tasks, lengths, harness, provenance, settings, plots))
     _write(directory / REPORT_FILE, text + "\n")

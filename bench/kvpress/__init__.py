@@ -1,1 +1,0 @@
-"""The same prompts with kvpress, in an environment of its own (``requirements.txt``)."""
