@@ -13,6 +13,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from bench.support.markdown import table
 from bench.support.turns import take_turns, timed
 from bench.support.vllm_kernel import vllm_attention
 from think_vllm.kernels.cpu.compaction import compact_spans
@@ -181,9 +182,11 @@ def main() -> None:
         f"{torch.get_num_threads()} threads, "
         f"{options.rounds} rounds\n"
     )
-    print("| kernel | ms | of vLLM's time |\n| --- | --- | --- |")
-    for name in kernels:
-        print(f"| {name} | {1e3 * times.median(name):.2f} | {times.ratio(name, 'vLLM'):.2f} |")
+    rows = [
+        (name, f"{1e3 * times.median(name):.2f}", f"{times.ratio(name, 'vLLM'):.2f}")
+        for name in kernels
+    ]
+    print(table(["kernel", "ms", "of vLLM's time"], rows))
 
 
 if __name__ == "__main__":

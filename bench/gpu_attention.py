@@ -11,7 +11,6 @@ Prints tables, and writes JSON with date, GPU and versions after every batch and
 """
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -21,11 +20,13 @@ import torch
 
 from bench.gpu_check.machine import gpu_machine
 from bench.gpu_rivals import RIVALS, Kernel, Maker, flash_version, take
+from bench.support.markdown import table
 from csrc_triton.decode import decode_attention, decode_splits
 from csrc_triton.splits import make_workspace
 from think_vllm.plan.formats import FORMATS
 from think_vllm.plan.planner import BlockPlan, plan_blocks
 from think_vllm.plan.settings import ThinkConfig
+from think_vllm.tools.common.compact import write_json
 
 L2_BYTES = 256 * 2**20  # larger than any L2 cache
 COPY_BYTES = 2 * 2**30
@@ -148,11 +149,13 @@ def measure(
 
 def table_of(result: dict[str, Any], bandwidth: float) -> str:
     """One batch and context as Markdown."""
+    times, read = result["microseconds"], result["bytes"]
+    rows = [
+        [name, f"{took:.1f}", f"{1e8 * read[name] / bandwidth / took:.0f} %"]
+        for name, took in times.items()
+    ]
     text = f"\nbatch {result['batch']}, context {result['context']}\n\n"
-    text += "| kernel | us | of the byte ideal |\n| --- | --- | --- |\n"
-    for name, took in result["microseconds"].items():
-        share = 1e8 * result["bytes"][name] / bandwidth / took
-        text += f"| {name} | {took:.1f} | {share:.0f} % |\n"
+    text += table(["kernel", "us", "of the byte ideal"], rows) + "\n"
     return text + "".join(f"\n{name}: {error}\n" for name, error in result["errors"].items())
 
 
@@ -193,8 +196,7 @@ def main() -> None:
             print(table_of(results[-1], bandwidth), flush=True)
             torch.cuda.empty_cache()
             if options.out is not None:
-                text = json.dumps({"machine": machine, "results": results}, indent=2)
-                options.out.write_text(text + "\n", encoding="utf-8")
+                write_json(options.out, {"machine": machine, "results": results})
 
 
 if __name__ == "__main__":

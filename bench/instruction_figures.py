@@ -1,11 +1,12 @@
 """What ``bench/instructions.py`` counts, and the tables that it prints."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from bench.occupancy import MULTIPROCESSORS, Multiprocessor, Occupancy, byte_ideal_share
 from bench.sass import KINDS, load_bits
+from bench.support.markdown import table
 
 
 @dataclass(frozen=True)
@@ -68,46 +69,48 @@ class Figures:
 def write_table(figures: Iterable[Figures], num_lines: int) -> str:
     """Everything as Markdown."""
     rows = list(figures)
-    head = ["format", "GPU", "total", *KINDS]
-    counts = [
-        [f.format, f"sm_{f.capability}", f"{f.total:.1f}"]
-        + [f"{f.instructions[kind]:.1f}" for kind in KINDS]
-        for f in rows
-    ]
-    text = "Warp instructions per token and KV head in the loop over thin blocks:\n\n"
-    text += _table(head, counts)
-    head = ["format", "GPU", "tokens a tile", "registers", "spill bytes", "shared bytes", "warps",
-            "programs by registers / shared memory / threads / count", "warps resident",
-            "bytes per token and head", "share of the byte ideal, at most"]  # fmt: skip
-    text += "\nWhat a program takes, and what the instruction rate leaves of the bandwidth:\n\n"
-    text += _table(head, [
-        [f.format, f"sm_{f.capability}", str(f.tokens), str(f.registers), str(f.spill_bytes),
-         str(f.shared_bytes), str(f.warps),
-         " / ".join(map(str, asdict(f.occupancy).values())),
-         str(f.occupancy.programs * f.warps), f"{f.bytes:.0f}", f"{100 * f.share:.0f} %"]
-        for f in rows
-    ])  # fmt: skip
-    text += "\nLoads of an iteration, by bits of a thread:\n\n"
-    text += _table(["format", "GPU", "codes", "all"], [
-        [f.format, f"sm_{f.capability}",
-         ", ".join(f"{times} x {bits}" for bits, times in f.code_load_bits.items()),
-         _loads(f.loads)]
-        for f in rows
-    ])  # fmt: skip
-    for f in rows if num_lines else ():
-        text += f"\n{f.format}, sm_{f.capability}: instructions of an iteration by source line\n\n"
+    gpus = [(f.format, f"sm_{f.capability}") for f in rows]
+    counts = table(
+        ["format", "GPU", "total", *KINDS],
+        [
+            [*gpu, f"{f.total:.1f}", *(f"{f.instructions[kind]:.1f}" for kind in KINDS)]
+            for gpu, f in zip(gpus, rows, strict=True)
+        ],
+    )
+    takes = table(
+        ["format", "GPU", "tokens a tile", "registers", "spill bytes", "shared bytes", "warps",
+         "programs by registers / shared memory / threads / count", "warps resident",
+         "bytes per token and head", "share of the byte ideal, at most"],
+        [
+            [*gpu, f.tokens, f.registers, f.spill_bytes, f.shared_bytes, f.warps,
+             " / ".join(map(str, asdict(f.occupancy).values())), f.occupancy.programs * f.warps,
+             f"{f.bytes:.0f}", f"{100 * f.share:.0f} %"]
+            for gpu, f in zip(gpus, rows, strict=True)
+        ],
+    )  # fmt: skip
+    loads = table(
+        ["format", "GPU", "codes", "all"],
+        [
+            [
+                *gpu,
+                ", ".join(f"{times} x {bits}" for bits, times in f.code_load_bits.items()),
+                _loads(f.loads),
+            ]
+            for gpu, f in zip(gpus, rows, strict=True)
+        ],
+    )
+    text = (
+        f"Warp instructions per token and KV head in the loop over thin blocks:\n\n{counts}\n\n"
+        f"What a program takes, and what the instruction rate leaves of the bandwidth:\n\n{takes}"
+        f"\n\nLoads of an iteration, by bits of a thread:\n\n{loads}\n"
+    )
+    for gpu, f in zip(gpus, rows, strict=True) if num_lines else ():
+        text += f"\n{', '.join(gpu)}: instructions of an iteration by source line\n\n"
         text += "".join(f"* {times} {line}\n" for line, times in list(f.lines.items())[:num_lines])
-    for f in rows:
+    for gpu, f in zip(gpus, rows, strict=True):
         if f.other_loops:
-            text += (
-                f"\n{f.format}, sm_{f.capability}: further loops, not counted: {f.other_loops}\n"
-            )
+            text += f"\n{', '.join(gpu)}: further loops, not counted: {f.other_loops}\n"
     return text
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def _loads(loads: dict[str, int]) -> str:

@@ -5,8 +5,10 @@ Pure functions over text. Nothing here needs a GPU, CUDA or Triton.
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+
+import networkx as nx
 
 #: Kinds of instructions, in the order in which tables have them.
 KINDS = (
@@ -161,38 +163,31 @@ def find_loops(code: Sequence[Instruction]) -> list[Loop]:
     A branch backwards makes a loop only if its target dominates it: code that the assembler has
     moved behind the kernel's end and that jumps back into the middle of a loop makes none.
     """
-    after = [_successors(code, index) for index in range(len(code))]
-    before: list[list[int]] = [[] for _ in code]
-    reached = _reach(after, 0)
-    for index in reached:
-        for successor in after[index]:
-            before[successor].append(index)
+    graph = nx.DiGraph()
+    graph.add_node(0)
+    for index, instruction in enumerate(code):
+        if instruction.falls_through and index + 1 < len(code):
+            graph.add_edge(index, index + 1)
+        # A target behind the last instruction is a label at the end of the text.
+        if instruction.target is not None and instruction.target < len(code):
+            graph.add_edge(index, instruction.target)
+    graph = graph.subgraph({0, *nx.descendants(graph, 0)})
+    dominators = nx.immediate_dominators(graph, 0)
     bodies: dict[int, set[int]] = {}
-    for index in sorted(reached):
-        for header in after[index]:
-            if header <= index and (header == 0 or index not in _reach(after, 0, without=header)):
-                bodies.setdefault(header, {header}).update(_reach(before, index, without=header))
+    for index, header in sorted(graph.edges):
+        if header <= index and _dominates(header, index, dominators):
+            inside = graph.subgraph(graph.nodes - {header})
+            body = {index, *nx.ancestors(inside, index)} if index != header else set()
+            bodies.setdefault(header, {header}).update(body)
     return [Loop(header, frozenset(body)) for header, body in sorted(bodies.items())]
 
 
-def _successors(code: Sequence[Instruction], index: int) -> list[int]:
-    following = [index + 1] if code[index].falls_through and index + 1 < len(code) else []
-    target = code[index].target
-    # A target behind the last instruction is a label at the end of the text.
-    return following if target is None or target >= len(code) else [*following, target]
-
-
-def _reach(edges: Sequence[Sequence[int]], start: int, without: int | None = None) -> set[int]:
-    """Nodes that can be reached from ``start``, itself included, on ways around ``without``."""
-    if start == without:
-        return set()
-    seen, todo = {start}, [start]
-    while todo:
-        for node in edges[todo.pop()]:
-            if node not in seen and node != without:
-                seen.add(node)
-                todo.append(node)
-    return seen
+def _dominates(header: int, index: int | None, dominators: Mapping[int, int | None]) -> bool:
+    """Whether every way to an instruction leads through the header."""
+    while index is not None and index != header:
+        above = dominators.get(index)
+        index = None if above == index else above  # the first instruction is its own
+    return index == header
 
 
 def enclosing(loop: Loop, loops: Iterable[Loop]) -> list[Loop]:

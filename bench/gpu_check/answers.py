@@ -21,7 +21,7 @@ from typing import Any
 
 from bench.gpu_check.engine import make_llm
 from bench.gpu_check.jit import CompilationCounter
-from bench.gpu_check.machine import gpu_machine
+from bench.gpu_check.machine import write_result
 from bench.support.repository import BUNDLED, REPOSITORY
 from think_vllm.tools.eval.recall import RecallSample, recall_prompt
 
@@ -186,9 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             bad += bool(faults)
             rights = "/".join(str(turn["right"]) for turn in result.get("turns", []))
             print(f"{name}: {'; '.join(faults) or f'{rights} right'}", flush=True)
-            if options.out is not None:
-                told = {"machine": gpu_machine(), "cases": results}
-                options.out.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+            write_result(options.out, cases=results)
     return 1 if bad else 0
 
 

@@ -5,7 +5,6 @@ batches, block tables, prompts, chunks and layers. Exits with 1 if anything was 
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,8 @@ from pathlib import Path
 import torch
 
 from bench.gpu_check.jit import CompilationCounter
-from bench.gpu_check.machine import gpu_machine
+from bench.gpu_check.kernel import HEADS, plan_of
+from bench.gpu_check.machine import write_result
 from csrc_triton.compact import compact_spans
 from csrc_triton.context import context_attention
 from csrc_triton.decode import decode_attention, decode_splits
@@ -21,12 +21,9 @@ from csrc_triton.scores import add_query_energy, key_energy
 from csrc_triton.splits import make_workspace
 from csrc_triton.store import store_dense
 from think_vllm.plan.formats import FORMATS
-from think_vllm.plan.planner import BlockPlan, plan_blocks
-from think_vllm.plan.settings import ThinkConfig
+from think_vllm.plan.planner import BlockPlan
 from think_vllm.worker.cuda.warmup import warm_up
 
-HEADS = (32, 8)
-HEAD_SIZE = 128
 #: Rows of a batch: 1, which Triton compiles in; multiples of 16, which it tells apart; neither.
 BATCHES = (1, 2, 3, 16, 17, 64)
 #: Spans in the block table of a request: its stride is a multiple of 16, or not.
@@ -92,10 +89,7 @@ def launch_all(plan: BlockPlan, heads: tuple[int, int], batch: int, spans: int,
 
 def check(quant: str, ratio: float, device: torch.device) -> dict[str, int]:
     """Compilations after warm-up, by kernel, of one format."""
-    config = ThinkConfig.model_validate({"kv_channel_prune": ratio, "kv_quant": quant})
-    plan = plan_blocks(config, HEAD_SIZE, 2)
-    if plan is None:
-        raise ValueError(f"{quant} at {ratio} prunes nothing")
+    plan = plan_of(quant, ratio)
     warm_up(plan, HEADS, torch.bfloat16, device)
     with CompilationCounter() as counter:
         for batch in BATCHES:
@@ -120,9 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for quant in options.formats:
         found[quant] = check(quant, options.ratio, torch.device("cuda"))
         print(f"{quant}: {found[quant] or 'nothing was compiled after warm-up'}", flush=True)
-        if options.out is not None:
-            told = {"machine": gpu_machine(), "compilations": found}
-            options.out.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        write_result(options.out, compilations=found)
     return 1 if any(found.values()) else 0
 
 

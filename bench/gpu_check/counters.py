@@ -2,13 +2,12 @@
 
 import argparse
 import csv
-import json
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.gpu_check.machine import gpu_machine
+from bench.gpu_check.machine import write_result
 from think_vllm.plan.formats import FORMATS
 
 METRICS = (
@@ -70,9 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (OSError, subprocess.TimeoutExpired) as error:
             found[quant], said = {}, str(error)
         print(f"{quant}: {found[quant] or said}", flush=True)
-        if options.out is not None:
-            told = {"machine": gpu_machine(), "counters": found}
-            options.out.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        write_result(options.out, counters=found)
     return 0 if all(found.values()) else 1
 
 

@@ -25,11 +25,16 @@ LAUNCHES = 4
 COMPACTION = "compaction"
 
 
-def plan_of(quant: str) -> BlockPlan:
-    """Blocks of a format, half of the key channels pruned."""
-    config = ThinkConfig.model_validate({"kv_channel_prune": 0.5, "kv_quant": quant})
+def plan_of(quant: str, ratio: float = 0.5) -> BlockPlan:
+    """Blocks of a format, a share of the key channels pruned.
+
+    Raises:
+        ValueError: If they are those of plain vLLM.
+    """
+    config = ThinkConfig.model_validate({"kv_channel_prune": ratio, "kv_quant": quant})
     plan = plan_blocks(config, HEAD_SIZE, 2)
-    assert plan is not None
+    if plan is None:
+        raise ValueError(f"{quant} at {ratio} prunes nothing")
     return plan
 
 

@@ -7,7 +7,6 @@ each other.
 """
 
 import argparse
-import json
 import math
 import random
 import sys
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu_check.engine import SHAPE_8B, make_llm, make_shape
-from bench.gpu_check.machine import gpu_machine
+from bench.gpu_check.machine import write_result
 from bench.gpu_check.trace import Trace, summarize
 from bench.support.repository import BUNDLED
 from think_vllm.plan.formats import FORMATS
@@ -118,12 +117,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(title + ("" if complete else ", cut off"))
     for name, figure in figures.items():
         print(f"  {name}: {figure:.1f}")
-    if options.out is not None:
-        told = {
-            "machine": gpu_machine(), "title": title, "complete": complete, "figures": figures,
-            "options": {name: str(value) for name, value in vars(options).items()},
-        }  # fmt: skip
-        options.out.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    told = {name: str(value) for name, value in vars(options).items()}
+    write_result(options.out, title=title, complete=complete, figures=figures, options=told)
     return 0 if figures["output_tokens"] else 1
 
 

@@ -2,13 +2,12 @@
 
 import argparse
 import importlib
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.gpu_check.machine import gpu_machine
+from bench.gpu_check.machine import write_result
 
 
 def _kernels() -> str:
@@ -91,9 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     more, missing = try_all(OPTIONAL)
     for name, said in {**loaded, **more, **errors, **missing}.items():
         print(f"{name}: {said}")
-    if options.out is not None:
-        told = {"machine": gpu_machine(), "loaded": loaded | more, "errors": errors | missing}
-        options.out.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    write_result(options.out, loaded=loaded | more, errors=errors | missing)
     return 1 if errors else 0
 
 

@@ -2,10 +2,12 @@
 
 import platform
 import re
-import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
-from bench.support.repository import REPOSITORY
+from bench.support.repository import REPOSITORY, ask, describe_commit
+from think_vllm.tools.common.compact import write_json
 from think_vllm.tools.common.machine import now, package_versions
 
 #: Written by ``make gpu-kit``: the copy on a lent machine may have no history.
@@ -25,9 +27,10 @@ GPU_FIELDS = {
 
 def gpu_machine() -> dict[str, object]:
     """Date, GPU, clocks, driver, versions, command and commit; what cannot be told is left out."""
+    fields = ",".join(GPU_FIELDS.values())
     return {
         "date": now(),
-        **read_gpu(_ask(["nvidia-smi", f"--query-gpu={_query()}", "--format=csv,noheader"])),
+        **read_gpu(ask("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader")),
         "python": platform.python_version(),
         "versions": package_versions(PACKAGES),
         "command": [sys.executable, *sys.orig_argv[1:]],
@@ -35,8 +38,10 @@ def gpu_machine() -> dict[str, object]:
     }
 
 
-def _query() -> str:
-    return ",".join(GPU_FIELDS.values())
+def write_result(path: Path | None, **fields: Any) -> None:
+    """Write what was found with the machine, whole or not at all; nothing without a path."""
+    if path is not None:
+        write_json(path, {"machine": gpu_machine(), **fields})
 
 
 def read_gpu(answer: str) -> dict[str, str]:
@@ -48,9 +53,8 @@ def read_gpu(answer: str) -> dict[str, str]:
 
 def find_commit() -> str:
     """Commit of the repository, ``-dirty`` behind it if files were changed; empty if unknown."""
-    said = _ask(["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=40"])
-    if said:
-        return said.strip()
+    if commit := describe_commit():
+        return commit
     return KIT_COMMIT.read_text(encoding="utf-8").strip() if KIT_COMMIT.is_file() else ""
 
 
@@ -58,11 +62,3 @@ def folder_name(machine: dict[str, object]) -> str:
     """``gpu-NAME-DATE``, in characters that every file system takes."""
     name = re.sub(r"[^a-z0-9]+", "-", str(machine.get("gpu", "none")).lower()).strip("-")
     return f"gpu-{name}-{str(machine['date'])[:10]}"
-
-
-def _ask(command: list[str]) -> str:
-    try:
-        said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return said.stdout if said.returncode == 0 else ""

@@ -11,6 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+# Without pyplot: no window, no state that others share.
+from matplotlib.figure import Figure
+
 from think_vllm.tools.bench.plots import COLORS, DPI
 
 #: What decode attention is compared with.
@@ -45,7 +48,7 @@ def draw_attention(measured: dict[str, Any], path: Path) -> None:
     """A row of two panels for each batch and context."""
     bars = attention_bars(measured)
     kernels = sum(len(rows) for rows in bars.values())
-    figure = _figure(11, 1 + 0.2 * kernels + 0.6 * len(bars))
+    figure = Figure((11, 1 + 0.2 * kernels + 0.6 * len(bars)), layout="constrained")
     axes = figure.subplots(len(bars), 2, squeeze=False)
     for row, (title, rows) in zip(axes, bars.items(), strict=True):
         names = [name for name, _, _ in rows]
@@ -58,7 +61,7 @@ def draw_attention(measured: dict[str, Any], path: Path) -> None:
 
 def draw_loads(loads: Sequence[dict[str, Any]], path: Path) -> None:
     """A panel for each figure of ``bench/gpu_check/load.py``."""
-    figure = _figure(11, 2 + 0.6 * len(loads))
+    figure = Figure((11, 2 + 0.6 * len(loads)), layout="constrained")
     titles = [one["title"] + ("" if one["complete"] else ", cut off") for one in loads]
     for axis, (name, field) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
         _bars(axis, titles, [one["figures"][field] for one in loads], name)
@@ -73,13 +76,6 @@ def _bars(axis: Any, names: Sequence[str], values: Sequence[float], title: str) 
     axis.invert_yaxis()
     axis.margins(x=0.15)
     axis.set_title(title, fontsize=9)
-
-
-def _figure(width: float, height: float) -> Any:
-    # Without pyplot: no window, no state that others share.
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _finish(figure: Any, title: str, machine: dict[str, Any], path: Path) -> None:

@@ -5,7 +5,6 @@ while it runs; ``check-PART.json`` names all sections that have ended, and is wr
 """
 
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -16,6 +15,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from think_vllm.tools.common.compact import write_json
 
 PASSED, FAILED, TIMED_OUT, NOT_RUN = "passed", "failed", "timed out", "not run"
 #: How long a section that is out of time may take to write what it has.
@@ -171,8 +172,8 @@ def run_all(
         print(_tail(out / ended.output), end="")
         why = f" ({ended.why})" if ended.why else ""
         print(f"-- {ended.name}: {ended.status}{why}, {ended.seconds:g} s\n", flush=True)
-        text = json.dumps({"machine": machine, "sections": [asdict(e) for e in done]}, indent=2)
-        (out / f"check-{part}.json").write_text(text + "\n", encoding="utf-8")
+        told = {"machine": machine, "sections": [asdict(ended) for ended in done]}
+        write_json(out / f"check-{part}.json", told)
         if archive is not None:
             _pack(out, archive)
     return done

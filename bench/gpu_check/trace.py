@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+import numpy as np
+
 
 @dataclass
 class Trace:
@@ -30,7 +32,7 @@ def quantile(values: Sequence[float], share: float) -> float:
     """The smallest value that at least this share of the values does not exceed; NaN for none."""
     if not values:
         return math.nan
-    return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
+    return float(np.quantile(values, share, method="inverted_cdf"))
 
 
 def summarize(trace: Trace, end: float) -> dict[str, float]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from bench.support.repository import git
 from bench.tables.configurations import Configuration
 from bench.tables.questions import ANSWER_TOKENS, Question, judge, other_prompt, questions
 from bench.tables.results import Results, Row
@@ -176,13 +177,7 @@ def thin_share(
 
 def code_version() -> str:
     """Name of what git has in the package's folder, and whether files differ from it."""
-    try:
-        tree = _git("rev-parse", "--short=12", f"HEAD:{PACKAGE}")
-        return tree + ("+changes" if _git("status", "--porcelain", "--", PACKAGE) else "")
-    except (OSError, subprocess.CalledProcessError):
+    tree = git("rev-parse", "--short=12", f"HEAD:{PACKAGE}")
+    if not tree:
         return __version__
-
-
-def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True)
-    return done.stdout.strip()
+    return tree + ("+changes" if git("status", "--porcelain", "--", PACKAGE) else "")

@@ -1,7 +1,8 @@
 """Tables of results in Markdown."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 
+from bench.support.markdown import table
 from bench.tables.configurations import POLICIES, RATIOS, configurations
 from bench.tables.figures import (
     DENSE,
@@ -22,14 +23,6 @@ TITLES = {
     "eviction": "Eviction",
     "prefixes": "Cached prefixes, and prompts pruned in chunks",
 }
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; nothing without rows."""
-    lines = [header, ["---"] * len(header), *rows]
-    if len(lines) == 2:
-        return ""
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def share(estimate: Estimate) -> str:

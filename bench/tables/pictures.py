@@ -8,11 +8,8 @@ from bench.tables.figures import DENSE, logprob_against, share_right
 from bench.tables.markdown import known_policies
 from bench.tables.questions import SIZES, WAYS
 from bench.tables.results import Results
-from think_vllm.tools.eval.pictures import new_figure, save
+from think_vllm.tools.eval.pictures import draw_grid, new_figure, save
 from think_vllm.tools.eval.stats import Estimate
-
-#: Shares below this are drawn in colours that want white letters.
-_DARK = 0.6
 
 
 def draw_all(results: Results, directory: Path) -> list[Path]:
@@ -40,15 +37,8 @@ def _heatmap(results: Results, known: list[str], path: Path) -> Path:
             ]
             for policy in known
         ]
-        image = panel.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-        for y, line in enumerate(values):
-            for x, value in enumerate(line):
-                text = f"{value:.2f}" if value == value else "-"
-                color = "white" if value < _DARK else "black"
-                panel.text(x, y, text, ha="center", va="center", fontsize=8, color=color)
+        image = draw_grid(panel, values, [f"{ratio:g}" for ratio in RATIOS], known)
         panel.set_title(f"{size} tokens, {records} records", fontsize=9)
-        panel.set_xticks(range(len(RATIOS)), [f"{ratio:g}" for ratio in RATIOS])
-        panel.set_yticks(range(len(known)), known)
         panel.set_xlabel("pruned share of key channels")
     figure.suptitle(f"share answered right, {results.samples} prompts a cell", fontsize=10)
     if image is not None:

@@ -21,9 +21,9 @@ import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from bench.support.repository import REPOSITORY, describe_commit
 from scripts.gpu_kit.fatbin import strip
 
-REPOSITORY = Path(__file__).resolve().parent.parent.parent
 HERE = Path(__file__).resolve().parent
 VLLM = "vllm==0.32.0"
 CAPABILITY = 90
@@ -122,14 +122,9 @@ def build(kit: Path, wheels: Path) -> int:
     for wheel in others:
         shutil.copy2(wheel, kit)
     shutil.copy2(HERE / "check.sh", kit)
-    (kit / "commit").write_text(commit() + "\n", encoding="utf-8")
+    # That machine's copy may have no history.
+    (kit / "commit").write_text(describe_commit() + "\n", encoding="utf-8")
     return check_size(kit)
-
-
-def commit() -> str:
-    """Commit of the repository; that machine's copy may have no history."""
-    command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=40"]
-    return subprocess.run(command, check=False, capture_output=True, text=True).stdout.strip()
 
 
 def check_size(kit: Path, most: int = MAX_BYTES) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.support.repository import describe_commit
 from scripts.gpu_kit import build
 from scripts.gpu_kit.build import FLASH_ATTENTION, KERNELS, KitError, check_size, pack_vllm
 from scripts.gpu_kit.fatbin import MACHINE_CODE, MAGIC, PTX, strip
@@ -127,7 +128,7 @@ def test_requirements_are_pinned() -> None:
 
 
 def test_commit() -> None:
-    assert len(build.commit().removesuffix("-dirty")) == 40
+    assert len(describe_commit().removesuffix("-dirty")) == 40
 
 
 def test_the_kits_script_can_be_read() -> None:

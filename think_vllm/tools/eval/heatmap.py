@@ -3,11 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from think_vllm.tools.eval.pictures import new_figure, save
+from think_vllm.tools.eval.pictures import draw_grid, new_figure, save
 from think_vllm.tools.eval.summary import Group
-
-#: Scores below this are drawn in colours that want white letters.
-_DARK = 0.6
 
 
 def draw_heatmaps(cells: Sequence[Group], directory: Path) -> list[Path]:
@@ -45,17 +42,13 @@ def _draw(task: str, cells: Sequence[Group], path: Path) -> None:
             ]
             for depth in depths
         ]
-        image = panel.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-        for row, line in enumerate(values):
-            for column, value in enumerate(line):
-                # Nobody answered where there is no number.
-                text = f"{value:.2f}" if value == value else "-"
-                # Low values are dark.
-                color = "white" if value < _DARK else "black"
-                panel.text(column, row, text, ha="center", va="center", fontsize=8, color=color)
+        image = draw_grid(
+            panel,
+            values,
+            columns=[str(length) for length in lengths],
+            rows=[f"{100 * depth:.0f} %" for depth in depths],
+        )
         panel.set_title(label, fontsize=9)
-        panel.set_xticks(range(len(lengths)), [str(length) for length in lengths])
-        panel.set_yticks(range(len(depths)), [f"{100 * depth:.0f} %" for depth in depths])
         panel.set_xlabel("tokens")
     axes[0].set_ylabel("depth of the fact")
     asked = cells[0].figures[0].asked
