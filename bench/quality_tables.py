@@ -20,7 +20,7 @@ from pathlib import Path
 
 from bench.tables.configurations import Configuration, configurations
 from bench.tables.engine import ask, check, code_version, flags
-from bench.tables.figures import count
+from bench.tables.figures import DENSE, count
 from bench.tables.report import write_report
 from bench.tables.results import Results
 from think_vllm.errors import ThinkError
@@ -81,14 +81,12 @@ def main() -> None:
     parser.add_argument("--no-report", action="store_true", help="only ask")
     options = parser.parse_args()
     check_pictures()
-    everything = list(configurations())
-    wanted = [
-        configuration
-        for configuration in everything
-        if any(fnmatch.fnmatch(configuration.name, pattern) for pattern in options.only)
-    ]
-    if not wanted:
+    everything = {configuration.name: configuration for configuration in configurations()}
+    names = {name for pattern in options.only for name in fnmatch.filter(everything, pattern)}
+    if not names:
         raise SystemExit(f"--only {shlex.join(options.only)}: no configuration has such a name")
+    # The others are compared with its answers.
+    wanted = [everything[name] for name in everything if name in {*names, DENSE}]
     asked = Results(model=str(options.model), seed=options.seed, samples=options.samples)
     results = Results.load(options.out / "results.json", asked)
     if not options.report:
@@ -101,8 +99,7 @@ def main() -> None:
             name: row.model_copy(update={"answers": {}}) for name, row in answers.rows.items()
         }
     # In the order of the list, whichever came first; without those that it no longer has.
-    names = [configuration.name for configuration in everything]
-    results.rows = {name: results.rows[name] for name in names if name in results.rows}
+    results.rows = {name: results.rows[name] for name in everything if name in results.rows}
     results.save(options.out / "results.json")
     for path in [] if options.no_report else write_report(results, options.out, options.document):
         print(path)

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from functools import cache
+from itertools import cycle, islice
 from pathlib import Path
 
 import torch
@@ -94,16 +95,17 @@ def ask(configuration: Configuration, results: Results) -> Row:
 def in_order(count: int, hits: bool) -> list[tuple[int, bool]]:
     """Which question's prompt comes when, and whether its answer counts.
 
-    With hits, as many prompts as run at once leave their prefixes first, and then are asked.
+    With hits, as many prompts as run at once leave their prefixes first, some of them twice if need
+    be: none is asked while its prefix is computed.
     """
     if not hits:
         return [(place, True) for place in range(count)]
-    return [
-        (place, counts)
-        for first in range(0, count, SEQUENCES)
-        for counts in (False, True)
-        for place in range(first, min(first + SEQUENCES, count))
-    ]
+    order: list[tuple[int, bool]] = []
+    for first in range(0, count, SEQUENCES):
+        places = range(first, min(first + SEQUENCES, count))
+        order += [(place, False) for place in islice(cycle(places), SEQUENCES)]
+        order += [(place, True) for place in places]
+    return order
 
 
 def engine_arguments(configuration: Configuration) -> list[str]:
