@@ -11,7 +11,6 @@ models (models/README.md).
 """
 
 import argparse
-import dataclasses
 import fnmatch
 import re
 import shlex
@@ -24,8 +23,8 @@ from bench.tables.figures import DENSE, count
 from bench.tables.report import write_report
 from bench.tables.results import Results
 from think_vllm.errors import ThinkError
-from think_vllm.tools.common.provenance import collect_provenance
-from think_vllm.tools.eval.pictures import check_pictures
+from think_vllm.tools.common.figures import check_matplotlib
+from think_vllm.tools.common.machine import this_machine
 
 ANSWERS = Path("bench/out/quality-tables.json")
 OUT = Path("docs/results/quality-tables")
@@ -56,12 +55,8 @@ def fill(results: Results, wanted: list[Configuration], options: argparse.Namesp
             print(f"  {results.skipped[name]}", flush=True)
             continue
         results.skipped.pop(name, None)
-        results.provenance = dataclasses.asdict(
-            dataclasses.replace(
-                collect_provenance([]),
-                command=shlex.join(["python", "-m", "bench.quality_tables", *sys.argv[1:]]),
-            )
-        )
+        command = shlex.join(["python", "-m", "bench.quality_tables", *sys.argv[1:]])
+        results.provenance = {**this_machine(with_device=False).model_dump(), "command": command}
         results.save(options.answers)
         print(f"  {results.rows[name].seconds:.0f} s", flush=True)
 
@@ -80,7 +75,7 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="run nothing, write the report")
     parser.add_argument("--no-report", action="store_true", help="only ask")
     options = parser.parse_args()
-    check_pictures()
+    check_matplotlib("quality_tables")
     everything = {configuration.name: configuration for configuration in configurations()}
     names = {name for pattern in options.only for name in fnmatch.filter(everything, pattern)}
     if not names:

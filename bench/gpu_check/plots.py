@@ -14,7 +14,7 @@ from typing import Any
 # Without pyplot: no window, no state that others share.
 from matplotlib.figure import Figure
 
-from think_vllm.tools.bench.plots import COLORS, DPI
+from think_vllm.tools.common.figures import COLORS, DPI
 
 #: What decode attention is compared with.
 BASELINE = "FlashAttention 3"

@@ -8,7 +8,7 @@ from bench.tables.figures import DENSE, logprob_against, share_right
 from bench.tables.markdown import known_policies
 from bench.tables.questions import SIZES, WAYS
 from bench.tables.results import Results
-from think_vllm.tools.eval.pictures import draw_grid, new_figure, save
+from think_vllm.tools.common.figures import heatmap, new_figure, save
 from think_vllm.tools.eval.stats import Estimate
 
 
@@ -37,7 +37,7 @@ def _heatmap(results: Results, known: list[str], path: Path) -> Path:
             ]
             for policy in known
         ]
-        image = draw_grid(panel, values, [f"{ratio:g}" for ratio in RATIOS], known)
+        image = heatmap(panel, values, [f"{ratio:g}" for ratio in RATIOS], known)
         panel.set_title(f"{size} tokens, {records} records", fontsize=9)
         panel.set_xlabel("pruned share of key channels")
     figure.suptitle(f"share answered right, {results.samples} prompts a cell", fontsize=10)

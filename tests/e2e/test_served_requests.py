@@ -13,7 +13,7 @@ import pytest
 import vllm
 
 from tests.support.server import Server, offline_environment, serve_arguments
-from tests.unit.loadtest.made import figures, measurement, results
+from tests.unit.loadtest.example_results import figures, measurement, results
 from think_vllm.tools.bench.comparison import rows_of
 from think_vllm.tools.bench.results import Results
 from think_vllm.tools.bench.scenario import load_scenario

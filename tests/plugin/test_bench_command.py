@@ -83,7 +83,7 @@ def test_bench_refuses_an_address_that_is_none(
 ) -> None:
     arguments = ["bench", str(recall_model), "--base-url", "localhost:1", "--no-plots"]
     assert main([*arguments, "--out", str(tmp_path / "out")]) == 2
-    assert "--base-url localhost:1: no OpenAI-compatible server" in capsys.readouterr().err
+    assert "--base-url 'localhost:1' is no address; write it as in http" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags", DEFAULT_FLAGS)

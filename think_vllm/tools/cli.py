@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 from think_vllm import __version__
 from think_vllm.errors import ThinkError
@@ -19,6 +20,16 @@ commands:
 `think-vllm COMMAND --help` says more.
 """
 
+#: Module and function of each.
+_COMMANDS = {
+    "serve": ("serve", "serve"),
+    "plan": ("plan", "plan"),
+    "calibrate": ("calibrate.command", "calibrate"),
+    "doctor": ("doctor.command", "doctor"),
+    "bench": ("bench.command", "bench"),
+    "eval": ("eval.command", "evaluate"),
+}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return its exit status."""
@@ -29,37 +40,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[0] in ("-V", "--version"):
         sys.stdout.write(f"think-vllm {__version__}\n")
         return 0
-    command, rest = arguments[0], arguments[1:]
+    command, *rest = arguments
+    if command not in _COMMANDS:
+        sys.stderr.write(f"think-vllm: unknown command {command!r}\n\n{USAGE}")
+        return 2
+    module, function = _COMMANDS[command]
     try:
-        if command == "serve":
-            from think_vllm.tools.serve import serve
-
-            return serve(rest)
-        if command == "plan":
-            from think_vllm.tools.plan import plan
-
-            return plan(rest)
-        if command == "calibrate":
-            from think_vllm.tools.calibrate.command import calibrate
-
-            return calibrate(rest)
-        if command == "doctor":
-            from think_vllm.tools.doctor.command import doctor
-
-            return doctor(rest)
-        if command == "bench":
-            from think_vllm.tools.bench.command import bench
-
-            return bench(rest)
-        if command == "eval":
-            from think_vllm.tools.eval.command import evaluate
-
-            return evaluate(rest)
+        # Only what the command needs: some imports take seconds.
+        status: int = getattr(import_module(f"think_vllm.tools.{module}"), function)(rest)
     except ThinkError as error:
         sys.stderr.write(f"think-vllm: error: {error}\n")
         return 2
-    sys.stderr.write(f"think-vllm: unknown command {command!r}\n\n{USAGE}")
-    return 2
+    return status
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def example_hint(arguments: argparse.Namespace, environment: Mapping[str, str]) 
 def _reach(arguments: argparse.Namespace) -> list[str]:
     """What curl needs to reach the server: options, then the address."""
     is_ssl = arguments.ssl_keyfile or arguments.ssl_certfile  # as uvicorn has it
-    options = ["-k"] if is_ssl else []  # the certificate may be made by nobody that curl knows
+    options = ["-k"] if is_ssl else []  # curl may not know who issued the certificate
     where = f"{_host(arguments.host)}:{arguments.port}"
     if arguments.uds:
         options += ["--unix-socket", str(arguments.uds)]

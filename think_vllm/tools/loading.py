@@ -19,7 +19,7 @@ PLUGIN_GROUP, PLUGIN_NAME = "vllm.general_plugins", "think_vllm"
 
 
 def left_out(environment: Mapping[str, str] = os.environ) -> str:
-    """Why vLLM does not load this plugin, and the way out; empty if it does."""
+    """Why vLLM does not load this plugin, and the remedy; empty if it does."""
     chosen = environment.get(VARIABLE)
     if chosen is None or PLUGIN_NAME in chosen.split(","):
         return ""
@@ -31,10 +31,10 @@ def left_out(environment: Mapping[str, str] = os.environ) -> str:
 
 
 def check_loaded(arguments: Sequence[str]) -> None:
-    """Refuse arguments of `serve` that only this plugin understands where it is not loaded.
+    """Reject arguments of `serve` that only this plugin understands where it is not loaded.
 
     Raises:
-        ThinkError: Naming the variable, the first of these arguments, and the way out.
+        ThinkError: Naming the variable, the first of these arguments, and the remedy.
     """
     why = left_out()
     used = why and next(iter(_ours(arguments)), "")

@@ -1,8 +1,8 @@
-"""Multiples of plain vLLM's figures, from results made by hand."""
+"""Multiples of plain vLLM's figures, from results written by hand."""
 
 import pytest
 
-from tests.unit.loadtest.made import MACHINE, SCENARIO, figures, measurement, results
+from tests.unit.loadtest.example_results import MACHINE, SCENARIO, figures, measurement, results
 from think_vllm.errors import ThinkError
 from think_vllm.tools.bench.comparison import check_comparable, rows_of
 
@@ -91,6 +91,6 @@ def test_check_comparable_tells_differences() -> None:
         ({"scenarios": [SCENARIO.changed(name="other")]}, "none of them is run"),
     ],
 )
-def test_check_comparable_refuses(changes: dict[str, object], message: str) -> None:
+def test_check_comparable_rejects(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ThinkError, match=message):
         check_comparable(results(**changes), RUN, None)

@@ -13,22 +13,24 @@ from think_vllm.tools.bench.configuration import (
 
 
 def test_make_configurations_begins_with_what_others_are_compared_with() -> None:
-    made = make_configurations(DEFAULT_FLAGS, fp8_cache=True)
-    assert [one.label for one in made] == [
+    configurations = make_configurations(DEFAULT_FLAGS, fp8_cache=True)
+    assert [one.label for one in configurations] == [
         "plain",
         "fp8 cache",
         "prune 0.5 + fp8",
         "prune 0.4 + kivi4",
         "prune 0.5 + k4v2",
     ]
-    assert [one.kind for one in made] == ["plain", "fp8 cache", "thin", "thin", "thin"]
-    assert made[0].flags == ()
-    assert [one.flags for one in made[2:]] == [tuple(shlex.split(x)) for x in DEFAULT_FLAGS]
+    assert [one.kind for one in configurations] == ["plain", "fp8 cache", "thin", "thin", "thin"]
+    assert configurations[0].flags == ()
+    assert [one.flags for one in configurations[2:]] == [
+        tuple(shlex.split(x)) for x in DEFAULT_FLAGS
+    ]
 
 
 def test_make_configurations_without_plain() -> None:
-    [made] = make_configurations(["--kv-quant=k4v2"], plain=False)
-    assert (made.label, made.kind) == ("k4v2", "thin")
+    [one] = make_configurations(["--kv-quant=k4v2"], plain=False)
+    assert (one.label, one.kind) == ("k4v2", "thin")
 
 
 @pytest.mark.parametrize(
@@ -41,8 +43,8 @@ def test_make_configurations_without_plain() -> None:
     ],
 )
 def test_make_configurations_labels(text: str, label: str, kind: str) -> None:
-    [made] = make_configurations([text], plain=False)
-    assert (made.label, made.kind) == (label, kind)
+    [one] = make_configurations([text], plain=False)
+    assert (one.label, one.kind) == (label, kind)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +60,7 @@ def test_make_configurations_labels(text: str, label: str, kind: str) -> None:
         (["--dtype float16"], 'use --server-args "--dtype TYPE"'),
     ],
 )
-def test_make_configurations_refuses(texts: list[str], message: str) -> None:
+def test_make_configurations_rejects(texts: list[str], message: str) -> None:
     with pytest.raises(ThinkError, match=message):
         make_configurations(texts)
 
@@ -72,7 +74,7 @@ def test_make_configurations_refuses(texts: list[str], message: str) -> None:
         ("--host 0.0.0.0", "--host is chosen here"),
     ],
 )
-def test_shared_flags_refuses(text: str, message: str) -> None:
+def test_shared_flags_rejects(text: str, message: str) -> None:
     with pytest.raises(ThinkError, match=message):
         shared_flags(text)
 

@@ -1,15 +1,13 @@
-"""vLLM's metrics, from texts made by hand."""
+"""vLLM's metrics, from texts written by hand."""
 
 import pytest
 
 from think_vllm.tools.bench.gauges import (
     Cache,
+    Metrics,
     Sample,
-    cache_of,
-    counter_of,
     full_cache,
     occupancy_of,
-    sample_of,
 )
 
 TEXT = """\
@@ -27,21 +25,21 @@ vllm:cache_config_info{block_size="48",cache_dtype="auto",engine="1",num_gpu_blo
 """
 
 
-def test_sample_of_adds_engines_up() -> None:
-    assert sample_of(TEXT) == Sample(running=7, waiting=2, cache_use=0.75)
+def test_sample_adds_engines_up() -> None:
+    assert Metrics(TEXT).sample() == Sample(running=7, waiting=2, cache_use=0.75)
     with pytest.raises(KeyError, match="kv_cache_usage_perc is not among"):
-        sample_of("")
+        Metrics("").sample()
 
 
-def test_counter_of() -> None:
-    assert counter_of(TEXT, "vllm:num_preemptions_total") == 6
-    assert counter_of(TEXT, "vllm:prefix_cache_hits_total") == 0
+def test_counter_is_0_before_its_first_event() -> None:
+    assert Metrics(TEXT).counter("vllm:num_preemptions_total") == 6
+    assert Metrics(TEXT).counter("vllm:prefix_cache_hits_total") == 0
 
 
-def test_cache_of() -> None:
-    assert cache_of(TEXT) == Cache(num_blocks=190, block_size=48, dtype="auto")
-    assert cache_of('vllm:cache_config_info{block_size="16"} 1.0') is None
-    assert cache_of("") is None
+def test_cache_adds_engines_up() -> None:
+    assert Metrics(TEXT).cache() == Cache(num_blocks=190, block_size=48, dtype="auto")
+    assert Metrics('vllm:cache_config_info{block_size="16"} 1.0\n').cache() is None
+    assert Metrics("").cache() is None
 
 
 def test_full_cache_leaves_room_for_a_prompt() -> None:

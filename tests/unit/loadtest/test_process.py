@@ -7,6 +7,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from think_vllm.tools.common import process
@@ -25,13 +26,12 @@ STUBBORN = "import signal\nsignal.signal(15, signal.SIG_IGN)\n" + PARENT
 
 def members(group: int) -> list[int]:
     """Processes of a group that still run."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            fields = path.read_text(encoding="utf-8").rpartition(")")[2].split()
-            if int(fields[2]) == group and fields[0] not in "ZX":
-                found.append(int(path.parent.name))
-    return found
+    running = []
+    for one in psutil.process_iter():
+        with suppress(ProcessLookupError, psutil.Error):
+            if os.getpgid(one.pid) == group and one.status() != psutil.STATUS_ZOMBIE:
+                running.append(one.pid)
+    return running
 
 
 def wait_for_child(group: ProcessGroup) -> None:

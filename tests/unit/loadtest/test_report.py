@@ -1,4 +1,4 @@
-"""Tables, files and pictures, from results made by hand."""
+"""Tables, files and pictures, from results written by hand."""
 
 import csv
 import io
@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.loadtest.made import figures, measurement, results
+from tests.unit.loadtest.example_results import figures, measurement, results
 from think_vllm.errors import ThinkError
-from think_vllm.tools.bench import plots
 from think_vllm.tools.bench.comparison import rows_of
+from think_vllm.tools.bench.plots import draw
 from think_vllm.tools.bench.report import csv_text, markdown
 from think_vllm.tools.bench.results import Failure, Results
 
@@ -76,7 +76,7 @@ def test_results_come_back_from_their_file(tmp_path: Path) -> None:
         ('{"format": 1}', "machine: Field required; measure again"),
     ],
 )
-def test_read_refuses_other_files(tmp_path: Path, text: str | None, message: str) -> None:
+def test_read_rejects_other_files(tmp_path: Path, text: str | None, message: str) -> None:
     path = tmp_path / "results.json"
     if text is not None:
         path.write_text(text, encoding="utf-8")
@@ -84,10 +84,10 @@ def test_read_refuses_other_files(tmp_path: Path, text: str | None, message: str
         Results.read(path)
 
 
-def test_draw_makes_a_picture_of_each_scenario_and_a_summary(tmp_path: Path) -> None:
-    made = plots.draw(RUN, rows_of(RUN), tmp_path)
-    assert [path.name for path in made] == ["short.png", "summary.png"]
-    for path in made:
+def test_draw_makes_a_plot_of_each_scenario_and_a_summary(tmp_path: Path) -> None:
+    paths = draw(RUN, rows_of(RUN), tmp_path)
+    assert [path.name for path in paths] == ["short.png", "summary.png"]
+    for path in paths:
         data = path.read_bytes()
         assert data.startswith(b"\x89PNG")
         assert RUN.command.encode() in data
@@ -95,10 +95,4 @@ def test_draw_makes_a_picture_of_each_scenario_and_a_summary(tmp_path: Path) -> 
 
 def test_draw_without_plain_has_no_summary(tmp_path: Path) -> None:
     run = results(measurement("thin", 8, figures(300, 12.0)))
-    assert [path.name for path in plots.draw(run, rows_of(run), tmp_path)] == ["short.png"]
-
-
-def test_check_matplotlib_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    with pytest.raises(ThinkError, match=r"think-vllm\[bench\]', or give --no-plots"):
-        plots.check_matplotlib()
+    assert [path.name for path in draw(run, rows_of(run), tmp_path)] == ["short.png"]

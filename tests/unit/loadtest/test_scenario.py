@@ -96,7 +96,7 @@ def test_check_length_says_the_way_out() -> None:
         ({**PREFIXES, "concurrency": [2], "num_prefixes": 9}, "is 9, and a load has 8 requests"),
     ],
 )
-def test_load_scenario_refuses(tmp_path: Path, fields: dict[str, object], message: str) -> None:
+def test_load_scenario_rejects(tmp_path: Path, fields: dict[str, object], message: str) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(fields), encoding="utf-8")
     with pytest.raises(ThinkError, match=message) as caught:
@@ -112,7 +112,7 @@ def test_load_scenario_reads_a_file_and_names_it_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["- 1", "", "a: [", "\t"])
-def test_load_scenario_refuses_other_files(tmp_path: Path, text: str) -> None:
+def test_load_scenario_rejects_other_files(tmp_path: Path, text: str) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(ThinkError, match=r"cannot be read|holds no fields"):

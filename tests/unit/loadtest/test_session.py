@@ -9,6 +9,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.support.fake_server import LAST_WORDS
@@ -50,14 +51,12 @@ def start(model: Path, out: Path, *arguments: str) -> subprocess.Popen[str]:
 
 def survivors(out: Path) -> list[str]:
     """Command lines of processes that a run has left."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            state = (path / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
-            mark = f"{MARK}={out}".encode()
-            if state not in "ZX" and mark in (path / "environ").read_bytes().split(b"\0"):
-                found.append((path / "cmdline").read_text(encoding="utf-8"))
-    return found
+    running = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.environ().get(MARK) == str(out):
+                running.append(" ".join(process.cmdline()))
+    return running
 
 
 def test_server_under_test_keeps_connections_unless_told_otherwise() -> None:

@@ -10,7 +10,7 @@ from think_vllm.errors import ThinkError
 from think_vllm.tools.bench.results import Figures, Measurement, Results
 from think_vllm.tools.bench.scenario import LoadPoint, Scenario
 
-#: Figures of which multiples of plain vLLM's are given.
+#: Figures that are compared with plain vLLM's.
 COMPARED = (
     *("running_waiting", "output_tokens_per_s", "output_tokens_per_processor_s"),
     *("median_ttft_ms", "median_itl_ms", "median_tpot_ms"),
@@ -57,7 +57,7 @@ class Row:
 
 
 def rows_of(results: Results, baseline: Results | None = None) -> list[Row]:
-    """Rows by scenario, load and server, in the order given.
+    """Rows by scenario, load and server, in the order of the run.
 
     Args:
         results: Of this run.
@@ -81,12 +81,12 @@ def rows_of(results: Results, baseline: Results | None = None) -> list[Row]:
 
 
 def check_comparable(results: Results, baseline: Results, url: str | None) -> list[str]:
-    """Refuse an earlier run that says nothing about this one.
+    """Reject an earlier run that says nothing about this one.
 
     Args:
         results: Of this run, before anything is measured.
         baseline: The earlier run.
-        url: Of a server that somebody else started; None otherwise.
+        url: Of a server that was not started here; None otherwise.
 
     Returns:
         Differences that a reader should know.
@@ -140,7 +140,7 @@ def median_of(group: list[Measurement]) -> Figures:
         if name in SUMMED:
             merged[name] = reduce(add, there)
         elif len(there) < len(values):
-            # In a round in which nobody waited, the others' figure means something else.
+            # In a round in which no request waited, the others' figure means something else.
             merged[name] = None
         else:
             middle = statistics.median(there)

@@ -1,7 +1,6 @@
-"""A server's flags: read by vLLM's own parser before anything starts, and what they promise."""
+"""The servers of a run, and their flags: vLLM's own parser reads them before anything starts."""
 
 import argparse
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
@@ -14,6 +13,7 @@ from think_vllm.plan.parsing import config_from_additional
 from think_vllm.plan.planner import BlockPlan
 from think_vllm.plan.settings import ADDITIONAL_CONFIG_KEY, ThinkConfig, flag_name
 from think_vllm.plan.static_plan import StaticPlan
+from think_vllm.tools.common.flags import split_flags
 
 Kind = Literal["plain", "fp8 cache", "thin", "other", "external"]
 
@@ -92,54 +92,46 @@ class Engine:
 
 
 def make_configurations(
-    flags: Sequence[str], plain: bool = True, fp8_cache: bool = False
+    texts: Sequence[str], plain: bool = True, fp8_cache: bool = False
 ) -> list[Configuration]:
-    """The servers of a run, what others are compared with first.
+    """The servers of a run, the reference first.
 
     Args:
-        flags: Of further servers, each as one would type them.
+        texts: Flags of further servers, each as one would type them.
         plain: Whether vLLM without flags is among them.
         fp8_cache: Whether vLLM's own fp8 cache is.
 
     Raises:
         ThinkError: If flags cannot be split, are given twice, or set what all servers share.
     """
-    made = [Configuration(PLAIN, "plain")] if plain else []
+    configurations = [Configuration(PLAIN, "plain")] if plain else []
     if fp8_cache:
-        made.append(Configuration(FP8_CACHE, "fp8 cache", FP8_CACHE_FLAGS))
-    for text in flags:
-        given = split_flags(text, "--config")
-        _refuse(given, text)
+        configurations.append(Configuration(FP8_CACHE, "fp8 cache", FP8_CACHE_FLAGS))
+    for text in texts:
+        flags = _flags(text, "--config")
+        for flag in map(_name, flags):
+            if flag in COMMON_FLAGS:
+                raise ThinkError(
+                    f"bench: --config {text!r}: {flag} has to be the same for all servers, or "
+                    f"they cannot be compared; use {COMMON_FLAGS[flag]}"
+                )
         enabling = ("kv_channel_prune", "kv_value_prune", "kv_quant", "kv_evict")
         ours = {*map(flag_name, enabling)}
-        kind: Kind = "thin" if ours.intersection(map(_name, given)) else "other"
-        made.append(Configuration(_label(given), kind, given))
-    labels = [one.label for one in made]
+        kind: Kind = "thin" if ours.intersection(map(_name, flags)) else "other"
+        configurations.append(Configuration(_label(flags), kind, flags))
+    labels = [one.label for one in configurations]
     for label in labels:
         if labels.count(label) > 1:
             raise ThinkError(f"bench: --config {label!r} is given twice; leave one out")
-    return made
+    return configurations
 
 
-def split_flags(text: str, option: str) -> tuple[str, ...]:
-    """Split flags as a shell does.
-
-    Raises:
-        ThinkError: If quotes do not match, or nothing is there.
-    """
-    try:
-        given = tuple(shlex.split(text))
-    except ValueError as error:
-        raise ThinkError(f"bench: {option} {text!r}: {error}") from None
-    if not given or not given[0].startswith("-"):
-        raise ThinkError(
-            f"bench: {option} {text!r} holds no flags; write them in quotes, as in "
-            f'{option} "--kv-channel-prune 0.5 --kv-quant k4v2"'
-        )
-    for flag in map(_name, given):
+def _flags(text: str, option: str) -> tuple[str, ...]:
+    flags = split_flags(text, f"bench: {option}")
+    for flag in map(_name, flags):
         if flag in OWN_FLAGS:
             raise ThinkError(f"bench: {option} {text!r}: {flag} is chosen here; leave it out")
-    return given
+    return flags
 
 
 def shared_flags(text: str) -> tuple[str, ...]:
@@ -148,9 +140,9 @@ def shared_flags(text: str) -> tuple[str, ...]:
     Raises:
         ThinkError: If there are some among them that would make plain vLLM another one.
     """
-    given = split_flags(text, "--server-args")
+    flags = _flags(text, "--server-args")
     ours = {flag_name(name) for name in ThinkConfig.model_fields}
-    for flag in map(_name, given):
+    for flag in map(_name, flags):
         if flag in ours or flag == FP8_CACHE_FLAGS[0]:
             raise ThinkError(
                 f"bench: --server-args {text!r}: {flag} would hold for plain vLLM too; give it "
@@ -161,7 +153,7 @@ def shared_flags(text: str) -> tuple[str, ...]:
                 f"bench: --server-args {text!r}: {flag} is an option of its own here; use "
                 f"{COMMON_FLAGS[flag]}"
             )
-    return given
+    return flags
 
 
 def read_engine(model: str, arguments: Sequence[str], who: str) -> Engine:
@@ -218,25 +210,16 @@ def read_engine(model: str, arguments: Sequence[str], who: str) -> Engine:
     )
 
 
-def _refuse(given: Sequence[str], text: str) -> None:
-    for flag in map(_name, given):
-        if flag in COMMON_FLAGS:
-            raise ThinkError(
-                f"bench: --config {text!r}: {flag} has to be the same for all servers, or they "
-                f"cannot be compared; use {COMMON_FLAGS[flag]}"
-            )
-
-
 def _name(flag: str) -> str:
     """A flag without its value, as vLLM's parser spells it; other words as they are."""
     return flag.split("=", 1)[0].replace("_", "-") if flag.startswith("--") else flag
 
 
-def _label(given: Sequence[str]) -> str:
+def _label(flags: Sequence[str]) -> str:
     """The ratio and the format in words, other flags as they are."""
     parts, rest = [], []
     words = iter(
-        piece for flag in given for piece in (flag.split("=", 1) if "=" in flag else [flag])
+        piece for flag in flags for piece in (flag.split("=", 1) if "=" in flag else [flag])
     )
     for word in words:
         if _name(word) == flag_name("kv_channel_prune"):

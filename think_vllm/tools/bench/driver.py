@@ -1,6 +1,7 @@
 """One load of one server: vLLM's load generator, and gauges sampled meanwhile."""
 
 from collections import Counter
+from dataclasses import asdict
 from typing import Any
 
 from think_vllm.tools.bench.gauges import (
@@ -9,10 +10,9 @@ from think_vllm.tools.bench.gauges import (
     PREFIX_QUERIES,
     Occupancy,
     Sampler,
-    cache_of,
-    counter_of,
     full_cache,
     occupancy_of,
+    read_metrics,
 )
 from think_vllm.tools.bench.generator import LoadGenerator
 from think_vllm.tools.bench.results import Figures
@@ -20,6 +20,15 @@ from think_vllm.tools.bench.scenario import LoadPoint, Scenario
 from think_vllm.tools.common.server import Server
 
 COUNTERS = (PREEMPTIONS, PREFIX_HITS, PREFIX_QUERIES)
+#: Figures of vLLM's load generator that have a unit in our names.
+_VLLM_NAMES = {
+    "duration_s": "duration",
+    "requests_per_s": "request_throughput",
+    "output_tokens_per_s": "output_throughput",
+    "total_tokens_per_s": "total_token_throughput",
+    "input_tokens": "total_input_tokens",
+    "output_tokens": "total_output_tokens",
+}
 
 
 def measure_load(
@@ -30,7 +39,7 @@ def measure_load(
     point: LoadPoint,
     seed: int,
 ) -> Figures:
-    """Load a server and look at its gauges meanwhile.
+    """Load a server and sample its gauges meanwhile.
 
     Args:
         generator: What sends requests.
@@ -44,24 +53,24 @@ def measure_load(
         LoadError: If the load generator fails.
         ServerError: If the server ends.
     """
-    before, used = server.get("/metrics"), server.processor_s()
+    before, used = read_metrics(server), server.processor_s()
     sampler = Sampler(server)
     sampler.start()
     try:
         result = generator.run(server, generator_arguments(tokenizer, scenario, point, seed))
     finally:
         samples = sampler.stop()
-    after, used_then = server.get("/metrics"), server.processor_s()
+    after, used_then = read_metrics(server), server.processor_s()
     processor_s = None if used is None or used_then is None else used_then - used
-    counted = [counter_of(after, name) - counter_of(before, name) for name in COUNTERS]
-    full = full_cache(scenario.prompt_tokens, cache_of(before))
+    counted = [after.counter(name) - before.counter(name) for name in COUNTERS]
+    full = full_cache(scenario.prompt_tokens, before.cache())
     return figures_of(result, occupancy_of(samples, full), counted, processor_s, len(samples))
 
 
 def generator_arguments(
     tokenizer: str, scenario: Scenario, point: LoadPoint, seed: int
 ) -> list[str]:
-    """What vLLM's ``bench serve`` is given."""
+    """Arguments of vLLM's ``bench serve``."""
     arguments = ["--model", tokenizer, "--num-prompts", str(point.num_prompts)]
     arguments += ["--seed", str(seed), "--temperature", "0", "--ignore-eos"]
     arguments += ["--percentile-metrics", "ttft,tpot,itl,e2el", "--metric-percentiles", "99"]
@@ -89,45 +98,27 @@ def figures_of(
     processor_s: float | None,
     samples: int,
 ) -> Figures:
-    """Put together what the load generator and the gauges say.
+    """Combine the results of the load generator and the gauges.
 
     Args:
         result: Of the load generator.
         occupancy: Of the gauges.
-        counted: What ``COUNTERS`` grew by.
+        counted: Growth of ``COUNTERS``.
         processor_s: Processor time of the server; None if unknown.
-        samples: How many the gauges gave.
+        samples: Of the gauges.
     """
     preemptions, hits, queries = counted
-    return Figures(
-        completed=result["completed"],
-        failed=result["failed"],
-        errors=Counter(filter(None, map(_reason_of, result["errors"]))),
-        duration_s=result["duration"],
-        requests_per_s=result["request_throughput"],
-        output_tokens_per_s=result["output_throughput"],
-        total_tokens_per_s=result["total_token_throughput"],
-        input_tokens=result["total_input_tokens"],
-        output_tokens=result["total_output_tokens"],
-        median_ttft_ms=result["median_ttft_ms"],
-        p99_ttft_ms=result["p99_ttft_ms"],
-        median_itl_ms=result["median_itl_ms"],
-        p99_itl_ms=result["p99_itl_ms"],
-        median_tpot_ms=result["median_tpot_ms"],
-        p99_tpot_ms=result["p99_tpot_ms"],
-        median_e2el_ms=result["median_e2el_ms"],
-        running_mean=occupancy.running_mean,
-        running_waiting=occupancy.running_waiting,
-        running_peak=occupancy.running_peak,
-        cache_use_mean=occupancy.cache_use_mean,
-        cache_use_peak=occupancy.cache_use_peak,
-        preemptions=round(preemptions),
-        prefix_hit_rate=hits / queries if queries else None,
-        processor_s=processor_s,
-        samples=samples,
-    )
-
-
-def _reason_of(error: str) -> str:
-    """The last line of a traceback, or the one line that there is; empty if there is none."""
-    return error.strip().rpartition("\n")[2]
+    fields = {
+        **{name: result[name] for name in Figures.model_fields if name in result},
+        **{name: result[vllms_name] for name, vllms_name in _VLLM_NAMES.items()},
+        **asdict(occupancy),
+        # The last line of a traceback is the reason.
+        "errors": Counter(
+            reason for text in result["errors"] if (reason := text.strip().rpartition("\n")[2])
+        ),
+        "preemptions": round(preemptions),
+        "prefix_hit_rate": hits / queries if queries else None,
+        "processor_s": processor_s,
+        "samples": samples,
+    }
+    return Figures.model_validate(fields)

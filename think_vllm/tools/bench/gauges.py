@@ -1,10 +1,13 @@
 """vLLM's metrics: read once, or sampled while a load runs."""
 
-import re
 import statistics
 import threading
+from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+
+from prometheus_client.parser import text_string_to_metric_families
 
 from think_vllm.tools.common.server import Server, ServerError
 
@@ -17,6 +20,7 @@ LEAST_FULL_CACHE = 0.5
 RUNNING = "vllm:num_requests_running"
 WAITING = "vllm:num_requests_waiting"
 CACHE_USE = "vllm:kv_cache_usage_perc"
+CACHE_INFO = "vllm:cache_config_info"
 PREEMPTIONS = "vllm:num_preemptions_total"
 PREFIX_HITS = "vllm:prefix_cache_hits_total"
 PREFIX_QUERIES = "vllm:prefix_cache_queries_total"
@@ -54,7 +58,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Occupancy:
-    """What the samples of a load say.
+    """Figures of a load's samples.
 
     Args:
         running_mean: Requests that ran, while any did.
@@ -72,44 +76,63 @@ class Occupancy:
     cache_use_peak: float
 
 
-def values_of(text: str, name: str) -> list[float]:
-    """Values of a metric, one for each set of labels.
+class Metrics:
+    """Metrics of a server at one time.
+
+    Args:
+        text: What it answers at ``/metrics``.
+    """
+
+    def __init__(self, text: str) -> None:
+        self._samples = defaultdict(list)
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                self._samples[sample.name].append(sample)
+
+    def values(self, name: str) -> list[float]:
+        """Values of a metric, one for each set of labels.
+
+        Raises:
+            KeyError: If there is no such metric.
+        """
+        if name not in self._samples:
+            raise KeyError(f"{name} is not among the server's metrics")
+        return [sample.value for sample in self._samples[name]]
+
+    def sample(self) -> Sample:
+        """The gauges; several engines are added up, and their caches' use is averaged.
+
+        Raises:
+            KeyError: If one is missing.
+        """
+        use = statistics.fmean(self.values(CACHE_USE))
+        return Sample(sum(self.values(RUNNING)), sum(self.values(WAITING)), use)
+
+    def counter(self, name: str) -> float:
+        """A counter of all engines; 0 before its first event."""
+        return sum(sample.value for sample in self._samples[name])
+
+    def cache(self) -> Cache | None:
+        """The KV cache; None if the server does not say."""
+        labels = [sample.labels for sample in self._samples[CACHE_INFO]]
+        try:
+            return Cache(
+                sum(int(label["num_gpu_blocks"]) for label in labels),
+                int(labels[0]["block_size"]),
+                labels[0]["cache_dtype"],
+            )
+        except (IndexError, KeyError, ValueError):
+            return None
+
+
+def read_metrics(server: Server) -> Metrics:
+    """Metrics of a server now.
 
     Raises:
-        KeyError: If there is no such metric.
+        OSError: If it is out of reach.
+        ServerError: If it has ended.
     """
-    lines = [line for line in text.splitlines() if line.startswith((name + "{", name + " "))]
-    if not lines:
-        raise KeyError(f"{name} is not among the server's metrics")
-    return [float(line.rsplit(" ", 1)[1]) for line in lines]
-
-
-def sample_of(text: str) -> Sample:
-    """The gauges; several engines are added up, and their caches' use is averaged."""
-    use = statistics.fmean(values_of(text, CACHE_USE))
-    return Sample(sum(values_of(text, RUNNING)), sum(values_of(text, WAITING)), use)
-
-
-def counter_of(text: str, name: str) -> float:
-    """A counter of all engines; 0 if it has not been made yet."""
-    try:
-        return sum(values_of(text, name))
-    except KeyError:
-        return 0.0
-
-
-def cache_of(text: str) -> Cache | None:
-    """The KV cache; None if the server does not say."""
-    lines = [line for line in text.splitlines() if line.startswith("vllm:cache_config_info{")]
-    labels = [dict(re.findall(r'(\w+)="([^"]*)"', line)) for line in lines]
-    try:
-        return Cache(
-            sum(int(label["num_gpu_blocks"]) for label in labels),
-            int(labels[0]["block_size"]),
-            labels[0]["cache_dtype"],
-        )
-    except (IndexError, KeyError, ValueError):
-        return None
+    return Metrics(server.get("/metrics"))
 
 
 def full_cache(prompt_tokens: int, cache: Cache | None) -> float:
@@ -148,7 +171,7 @@ def occupancy_of(samples: Sequence[Sample], full: float) -> Occupancy:
 
 
 class Sampler(threading.Thread):
-    """Looks at a server's gauges until it is told to stop.
+    """Samples a server's gauges until it is stopped.
 
     Args:
         server: Where.
@@ -157,19 +180,16 @@ class Sampler(threading.Thread):
     def __init__(self, server: Server) -> None:
         super().__init__(daemon=True)
         self.samples: list[Sample] = []
-        self.misses = 0
         self._server = server
         self._done = threading.Event()
 
     def run(self) -> None:
-        """Sample until told to stop."""
+        """Sample until stopped."""
         is_done = False
         while not is_done:  # once at least, however short the load
-            try:
-                self.samples.append(sample_of(self._server.get("/metrics")))
-            except (OSError, KeyError, ServerError):
-                # A busy server may be slow, one that ended is noticed by who runs the load.
-                self.misses += 1
+            # A busy server may be slow, one that ended is noticed by the load's caller.
+            with suppress(OSError, KeyError, ServerError):
+                self.samples.append(read_metrics(self._server).sample())
             is_done = self._done.wait(SAMPLE_S)
 
     def stop(self) -> list[Sample]:

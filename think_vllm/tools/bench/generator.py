@@ -47,13 +47,13 @@ class LoadGenerator:
         """
         folder = Path(self._folder.name)
         result, done = folder / "result.json", folder / "done"
-        given = ["--backend", "vllm", "--base-url", server.url]
-        given += ["--served-model-name", server.model, *arguments, "--disable-tqdm"]
-        given += ["--save-result", "--result-dir", str(folder), "--result-filename", result.name]
-        given += ["--save-detailed"]  # why requests failed is among the details only
+        command = ["--backend", "vllm", "--base-url", server.url]
+        command += ["--served-model-name", server.model, *arguments, "--disable-tqdm"]
+        command += ["--save-result", "--result-dir", str(folder), "--result-filename", result.name]
+        command += ["--save-detailed"]  # why requests failed is among the details only
         group = self._started()
         try:
-            group.send(json.dumps({"arguments": given, "done": str(done)}))
+            group.send(json.dumps({"arguments": command, "done": str(done)}))
             while not done.is_file():
                 server.check_alive()
                 if (status := group.exit_status) is not None:

@@ -1,19 +1,15 @@
-"""A run as pictures. Needs matplotlib, which the ``bench`` extra brings."""
+"""Plots of a run."""
 
-import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from think_vllm.errors import ThinkError
 from think_vllm.tools.bench.comparison import Row
 from think_vllm.tools.bench.report import load_range
 from think_vllm.tools.bench.results import Results
+from think_vllm.tools.common.figures import COLORS, new_figure, save
 
-#: Told apart by those who see no red, too.
-COLORS = ("#555555", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX*"
-DPI = 120
 
 _PANELS: tuple[tuple[str, Callable[[Row], float], bool], ...] = (
     ("output tokens/s", lambda row: row.figures.output_tokens_per_s, False),
@@ -23,45 +19,31 @@ _PANELS: tuple[tuple[str, Callable[[Row], float], bool], ...] = (
 )
 
 
-def check_matplotlib() -> None:
-    """Refuse early what could not be drawn late.
-
-    Raises:
-        ThinkError: If matplotlib is not installed.
-    """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ThinkError(
-            "bench: plots need matplotlib, which is not installed; run pip install "
-            "'think-vllm[bench]', or give --no-plots"
-        )
-
-
 def draw(results: Results, rows: Sequence[Row], folder: Path) -> list[Path]:
-    """Draw a picture for each scenario, and one of the greatest loads.
+    """Draw a plot for each scenario, and one of the greatest loads.
 
     Returns:
         The files.
     """
-    made = []
+    paths = []
     for scenario in results.scenarios:
         table = [row for row in rows if row.scenario == scenario.name]
         if table:
             path = folder / f"{scenario.name}.png"
             _draw_scenario(results, scenario.description, table, path)
-            made.append(path)
+            paths.append(path)
     last = [row for row in rows if row.point == _greatest(results, row.scenario)]
     if any("output_tokens_per_s" in row.ratios for row in last):
         path = folder / "summary.png"
         _draw_summary(results, last, path)
-        made.append(path)
-    return made
+        paths.append(path)
+    return paths
 
 
 def _draw_scenario(results: Results, title: str, rows: Sequence[Row], path: Path) -> None:
-    figure = _figure(10, 7)
-    axes = figure.subplots(2, 2)
+    figure, axes = new_figure(2, width=4.6, height=7, rows=2)
     by_rate = rows[0].point.request_rate is not None
-    for axis, (name, value, logarithmic) in zip(axes.flat, _PANELS, strict=True):
+    for axis, (name, value, logarithmic) in zip(axes, _PANELS, strict=True):
         for index, server in enumerate(results.servers):
             line = [row for row in rows if row.server == server.label]
             loads = [row.point.request_rate or row.point.concurrency for row in line]
@@ -79,7 +61,7 @@ def _draw_scenario(results: Results, title: str, rows: Sequence[Row], path: Path
             axis.set_ylim(bottom=0)
         axis.set_title(name, fontsize=10)
         axis.grid(alpha=0.3)
-    axes[0, 0].legend(fontsize=8)
+    axes[0].legend(fontsize=8)
     _finish(figure, title, results, path)
 
 
@@ -89,8 +71,8 @@ def _draw_summary(results: Results, rows: Sequence[Row], path: Path) -> None:
     panels = [("running requests", "running_waiting"), ("output tokens/s", "output_tokens_per_s")]
     if results.machine.device == "cpu" and any(row.figures.processor_s for row in rows):
         panels.append(("output tokens per processor second", "output_tokens_per_processor_s"))
-    figure = _figure(3 + 3.5 * len(panels), 1.6 + 0.36 * len(results.servers) * len(scenarios))
-    axes = figure.subplots(1, len(panels), sharey=True)
+    height = 1.6 + 0.36 * len(results.servers) * len(scenarios)
+    figure, axes = new_figure(len(panels), width=4.5, height=height, sharey=True)
     for axis, (name, field) in zip(axes, panels, strict=True):
         labels: list[tuple[int, str]] = []
         for row in sorted(rows, key=lambda row: scenarios.index(row.scenario)):
@@ -110,21 +92,11 @@ def _draw_summary(results: Results, rows: Sequence[Row], path: Path) -> None:
     _finish(figure, f"{Path(results.model).name}: equal KV memory{size}", results, path)
 
 
-def _figure(width: float, height: float) -> Any:
-    # Without pyplot: no window, no state that others share.
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
 def _finish(figure: Any, title: str, results: Results, path: Path) -> None:
     figure.suptitle(title, fontsize=11)
     about = f"{results.machine}\nload average {load_range(results)}. {results.note}".rstrip()
     figure.text(0.01, -0.01, about, fontsize=6, va="top", wrap=True)
-    description = f"{about}\n{results.command}"
-    figure.savefig(
-        path, dpi=DPI, bbox_inches="tight", metadata={"Title": title, "Description": description}
-    )
+    save(figure, path, Title=title, Description=f"{about}\n{results.command}")
 
 
 def _greatest(results: Results, scenario: str) -> object:

@@ -7,14 +7,12 @@ from typing import Any
 
 from think_vllm.tools.bench.comparison import Row
 from think_vllm.tools.bench.results import Figures, Results
+from think_vllm.tools.common.markdown import table
 
-HEADER = (
-    "| load | server | running | of plain | output tok/s | of plain | of fp8 cache "
-    "| tok/processor s | of plain | TTFT ms, "
-    "median | p99 | ITL ms, median | p99 | TPOT ms, median | p99 | preemptions | cache use "
-    "| fit |\n"
-    "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- "
-    "| --- | --- | --- |"
+_COLUMNS = (
+    *("load", "server", "running", "of plain", "output tok/s", "of plain", "of fp8 cache"),
+    *("tok/processor s", "of plain", "TTFT ms, median", "p99", "ITL ms, median", "p99"),
+    *("TPOT ms, median", "p99", "preemptions", "cache use", "fit"),
 )
 LEGEND = (
     "running: mean of vLLM's gauge while others waited and the cache was full; in brackets, while "
@@ -44,10 +42,14 @@ def markdown(results: Results, rows: Sequence[Row], notes: Sequence[str] = ()) -
         lines += ["**This run did not come to its end.**", ""]
     lines += [f"- {note}" for note in notes] + ([""] if notes else [])
     for scenario in results.scenarios:
-        table = [row for row in rows if row.scenario == scenario.name]
+        measured = [row for row in rows if row.scenario == scenario.name]
         lines += [f"## {scenario.name}", "", scenario.description, ""]
-        if table:
-            lines += [HEADER, *(_line(row, results) for row in table), "", *_hits(table)]
+        if measured:
+            lines += [
+                *table(_COLUMNS, (_cells(row, results) for row in measured)),
+                "",
+                *_hits(measured),
+            ]
         else:
             lines += ["Nothing was measured.", ""]
     lines += [LEGEND, "", "## Servers", ""]
@@ -63,7 +65,7 @@ def markdown(results: Results, rows: Sequence[Row], notes: Sequence[str] = ()) -
 def csv_text(results: Results) -> str:
     """One line for each load of each round, each with all it takes to place it."""
     out = io.StringIO()
-    writer = csv.DictWriter(out, _COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(out, _CSV_COLUMNS, lineterminator="\n")
     writer.writeheader()
     for one in results.measurements:
         server = results.server(one.server)
@@ -81,7 +83,7 @@ def csv_text(results: Results) -> str:
     return out.getvalue()
 
 
-_COLUMNS = [
+_CSV_COLUMNS = [
     *("scenario", "server", "concurrency", "request_rate", "num_prompts", "round", "capacity"),
     *Figures.model_fields,
     *("load_average", "date", "model", "kv_cache_memory_bytes", "server_command", "command"),
@@ -104,7 +106,7 @@ def progress(figures: Figures) -> str:
     )
 
 
-def _line(row: Row, results: Results) -> str:
+def _cells(row: Row, results: Results) -> list[str]:
     figures = row.figures
     rate = f"{figures.output_tokens_per_s:,.0f}"
     if row.slowest != row.fastest:
@@ -112,7 +114,7 @@ def _line(row: Row, results: Results) -> str:
     per_processor_s = figures.output_tokens_per_processor_s
     failed = f"; **{figures.failed} failed**" if figures.failed else ""
     capacity = results.server(row.server).capacity.get(row.scenario)
-    cells = [
+    return [
         str(row.point),
         row.server + failed,
         f"{row.running:.1f}" if row.memory_bound else f"({row.running:.1f})",
@@ -132,17 +134,16 @@ def _line(row: Row, results: Results) -> str:
         f"{figures.cache_use_mean:.2f}",
         "-" if capacity is None else f"{capacity}",
     ]
-    return f"| {' | '.join(cells)} |"
 
 
 def _hits(rows: Sequence[Row]) -> list[str]:
     """Shares of prompt tokens found in prefix caches, if there are any."""
-    found = [
+    rates = [
         f"{row.server}, {row.point}: {row.figures.prefix_hit_rate:.3f}"
         for row in rows
         if row.figures.prefix_hit_rate is not None
     ]
-    return [f"Prompt tokens found in the prefix cache: {'; '.join(found)}.", ""] if found else []
+    return [f"Prompt tokens found in the prefix cache: {'; '.join(rates)}.", ""] if rates else []
 
 
 def _multiple(value: float | None) -> str:

@@ -1,4 +1,4 @@
-"""What a run measured, as its JSON file has it. The other files are made from this."""
+"""The results of a run, as in its JSON file. The other files come from it."""
 
 from collections import Counter
 from pathlib import Path
@@ -8,9 +8,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from think_vllm.errors import ThinkError
 from think_vllm.tools.bench.configuration import Kind
+from think_vllm.tools.bench.gauges import read_metrics
 from think_vllm.tools.bench.scenario import LoadPoint, Scenario
 from think_vllm.tools.common.compact import write_json
 from think_vllm.tools.common.machine import Machine
+from think_vllm.tools.common.server import Server
 
 FORMAT = 1
 RESULTS_FILE = "results.json"
@@ -21,7 +23,7 @@ class _Record(BaseModel):
 
 
 class ServerRecord(_Record):
-    """A server, as it was started or found."""
+    """A server that was measured."""
 
     label: str
     kind: Kind
@@ -38,9 +40,20 @@ class ServerRecord(_Record):
     )
     start_s: float | None = Field(default=None, description="Until it was healthy.")
 
+    def read_cache(self, server: Server) -> None:
+        """Record the KV cache of a running server, as far as it says.
+
+        Raises:
+            OSError: If it is out of reach.
+            ServerError: If it has ended.
+        """
+        if (cache := read_metrics(server).cache()) is not None:
+            self.kv_cache_dtype, self.block_size = cache.dtype, cache.block_size
+            self.num_blocks = cache.num_blocks
+
 
 class Figures(_Record):
-    """What one load measured. Times and tokens are those of vLLM's load generator."""
+    """Figures of one load. Times and tokens are those of vLLM's load generator."""
 
     completed: int
     failed: int
@@ -70,7 +83,7 @@ class Figures(_Record):
     preemptions: int
     prefix_hit_rate: float | None = Field(description="Of prompt tokens; None without caching.")
     processor_s: float | None = Field(
-        description="Processor time of all of the server's processes; None if another's."
+        description="Of all of the server's processes; None if it was not started here."
     )
     samples: int = Field(description="Of the gauges above.")
 
@@ -119,7 +132,7 @@ class Results(_Record):
     machine: Machine
     command: str
     model: str
-    kv_cache_memory_bytes: int | None = Field(description="None if somebody else chose it.")
+    kv_cache_memory_bytes: int | None = Field(description="None if it is unknown.")
     seed: int
     rounds: int
     note: str = ""

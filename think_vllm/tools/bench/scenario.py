@@ -126,7 +126,7 @@ class Scenario(BaseModel):
         return self
 
     def points(self) -> list[LoadPoint]:
-        """The loads, in the order given."""
+        """The loads, in their order."""
         if self.request_rate:
             return [LoadPoint(self.num_prompts, request_rate=rate) for rate in self.request_rate]
         return [
@@ -149,7 +149,7 @@ class Scenario(BaseModel):
         return max(point.concurrency or point.num_prompts for point in self.points())
 
     def check_length(self, max_model_len: int) -> None:
-        """Refuse requests that the model has no room for.
+        """Reject requests that the model has no room for.
 
         Raises:
             ThinkError: If the longest one has more tokens than the model takes.

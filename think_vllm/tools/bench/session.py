@@ -4,17 +4,22 @@ import datetime
 import os
 import shlex
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
 from think_vllm.tools.bench.configuration import Configuration, Engine
 from think_vllm.tools.bench.driver import generator_arguments, measure_load
-from think_vllm.tools.bench.gauges import cache_of
 from think_vllm.tools.bench.generator import LoadError, LoadGenerator
 from think_vllm.tools.bench.report import progress
-from think_vllm.tools.bench.results import Failure, Figures, Measurement, Results, ServerRecord
+from think_vllm.tools.bench.results import (
+    RESULTS_FILE,
+    Failure,
+    Figures,
+    Measurement,
+    Results,
+    ServerRecord,
+)
 from think_vllm.tools.bench.scenario import LoadPoint, Scenario
 from think_vllm.tools.common.server import (
     KEEP_ALIVE,
@@ -28,77 +33,61 @@ from think_vllm.tools.common.server import (
 WARM_UP = LoadPoint(4, concurrency=2)
 
 
-@dataclass(frozen=True)
-class Setup:
-    """What all servers of a run share.
-
-    Args:
-        arguments: Of ``serve``: memory, sequences, and what the user gave.
-        logs: Folder for the servers' output.
-        start_timeout_s: Seconds a server may take to start.
-    """
-
-    arguments: tuple[str, ...]
-    logs: Path
-    start_timeout_s: float
-
-
 class Session:
     """Measures servers into the results of a run.
 
     Args:
         generator: What sends requests.
         results: Of this run; grows.
-        save: Called whenever there is something new in them.
-        say: Tells a person one line.
+        folder: Where they and the servers' logs are written.
     """
 
-    def __init__(
-        self,
-        generator: LoadGenerator,
-        results: Results,
-        save: Callable[[], None],
-        say: Callable[[str], None],
-    ) -> None:
+    def __init__(self, generator: LoadGenerator, results: Results, folder: Path) -> None:
         self._generator = generator
         self._results = results
-        self._save = save
-        self._say = say
+        self._folder = folder
 
     def run(
         self,
-        configurations: Sequence[Configuration],
-        engines: Mapping[str, Engine],
-        setup: Setup,
+        servers: Sequence[tuple[Configuration, Engine]],
+        arguments: Sequence[str],
+        start_timeout_s: float,
     ) -> None:
         """Start, load and stop servers. One that fails is reported, and the others go on.
 
         Args:
-            configurations: Of the servers; every second round begins with the last one.
-            engines: What vLLM makes of them, by label.
-            setup: What they share.
+            servers: Each with what vLLM makes of it; every second round begins with the last one.
+            arguments: Of ``serve``, for all: memory, sequences, and those of the user.
+            start_timeout_s: Seconds a server may take to start.
         """
-        for turn in range(self._results.rounds):
-            order = list(configurations) if turn % 2 == 0 else list(reversed(configurations))
-            for place, configuration in enumerate(order):
-                who = f"[{turn * len(order) + place + 1}/{self._results.rounds * len(order)}]"
-                for caching, scenarios in _by_caching(self._results.scenarios):
-                    arguments = (*setup.arguments, *configuration.flags, caching)
-                    log = setup.logs / f"{turn}-{place}{caching.removeprefix('-')}.log"
-                    server = StartedServer(
-                        self._results.model, arguments, log, setup.start_timeout_s
-                    )
-                    record = self._results.server(configuration.label)
-                    _remember(record.commands, serve_text(self._results.model, arguments))
-                    self._say(f"{who} {record.label}: starting, log {log}")
+        results = self._results
+        logs = self._folder / "logs"
+        logs.mkdir(parents=True, exist_ok=True)
+        for turn in range(results.rounds):
+            order = list(servers) if turn % 2 == 0 else list(reversed(servers))
+            for place, (configuration, engine) in enumerate(order):
+                who = f"[{turn * len(order) + place + 1}/{results.rounds * len(order)}]"
+                record = results.server(configuration.label)
+                for caching, scenarios in _by_caching(results.scenarios):
+                    flags = (*arguments, *configuration.flags, caching)
+                    log = logs / f"{turn}-{place}{caching.removeprefix('-')}.log"
+                    server = StartedServer(results.model, flags, log, start_timeout_s)
+                    command = shlex.join(["think-vllm", "serve", results.model, *flags])
+                    if command not in record.commands:
+                        record.commands.append(command)
+                    say(f"{who} {record.label}: starting, log {log}")
                     start = time.monotonic()
                     try:
                         with server:
                             record.start_s = time.monotonic() - start
-                            self._describe(record, server, engines[record.label])
+                            self._describe(record, server, engine)
                             self.load(server, record, scenarios, turn, who)
                     except (ServerError, OSError) as error:
                         self._fail(record, None, str(error), who)
+        self.complete()
+
+    def complete(self) -> None:
+        """Note that the run came to its end."""
         self._results.complete = True
         self._save()
 
@@ -113,11 +102,11 @@ class Session:
         """Put one server under every load.
 
         Args:
-            server: That serves.
+            server: A healthy one.
             record: Of it.
             scenarios: What is sent.
             turn: Number of the round.
-            who: What lines about it begin with.
+            who: Begins lines about it.
 
         Raises:
             ServerError: If it ends.
@@ -125,9 +114,9 @@ class Session:
         """
         results = self._results
         for scenario in scenarios:
-            # Other prompts for each load: what the one before left in the cache is of no use.
+            # Other prompts for each load: the cached ones of the load before are of no use.
             seed = results.seed + 100 * results.scenarios.index(scenario)
-            self._say(f"{who} {record.label}: {scenario.name}, warming up")
+            say(f"{who} {record.label}: {scenario.name}, warming up")
             few = scenario.model_copy(update={"num_prefixes": 1})
             try:
                 arguments = generator_arguments(results.model, few, WARM_UP, seed + 99)
@@ -146,7 +135,7 @@ class Session:
                 except LoadError as error:
                     self._fail(record, what, str(error), who)
                     continue
-                self._say(f"{who} {record.label}: {what}: {progress(figures)}")
+                say(f"{who} {record.label}: {what}: {progress(figures)}")
                 if figures.failed:
                     self._fail(record, what, failed_text(figures), who)
                 results.measurements.append(
@@ -165,26 +154,31 @@ class Session:
                 self._save()
 
     def _describe(self, record: ServerRecord, server: Server, engine: Engine) -> None:
-        """Write down the cache that a server has, and what fits it."""
-        cache = cache_of(server.get("/metrics"))
-        if cache is None:
-            return
-        record.kv_cache_dtype, record.block_size = cache.dtype, cache.block_size
-        record.num_blocks = cache.num_blocks
+        """Record the cache that a server has, and how many requests fit it."""
+        record.read_cache(server)
         for scenario in self._results.scenarios:
+            if record.block_size is None or record.num_blocks is None or scenario.prefix_tokens:
+                continue
             total = scenario.prompt_tokens + scenario.output_tokens
-            held = engine.blocks_for(total, cache.block_size)
-            if held and not scenario.prefix_tokens:
-                record.capacity[scenario.name] = (cache.num_blocks - 1) // held
+            if held := engine.blocks_for(total, record.block_size):
+                record.capacity[scenario.name] = (record.num_blocks - 1) // held
 
     def _fail(self, record: ServerRecord, load: str | None, message: str, who: str) -> None:
         self._results.failures.append(Failure(server=record.label, load=load, message=message))
-        self._say(f"{who} {record.label}: {f'{load}: ' if load else ''}FAILED: {message}")
+        say(f"{who} {record.label}: {f'{load}: ' if load else ''}FAILED: {message}")
         self._save()
+
+    def _save(self) -> None:
+        self._results.write(self._folder / RESULTS_FILE)
+
+
+def say(line: str) -> None:
+    """Print a line of progress."""
+    print(f"{datetime.datetime.now():%H:%M:%S} {line}", flush=True)
 
 
 def failed_text(figures: Figures) -> str:
-    """How many requests failed, and why."""
+    """Number of requests that failed, and why."""
     text = f"{figures.failed} requests failed: {figures.reasons or 'no reason is known'}"
     if any("ServerDisconnectedError" in error for error in figures.errors):
         text += (
@@ -194,18 +188,8 @@ def failed_text(figures: Figures) -> str:
     return text
 
 
-def serve_text(model: str, arguments: Sequence[str]) -> str:
-    """A server's command as one would type it."""
-    return shlex.join(["think-vllm", "serve", model, *arguments])
-
-
 def _by_caching(scenarios: Sequence[Scenario]) -> Iterator[tuple[str, list[Scenario]]]:
     """Scenarios that one server can take, by the flag that it needs."""
     ordered = sorted(scenarios, key=lambda scenario: scenario.prefix_caching)
     for caching, group in groupby(ordered, key=lambda scenario: scenario.prefix_caching):
         yield "--enable-prefix-caching" if caching else "--no-enable-prefix-caching", list(group)
-
-
-def _remember(texts: list[str], text: str) -> None:
-    if text not in texts:
-        texts.append(text)

@@ -93,39 +93,21 @@ def calibrate(arguments: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="think-vllm calibrate", description=_DESCRIPTION)
-    parser.add_argument("model", help="Model name or directory.")
-    parser.add_argument(
-        "--prompts",
-        type=Path,
-        metavar="FILE",
-        help="Text, or JSON lines (.jsonl): strings, or objects with a prompt or a text.",
-    )
-    parser.add_argument(
-        "--task", metavar="NAME", help="Questions of a task of `think-vllm eval` instead."
-    )
-    parser.add_argument(
-        "--seed", type=int, default=100, help="Of a task; that of `eval` is another. Default: 100."
-    )
-    parser.add_argument("--num-prompts", type=positive_int, default=32, help="Default: 32.")
-    parser.add_argument(
-        "--prompt-tokens",
-        type=positive_int,
-        default=2048,
-        help="Tokens of a prompt at most. Default: 2048.",
-    )
-    parser.add_argument(
-        "--observed-queries",
-        type=positive_int,
-        metavar="N",
-        help="Last queries of each prompt that count. Default: all, as all see pruned keys.",
-    )
-    parser.add_argument("--dtype", default="auto", help="As for `vllm serve`. Default: auto.")
-    parser.add_argument("--trust-remote-code", action="store_true", help="As for `vllm serve`.")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("channel-tables.json"),
-        metavar="FILE",
-        help="Default: channel-tables.json.",
-    )
+    add = parser.add_argument
+    add("model", help="Model name or directory.")
+    text = "Text, or JSON lines (.jsonl): strings, or objects with a prompt or a text."
+    add("--prompts", type=Path, metavar="FILE", help=text)
+    text = "Questions of a task of `think-vllm eval` instead."
+    add("--task", metavar="NAME", help=text)
+    text = "Of a task; that of `eval` is another. Default: 100."
+    add("--seed", type=int, default=100, help=text)
+    add("--num-prompts", type=positive_int, default=32, help="Default: 32.")
+    text = "Tokens of a prompt at most. Default: 2048."
+    add("--prompt-tokens", type=positive_int, default=2048, help=text)
+    text = "Last queries of each prompt that count. Default: all, as all see pruned keys."
+    add("--observed-queries", type=positive_int, metavar="N", help=text)
+    add("--dtype", default="auto", help="As for `vllm serve`. Default: auto.")
+    add("--trust-remote-code", action="store_true", help="As for `vllm serve`.")
+    out = Path("channel-tables.json")
+    add("--out", type=Path, default=out, metavar="FILE", help=f"Default: {out}.")
     return parser

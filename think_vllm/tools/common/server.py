@@ -1,17 +1,15 @@
-"""A server under test: how it is started, and how one that runs already is found."""
+"""A server under test: started here, or already running."""
 
-import json
 import os
 import socket
 import sys
 import time
-import urllib.request
 from collections.abc import Mapping, Sequence
-from http.client import HTTPException
 from pathlib import Path
 from typing import Self
 
 from think_vllm.errors import ThinkError
+from think_vllm.tools.common.client import Client, RequestError
 from think_vllm.tools.common.process import POLL_S, ProcessGroup
 
 HTTP_TIMEOUT_S = 30.0
@@ -32,11 +30,16 @@ class Server:
     Args:
         url: Without a path.
         model: Name that requests carry.
-        group: Its processes; None if somebody else started it.
+        group: Its processes; None if it was not started here.
+
+    Raises:
+        ThinkError: If the URL is no address.
     """
 
     def __init__(self, url: str, model: str, group: ProcessGroup | None = None) -> None:
-        self.url = url.rstrip("/")
+        # No retries: gauges are sampled again soon, and health is asked for until it is there.
+        self.client = Client(url, "bench", HTTP_TIMEOUT_S, retries=0)
+        self.url = self.client.url
         self.model = model
         self._group = group
 
@@ -53,7 +56,7 @@ class Server:
             )
 
     def processor_s(self) -> float | None:
-        """Seconds of processor time used so far; None if somebody else started it."""
+        """Seconds of processor time used so far; None if the server was not started here."""
         return None if self._group is None else self._group.processor_s()
 
     def get(self, path: str) -> str:
@@ -64,24 +67,10 @@ class Server:
             ServerError: If it has ended.
         """
         try:
-            with urllib.request.urlopen(self.url + path, timeout=HTTP_TIMEOUT_S) as answer:
-                body: bytes = answer.read()
-        except (OSError, HTTPException) as error:
+            return self.client.get(path)
+        except RequestError as error:
             self.check_alive()
             raise OSError(f"GET {self.url}{path}: {error}") from error
-        return body.decode("utf-8")
-
-    def is_healthy(self) -> bool:
-        """Whether it serves.
-
-        Raises:
-            ServerError: If it has ended.
-        """
-        try:
-            self.get("/health")
-        except OSError:
-            return False
-        return True
 
 
 class StartedServer(Server):
@@ -117,7 +106,13 @@ class StartedServer(Server):
 
     def _wait_until_healthy(self) -> None:
         deadline = time.monotonic() + self._start_timeout_s
-        while not self.is_healthy():
+        while True:
+            try:
+                self.get("/health")
+            except OSError:
+                pass
+            else:
+                return
             if time.monotonic() > deadline:
                 raise ServerError(
                     f"the server is not healthy after {self._start_timeout_s:g} s (give it more "
@@ -153,26 +148,20 @@ def find_server(url: str, model: str) -> tuple[Server, int | None]:
         ThinkError: If there is none, or it serves other models.
     """
     server = Server(url, model)
-    try:
-        cards = json.loads(server.get("/v1/models"))["data"]
-    except (OSError, ValueError, KeyError) as error:
+    models = server.client.models()
+    served = next((one for one in models if model in (one.name, one.root)), None)
+    if served is None:
+        names = ", ".join(one.name for one in models) or "nothing"
         raise ThinkError(
-            f"bench: --base-url {url}: no OpenAI-compatible server answers there ({error}); start "
-            "one, or leave --base-url out"
-        ) from None
-    names = [card["id"] for card in cards]
-    found = [card for card in cards if model in (card["id"], card.get("root"))]
-    if not found:
-        raise ThinkError(
-            f"bench: --base-url {url} serves {', '.join(names) or 'nothing'}, not {model}; give "
-            "the model as that server names it"
+            f"bench: --base-url {url} serves {names}, not {model}; give the model as that server "
+            "names it"
         )
-    server.model = found[0]["id"]
-    return server, found[0].get("max_model_len")
+    server.model = served.name
+    return server, served.max_model_len
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on."""
+    """A free TCP port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -1,4 +1,4 @@
-"""Results made by hand."""
+"""Results for tests, written by hand."""
 
 from typing import Any
 
@@ -43,7 +43,7 @@ def figures(tokens: float, running: float | None, **others: Any) -> Figures:
     return Figures.model_validate(fields | others)
 
 
-def measurement(server: str, places: int, made: Figures, turn: int = 0) -> Measurement:
+def measurement(server: str, places: int, measured: Figures, turn: int = 0) -> Measurement:
     return Measurement(
         server=server,
         scenario="short",
@@ -53,7 +53,7 @@ def measurement(server: str, places: int, made: Figures, turn: int = 0) -> Measu
         round=turn,
         date="2026-11-23T10:01:00+00:00",
         load_average=0.5,
-        figures=made,
+        figures=measured,
     )
 
 
