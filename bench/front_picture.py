@@ -9,7 +9,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from think_vllm.tools.bench.comparison import rows_of
-from think_vllm.tools.bench.plots import COLORS
+from think_vllm.tools.common.figures import COLORS
 from think_vllm.tools.bench.results import Results
 
 FOLDER = Path("docs/results/random-56m")

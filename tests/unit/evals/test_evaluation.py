@@ -95,7 +95,7 @@ def test_provenance_says_where_figures_come_from(tmp_path, monkeypatch):
 
 def test_failed_requests_are_counted_and_not_scored(tmp_path, capsys):
     def failing(prompt: str) -> str | int:
-        return 503 if key_of(prompt) % 2 else forgetful(prompt)
+        return 422 if key_of(prompt) % 2 else forgetful(prompt)
 
     with FakeApi(forgetful) as first, FakeApi(failing) as second:
         status, results, answers = evaluate(
@@ -105,7 +105,7 @@ def test_failed_requests_are_counted_and_not_scored(tmp_path, capsys):
     assert status == 1
     failed = [line for line in answers if line["score"] is None]
     assert 0 < len(failed) < 20
-    assert all(line["error"].startswith("HTTP 503: ") for line in failed)
+    assert all(line["error"].startswith("HTTP 422: ") for line in failed)
     one, other = results["by_task"][0]["figures"]
     assert (one["failed"], other["failed"]) == (0, len(failed))
     answered = [
@@ -124,7 +124,7 @@ def test_failed_requests_are_counted_and_not_scored(tmp_path, capsys):
 
 
 def test_server_without_any_answer_is_reported(tmp_path):
-    with FakeApi(lambda _: 500) as api:
+    with FakeApi(lambda _: 400) as api:
         status, results, _ = evaluate(
             tmp_path, "--base-url", api.url, "--tasks", "recall-needle", *CELLS
         )
@@ -149,27 +149,34 @@ def test_chat_sends_messages_and_extra_fields(tmp_path):
     assert all(body["chat_template_kwargs"] == {"enable_thinking": False} for body in counted)
 
 
-def test_english_tasks_and_files_run_together(tmp_path):
-    rows = tmp_path / "rows.jsonl"
-    row = {
-        "input": "Who?",
-        "context": "Ann.",
-        "answers": ["Ann"],
-        "dataset": "hotpotqa",
-        "_id": "a",
-    }
-    rows.write_text("\n".join(json.dumps({**row, "_id": i}) for i in "abc"), encoding="utf-8")
-    with FakeApi(lambda prompt: "Ann" if "Who?" in prompt else "dunno") as api:
-        status, results, answers = evaluate(
-            tmp_path, "--base-url", api.url, "--tasks", "needle", "people", "--jsonl", str(rows),
-            "--limit", "2", *CELLS,
-        )  # fmt: skip
+def test_tasks_that_are_too_hard_are_pointed_out(tmp_path):
+    with FakeApi(lambda _: "dunno") as api:
+        status, results, _ = evaluate(
+            tmp_path, "--base-url", api.url, "--tasks", "needle", "multi-value", *CELLS
+        )
     assert status == 0
     scores = {group["task"]: group["figures"][0]["mean"]["value"] for group in results["by_task"]}
-    assert scores == {"needle": 0, "people": 0, "hotpotqa": 1}
-    assert [line["identity"] for line in answers if line["task"] == "hotpotqa"] == ["a", "b"]
+    assert scores == {"needle": 0, "multi-value": 0}
     report = (tmp_path / "report.md").read_text(encoding="utf-8")
-    assert f"**{api.url} scores below 0.2 at needle, people" in report
+    assert f"**{api.url} scores below 0.2 at needle, multi-value" in report
+
+
+def test_failures_that_pass_are_tried_again(tmp_path):
+    tried = set()
+
+    def busy(prompt: str) -> str | int:
+        if prompt in tried:
+            return read_recall(prompt)
+        tried.add(prompt)
+        return 503
+
+    with FakeApi(busy) as api:
+        status, results, _ = evaluate(
+            tmp_path, "--base-url", api.url, "--tasks", "recall", "--lengths", "400",
+            "--samples", "2", "--no-plots",
+        )  # fmt: skip
+    assert status == 0
+    assert results["by_task"][0]["figures"][0]["mean"]["value"] == 1
 
 
 def test_tokenizer_on_disk_replaces_the_servers(tmp_path, recall_model):
@@ -180,23 +187,6 @@ def test_tokenizer_on_disk_replaces_the_servers(tmp_path, recall_model):
         )  # fmt: skip
         assert {path for path, _ in api.requests} == {"/v1/completions"}
     assert status == 0
-    assert results["by_task"][0]["figures"][0]["mean"]["value"] == 1
-
-
-def test_long_files_are_cut_by_the_server(tmp_path):
-    rows = tmp_path / "rows.jsonl"
-    context = " ".join(f"w{i}" for i in range(3000))
-    row = {"input": "Who?", "context": context, "answers": ["w0 w2999"], "dataset": "mine"}
-    rows.write_text(json.dumps(row), encoding="utf-8")
-    with FakeApi(
-        lambda prompt: f"{prompt.split()[0]} {prompt.split()[-2]}", max_model_len=900
-    ) as api:
-        status, results, answers = evaluate(
-            tmp_path, "--base-url", api.url, "--jsonl", str(rows), "--jsonl-metric", "any",
-            "--no-plots",
-        )  # fmt: skip
-    assert status == 0
-    assert answers[0]["prompt_tokens"] == 900 - 64
     assert results["by_task"][0]["figures"][0]["mean"]["value"] == 1
 
 
@@ -258,10 +248,10 @@ def test_serve_reports_the_servers_before_one_that_fails(tmp_path, monkeypatch, 
         (["--base-url", "{url}", "--tasks", "nothing"], "nothing is no task"),
         (["--base-url", "{url}", "--model", "other"], "serves fake, not other"),
         (["--base-url", "{url}", "--lengths", "9999"], "--lengths 9999: fake takes 4096 tokens"),
-        (["--base-url", "{url}", "--jsonl", "none.jsonl"], "none.jsonl: "),
         (["--base-url", "{url}", "--haystack", "none.txt"], "none.txt: "),
         (["--base-url", "{url}", "--extra-body", "[]"], "no JSON object"),
-        (["--base-url", "http://127.0.0.1:1"], "an OpenAI-compatible server is needed there"),
+        (["--base-url", "{url}", "--extra-body", "{{"], "is no JSON"),
+        (["--base-url", "http://127.0.0.1:1"], "no OpenAI-compatible server answers there"),
         (["--serve", "m", "--no-plain"], "starts nothing"),
         (["--serve", "m", "--config", "0.5"], "holds no flags"),
         (["--serve", "m", "--config", "--a 'b"], "No closing quotation"),
@@ -293,8 +283,8 @@ def test_server_that_says_no_length_needs_one(tmp_path, capsys):
 
 
 def test_plots_without_matplotlib_are_refused_before_anything_runs(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with FakeApi(read_recall) as api:
         assert main(["eval", "--base-url", api.url, "--out", str(tmp_path)]) == 2
         assert not api.requests
-    assert "pip install matplotlib" in capsys.readouterr().err
+    assert "pip install 'think-vllm[bench]', or give --no-plots" in capsys.readouterr().err

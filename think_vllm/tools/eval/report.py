@@ -3,19 +3,26 @@
 import json
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from think_vllm.tools.common.compact import write_json
-from think_vllm.tools.common.provenance import Provenance
+from think_vllm.tools.common.markdown import table
 from think_vllm.tools.eval.harness import HarnessTable
+from think_vllm.tools.eval.options import Options
+from think_vllm.tools.eval.plots import draw_bars, draw_heatmaps
 from think_vllm.tools.eval.stats import Difference, Estimate
 from think_vllm.tools.eval.summary import TOO_HARD, Figure, Group, Run, by_cell, by_length, by_task
 
 REPORT_FILE, RESULTS_FILE, ANSWERS_FILE = "report.md", "results.json", "answers.jsonl"
 #: Of the layout of `RESULTS_FILE`.
 SCHEMA = 1
+#: Options that have a place of their own in the results, or another form.
+_NOT_SETTINGS = (
+    *("base_url", "config", "plain", "label", "out"),
+    *("server_args", "harness_args", "extra_body"),
+)
 _ESTIMATES = ("score", "to the first", "better", "worse", "p")
 _COLUMNS = ("task", "server", "asked", "failed", "cut off", *_ESTIMATES)
 _NOTES = """\
@@ -27,191 +34,156 @@ Requests that failed have no score, and are counted beside it."""
 
 
 def write_report(
-    directory: Path,
+    options: Options,
     runs: Sequence[Run],
     harness: Sequence[HarnessTable],
-    provenance: Provenance,
-    settings: dict[str, Any],
-    plots: Sequence[Path],
+    provenance: dict[str, Any],
 ) -> None:
-    """Write the three files.
+    """Write the files and the plots.
 
     Args:
-        directory: Where to; exists.
+        options: Of the evaluation.
         runs: The servers' answers.
-        harness: What lm-evaluation-harness found; empty without it.
-        provenance: Where the figures come from.
-        settings: Of the run: seed, tasks and so on.
-        plots: Files of `directory` that the report shows.
+        harness: Results of lm-evaluation-harness; empty without it.
+        provenance: Date, machine, versions and command.
     """
-    seed = settings["seed"]
-    tasks, lengths, cells = (
-        (by_task(runs, seed), by_length(runs, seed), by_cell(runs, seed))
-        if runs[0].results
-        else ([], [], [])
-    )
+    directory, seed = options.out, options.seed
+    tasks: list[Group] = []
+    lengths: list[Group] = []
+    cells: list[Group] = []
+    plots: list[Path] = []
+    if results := runs[0].results:
+        tasks, lengths, cells = (by(runs, seed) for by in (by_task, by_length, by_cell))
+        if options.plots:
+            plots = [draw_bars(tasks, directory / "tasks.png"), *draw_heatmaps(cells, directory)]
+    settings = {name: x for name, x in vars(options).items() if name not in _NOT_SETTINGS}
+    settings["lengths"] = sorted({result.question.length for result in results})
     document = {
         "schema": SCHEMA,
-        "provenance": asdict(provenance),
+        "provenance": provenance,
         "settings": settings,
         "servers": [
-            {
-                "label": run.label,
-                "url": run.url,
-                "flags": None if run.flags is None else list(run.flags),
-                **asdict(run.card),
-            }
+            {x.name: getattr(run, x.name) for x in fields(Run) if x.name != "results"}
             for run in runs
         ],
         "by_task": [asdict(group) for group in tasks],
         "by_length": [asdict(group) for group in lengths],
         "by_cell": [asdict(group) for group in cells],
-        "harness": [asdict(table) for table in harness],
+        "harness": [asdict(one) for one in harness],
     }
     write_json(directory / RESULTS_FILE, document)
-    _write(directory / ANSWERS_FILE, "".join(f"{line}\n" for line in _answers(runs)))
-    text = "\n".join(_markdown(runs, tasks, lengths, harness, provenance, settings, plots))
-    _write(directory / REPORT_FILE, text + "\n")
+    text = "".join(f"{line}\n" for line in _answers(runs))
+    (directory / ANSWERS_FILE).write_text(text, encoding="utf-8")
+    lines = [
+        *_head(runs, provenance),
+        *_scores(runs, tasks, seed),
+        *_by_length(runs, tasks, lengths),
+    ]
+    lines += [*_harness(harness), *(f"\n![{plot.stem}]({plot.name})" for plot in plots)]
+    (directory / REPORT_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def estimate_text(estimate: Estimate | None) -> str:
-    """A figure with its interval, as ``0.950 [0.888, 0.978]``."""
+def estimate_text(estimate: Estimate | None, sign: str = "") -> str:
+    """A figure with its interval, as ``0.950 [0.888, 0.978]``.
+
+    Args:
+        estimate: The figure; None for a dash.
+        sign: ``+`` for differences, as ``-0.050 [-0.112, +0.004]``.
+    """
     if estimate is None:
         return "-"
+    text = f"{estimate.value:{sign}.3f}"
     if estimate.low is None or estimate.high is None:
-        return f"{estimate.value:.3f}"
-    return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
-
-
-def difference_text(difference: Difference | None) -> str:
-    """A difference with its interval, as ``-0.050 [-0.112, +0.004]``."""
-    if difference is None:
-        return "-"
-    value, low, high = (
-        difference.estimate.value,
-        difference.estimate.low,
-        difference.estimate.high,
-    )
-    if low is None or high is None:
-        return f"{value:+.3f}"
-    return f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
+        return text
+    return f"{text} [{estimate.low:{sign}.3f}, {estimate.high:{sign}.3f}]"
 
 
 def _answers(runs: Sequence[Run]) -> Iterator[str]:
     for run in runs:
         for result in run.results:
-            question = asdict(result.question)
-            # Prompts are long, and the seed or the file makes them again.
-            del question["prompt"], question["classes"]
-            yield json.dumps(
-                {"server": run.label, **question, **asdict(result.answer), "score": result.score},
-                ensure_ascii=False,
-            )
+            answer = asdict(result)
+            line = {"server": run.label, **answer.pop("question"), **answer}
+            # Prompts are long, and the seed brings them back.
+            del line["prompt"]
+            yield json.dumps(line, ensure_ascii=False)
 
 
-def _markdown(
-    runs: Sequence[Run],
-    tasks: Sequence[Group],
-    lengths: Sequence[Group],
-    harness: Sequence[HarnessTable],
-    provenance: Provenance,
-    settings: dict[str, Any],
-    plots: Sequence[Path],
-) -> Iterator[str]:
+def _head(runs: Sequence[Run], provenance: dict[str, Any]) -> Iterator[str]:
+    versions = ", ".join(f"{name} {text}" for name, text in provenance["versions"].items())
     yield "# Evaluation\n"
-    yield f"{provenance}\n"
-    yield f"`{provenance.command}`\n"
-    yield from _table(
-        ["server", "model", "version", "flags"],
-        (
-            [
-                run.label,
-                run.card.model,
-                run.card.version or "unknown",
-                _flags(run),
-            ]
-            for run in runs
-        ),
+    yield (
+        f"{provenance['date']}; {provenance['processor']}, {provenance['cores']} cores; "
+        f"Python {provenance['python']}, {versions}\n"
     )
-    if tasks:
-        yield f"\nSeed {settings['seed']}, {len(runs[0].results)} questions for each server.\n"
-        yield from _table(
-            _COLUMNS,
-            (_row(group, figure) for group in tasks for figure in group.figures),
-        )
-        yield f"\n{_NOTES}"
-        hard = [group.task for group in tasks if group.is_too_hard]
-        if hard:
-            yield (
-                f"\n**{runs[0].label} scores below {TOO_HARD:g} at {', '.join(hard)}: a difference "
-                "there says nothing.** Such a task is too hard for the model, or its prompt does "
-                "not suit it (`--chat`?)."
-            )
-    if len({(group.task, group.length) for group in lengths}) > len(tasks):
-        yield "\n## By length\n"
-        yield from _table(
-            ["task", "tokens", *(run.label for run in runs)],
-            (
-                [
-                    group.task,
-                    str(group.length),
-                    *(estimate_text(figure.mean) for figure in group.figures),
-                ]
-                for group in lengths
-            ),
-        )
-    if harness:
-        yield "\n## lm-evaluation-harness\n"
-        yield from _harness(harness)
-    for plot in plots:
-        yield f"\n![{plot.stem}]({plot.name})"
+    yield f"`{provenance['command']}`\n"
+    yield from table(
+        ["server", "model", "version", "flags"],
+        ([run.label, run.model, run.version or "unknown", _flags(run)] for run in runs),
+    )
 
 
 def _flags(run: Run) -> str:
     if run.flags is not None:
         return f"`{shlex.join(run.flags)}`" if run.flags else "none"
-    return f"`{json.dumps(run.card.settings)}`" if run.card.settings else "unknown"
+    return f"`{json.dumps(run.settings)}`" if run.settings else "unknown"
+
+
+def _scores(runs: Sequence[Run], tasks: Sequence[Group], seed: int) -> Iterator[str]:
+    if not tasks:
+        return
+    yield f"\nSeed {seed}, {len(runs[0].results)} questions for each server.\n"
+    yield from table(_COLUMNS, (_row(group, figure) for group in tasks for figure in group.figures))
+    yield f"\n{_NOTES}"
+    hard = [group.task for group in tasks if group.is_too_hard]
+    if hard:
+        yield (
+            f"\n**{runs[0].label} scores below {TOO_HARD:g} at {', '.join(hard)}: a difference "
+            "there says nothing.** Such a task is too hard for the model, or its prompt does "
+            "not suit it (`--chat`?)."
+        )
 
 
 def _row(group: Group, figure: Figure) -> list[str]:
-    difference = figure.difference
+    counts = [str(count) for count in (figure.asked, figure.failed, figure.cut_off)]
     return [
-        group.task,
-        figure.label,
-        str(figure.asked),
-        str(figure.failed),
-        str(figure.cut_off),
-        estimate_text(figure.mean),
-        difference_text(difference),
-        *(
-            ["-", "-", "-"]
-            if difference is None
-            else [str(difference.better), str(difference.worse), f"{difference.p_value:.3g}"]
-        ),
+        *(group.task, figure.label, *counts, estimate_text(figure.mean)),
+        *_difference(figure.difference),
     ]
 
 
+def _difference(difference: Difference | None) -> list[str]:
+    if difference is None:
+        return ["-"] * 4
+    counts = [str(difference.better), str(difference.worse)]
+    return [estimate_text(difference.estimate, "+"), *counts, f"{difference.p_value:.3g}"]
+
+
+def _by_length(
+    runs: Sequence[Run], tasks: Sequence[Group], lengths: Sequence[Group]
+) -> Iterator[str]:
+    if len(lengths) > len(tasks):
+        yield "\n## By length\n"
+        yield from table(
+            ["task", "tokens", *(run.label for run in runs)],
+            (
+                [group.task, str(group.length), *(estimate_text(x.mean) for x in group.figures)]
+                for group in lengths
+            ),
+        )
+
+
 def _harness(tables: Sequence[HarnessTable]) -> Iterator[str]:
-    yield from _table(
-        ["task", "metric", "server", "value", "measures thin blocks"],
-        (
-            [
-                line.task,
-                line.metric,
-                table.label,
-                estimate_text(line.estimate),
-                "yes" if line.generates else "no: scored in the pass over the prompt",
-            ]
-            for table in tables
-            for line in table.lines
-        ),
-    )
-
-
-def _table(header: Sequence[str], rows: Iterator[list[str]]) -> Iterator[str]:
-    for cells in (header, ["---"] * len(header), *rows):
-        yield f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |"
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    if tables:
+        yield "\n## lm-evaluation-harness\n"
+        prefill = "no: scored in the pass over the prompt"
+        yield from table(
+            ["task", "metric", "server", "value", "measures thin blocks"],
+            (
+                [
+                    *(line.task, line.metric, one.label, estimate_text(line.estimate)),
+                    "yes" if line.generates else prefill,
+                ]
+                for one in tables
+                for line in one.lines
+            ),
+        )

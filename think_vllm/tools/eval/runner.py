@@ -1,20 +1,19 @@
-"""Asking a server all questions, several at a time."""
+"""All questions of an evaluation, sent to a server several at a time."""
 
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TextIO
+from typing import Any
 
-from think_vllm.tools.eval.client import Answer, Asker
+from tqdm import tqdm
+
+from think_vllm.tools.common.client import Client, RequestError
 from think_vllm.tools.eval.question import Question
-from think_vllm.tools.eval.scoring import score
-from think_vllm.tools.eval.tasks.longbench import scored_text
 
-#: Seconds between two lines where nobody watches a terminal.
-_LINE_S = 30.0
+#: Seconds between two progress lines in a log.
+_LOG_INTERVAL_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -23,88 +22,70 @@ class Result:
 
     Args:
         question: What was asked.
-        answer: What came back.
+        text: The answer; empty if the request failed.
+        finish_reason: Why generation stopped, as the server says.
+        error: Why the request failed; None if it did not.
+        seconds: From sending to the end of the answer.
         score: 0 to 1; None if the request failed.
     """
 
     question: Question
-    answer: Answer
+    text: str
+    finish_reason: str | None
+    error: str | None
+    seconds: float
     score: float | None
 
 
 def ask_all(
-    asker: Asker, questions: Sequence[Question], concurrency: int, label: str
+    client: Client,
+    model: str,
+    questions: Sequence[Question],
+    *,
+    chat: bool,
+    extra: dict[str, Any],
+    concurrency: int,
+    label: str,
 ) -> list[Result]:
-    """Ask everything; a failed request is a result without a score.
+    """Ask everything, greedily; a failed request is a result without a score.
 
     Args:
-        asker: Sends the questions.
+        client: Of the server.
+        model: Name that requests carry.
         questions: In the order of the results.
+        chat: Whether prompts are sent as chat messages.
+        extra: Further fields of every request.
         concurrency: Requests at the same time.
         label: The server's, for the progress line.
     """
-    progress = Progress(label, len(questions), sys.stderr)
 
     def ask(question: Question) -> Result:
-        answer = asker.ask(question)
-        right = None if answer.error else score(question, scored_text(question, answer.text))
-        result = Result(question, answer, right)
-        progress.add(result)
-        return result
+        text, reason, failure, score = "", None, None, None
+        start = time.monotonic()
+        try:
+            text, reason = client.complete(model, question.prompt, question.max_tokens, chat, extra)
+            score = question.score(text)
+        except RequestError as error:
+            failure = str(error)
+        return Result(question, text, reason, failure, time.monotonic() - start, score)
 
     pool = ThreadPoolExecutor(concurrency)
+    results: list[Result] = []
+    interval = None if sys.stderr.isatty() else _LOG_INTERVAL_S
     try:
-        results = list(pool.map(ask, questions))
+        with tqdm(total=len(questions), desc=label, mininterval=interval or 0.1) as progress:
+            for result in pool.map(ask, questions):
+                results.append(result)
+                progress.set_postfix_str(_summary(results), refresh=False)
+                progress.update()
     finally:
-        # Whoever stops this must not wait for the questions that are left, or for a slow answer.
+        # An interrupted run must not wait for the remaining questions, or for a slow answer.
         pool.shutdown(wait=False, cancel_futures=True)
-    progress.end()
     return results
 
 
-class Progress:
-    """A line that says how far it is: rewritten on a terminal, from time to time elsewhere.
-
-    Args:
-        label: What it is about.
-        total: Results to come.
-        stream: Where it goes.
-    """
-
-    def __init__(self, label: str, total: int, stream: TextIO) -> None:
-        self._label, self._total, self._stream = label, total, stream
-        self._done = self._failed = 0
-        self._scores = 0.0
-        self._start = self._said = time.monotonic()
-        self._lock = threading.Lock()
-
-    def add(self, result: Result) -> None:
-        """Count a result."""
-        with self._lock:
-            self._done += 1
-            if result.score is None:
-                self._failed += 1
-            else:
-                self._scores += result.score
-            now = time.monotonic()
-            if self._stream.isatty():
-                self._stream.write(f"\r{self}\x1b[K")
-                self._stream.flush()
-            elif now - self._said > _LINE_S:
-                self._said = now
-                self._stream.write(f"{self}\n")
-
-    def end(self) -> None:
-        """Say the last word."""
-        before = "\r" if self._stream.isatty() else ""
-        self._stream.write(f"{before}{self}\n")
-        self._stream.flush()
-
-    def __str__(self) -> str:
-        answered = self._done - self._failed
-        mean = f", mean score {self._scores / answered:.3f}" if answered else ""
-        failed = f", {self._failed} FAILED" if self._failed else ""
-        return (
-            f"{self._label}: {self._done}/{self._total} in "
-            f"{time.monotonic() - self._start:.0f} s{mean}{failed}"
-        )
+def _summary(results: Sequence[Result]) -> str:
+    scores = [result.score for result in results if result.score is not None]
+    mean = f"mean score {sum(scores) / len(scores):.3f}" if scores else "no answer"
+    failed = len(results) - len(scores)
+    return f"{mean}, {failed} FAILED" if failed else mean

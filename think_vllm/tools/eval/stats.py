@@ -18,7 +18,7 @@ class Estimate:
         value: The figure.
         low: Lower end; None where the data say nothing about it.
         high: Upper end.
-        method: How the interval was made.
+        method: Of the interval.
     """
 
     value: float

@@ -1,9 +1,10 @@
-"""What the answers of several servers come to: figures by task, by length and by cell."""
+"""Figures of several servers' answers: by task, by length and by cell."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from think_vllm.tools.eval.client import Card
+from think_vllm.tools.eval.question import Question
 from think_vllm.tools.eval.runner import Result
 from think_vllm.tools.eval.stats import Difference, Estimate, estimate_difference, estimate_mean
 
@@ -18,21 +19,27 @@ class Run:
     Args:
         label: What the reports call it.
         url: Where it was; None if it was started here.
-        flags: It was started with; None if nobody knows.
-        card: What it said about itself.
+        flags: Flags that it was started with; None if they are unknown.
+        model: Name of its model.
+        max_model_len: Tokens of a request; None if it does not say.
+        version: Of the server; None if it does not say.
+        settings: Those of thin blocks; None if it does not say.
         results: Its answers, in the order of the questions.
     """
 
     label: str
     url: str | None
     flags: tuple[str, ...] | None
-    card: Card
+    model: str
+    max_model_len: int | None
+    version: str | None
+    settings: dict[str, Any] | None
     results: list[Result]
 
 
 @dataclass(frozen=True)
 class Figure:
-    """What one server made of some questions.
+    """One server's answers to some questions.
 
     Args:
         label: The server's.
@@ -76,39 +83,38 @@ class Group:
 
 def by_task(runs: Sequence[Run], seed: int) -> list[Group]:
     """One group for each task."""
-    return list(_groups(runs, lambda result: (result.question.task, None, None), seed))
+    return _groups(runs, seed, lambda question: (question.task, None, None))
 
 
 def by_length(runs: Sequence[Run], seed: int) -> list[Group]:
     """One group for each task and length."""
-    return list(
-        _groups(runs, lambda result: (result.question.task, result.question.length, None), seed)
-    )
+    return _groups(runs, seed, lambda question: (question.task, question.length, None))
 
 
 def by_cell(runs: Sequence[Run], seed: int) -> list[Group]:
     """One group for each task, length and depth, of the questions that have a depth."""
-    cells = _groups(
-        runs,
-        lambda result: (result.question.task, result.question.length, result.question.depth),
-        seed,
-    )
+    cells = _groups(runs, seed, lambda question: (question.task, question.length, question.depth))
     return [cell for cell in cells if cell.depth is not None]
 
 
-_Key = tuple[str, int | None, float | None]
-
-
-def _groups(runs: Sequence[Run], key_of: Callable[[Result], _Key], seed: int) -> Iterator[Group]:
-    # A dict keeps the order of the questions, and drops keys that come again.
-    for key in dict.fromkeys(map(key_of, runs[0].results)):
-        members = [i for i, result in enumerate(runs[0].results) if key_of(result) == key]
-        chosen = [[run.results[i] for i in members] for run in runs]
-        figures = [
-            _figure(run.label, results, chosen[0] if index else None, seed)
-            for index, (run, results) in enumerate(zip(runs, chosen, strict=True))
-        ]
-        yield Group(*key, figures)
+def _groups(
+    runs: Sequence[Run],
+    seed: int,
+    key_of: Callable[[Question], tuple[str, int | None, float | None]],
+) -> list[Group]:
+    # In the order of the questions, which is the same for all runs.
+    members: dict[tuple[str, int | None, float | None], list[int]] = {}
+    for index, result in enumerate(runs[0].results):
+        members.setdefault(key_of(result.question), []).append(index)
+    groups = []
+    for key, indices in members.items():
+        first = [runs[0].results[index] for index in indices]
+        figures = [_figure(runs[0].label, first, None, seed)]
+        for run in runs[1:]:
+            results = [run.results[index] for index in indices]
+            figures.append(_figure(run.label, results, first, seed))
+        groups.append(Group(*key, figures))
+    return groups
 
 
 def _figure(
@@ -127,7 +133,7 @@ def _figure(
         label=label,
         asked=len(results),
         failed=sum(result.score is None for result in results),
-        cut_off=sum(result.answer.finish_reason == "length" for result in results),
+        cut_off=sum(result.finish_reason == "length" for result in results),
         mean=estimate_mean([x.score for x in results if x.score is not None], binary, seed),
         difference=difference,
     )

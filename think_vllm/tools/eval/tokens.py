@@ -1,75 +1,45 @@
 """Tokens of a prompt as the model gets it: counted by the server, or by a tokenizer on disk."""
 
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 from think_vllm.errors import ThinkError
-from think_vllm.tools.eval.client import Endpoint, RequestError
+from think_vllm.tools.common.client import Client, RequestError
+
+#: Counts the tokens of a prompt with all that is put around it, such as a chat template.
+Counter = Callable[[str], int]
 
 
-class Tokens(Protocol):
-    """Counts tokens of prompts."""
-
-    def count(self, text: str) -> int:
-        """Tokens of a prompt with all that is put around it, a chat template for example."""
-
-    def encode(self, text: str) -> list[int]:
-        """Tokens of a text alone."""
-
-    def decode(self, tokens: list[int]) -> str:
-        """Text of tokens."""
-
-
-class ServerTokens:
-    """Counts with a server's ``/tokenize``, which vLLM has.
+def server_counter(
+    client: Client, model: str, chat: bool, template_options: dict[str, Any] | None
+) -> Counter:
+    """Count with a server's ``/tokenize``, which vLLM has.
 
     Args:
-        endpoint: The server.
+        client: Of the server.
         model: Name that requests carry.
         chat: Whether prompts are chat messages.
         template_options: ``chat_template_kwargs`` of the requests.
     """
+    options = {"chat_template_kwargs": template_options} if template_options else {}
 
-    def __init__(
-        self,
-        endpoint: Endpoint,
-        model: str,
-        chat: bool,
-        template_options: dict[str, Any] | None = None,
-    ) -> None:
-        self._endpoint = endpoint
-        self._model = model
-        self._chat = chat
-        self._options = {"chat_template_kwargs": template_options} if template_options else {}
-
-    def count(self, text: str) -> int:
-        """Tokens of a prompt as it is served."""
-        if self._chat:
-            messages = [{"role": "user", "content": text}]
-            return int(self._ask("tokenize", {"messages": messages, **self._options})["count"])
-        return int(self._ask("tokenize", {"prompt": text})["count"])
-
-    def encode(self, text: str) -> list[int]:
-        """Tokens of a text alone."""
-        body = {"prompt": text, "add_special_tokens": False}
-        return [int(token) for token in self._ask("tokenize", body)["tokens"]]
-
-    def decode(self, tokens: list[int]) -> str:
-        """Text of tokens."""
-        return str(self._ask("detokenize", {"tokens": tokens})["prompt"])
-
-    def _ask(self, what: str, body: dict[str, Any]) -> Any:
+    def count(text: str) -> int:
+        body: dict[str, Any] = {"prompt": text}
+        if chat:
+            body = {"messages": [{"role": "user", "content": text}], **options}
         try:
-            return self._endpoint.post(f"/{what}", {"model": self._model, **body})
+            return int(client.post("/tokenize", {"model": model, **body})["count"])
         except RequestError as error:
             raise ThinkError(
-                f"eval: {self._endpoint.url}/{what}: {error}; prompts are sized by it, so give "
-                "the model's tokenizer with --tokenizer NAME or directory"
+                f"eval: {client.url}/tokenize: {error}; prompts are sized by it, so give the "
+                "model's tokenizer with --tokenizer NAME or directory"
             ) from None
 
+    return count
 
-class LocalTokens:
-    """Counts with the tokenizer of a model, as transformers loads it.
+
+def tokenizer_counter(name: str, chat: bool, template_options: dict[str, Any] | None) -> Counter:
+    """Count with the tokenizer of a model, as transformers loads it.
 
     Args:
         name: Name or directory.
@@ -79,70 +49,29 @@ class LocalTokens:
     Raises:
         ThinkError: If it cannot be loaded, or has no chat template and needs one.
     """
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise ThinkError(
+            f"eval: --tokenizer {name}: {error}; pip install transformers, or leave it out "
+            "where the server has /tokenize"
+        ) from None
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ThinkError(f"eval: --tokenizer {name}: {reason}") from None
+    if chat and not tokenizer.chat_template:
+        raise ThinkError(f"eval: --tokenizer {name} has no chat template; leave --chat out")
 
-    def __init__(
-        self, name: str | Path, chat: bool, template_options: dict[str, Any] | None = None
-    ) -> None:
-        try:
-            from transformers import AutoTokenizer
-        except ImportError as error:
-            raise ThinkError(
-                f"eval: --tokenizer {name}: {error}; pip install transformers, or leave it out "
-                "where the server has /tokenize"
-            ) from None
-        try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(name)
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise ThinkError(f"eval: --tokenizer {name}: {reason}") from None
-        if chat and not self._tokenizer.chat_template:
-            raise ThinkError(f"eval: --tokenizer {name} has no chat template; leave --chat out")
-        self._chat = chat
-        self._options = template_options or {}
-
-    def count(self, text: str) -> int:
-        """Tokens of a prompt as it is served."""
-        if self._chat:
-            messages = [{"role": "user", "content": text}]
-            rendered = self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, **self._options
+    def count(text: str) -> int:
+        if chat:
+            text = tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}],
+                tokenize=False,
+                add_generation_prompt=True,
+                **template_options or {},
             )
-            return len(self.encode(rendered))
-        return len(self._tokenizer(text)["input_ids"])
+        return len(tokenizer(text, add_special_tokens=not chat)["input_ids"])
 
-    def encode(self, text: str) -> list[int]:
-        """Tokens of a text alone."""
-        tokens: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        return tokens
-
-    def decode(self, tokens: list[int]) -> str:
-        """Text of tokens."""
-        return str(self._tokenizer.decode(tokens))
-
-
-def cut_middle(text: str, room: int, tokens: Tokens) -> str:
-    """Shorten a prompt to a number of tokens: its middle goes, as LongBench does it.
-
-    Args:
-        text: The prompt.
-        room: Tokens that it may have as it is served.
-        tokens: Counts them.
-
-    Raises:
-        ThinkError: If nothing would be left.
-    """
-    if (counted := tokens.count(text)) <= room:
-        return text
-    ids = tokens.encode(text)
-    keep = room - (counted - len(ids))
-    while keep >= 2:
-        head = keep // 2
-        cut = tokens.decode(ids[:head]) + tokens.decode(ids[len(ids) - (keep - head) :])
-        if (counted := tokens.count(cut)) <= room:
-            return cut
-        # A text cut in two can have other tokens at the seam.
-        keep -= counted - room
-    raise ThinkError(
-        f"eval: a prompt may have {room} tokens besides its answer, which leaves nothing of the "
-        "text; serve a model with a longer context, or lower --max-tokens"
-    )
+    return count

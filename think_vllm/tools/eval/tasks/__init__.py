@@ -1,4 +1,4 @@
-"""The tasks whose prompts are made here, and making them."""
+"""The tasks, and the questions of an evaluation."""
 
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -10,10 +10,7 @@ from think_vllm.errors import ThinkError
 from think_vllm.tools.eval.question import Question
 from think_vllm.tools.eval.tasks.haystack import Frame
 from think_vllm.tools.eval.tasks.needles import multi_key, multi_query, multi_value, needle
-from think_vllm.tools.eval.tasks.people import people
 from think_vllm.tools.eval.tasks.records import recall, recall_keys, recall_needle
-from think_vllm.tools.eval.tasks.variables import variables
-from think_vllm.tools.eval.tasks.words import common_words, frequent_words
 
 
 @dataclass(frozen=True)
@@ -41,10 +38,6 @@ TASKS = {
     "multi-key": Task(multi_key, has_depth=True, english=True),
     "multi-value": Task(multi_value, has_depth=False, english=True),
     "multi-query": Task(multi_query, has_depth=False, english=True),
-    "variables": Task(variables, has_depth=False, english=True),
-    "common-words": Task(common_words, has_depth=False, english=True),
-    "frequent-words": Task(frequent_words, has_depth=False, english=True),
-    "people": Task(people, has_depth=False, english=True),
     "recall": Task(recall, has_depth=False, english=False),
     "recall-needle": Task(recall_needle, has_depth=True, english=False),
     "recall-keys": Task(recall_keys, has_depth=True, english=False),
@@ -52,14 +45,17 @@ TASKS = {
 
 
 def check_tasks(names: Sequence[str]) -> None:
-    """Refuse names of no task.
+    """Reject unknown names.
 
     Raises:
-        ThinkError: If there is one.
+        ThinkError: If a name is no task.
     """
     for name in names:
         if name not in TASKS:
-            raise ThinkError(f"eval: --tasks {name} is no task; there are {', '.join(TASKS)}")
+            raise ThinkError(
+                f"eval: --tasks {name} is no task; there are {', '.join(TASKS)}; RULER's and "
+                "LongBench's are tasks of --harness"
+            )
 
 
 def make_questions(
@@ -79,8 +75,8 @@ def make_questions(
         depths: Where facts are hidden, 0 to 1, for tasks on the grid.
         samples: Questions of a cell.
         seed: Of all of them.
-        frame: Whatever does not depend on the cell.
-        threads: Prompts that are made at the same time: the server counts their tokens.
+        frame: What does not depend on the cell.
+        threads: Prompts that are built at the same time: the server counts their tokens.
     """
     cells = list(_cells(names, lengths, depths, samples))
 

@@ -24,7 +24,7 @@ class Frame:
         count: Tokens of a prompt as it is served.
         chat: Whether it is a chat message, which takes no beginning of an answer.
         max_tokens: Tokens of an answer, in place of the task's; None for the task's.
-        sentences: Of a text to hide facts in; empty for made-up ones.
+        sentences: Of a text to hide facts in; empty for generated ones.
     """
 
     length: int

@@ -1,4 +1,4 @@
-"""Needles in a haystack, in English: secret numbers told in a long text are asked for.
+"""Needles in a haystack, in English: secret numbers stated in a long text are asked for.
 
 In the manner of RULER's NIAH tasks (arXiv 2404.06654); words, names and text are our own.
 """
@@ -19,46 +19,48 @@ _INTRODUCTION = "Some secret numbers are hidden in the following text. Remember 
 def needle(rng: random.Random, frame: Frame) -> Question:
     """One number at a depth of the text."""
     (name,), (number,) = _names(rng, 1), _numbers(rng, 1)
-    return _make("needle", rng, frame, [(name, number, frame.depth)], [name])
+    return _question("needle", rng, frame, [(name, number, frame.depth)], [name])
 
 
 def multi_key(rng: random.Random, frame: Frame) -> Question:
     """As `needle`, with three more numbers, of other names, at random depths."""
     names, numbers = _names(rng, SEVERAL), _numbers(rng, SEVERAL)
     depths = [frame.depth, *[None] * (SEVERAL - 1)]
-    return _make("multi-key", rng, frame, list(zip(names, numbers, depths, strict=True)), names[:1])
+    return _question(
+        "multi-key", rng, frame, list(zip(names, numbers, depths, strict=True)), names[:1]
+    )
 
 
 def multi_value(rng: random.Random, frame: Frame) -> Question:
     """Four numbers of one name, all asked for."""
     (name,) = _names(rng, 1)
-    told = [(name, number, None) for number in _numbers(rng, SEVERAL)]
-    return _make("multi-value", rng, frame, told, [name])
+    facts = [(name, number, None) for number in _numbers(rng, SEVERAL)]
+    return _question("multi-value", rng, frame, facts, [name])
 
 
 def multi_query(rng: random.Random, frame: Frame) -> Question:
     """Four numbers of four names, all asked for."""
     names, numbers = _names(rng, SEVERAL), _numbers(rng, SEVERAL)
-    told = [(name, number, None) for name, number in zip(names, numbers, strict=True)]
-    return _make("multi-query", rng, frame, told, names)
+    facts = [(name, number, None) for name, number in zip(names, numbers, strict=True)]
+    return _question("multi-query", rng, frame, facts, names)
 
 
 def statement(name: str, number: str) -> str:
-    """The sentence that tells a number."""
+    """The sentence that states a number."""
     return f"One of the secret numbers of the {name} is {number}."
 
 
-def _make(
+def _question(
     task: str,
     rng: random.Random,
     frame: Frame,
-    told: Sequence[tuple[str, str, float | None]],
+    facts: Sequence[tuple[str, str, float | None]],
     asked: Sequence[str],
 ) -> Question:
-    answers = tuple(number for name, number, _ in told if name in asked)
+    answers = tuple(number for name, number, _ in facts if name in asked)
     hidden = [
         (rng.random() if depth is None else depth, statement(name, number))
-        for name, number, depth in told
+        for name, number, depth in facts
     ]
     hay = frame.hay(rng)
     listed = _listed([f"the {name}" for name in asked])
@@ -68,7 +70,7 @@ def _make(
 
     def build(count: int) -> str:
         sentences = hay.take(count)
-        # A text of somebody's own may hold the same number.
+        # A text of the user may hold the same number.
         clean = [line for line in sentences if not any(number in line for number in answers)]
         # The one at a fixed depth goes in last, so that its depth counts the others as well.
         text = hide(hide(clean, hidden[1:]), hidden[:1])

@@ -1,12 +1,12 @@
-"""Tasks in the words of the bundled model: a code of four digits, told once, is asked for.
+"""Tasks in the words of the bundled model: a code of four digits, stated once, is asked for.
 
-A prompt ends before the question mark, which the model says first (see `scoring.recall_match`).
+A prompt ends before the question mark, which the model says first (see `Question.score`).
 """
 
 import random
 
 from think_vllm.errors import ThinkError
-from think_vllm.tools.eval.question import Question
+from think_vllm.tools.eval.question import QUESTION_MARK, Question
 from think_vllm.tools.eval.recall import (
     ANSWER_TOKENS,
     NUM_KEYS,
@@ -14,7 +14,6 @@ from think_vllm.tools.eval.recall import (
     draw_records,
     recall_prompt,
 )
-from think_vllm.tools.eval.scoring import QUESTION_MARK
 from think_vllm.tools.eval.tasks.haystack import Frame, Hay, hide
 
 #: The question mark, the digits and the stop mark, which ends the answer.
