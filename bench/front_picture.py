@@ -9,8 +9,8 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from think_vllm.tools.bench.comparison import rows_of
-from think_vllm.tools.common.figures import COLORS
 from think_vllm.tools.bench.results import Results
+from think_vllm.tools.common.figures import COLORS
 
 FOLDER = Path("docs/results/random-56m")
 SCENARIO = "context-1k"

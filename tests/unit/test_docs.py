@@ -16,7 +16,7 @@ PAGES = [
     *(page for page in (REPOSITORY / "docs").rglob("*.md") if "results" not in page.parts),
 ]
 #: Files that readers make.
-MADE = {"deploy/.env"}
+MADE = {"bench/out/", "deploy/.env"}
 #: Folders from which pages name files.
 ROOTS = (REPOSITORY, REPOSITORY / "think_vllm", REPOSITORY / "tests", REPOSITORY / "docs")
 PACKAGES = ("think_vllm", "csrc_triton", "bench", "scripts", "tests", "models")
