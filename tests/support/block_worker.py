@@ -4,14 +4,27 @@ It checks what the worker would read. A block freed too early, handed out twice,
 somebody writes it or found under a wrong key makes a note wrong.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import numpy as np
+import torch
 
+from think_vllm.hooks.kv_cache_spec import ThinKVCacheSpec
 from think_vllm.plan.spans import SpanRule
 from think_vllm.worker.step_builder import leading_thin_spans
 
 BLOCK = 4
+#: 3 blocks become 2; 5 recent tokens stay dense.
+RULE = SpanRule(block_size=BLOCK, span_blocks=3, thin_blocks=2, recent_window=5, prune_decode=True)
+
+
+def make_spec(**changes: Any) -> ThinKVCacheSpec:
+    """A spec of ``RULE``; of ``changes``, those that the rule has are made there."""
+    of_rule = {f.name for f in fields(SpanRule)} & changes.keys()
+    rule = replace(RULE, **{name: changes.pop(name) for name in of_rule})
+    shape = {"block_size": BLOCK, "num_kv_heads": 1, "head_size": 8, "dtype": torch.float32}
+    return ThinKVCacheSpec(**shape, rule=rule, **changes)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import torch
 
 from tests.triton.engine import Engine
 from tests.triton.expected import Expected, Request, expect, make_request
-from think_vllm.plan.planner import BlockPlan
+from think_vllm.plan.block_plan import BlockPlan, span_rule
 from think_vllm.plan.settings import ThinkConfig
 
 #: Format, blocks of a span before and after, tokens of a thin block, kept channels of keys and of
@@ -38,7 +38,8 @@ def make_plan(name: str, **settings: Any) -> BlockPlan:
             **settings,
         }
     )
-    return BlockPlan(config, 64, channels, value_channels, 16, span_blocks, thin_blocks, tokens, 4)
+    rule = span_rule(config, 16, span_blocks, thin_blocks)
+    return BlockPlan(config, 64, channels, value_channels, rule, tokens, 4)
 
 
 class Life:

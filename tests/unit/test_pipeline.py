@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.sampling_params import SamplingParams
@@ -24,22 +23,13 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
-from think_vllm.hooks.kv_cache_spec import ThinKVCacheSpec
+from tests.support.block_worker import make_spec
 from think_vllm.plan.spans import SpanRule
 
 BLOCK = 4
 NUM_BLOCKS = 48
 MAX_LEN = 120
-SPEC = ThinKVCacheSpec(
-    block_size=BLOCK,
-    num_kv_heads=1,
-    head_size=8,
-    dtype=torch.float32,
-    span_blocks=3,
-    thin_blocks=2,
-    recent_window=5,
-    prune_decode=True,
-)
+SPEC = make_spec()
 
 
 @pytest.fixture(scope="module")
@@ -110,19 +100,19 @@ class Rank:
 
     def _compact(self, name: str, target: int) -> None:
         for span in range(self.thin[name], target):
-            first = span * SPEC.span_blocks
-            for index in range(first, first + SPEC.span_blocks):
+            first = span * SPEC.rule.span_blocks
+            for index in range(first, first + SPEC.rule.span_blocks):
                 self._expect(name, "dense", index)
-            for index in range(first, first + SPEC.thin_blocks):
+            for index in range(first, first + SPEC.rule.thin_blocks):
                 self._write(name, "thin", index)
             self.thin[name] = span + 1
 
     def _read(self, name: str, position: int) -> None:
         for index in range(position // BLOCK + 1):
-            span, offset = divmod(index, SPEC.span_blocks)
+            span, offset = divmod(index, SPEC.rule.span_blocks)
             if span >= self.thin[name]:
                 self._expect(name, "dense", index)
-            elif offset < SPEC.thin_blocks:
+            elif offset < SPEC.rule.thin_blocks:
                 self._expect(name, "thin", index)
 
     def _write(self, name: str, kind: str, index: int) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from think_vllm.kernels.reference.scoring import key_scores_ref, query_energy_ref, top_channels_ref
-from think_vllm.plan.block_plan import BlockPlan
+from think_vllm.plan.block_plan import BlockPlan, span_rule
 from think_vllm.plan.settings import ThinkConfig
 from think_vllm.worker.channel_selection import Chooser, count_sources, top_channels
 from think_vllm.worker.heads import RankHeads, rank_heads
@@ -26,7 +26,7 @@ def make_plan(select: str = "think", keys: int = 24, values: int = D) -> BlockPl
             "kv_select": select,
         }
     )
-    return BlockPlan(config, D, keys, values, 16, 4, 3, 22, 2)
+    return BlockPlan(config, D, keys, values, span_rule(config, 16, 4, 3), 22, 2)
 
 
 def some_tokens(heads: int, seed: int = 0) -> torch.Tensor:

@@ -9,8 +9,8 @@ from vllm.v1.core.kv_cache_utils import BlockHashListWithBlockSize, get_request_
 from vllm.v1.request import Request
 
 from tests.support.block_engine import BLOCK, NUM_BLOCKS, Engine, make_manager
-from tests.support.block_worker import Thin
-from tests.unit.test_manager import WINDOW, make_spec
+from tests.support.block_worker import Thin, make_spec
+from tests.unit.test_manager import WINDOW
 from think_vllm.hooks import platform as compat
 from think_vllm.scheduler import publisher as publisher_module
 from think_vllm.scheduler.manager import ThinKVCacheManager

@@ -18,8 +18,8 @@ from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
 from vllm.v1.kv_cache_interface import KVCacheConfig, SlidingWindowSpec
 from vllm.v1.request import Request
 
+from tests.support.block_worker import make_spec
 from tests.support.contract import planning
-from think_vllm.hooks.kv_cache_spec import ThinKVCacheSpec
 from think_vllm.hooks.model_support import AttentionLayers, attention_layers, window_summary
 from think_vllm.scheduler.manager import ThinKVCacheManager
 from think_vllm.scheduler.prefix import LimitedHashes
@@ -33,7 +33,7 @@ SHAPE: dict[str, Any] = {
     "dtype": torch.float32,
 }
 #: 3 blocks of 4 tokens become 2; 5 recent tokens stay dense.
-THIN = ThinKVCacheSpec(**SHAPE, span_blocks=3, thin_blocks=2, recent_window=5, prune_decode=True)
+THIN = make_spec()
 SLIDING = SlidingWindowSpec(**SHAPE, sliding_window=WINDOW)
 
 
@@ -91,7 +91,7 @@ def test_full_layers_free_tails_and_others_their_window() -> None:
 @pytest.mark.parametrize("max_tokens", [None, 0, 9, 16])
 def test_resumed_requests_hit_no_more_than_they_may(unit: int, max_tokens: int | None) -> None:
     # --prefix-match-unit is for models with several groups of layers.
-    dense = replace(THIN, thin_prefixes=False, recent_window=1000)
+    dense = make_spec(thin_prefixes=False, recent_window=1000)
     manager = make_manager({"full": dense, "window": SLIDING}, unit)
     init_none_hash(sha256)
 

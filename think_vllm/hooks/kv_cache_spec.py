@@ -7,7 +7,6 @@ a spec is made (workers, through the attention backend) or unpickled (the engine
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
 from typing import Any
 
 from vllm.v1.kv_cache_interface import FullAttentionSpec, replace_as
@@ -19,60 +18,46 @@ from think_vllm.plan.spans import SpanRule
 
 @dataclass(frozen=True, kw_only=True)
 class ThinKVCacheSpec(FullAttentionSpec):
-    """Full attention whose old spans shrink from ``span_blocks`` to ``thin_blocks`` blocks.
+    """Full attention whose old spans shrink as ``rule`` says.
 
     The page size is that of a dense block: thin blocks live in the same pool.
     """
 
-    span_blocks: int
-    thin_blocks: int
-    recent_window: int
-    prune_decode: bool
+    #: When a span is thin.
+    rule: SpanRule
     #: Tokens of a prompt's end that no prefix hit may cover; 0 if nothing is pruned.
     observation_window: int = 0
     #: Whether thin spans are cached.
     thin_prefixes: bool = True
-    prune_prefill: bool = False
-    delay_prompt: bool = False
-    #: Spans that a prompt keeps at most; None for all.
-    budget_spans: int | None = None
     #: Whether the worker decides at a prompt's end if its request stays dense.
     guarded: bool = False
     #: Tokens that are scheduled before the first of them has been processed, at most.
     in_flight_tokens: int = 0
 
-    @cached_property
-    def rule(self) -> SpanRule:
-        """When a span is thin."""
-        return SpanRule(
-            block_size=self.block_size,
-            span_blocks=self.span_blocks,
-            thin_blocks=self.thin_blocks,
-            recent_window=self.recent_window,
-            prune_decode=self.prune_decode,
-            prune_prefill=self.prune_prefill,
-            delay_prompt=self.delay_prompt,
-            budget_spans=self.budget_spans,
-        )
-
     def max_blocks(self, num_tokens: int) -> int:
         """Blocks that a request holds at once until it has ``num_tokens`` tokens, at most."""
-        dense = -(-num_tokens // int(self.block_size))
-        if not (self.prune_prefill and self.prune_decode):
+        rule = self.rule
+        dense = -(-num_tokens // rule.block_size)
+        if not self._shrinks_always:
             return dense  # of a short prompt nothing may ever become thin
-        # Tails come back when a span's chunk has been processed, a span at a time.
-        spans = self.rule.prompt_spans(max(0, num_tokens - self.in_flight_tokens))
+        # Blocks come back when a span's chunk has been processed, a span at a time.
+        spans = rule.prompt_spans(max(0, num_tokens - self.in_flight_tokens))
         if spans < 2:
             return dense
-        tail = self.span_blocks - self.thin_blocks
+        freed = rule.span_blocks - rule.thin_blocks
         # It may have held more just before the last of these spans was due.
-        before = self.rule.due_position(spans - 1) + self.in_flight_tokens - 1
-        peak = -(-before // int(self.block_size)) - (spans - 2) * tail
-        return max(peak, dense - (spans - 1) * tail)
+        before = rule.due_position(spans - 1) + self.in_flight_tokens - 1
+        peak = -(-before // rule.block_size) - (spans - 2) * freed
+        return max(peak, dense - (spans - 1) * freed)
+
+    @property
+    def _shrinks_always(self) -> bool:
+        """Whether old spans shrink while their prompt is computed, and ever after."""
+        return self.rule.prune_prefill and self.rule.prune_decode
 
     def max_memory_usage_bytes(self, vllm_config: Any) -> int:
         """Memory that a request of the longest length needs, as vLLM checks at start-up."""
-        if not (self.prune_prefill and self.prune_decode):
+        if not self._shrinks_always:
             dense: int = super().max_memory_usage_bytes(vllm_config)
             return dense
         most = self.max_blocks(vllm_config.model_config.max_model_len)
@@ -80,24 +65,27 @@ class ThinKVCacheSpec(FullAttentionSpec):
 
     @classmethod
     def from_dense(cls, spec: FullAttentionSpec, engine: EnginePlan) -> ThinKVCacheSpec:
-        """Extend the spec that vLLM made for a full-attention layer."""
-        plan, rule = engine.plan, engine.plan.rule
-        made: ThinKVCacheSpec = replace_as(
+        """Extend the spec that vLLM made for a full-attention layer.
+
+        Raises:
+            ValueError: If its blocks are not those of the plan.
+        """
+        plan = engine.plan
+        if spec.block_size != plan.block_size:
+            raise ValueError(
+                f"ThinKVCacheSpec: block_size is {spec.block_size}, the plan is made for blocks "
+                f"of {plan.block_size} tokens"
+            )
+        extended: ThinKVCacheSpec = replace_as(
             spec,
             cls,
-            span_blocks=rule.span_blocks,
-            thin_blocks=rule.thin_blocks,
-            recent_window=rule.recent_window,
-            prune_decode=rule.prune_decode,
-            prune_prefill=rule.prune_prefill,
-            delay_prompt=rule.delay_prompt,
-            budget_spans=rule.budget_spans,
+            rule=plan.rule,
             observation_window=plan.choosing_window,
             guarded=plan.guards,
             thin_prefixes=engine.thin_prefixes,
             in_flight_tokens=engine.in_flight_tokens,
         )
-        return made
+        return extended
 
     @classmethod
     def merge(cls, specs: list[Any]) -> ThinKVCacheSpec:
@@ -123,8 +111,8 @@ class ThinKVCacheSpec(FullAttentionSpec):
             [replace_as(spec, FullAttentionSpec, drop=own) for spec in specs]
         )
         dense = {name: getattr(merged, name) for name in _DENSE_FIELDS}
-        made: ThinKVCacheSpec = replace(first, **dense)
-        return made
+        kept: ThinKVCacheSpec = replace(first, **dense)
+        return kept
 
 
 def customize_spec(spec: Any) -> Any:

@@ -61,23 +61,57 @@ class ChannelPlan:
         return 1.0 - self.value_channels / self.head_size
 
 
+def span_rule(config: ThinkConfig, block_size: int, span_blocks: int, thin_blocks: int) -> SpanRule:
+    """The rule that a config makes of spans.
+
+    Args:
+        config: What was asked for.
+        block_size: Tokens of a dense block.
+        span_blocks: Dense blocks that are compacted together.
+        thin_blocks: Blocks that they become.
+    """
+    budget = config.kv_evict_budget // (block_size * span_blocks)
+    return SpanRule(
+        block_size=block_size,
+        span_blocks=span_blocks,
+        thin_blocks=thin_blocks,
+        recent_window=config.kv_recent_window,
+        # What is only evicted has nothing to gain from spans that fill while decoding.
+        prune_decode=config.kv_prune_decode and thin_blocks < span_blocks,
+        prune_prefill=config.kv_prune_prefill,
+        delay_prompt=config.kv_prefix_cache == "dense" and not config.kv_prune_prefill,
+        budget_spans=budget if config.evicts else None,
+    )
+
+
 @dataclass(frozen=True)
 class BlockPlan(ChannelPlan):
     """How the KV blocks of one model are pruned and quantized; see ``ChannelPlan``, too.
 
     Args:
-        block_size: Tokens of a dense block.
-        span_blocks: Dense blocks that are compacted together.
-        thin_blocks: Blocks that they become.
+        rule: Which blocks are compacted together, and when.
         thin_block_tokens: Tokens of a thin block (the last one of a span may hold fewer).
         itemsize: Bytes of a cache element.
     """
 
-    block_size: int
-    span_blocks: int
-    thin_blocks: int
+    rule: SpanRule
     thin_block_tokens: int
     itemsize: int
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of a dense block."""
+        return self.rule.block_size
+
+    @property
+    def span_blocks(self) -> int:
+        """Dense blocks that are compacted together."""
+        return self.rule.span_blocks
+
+    @property
+    def thin_blocks(self) -> int:
+        """Blocks that they become."""
+        return self.rule.thin_blocks
 
     @cached_property
     def layout(self) -> ThinLayout:
@@ -92,28 +126,6 @@ class BlockPlan(ChannelPlan):
             group=self.config.kv_quant_group,
             value_channels=self.value_channels,
         )
-
-    @cached_property
-    def rule(self) -> SpanRule:
-        """When a span is thin."""
-        return SpanRule(
-            block_size=self.block_size,
-            span_blocks=self.span_blocks,
-            thin_blocks=self.thin_blocks,
-            recent_window=self.config.kv_recent_window,
-            # What is only evicted has nothing to gain from spans that fill while decoding.
-            prune_decode=self.config.kv_prune_decode and self.thin_blocks < self.span_blocks,
-            prune_prefill=self.config.kv_prune_prefill,
-            delay_prompt=self.config.kv_prefix_cache == "dense"
-            and not self.config.kv_prune_prefill,
-            budget_spans=self.budget_spans,
-        )
-
-    @property
-    def budget_spans(self) -> int | None:
-        """Spans that the kept old tokens of a prompt fill at most; None without eviction."""
-        tokens = self.block_size * self.span_blocks
-        return self.config.kv_evict_budget // tokens if self.config.evicts else None
 
     @property
     def choosing_window(self) -> int:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from think_vllm.errors import WAY_OUT, ThinkError
-from think_vllm.plan.block_plan import BlockPlan
+from think_vllm.plan.block_plan import BlockPlan, span_rule
 from think_vllm.plan.formats import GROUP_SIZES, Coding
 from think_vllm.plan.layout import MAX_HEAD_SIZE, max_key_channels
 from think_vllm.plan.settings import ThinkConfig
@@ -135,8 +135,8 @@ def _plans(
     least = wanted - (max(1, round(CHANNEL_TOLERANCE * head_size)) if pruned else 0)
     if not _shrinks(config, head_size):
         # Only evicted: a thin block is a dense one, byte by byte.
-        sizes = (head_size, head_size, head_size, block_size, 1, 1, block_size, itemsize)
-        yield BlockPlan(config, *sizes)
+        rule = span_rule(config, block_size, 1, 1)
+        yield BlockPlan(config, head_size, head_size, head_size, rule, block_size, itemsize)
         return
     for value_channels in _value_channels(config.kv_value_prune, head_size):
         for plan in _spans(config, head_size, itemsize, block_size, wanted, value_channels):
@@ -186,9 +186,7 @@ def _spans(
                 head_size=head_size,
                 key_channels=kept,
                 value_channels=value_channels,
-                block_size=block_size,
-                span_blocks=span_blocks,
-                thin_blocks=thin_blocks,
+                rule=span_rule(config, block_size, span_blocks, thin_blocks),
                 thin_block_tokens=tokens,
                 itemsize=itemsize,
             )
