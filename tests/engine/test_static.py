@@ -9,7 +9,8 @@ import torch
 from tests.support.checks import FLOAT32, HITS, TOLERANCE, random_prompts
 from tests.support.engine import Engine
 from tests.support.static_server import Static
-from think_vllm.tools.plan_static import static_budget
+from think_vllm.hooks.model_support import AttentionLayers
+from think_vllm.tools.plan import budget_fields
 
 #: Key/value heads and layers of the bundled model.
 HEADS = LAYERS = 2
@@ -33,7 +34,9 @@ class TestPlain:
 
     def test_cache_holds_more_blocks(self, engine: Engine, static: Static) -> None:
         # 2 layers x 2 heads x 32 tokens x (64 + 96) channels in float32, by hand.
-        fields = static_budget(static.plan, HEADS, LAYERS, self.POOL_BYTES, 1024)
+        fields = budget_fields(
+            static.plan, HEADS, AttentionLayers(LAYERS, 0, 0), self.POOL_BYTES, 1024
+        )
         assert fields["num_blocks"] == 69
         assert engine.metric("vllm:cache_config_info", 'num_gpu_blocks="70"') > 0
         assert fields["effective_multiple"] == pytest.approx(1.6)

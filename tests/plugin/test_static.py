@@ -54,8 +54,7 @@ def test_static_leaves_all_but_attention_to_vllm(recall_model: Path, file: Path)
 def test_static_that_prunes_no_channel_is_off(recall_model: Path, file: Path) -> None:
     result = probe(recall_model, settings(file, kv_channel_prune=0.005))
     assert result["backend"] == "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackend"
-    # The tables were checked; nothing else of ours is there.
-    assert result["ours"] == ["think_vllm.hooks.static_engine"]
+    assert result["ours"] == []
 
 
 def test_spec_is_vllms_own_with_fewer_bytes(

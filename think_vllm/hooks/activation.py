@@ -13,11 +13,10 @@ from think_vllm.hooks import platform as compat
 from think_vllm.hooks import requests as compat_requests
 from think_vllm.hooks.engine import describe_engine, find_engine
 from think_vllm.hooks.engine_support import asked_block_size, check_engine, check_guard, is_cpu
-from think_vllm.hooks.model_support import window_summary
 from think_vllm.hooks.static_engine import activate_static
 from think_vllm.plan.parsing import config_from_additional
 from think_vllm.plan.settings import ThinkConfig, prune_flags
-from think_vllm.plan.summary import context_hint, never_thin, plan_summary, static_summary
+from think_vllm.plan.summary import COUNTED_DENSE, context_hint, never_thin
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -41,7 +40,7 @@ def activate(vllm_config: VllmConfig) -> None:
         if static is None:
             _say_off(config)
         else:
-            _say(static_summary(static, vllm_config.cache_config.enable_prefix_caching))
+            _say(static.summary(vllm_config.cache_config.enable_prefix_caching))
             compat_requests.watch_front_end()
             if not is_cpu():
                 _warn_of_gpus()
@@ -71,8 +70,7 @@ def activate(vllm_config: VllmConfig) -> None:
         compat.request_prompt_lens(vllm_config.model_config)
     else:
         _warn_of_gpus()
-    lines = plan_summary(plan, cache_config.enable_prefix_caching)
-    lines += window_summary(engine.layers)
+    lines = [*engine.summary(cache_config.enable_prefix_caching), COUNTED_DENSE]
     longest = vllm_config.model_config.max_model_len
     _say(never_thin(plan, longest), logging.WARNING)
     if longest < config.kv_plan_context:

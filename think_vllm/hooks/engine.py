@@ -1,21 +1,29 @@
-"""What an engine's flags make of its model: planned once, asked for by everybody.
+"""What an engine's flags make of its model: planned here, and in words, for all who ask.
 
-The server, its block manager and its layers go this way, and so do ``think-vllm plan``, ``bench``
-and ``doctor``: what is said beforehand is what is served.
+The server, its block manager and its layers use this description, and so do ``think-vllm plan``,
+``bench`` and ``doctor``: what they print is what is served.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from think_vllm.hooks.engine_support import asked_block_size
-from think_vllm.hooks.model_support import AttentionLayers, attention_layers
+from think_vllm.hooks.engine_support import asked_block_size, check_cache_dtype, check_guard
+from think_vllm.hooks.model_support import (
+    AttentionLayers,
+    attention_layers,
+    check_model,
+    check_static_model,
+    window_summary,
+)
+from think_vllm.plan.channel_tables import tables_of
 from think_vllm.plan.parsing import config_from_additional
 from think_vllm.plan.planner import BlockPlan, plan_blocks
 from think_vllm.plan.settings import ThinkConfig
 from think_vllm.plan.static_plan import StaticPlan, plan_static
+from think_vllm.plan.summary import plan_fields, plan_summary, static_fields, static_summary
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -36,6 +44,28 @@ class Engine:
     layers: AttentionLayers
     plan: BlockPlan | None = None
     static: StaticPlan | None = None
+
+    def summary(self, prefix_caching: bool) -> list[str]:
+        """The plan in a few lines that a person reads; none if nothing is pruned.
+
+        Args:
+            prefix_caching: Whether vLLM caches prefixes.
+        """
+        if self.static is not None:
+            return static_summary(self.static, prefix_caching)
+        if self.plan is None:
+            return []
+        return [*window_summary(self.layers), *plan_summary(self.plan, prefix_caching)]
+
+    def fields(self, prefix_caching: bool) -> dict[str, Any] | None:
+        """The plan as flat, JSON-ready fields; None if nothing is pruned.
+
+        Args:
+            prefix_caching: Whether vLLM caches prefixes.
+        """
+        if self.static is not None:
+            return static_fields(self.static)
+        return None if self.plan is None else plan_fields(self.plan, prefix_caching)
 
 
 def find_engine(vllm_config: VllmConfig) -> Engine | None:
@@ -71,6 +101,40 @@ def describe_engine(
         model_config.dtype.itemsize,
         block_size,
     )
+
+
+def plan_engine(
+    config: ThinkConfig,
+    model_config: ModelConfig,
+    block_size: int | None,
+    *,
+    cache_dtype: str,
+    parallel: Any,
+) -> Engine:
+    """Describe the engines of a model that none is started for.
+
+    What depends on the model is checked as at the start of an engine; what depends on the device
+    is not, since the plan may be for another machine.
+
+    Args:
+        config: What is asked for.
+        model_config: vLLM's, of the model.
+        block_size: Tokens of a block if the user chose them, else None.
+        cache_dtype: ``--kv-cache-dtype``.
+        parallel: What has ``tensor_parallel_size`` and ``pipeline_parallel_size``.
+
+    Raises:
+        ThinkError: If the model cannot be served like that, or no plan fits.
+    """
+    check_model(model_config)
+    check_cache_dtype(model_config, cache_dtype)
+    if config.is_static:
+        check_static_model(model_config)
+        tables_of(config, model_config)
+    engine = describe_engine(config, model_config, block_size)
+    if config.guards:
+        check_guard(parallel)
+    return engine
 
 
 @lru_cache(maxsize=16)

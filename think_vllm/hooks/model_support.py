@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from think_vllm.errors import WAY_OUT, ThinkError
+from think_vllm.errors import FLAGS, WAY_OUT, ThinkError
 from think_vllm.hooks import platform as compat
 
 if TYPE_CHECKING:
@@ -116,6 +116,21 @@ def check_model(model_config: ModelConfig) -> None:
             raise ThinkError(
                 f"thin KV blocks do not support {model_config.model}: {reason}. {WAY_OUT}"
             )
+
+
+def check_static_model(model_config: ModelConfig) -> None:
+    """Refuse models that static pruning cannot serve.
+
+    Raises:
+        ThinkError: Naming the property, and the way out.
+    """
+    check_model(model_config)
+    if attention_layers(model_config).window:
+        raise ThinkError(
+            f"--kv-select static does not support {model_config.model} yet: some of its layers "
+            "have a sliding window, and their blocks would have another size; use --kv-select "
+            f"think, or serve without {FLAGS}"
+        )
 
 
 def window_summary(layers: AttentionLayers) -> list[str]:

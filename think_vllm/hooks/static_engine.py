@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from think_vllm.errors import FLAGS, ThinkError
 from think_vllm.hooks import platform as compat
-from think_vllm.hooks.engine import describe_engine, find_engine
+from think_vllm.hooks.engine import Engine, describe_engine, find_engine
 from think_vllm.hooks.engine_support import asked_block_size, check_cache_dtype, check_device
-from think_vllm.hooks.model_support import attention_layers, check_model
-from think_vllm.plan.channel_tables import ChannelTables, ModelShape, load_tables
+from think_vllm.hooks.model_support import check_static_model
+from think_vllm.plan.channel_tables import ChannelTables, tables_of
 from think_vllm.plan.settings import ThinkConfig
 from think_vllm.plan.static_plan import StaticPlan
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig, VllmConfig
+    from vllm.config import VllmConfig
 
 WHO = "--kv-select static"
 
@@ -36,38 +36,28 @@ class StaticEngine:
 _selected: StaticEngine | None = None
 
 
-def activate_static(config: ThinkConfig, vllm_config: VllmConfig) -> StaticPlan | None:
+def activate_static(config: ThinkConfig, vllm_config: VllmConfig) -> Engine | None:
     """Check and complete a config that asks for static pruning.
 
     Runs again whenever vLLM validates a config, so every step is idempotent.
 
     Returns:
-        The plan; None if no channel of the model goes, and vLLM is left alone.
+        The engine; None if no channel of the model goes, and vLLM is left alone.
 
     Raises:
         ThinkError: If this engine cannot be served like that.
     """
     check_static(vllm_config)
     block_size = asked_block_size(vllm_config.cache_config)
-    plan = describe_engine(config, vllm_config.model_config, block_size).static
+    engine = describe_engine(config, vllm_config.model_config, block_size)
     # A wrong file is an error even where nothing would be read from it.
-    tables_of(config, vllm_config)
-    if plan is None:
+    tables_of(config, vllm_config.model_config)
+    if engine.static is None:
         return None
     # As vLLM's own default would be reset whenever a config is validated again.
-    compat.fix_block_size(vllm_config.cache_config, plan.block_size)
+    compat.fix_block_size(vllm_config.cache_config, engine.static.block_size)
     compat.claim_custom_backend(vllm_config)
-    return plan
-
-
-def tables_of(config: ThinkConfig, vllm_config: VllmConfig) -> ChannelTables:
-    """Read the tables of an engine.
-
-    Raises:
-        ThinkError: If there are none for its model.
-    """
-    assert config.kv_channel_tables_file is not None  # parse_config
-    return load_tables(config.kv_channel_tables_file, ModelShape.of(vllm_config.model_config))
+    return engine
 
 
 def remember_static(vllm_config: VllmConfig) -> StaticEngine:
@@ -84,7 +74,7 @@ def remember_static(vllm_config: VllmConfig) -> StaticEngine:
         raise RuntimeError("think-vllm: remember_static() for an engine without static pruning")
     if engine.static is None:
         raise RuntimeError("think-vllm: remember_static() for an engine that prunes nothing")
-    _selected = StaticEngine(engine.static, tables_of(engine.config, vllm_config))
+    _selected = StaticEngine(engine.static, tables_of(engine.config, vllm_config.model_config))
     return _selected
 
 
@@ -124,18 +114,3 @@ def check_static(vllm_config: VllmConfig) -> None:
                 f"{WHO} does not support {name} yet: nobody has tested it with blocks whose keys "
                 f"are shorter than its values; leave it out, or serve without {FLAGS}"
             )
-
-
-def check_static_model(model_config: ModelConfig) -> None:
-    """Refuse models that static pruning cannot serve.
-
-    Raises:
-        ThinkError: Naming the property, and the way out.
-    """
-    check_model(model_config)
-    if attention_layers(model_config).window:
-        raise ThinkError(
-            f"{WHO} does not support {model_config.model} yet: some of its layers have a sliding "
-            "window, and their blocks would have another size; use --kv-select think, or serve "
-            f"without {FLAGS}"
-        )

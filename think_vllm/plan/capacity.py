@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from think_vllm.plan.planner import BlockPlan
+from think_vllm.plan.static_plan import StaticPlan
 
 
 @dataclass(frozen=True)
@@ -62,4 +63,25 @@ def pool_capacity(plan: BlockPlan, pool: PoolShape, context_len: int) -> PoolCap
         plain_requests=pool.num_blocks // plain,
         thin_requests=pool.num_blocks // thin,
         multiple=multiple,
+    )
+
+
+def static_capacity(
+    plan: StaticPlan, plain_blocks: int, static_blocks: int, context_len: int
+) -> PoolCapacity:
+    """Count what equal memory holds of plain and of statically pruned blocks.
+
+    Args:
+        plan: What a block holds.
+        plain_blocks: As many as fit.
+        static_blocks: As many as fit.
+        context_len: Tokens of a request.
+    """
+    per_request = -(-context_len // plan.block_size)
+    return PoolCapacity(
+        plain_tokens=plain_blocks * plan.block_size,
+        thin_tokens=static_blocks * plan.block_size,
+        plain_requests=plain_blocks // per_request,
+        thin_requests=static_blocks // per_request,
+        multiple=plan.capacity_multiple,
     )

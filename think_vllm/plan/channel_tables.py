@@ -24,6 +24,7 @@ from think_vllm.errors import ThinkError
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
 
+    from think_vllm.plan.settings import ThinkConfig
     from think_vllm.plan.static_plan import StaticPlan
 
 FORMAT: Final = "think-vllm channel tables"
@@ -116,6 +117,16 @@ class ChannelTables(BaseModel):
             path.write_text(text + "\n}\n", encoding="utf-8")
         except OSError as error:
             raise ThinkError(f"calibrate: --out {path}: {error.strerror}; name another") from None
+
+
+def tables_of(config: ThinkConfig, model_config: ModelConfig) -> ChannelTables:
+    """Read the tables that a config names, for a model.
+
+    Raises:
+        ThinkError: If there are none for this model.
+    """
+    assert config.kv_channel_tables_file is not None  # parse_config
+    return load_tables(config.kv_channel_tables_file, ModelShape.of(model_config))
 
 
 def load_tables(path: str, shape: ModelShape) -> ChannelTables:

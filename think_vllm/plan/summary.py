@@ -13,6 +13,11 @@ CONTEXTS = (2, 8, 32)
 #: A plan for another context length is worth a line if it holds so many times the requests.
 HINT_GAIN = 1.05
 
+#: For the start-up log, after the summary of blocks that become thin.
+COUNTED_DENSE = (
+    "the KV cache size and concurrency that vLLM prints count dense tokens; multiply by these"
+)
+
 _CODINGS = {
     Coding.PLAIN: "as computed",
     Coding.FP8: "fp8",
@@ -48,7 +53,6 @@ def plan_summary(plan: BlockPlan, prefix_caching: bool) -> list[str]:
         f"waste {100 * plan.waste:.1f} %): x{plan.capacity_multiple:.3f}; whole requests "
         + ", ".join(f"x{plan.effective_multiple(1024 * k):.2f} at {k}k" for k in CONTEXTS)
         + f" tokens; planned for {plan.config.kv_plan_context}",
-        "the KV cache size and concurrency that vLLM prints count dense tokens; multiply by these",
     ]
 
 
@@ -143,10 +147,10 @@ def plan_fields(plan: BlockPlan, prefix_caching: bool) -> dict[str, Any]:
         "span_tokens": plan.span_tokens,
         "thin_block_tokens": plan.thin_block_tokens,
         "unused_bytes_per_thin_block_head": plan.layout.run_bytes - plan.layout.used_bytes,
-        "recent_window": plan.config.kv_recent_window,
+        "recent_window": plan.rule.recent_window,
         "observation_window": plan.config.kv_observation_window,
-        "prune_decode": plan.config.kv_prune_decode,
-        "prune_prefill": plan.config.kv_prune_prefill,
+        "prune_decode": plan.rule.prune_decode,
+        "prune_prefill": plan.rule.prune_prefill,
         "prefix_cache": plan.config.kv_prefix_cache if prefix_caching else None,
         "max_loss": plan.config.kv_prune_max_loss if plan.guards else None,
         "plan_context": plan.config.kv_plan_context,

@@ -7,21 +7,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from think_vllm.errors import ThinkError
-from think_vllm.hooks.engine import describe_engine
-from think_vllm.hooks.engine_support import check_cache_dtype, check_guard
+from think_vllm.hooks.engine import plan_engine
 from think_vllm.hooks.flags import declare_flags, take_flags
-from think_vllm.hooks.model_support import (
-    AttentionLayers,
-    attention_layers,
-    check_model,
-    window_summary,
-)
-from think_vllm.plan.capacity import PoolShape, pool_capacity
+from think_vllm.hooks.model_support import AttentionLayers, attention_layers
+from think_vllm.plan.capacity import PoolShape, pool_capacity, static_capacity
 from think_vllm.plan.parsing import parse_config
 from think_vllm.plan.planner import BlockPlan, pruned_channels
-from think_vllm.plan.settings import prune_flags
-from think_vllm.plan.summary import budget_text, context_hint, never_thin, plan_fields, plan_summary
-from think_vllm.tools.plan_static import static_plan_text
+from think_vllm.plan.settings import ThinkConfig, prune_flags
+from think_vllm.plan.static_plan import StaticPlan
+from think_vllm.plan.summary import budget_text, context_hint, never_thin
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
@@ -32,6 +26,22 @@ def plan(arguments: Sequence[str]) -> int:
     Raises:
         ThinkError: If the model or the settings cannot be served with thin blocks.
     """
+    namespace, config = parse_options(arguments)
+    fields, lines = plan_report(namespace, config)
+    if namespace.json:
+        print(json.dumps({"model": namespace.model, **fields}, indent=2))
+    else:
+        print("\n  ".join([namespace.model, *lines]))
+    return 0
+
+
+def parse_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, ThinkConfig]:
+    """Read the command's options; what asks for thin blocks comes apart.
+
+    Raises:
+        ThinkError: If a setting is wrong, or means nothing beside the others.
+        SystemExit: If argparse does not take the options.
+    """
     parser = _parser()
     namespace = parser.parse_args(list(arguments))
     settings = take_flags(namespace)
@@ -41,51 +51,63 @@ def plan(arguments: Sequence[str]) -> int:
             "--kv-channel-prune RATIO, --kv-quant FORMAT or --kv-evict METHOD is needed (or "
             "--kv-value-prune RATIO)"
         )
-    model_config, ranks = _engine_shape(namespace)
+    return namespace, config
 
-    check_model(model_config)
-    check_cache_dtype(model_config, namespace.kv_cache_dtype)
-    if config.is_static:
-        _print(namespace, *static_plan_text(namespace, config, model_config, ranks))
-        return 0
-    engine = describe_engine(config, model_config, namespace.block_size)
-    made, layers = engine.plan, engine.layers
-    if config.guards:
-        check_guard(ranks[0])
-    if made is None:
+
+def plan_report(
+    namespace: argparse.Namespace, config: ThinkConfig
+) -> tuple[dict[str, Any], list[str]]:
+    """Plan as an engine would: fields for programs, and lines for people.
+
+    Args:
+        namespace: Options of the command.
+        config: What the flags ask for.
+
+    Raises:
+        ThinkError: If the model or the settings cannot be served with thin blocks.
+    """
+    model_config, ranks = _engine_shape(namespace)
+    engine = plan_engine(
+        config,
+        model_config,
+        namespace.block_size,
+        cache_dtype=namespace.kv_cache_dtype,
+        parallel=ranks[0],
+    )
+    blocks = engine.static or engine.plan
+    if blocks is None:
         raise ThinkError(
             f"{prune_flags(config)} prunes no channel at head size "
             f"{model_config.get_head_size()}, and --kv-quant is none; nothing to plan. Give a "
             "larger ratio, or --kv-quant FORMAT"
         )
-    heads = model_config.get_num_kv_heads(ranks[0])
     # Every rank gets as many blocks as the one with most layers has room for.
     stages = [model_config.get_layers_start_end_indices(rank) for rank in ranks]
-    shares = [attention_layers(model_config, stage) for stage in stages]
-    share = max(shares, key=layers.block_layers)
+    share = max(
+        (attention_layers(model_config, stage) for stage in stages),
+        key=engine.layers.block_layers,
+    )
     prefix_caching = namespace.enable_prefix_caching and config.allows_prefix_caching
-    fields = plan_fields(made, prefix_caching) | budget_fields(
-        made, heads, layers, namespace.memory, namespace.context_length, share
+    fields = (engine.fields(prefix_caching) or {}) | budget_fields(
+        blocks,
+        model_config.get_num_kv_heads(ranks[0]),
+        engine.layers,
+        namespace.memory,
+        namespace.context_length,
+        share,
     )
     fields["num_ranks"] = ranks[0].world_size
-    fields["warnings"] = never_thin(made, model_config.max_model_len)
-    lines = _text(made, fields, prefix_caching)
-    lines += [f"warning: {line}" for line in fields["warnings"]]
-    lines += context_hint(made, namespace.context_length, namespace.block_size)
-    _print(namespace, fields, [*lines, *window_summary(layers)])
-    return 0
-
-
-def _print(namespace: argparse.Namespace, fields: dict[str, Any], lines: list[str]) -> None:
-    """Print a plan's fields as JSON, or its lines, whichever was asked for."""
-    if namespace.json:
-        print(json.dumps({"model": namespace.model, **fields}, indent=2))
-    else:
-        print("\n  ".join([namespace.model, *lines]))
+    lines = [*engine.summary(prefix_caching), budget_text(fields)]
+    if engine.plan is not None:
+        fields["warnings"] = never_thin(engine.plan, model_config.max_model_len)
+        lines += _unfitting(engine.plan)
+        lines += [f"warning: {line}" for line in fields["warnings"]]
+        lines += context_hint(engine.plan, namespace.context_length, namespace.block_size)
+    return fields, lines
 
 
 def budget_fields(
-    made: BlockPlan,
+    plan: BlockPlan | StaticPlan,
     num_kv_heads: int,
     layers: AttentionLayers,
     memory_bytes: int,
@@ -95,19 +117,27 @@ def budget_fields(
     """What fits into a memory budget, against plain vLLM with the same block size.
 
     Args:
-        made: The plan.
+        plan: The plan.
         num_kv_heads: KV heads of a layer on one rank.
         layers: Attention layers of the model by kind.
         memory_bytes: Memory of the KV cache on one rank.
         context_len: Tokens of a request.
         share: Layers of that rank; None for all.
     """
-    _, full_groups, window_groups = layers.groups
     share = share or layers
-    block_bytes = made.layout.run_bytes * num_kv_heads * layers.block_layers(share)
-    blocks = max(0, memory_bytes // block_bytes - 1)  # vLLM keeps block 0 as the null block
-    pool = PoolShape(blocks, full_groups, window_groups, layers.window_tokens)
-    capacity = pool_capacity(made, pool, context_len)
+    runs = num_kv_heads * layers.block_layers(share)
+
+    def fitting(run_bytes: int) -> int:
+        return max(0, memory_bytes // (run_bytes * runs) - 1)  # block 0 is vLLM's null block
+
+    blocks = fitting(plan.layout.run_bytes)
+    if isinstance(plan, StaticPlan):
+        plain_blocks = fitting(plan.dense_bytes_per_token_head * plan.block_size)
+        capacity = static_capacity(plan, plain_blocks, blocks, context_len)
+    else:
+        _, full_groups, window_groups = layers.groups
+        pool = PoolShape(blocks, full_groups, window_groups, layers.window_tokens)
+        capacity = pool_capacity(plan, pool, context_len)
     return {
         "num_kv_heads": num_kv_heads,
         "num_layers": share.full + share.window,
@@ -245,13 +275,14 @@ def _engine_shape(namespace: argparse.Namespace) -> tuple[Any, list[Any]]:
     return model_config, ranks
 
 
-def _text(made: BlockPlan, fields: dict[str, Any], prefix_caching: bool) -> list[str]:
-    lines = [*plan_summary(made, prefix_caching)[:-1], budget_text(fields)]
+def _unfitting(plan: BlockPlan) -> list[str]:
+    """Lines on channels that were asked for and do not fit."""
+    lines = []
     for kind, ratio, kept in (
-        ("", made.requested_ratio, made.key_channels),
-        ("value ", made.config.kv_value_prune, made.value_channels),
+        ("", plan.requested_ratio, plan.key_channels),
+        ("value ", plan.config.kv_value_prune, plan.value_channels),
     ):
-        wanted = made.head_size - pruned_channels(ratio, made.head_size)
+        wanted = plan.head_size - pruned_channels(ratio, plan.head_size)
         if kept != wanted:
             lines.append(
                 f"{wanted} {kind}channels were asked for; blocks are whole, and {kept} is the "

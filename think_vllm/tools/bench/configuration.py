@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
 from think_vllm.errors import ThinkError
-from think_vllm.hooks.engine import describe_engine
-from think_vllm.hooks.engine_support import check_cache_dtype
-from think_vllm.hooks.model_support import attention_layers, check_model
+from think_vllm.hooks.engine import plan_engine
+from think_vllm.hooks.model_support import attention_layers
 from think_vllm.plan.parsing import config_from_additional
 from think_vllm.plan.planner import BlockPlan
 from think_vllm.plan.settings import ADDITIONAL_CONFIG_KEY, ThinkConfig, flag_name
@@ -193,9 +192,13 @@ def read_engine(model: str, arguments: Sequence[str], who: str) -> Engine:
         raise ThinkError(f"{who}: vLLM cannot read the model {model!r}: {reason}") from None
     plan = static = None
     if settings is not None:
-        check_model(model_config)
-        check_cache_dtype(model_config, namespace.kv_cache_dtype)
-        described = describe_engine(settings, model_config, namespace.block_size)
+        described = plan_engine(
+            settings,
+            model_config,
+            namespace.block_size,
+            cache_dtype=namespace.kv_cache_dtype,
+            parallel=namespace,
+        )
         plan, static = described.plan, described.static
     return Engine(
         max_model_len=model_config.max_model_len,

@@ -34,7 +34,7 @@ def calibrate(arguments: Sequence[str]) -> int:
     # Heavy, and not needed to explain the command line.
     from transformers import AutoTokenizer
 
-    from think_vllm.hooks.static_engine import check_static_model
+    from think_vllm.hooks.model_support import check_static_model
     from think_vllm.plan.channel_tables import Calibration, ChannelTables, ModelShape
     from think_vllm.tools.calibrate.calibration import hash_prompts, score_prompts
     from think_vllm.tools.calibrate.prompts import read_prompts, task_prompts

@@ -13,13 +13,7 @@ from typing import TYPE_CHECKING, Any
 from think_vllm.errors import FLAGS, ThinkError, end_of_output
 from think_vllm.hooks import platform as compat
 from think_vllm.hooks.engine import find_engine
-from think_vllm.plan.summary import (
-    never_thin,
-    plan_fields,
-    plan_summary,
-    static_fields,
-    static_summary,
-)
+from think_vllm.plan.summary import never_thin
 from think_vllm.tools.doctor.comparison import Comparison, compare
 from think_vllm.tools.doctor.finding import Finding, Level
 from think_vllm.tools.doctor.machine import check_machine, check_versions
@@ -28,8 +22,8 @@ from think_vllm.tools.doctor.probe import ProbeJob, ProbeResult, parse_engine_ar
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from think_vllm.hooks.engine import Engine
     from think_vllm.plan.planner import BlockPlan
-    from think_vllm.plan.static_plan import StaticPlan
 
 LOG_LINES = 25
 
@@ -68,9 +62,8 @@ class Examination:
         self.model = model
         self.arguments = list(arguments)
         self.generation = generation
-        self.plan: BlockPlan | None = None
+        self.engine: Engine | None = None
         self.prefix_caching = False
-        self.static: StaticPlan | None = None
         self.runs: tuple[ProbeResult, ProbeResult] | None = None
         self.comparison: Comparison | None = None
 
@@ -91,10 +84,8 @@ class Examination:
     def fields(self) -> dict[str, Any]:
         """What was found, JSON-ready."""
         fields: dict[str, Any] = {"model": self.model, "arguments": self.arguments}
-        if self.plan is not None:
-            fields["plan"] = plan_fields(self.plan, self.prefix_caching)
-        if self.static is not None:
-            fields["plan"] = static_fields(self.static)
+        if self.engine is not None:
+            fields["plan"] = self.engine.fields(self.prefix_caching)
         if self.comparison is not None:
             fields["comparison"] = {
                 **vars(self.comparison),
@@ -115,23 +106,18 @@ class Examination:
             return
         model_config = vllm_config.model_config
         yield Finding(Level.GOOD, "model", f"{self.model}: {', '.join(model_config.architectures)}")
-        if engine.static is not None:
-            self.static = engine.static
-            caching = vllm_config.cache_config.enable_prefix_caching
-            for line in static_summary(engine.static, caching):
-                yield Finding(Level.GOOD, "plan", line)
-            yield from self._check_generation(model_config.max_model_len)
-            return
-        plan = engine.plan
-        if plan is None:
+        if engine.plan is None and engine.static is None:
             yield Finding(Level.BAD, "plan", "no channel of this model would go; raise the ratio")
             return
-        self.plan = plan
+        self.engine = engine
         self.prefix_caching = vllm_config.cache_config.enable_prefix_caching
-        for line in plan_summary(plan, self.prefix_caching)[:-1]:
+        for line in engine.summary(self.prefix_caching):
             yield Finding(Level.GOOD, "plan", line)
         longest = model_config.max_model_len
-        yield from self._check_lengths(plan, longest)
+        if engine.plan is None:
+            yield from self._check_generation(longest)
+        else:
+            yield from self._check_lengths(engine.plan, longest)
 
     def _check_lengths(self, plan: BlockPlan, longest: int) -> Iterator[Finding]:
         if never := never_thin(plan, longest):
