@@ -1,6 +1,6 @@
 """Coded matrices as kernels read them: units of codes -> operands of tensor cores, in registers.
 
-A unit (``plan/layout.py``) holds ``32 / bits`` columns of two rows, so a thread that loads
+A unit (``plan/matrix_layout.py``) holds ``32 / bits`` columns of two rows, so a thread that loads
 units holds, for some columns, neighbouring rows: just what a register of an ``mma`` operand holds
 along the dimension that is summed over. That dimension is the channels of keys and the tokens of
 values, which are the rows of their matrices. So codes become pairs of float16 numbers by bit

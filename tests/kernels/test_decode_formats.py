@@ -8,7 +8,7 @@ from tests.kernels.helpers import FORMATS, make_case, make_plan
 from tests.kernels.test_decode import check, contexts_of, run
 from think_vllm.kernels.reference.compaction import thin_run, write_thin
 from think_vllm.plan.formats import Coding
-from think_vllm.plan.layout import MatrixLayout
+from think_vllm.plan.matrix_layout import MatrixLayout
 
 QUANTIZED = [made for made in FORMATS if made[0] != "none"]
 formats = pytest.mark.parametrize(("quant", "ratio"), QUANTIZED)

@@ -158,7 +158,7 @@ def test_settings_in_the_wrong_place_are_refused(
     assert message in capsys.readouterr().err
     # And of an engine that no command line made.
     monkeypatch.setattr("think_vllm.hooks.platform._on_command_line", False)
-    with pytest.raises(ValueError, match="which nobody reads") as error:
+    with pytest.raises(ValueError, match="which is not read") as error:
         EngineArgs(model=str(recall_model), additional_config=additional).create_engine_config()
     assert message in str(error.value)
 

@@ -17,9 +17,9 @@ from vllm.v1.request import Request, RequestStatus
 
 from tests.support.block_worker import BLOCK, Worker
 from think_vllm.hooks.kv_cache_spec import ThinKVCacheSpec
-from think_vllm.plan.request import dense_rule, own_rule
+from think_vllm.plan.request import dense_rule, request_override
 from think_vllm.scheduler.manager import ThinKVCacheManager
-from think_vllm.scheduler.requests import announce_request, settle_request
+from think_vllm.scheduler.registration import register_request, settle_request
 
 NUM_BLOCKS = 40
 MAX_LEN = 100
@@ -133,7 +133,7 @@ class Engine:
         params = SamplingParams(max_tokens=max_tokens, extra_args=self._asked(asks))
         request = Request(name, tokens, params, None, block_hasher=self.hasher)
         if params.extra_args is not None:
-            announce_request(self.manager.coordinator.single_type_managers, request)
+            register_request(self.manager.coordinator.single_type_managers, request)
         self.incarnation[name] = 0
         self.waiting.append(request)
         return request
@@ -252,7 +252,7 @@ class Engine:
             # A step that was in flight when its request ended goes on with what was sampled.
             tokens = [*request.all_token_ids, *[7] * (self.lag + 1)]
             if entry.is_new:
-                own = own_rule(self.worker.rule, request.sampling_params.extra_args)
+                own = request_override(self.worker.rule, request.sampling_params.extra_args)
                 if self.verdicts.get(request.request_id):
                     own = dense_rule(self.worker.rule)
                 self.worker.start(entry.name, tokens, entry.new_blocks, entry.start, own)

@@ -27,7 +27,7 @@ from think_vllm.kernels.reference.scoring import (
     top_channels_ref,
 )
 from think_vllm.plan.planner import BlockPlan
-from think_vllm.plan.request import own_rule
+from think_vllm.plan.request import request_override
 from think_vllm.plan.spans import SpanRule
 
 SCALE = 0.2
@@ -67,7 +67,7 @@ class Request:
 
     def rule(self, plan: BlockPlan) -> SpanRule:
         """When its spans are thin."""
-        return own_rule(plan.rule, self.extra_args) or plan.rule
+        return request_override(plan.rule, self.extra_args) or plan.rule
 
 
 @dataclass

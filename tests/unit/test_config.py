@@ -5,8 +5,9 @@ from typing import get_args
 import pytest
 
 from think_vllm.errors import ThinkError
+from think_vllm.plan.additional_config import config_from_additional
 from think_vllm.plan.formats import FORMATS, GROUP_SIZES
-from think_vllm.plan.parsing import config_from_additional, parse_config
+from think_vllm.plan.parsing import parse_config
 from think_vllm.plan.settings import ThinkConfig
 
 STATIC = {"kv_select": "static", "kv_channel_tables_file": "t.json"}
@@ -71,7 +72,7 @@ STATIC = {"kv_select": "static", "kv_channel_tables_file": "t.json"}
         ),
         (
             {"kv_channel_prune": 0.5, "kv_evict": "snapkv", "kv_channel_tables": "span"},
-            "--kv-evict snapkv packs .* leave it or --kv-channel-tables span out",
+            "--kv-evict snapkv repacks .* leave it or --kv-channel-tables span out",
         ),
         ({"kv_evict": "streaming"}, "--kv-evict is 'streaming': Input should be 'none', 'snapkv'"),
         (
@@ -121,7 +122,7 @@ STATIC = {"kv_select": "static", "kv_channel_tables_file": "t.json"}
         ),
         (
             {**STATIC, "kv_channel_prune": 0.5, "kv_quant": "kivi4"},
-            "--kv-quant kivi4 codes groups of them; use --kv-quant fp8",
+            "--kv-quant kivi4 quantizes groups of them; use --kv-quant fp8",
         ),
         ({**STATIC, "kv_channel_prune": 0.5, "kv_evict": "snapkv"}, "static has none; leave one"),
         (

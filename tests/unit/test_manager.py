@@ -15,7 +15,7 @@ from tests.support.block_worker import make_spec
 from think_vllm.hooks.kv_cache_spec import ThinKVCacheSpec
 from think_vllm.plan.spans import SpanRule
 from think_vllm.scheduler.manager import ThinKVCacheManager
-from think_vllm.scheduler.rules import RequestRules
+from think_vllm.scheduler.request_state import RequestRules
 
 WINDOW = SlidingWindowSpec(
     block_size=BLOCK, num_kv_heads=1, head_size=8, dtype=torch.float32, sliding_window=8
@@ -248,7 +248,7 @@ def test_dense_request_hits_what_is_exact() -> None:
 
 def test_manager_that_prunes_a_dense_request_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The model of the worker sees a manager that has not heard what a request asks for."""
-    monkeypatch.setattr(RequestRules, "announce", lambda *_: None)
+    monkeypatch.setattr(RequestRules, "register", lambda *_: None)
     engine = Engine(make_spec(), lag=0)
     for asks in (-1, None, None):
         engine.arrive(prompt_len=41, max_tokens=20, asks=asks)

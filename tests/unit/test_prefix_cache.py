@@ -16,7 +16,7 @@ from think_vllm.scheduler import publisher as publisher_module
 from think_vllm.scheduler.manager import ThinKVCacheManager
 from think_vllm.scheduler.prefix import LimitedHashes, thin_groups
 from think_vllm.scheduler.publisher import Publisher
-from think_vllm.scheduler.request_state import Life
+from think_vllm.scheduler.request_state import RequestState
 
 #: Of ``make_spec``: 3 blocks of 4 tokens become 2, and 5 recent tokens stay dense.
 SPAN = 12
@@ -157,7 +157,7 @@ def share_heads(self: Any, rows: Any) -> list[int]:
     return []
 
 
-def keep_cached(self: Any, life: Any, rows: Any, num_spans: int) -> None:
+def keep_cached(self: Any, state: Any, rows: Any, num_spans: int) -> None:
     return None
 
 
@@ -179,7 +179,7 @@ def mix_versions(
 @pytest.mark.parametrize(
     ("owner", "name", "broken"),
     [
-        (ThinKVCacheManager, "_held_heads", share_heads),
+        (ThinKVCacheManager, "_held_leading_blocks", share_heads),
         (Publisher, "uncache", keep_cached),
         (publisher_module, "cache_thin", mix_versions),
     ],
@@ -221,7 +221,7 @@ def test_preempted_request_hits_no_thin_span_of_its_own() -> None:
     engine.preempt(0)
     engine.step(90)
     (manager,) = engine.manager.coordinator.single_type_managers
-    assert manager._lives[request.request_id].cached_spans == 1
+    assert manager._states[request.request_id].cached_spans == 1
 
 
 def exact_keys_of_thin_blocks(engine: Engine) -> list[int]:
@@ -271,9 +271,9 @@ def test_limits_hold_through_a_view_of_the_hashes(
     )  # fmt: skip
     # Five thin spans, and dense blocks: the first alone, and those that thin spans cut off.
     rows = pool.get_new_blocks(15)
-    life = Life(rule=spec.rule, request=request)
+    state = RequestState(rule=spec.rule, request=request)
     publisher = Publisher(pool, 0, spec)
-    publisher.publish_thin(life, rows, 5)
+    publisher.publish_thin(state, rows, 5)
     (first, *others) = pool.get_new_blocks(13)
     behind = [None] * 3 + others
     publish_rows(pool, request, [first], 0)

@@ -19,7 +19,8 @@ from think_vllm.kernels.reference.quantization import (
     write_matrix,
 )
 from think_vllm.plan.formats import FORMATS, GROUP_SIZES, Coding
-from think_vllm.plan.layout import MatrixLayout, ThinLayout, max_key_channels
+from think_vllm.plan.layout import ThinLayout, max_key_channels
+from think_vllm.plan.matrix_layout import MatrixLayout
 
 INTEGER = [Coding.INT4, Coding.INT2]
 #: Rounding to float16: half a unit in the last place, relative, and below 2 ** -14 absolute.

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from think_vllm.errors import ThinkError
-from think_vllm.plan.request import own_rule
+from think_vllm.plan.request import request_override
 from think_vllm.plan.spans import SpanRule
 
 PRUNING = SpanRule(16, 4, 3, 32, True)  # spans of 64 tokens
@@ -15,8 +15,8 @@ EVICTING = replace(PRUNING, delay_prompt=True, budget_spans=4)
 
 @pytest.mark.parametrize("value", [False, 0, 0.0, "false", " False ", "0"])
 @pytest.mark.parametrize("rule", [PRUNING, EVICTING, replace(PRUNING, prune_decode=False)])
-def test_own_rule_of_a_dense_request_makes_nothing_thin(rule: SpanRule, value: Any) -> None:
-    own = own_rule(rule, {"kv_channel_prune": value})
+def test_request_override_of_a_dense_request_makes_nothing_thin(rule: SpanRule, value: Any) -> None:
+    own = request_override(rule, {"kv_channel_prune": value})
     assert own is not None
     assert own.stays_dense
     for length in (1, 64, 96, 5000, 10_000_000):
@@ -31,8 +31,10 @@ def test_own_rule_of_a_dense_request_makes_nothing_thin(rule: SpanRule, value: A
     ("value", "spans"),
     [(64, 1), (127, 1), (512, 8), ("512", 8), (1 << 40, 1 << 34), (0, None), (False, None)],
 )
-def test_own_rule_has_the_budget_in_whole_spans(value: Any, spans: int | None) -> None:
-    assert own_rule(EVICTING, {"kv_evict_budget": value}) == replace(EVICTING, budget_spans=spans)
+def test_request_override_has_the_budget_in_whole_spans(value: Any, spans: int | None) -> None:
+    assert request_override(EVICTING, {"kv_evict_budget": value}) == replace(
+        EVICTING, budget_spans=spans
+    )
 
 
 @pytest.mark.parametrize(
@@ -49,15 +51,15 @@ def test_own_rule_has_the_budget_in_whole_spans(value: Any, spans: int | None) -
         (EVICTING, {"kv_evict_budget": 319, "kv_channel_prune": True}),
     ],
 )
-def test_own_rule_is_none_where_it_is_the_servers(
+def test_request_override_is_none_where_it_is_the_servers(
     rule: SpanRule, asked: dict[str, Any] | None
 ) -> None:
-    assert own_rule(rule, asked) is None
+    assert request_override(rule, asked) is None
 
 
-def test_own_rule_of_a_dense_request_that_evicts_nothing() -> None:
-    own = own_rule(EVICTING, {"kv_channel_prune": False, "kv_evict_budget": 0})
-    assert own == own_rule(EVICTING, {"kv_channel_prune": False})
+def test_request_override_of_a_dense_request_that_evicts_nothing() -> None:
+    own = request_override(EVICTING, {"kv_channel_prune": False, "kv_evict_budget": 0})
+    assert own == request_override(EVICTING, {"kv_channel_prune": False})
 
 
 @pytest.mark.parametrize(
@@ -88,7 +90,7 @@ def test_own_rule_of_a_dense_request_that_evicts_nothing() -> None:
         ),
     ],
 )
-def test_own_rule_refuses(rule: SpanRule, asked: dict[str, Any], message: str) -> None:
+def test_request_override_refuses(rule: SpanRule, asked: dict[str, Any], message: str) -> None:
     with pytest.raises(ThinkError, match=message) as refused:
-        own_rule(rule, asked)
+        request_override(rule, asked)
     assert "vllm_xargs; offline SamplingParams.extra_args" in str(refused.value)

@@ -14,7 +14,7 @@ from think_vllm.hooks import requests as compat_requests
 from think_vllm.hooks.engine import describe_engine, find_engine
 from think_vllm.hooks.engine_support import asked_block_size, check_engine, check_guard, is_cpu
 from think_vllm.hooks.static_engine import activate_static
-from think_vllm.plan.parsing import config_from_additional
+from think_vllm.plan.additional_config import config_from_additional
 from think_vllm.plan.settings import ThinkConfig, prune_flags
 from think_vllm.plan.summary import COUNTED_DENSE, context_hint, never_thin
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from think_vllm.errors import ThinkError
 from think_vllm.hooks.engine_support import asked_block_size, check_cache_dtype, check_guard
 from think_vllm.hooks.model_support import (
     AttentionLayers,
@@ -18,8 +19,9 @@ from think_vllm.hooks.model_support import (
     check_static_model,
     window_summary,
 )
+from think_vllm.plan.additional_config import config_from_additional
+from think_vllm.plan.block_plan import ChannelPlan
 from think_vllm.plan.channel_tables import tables_of
-from think_vllm.plan.parsing import config_from_additional
 from think_vllm.plan.planner import BlockPlan, plan_blocks
 from think_vllm.plan.settings import ThinkConfig
 from think_vllm.plan.static_plan import StaticPlan, plan_static
@@ -203,3 +205,22 @@ def selected_engine() -> EnginePlan:
     if _selected is None:
         raise RuntimeError("think-vllm: selected_engine() before remember_plan()")
     return _selected
+
+
+def check_head_sizes(who: str, spec: Any, plan: ChannelPlan) -> None:
+    """Reject a layer that does not have the shape that the plan was made for.
+
+    Args:
+        who: What asks for that shape.
+        spec: vLLM's, of the layer.
+        plan: The engine's.
+
+    Raises:
+        ThinkError: If a head has another size.
+    """
+    if spec.head_size != plan.head_size or spec.head_size_v != plan.head_size:
+        raise ThinkError(
+            f"{who}: an attention layer has head sizes {spec.head_size} (keys) and "
+            f"{spec.head_size_v} (values), the plan was made for {plan.head_size}; models whose "
+            "heads differ are not supported"
+        )

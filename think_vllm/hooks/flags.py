@@ -9,7 +9,8 @@ from pydantic.fields import FieldInfo
 from think_vllm.errors import ThinkError
 from think_vllm.hooks import platform as compat
 from think_vllm.hooks.config_file import our_arguments
-from think_vllm.plan.parsing import parse_config, settings_of
+from think_vllm.plan.additional_config import settings_of
+from think_vllm.plan.parsing import parse_config
 from think_vllm.plan.settings import ADDITIONAL_CONFIG_KEY, MAX_PRUNE_RATIO, ThinkConfig, flag_name
 
 _METAVARS = {
@@ -90,7 +91,7 @@ def fold_flags(namespace: argparse.Namespace) -> None:
 
     Raises:
         ThinkError: If a value is out of range, means nothing beside the others, or stands where
-            nobody reads it.
+            it is not read.
     """
     given = take_flags(namespace)
     additional = getattr(namespace, "additional_config", None) or {}

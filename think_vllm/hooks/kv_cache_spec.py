@@ -11,8 +11,7 @@ from typing import Any
 
 from vllm.v1.kv_cache_interface import FullAttentionSpec, replace_as
 
-from think_vllm.errors import ThinkError
-from think_vllm.hooks.engine import EnginePlan, selected_engine
+from think_vllm.hooks.engine import EnginePlan, check_head_sizes, selected_engine
 from think_vllm.plan.spans import SpanRule
 
 
@@ -80,7 +79,7 @@ class ThinKVCacheSpec(FullAttentionSpec):
             spec,
             cls,
             rule=plan.rule,
-            observation_window=plan.choosing_window,
+            observation_window=plan.selection_window,
             guarded=plan.guards,
             thin_prefixes=engine.thin_prefixes,
             in_flight_tokens=engine.in_flight_tokens,
@@ -124,13 +123,7 @@ def customize_spec(spec: Any) -> Any:
     if type(spec) is not FullAttentionSpec:
         return spec
     engine = selected_engine()
-    plan = engine.plan
-    if spec.head_size != plan.head_size or spec.head_size_v != plan.head_size:
-        raise ThinkError(
-            f"thin KV blocks: an attention layer has head sizes {spec.head_size} (keys) "
-            f"and {spec.head_size_v} (values), the plan was made for {plan.head_size}; "
-            "models whose heads differ are not supported"
-        )
+    check_head_sizes("thin KV blocks", spec, engine.plan)
     return ThinKVCacheSpec.from_dense(spec, engine)
 
 
@@ -138,7 +131,7 @@ _DENSE_FIELDS = frozenset(f.name for f in fields(FullAttentionSpec) if f.init)
 
 
 def _register() -> None:
-    # The one import from hooks into a room above them: whoever unpickles a spec needs its manager.
+    # The one import from hooks into a room above them: what unpickles a spec needs its manager.
     from think_vllm.scheduler.registration import register
 
     register(ThinKVCacheSpec)

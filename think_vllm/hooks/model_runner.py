@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from think_vllm.hooks.platform import wrap_method
-from think_vllm.plan.request import dense_rule, own_rule
+from think_vllm.plan.request import dense_rule, request_override
 from think_vllm.plan.spans import SpanRule
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ def _admit_own(requests: Sequence[Any], known: Container[str]) -> None:
         _settled.discard(request.req_id)
         params = request.sampling_params
         if _rule is not None and params is not None and params.extra_args:
-            own = own_rule(_rule, params.extra_args)
+            own = request_override(_rule, params.extra_args)
             if own is not None:
                 _own_rules[request.req_id] = own
     if requests and _own_rules:

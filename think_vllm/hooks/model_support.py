@@ -81,10 +81,10 @@ def attention_layers(
 
 
 def check_model(model_config: ModelConfig) -> None:
-    """Refuse models whose attention has no KV cache per head, or one of another form.
+    """Reject models whose attention has no KV cache per head, or one of another form.
 
     Raises:
-        ThinkError: Naming the property, and the way out.
+        ThinkError: Naming the property, and the remedy.
     """
     text = model_config.hf_text_config
     layers = attention_layers(model_config)
@@ -119,10 +119,10 @@ def check_model(model_config: ModelConfig) -> None:
 
 
 def check_static_model(model_config: ModelConfig) -> None:
-    """Refuse models that static pruning cannot serve.
+    """Reject models that static pruning cannot serve.
 
     Raises:
-        ThinkError: Naming the property, and the way out.
+        ThinkError: Naming the property, and the remedy.
     """
     check_model(model_config)
     if attention_layers(model_config).window:

@@ -1,4 +1,4 @@
-"""How vLLM tells us of requests before they run; see the ledger in ``hooks/platform.py``."""
+"""How we receive requests from vLLM before they run; see the ledger in ``hooks/platform.py``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from think_vllm.errors import WAY_OUT, ThinkError
 from think_vllm.hooks.engine import find_engine
 from think_vllm.hooks.platform import wrap_method
-from think_vllm.plan.request import own_rule, refuse_settings
+from think_vllm.plan.request import reject_settings, request_override
 from think_vllm.plan.spans import SpanRule
 
 
@@ -46,7 +46,7 @@ def _check_request(original: Any, processor: Any, *args: Any, **kwargs: Any) -> 
 
 
 def _check_extra_args(engine: _Engine, extra_args: Mapping[str, Any]) -> None:
-    """Refuse what a request asks for, if it is wrong.
+    """Reject what a request asks for, if it is wrong.
 
     Raises:
         VLLMValidationError: VLLM's own for bad requests, which its server answers with status 400.
@@ -55,9 +55,9 @@ def _check_extra_args(engine: _Engine, extra_args: Mapping[str, Any]) -> None:
 
     try:
         if engine.rule is not None:
-            own_rule(engine.rule, extra_args)
+            request_override(engine.rule, extra_args)
         elif engine.is_static:
-            refuse_settings(extra_args)
+            reject_settings(extra_args)
     except ThinkError as error:
         raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
 
@@ -75,18 +75,18 @@ def _engine_of(processor: Any) -> _Engine:
     return known
 
 
-def watch_scheduler(announce: Callable[[Iterable[Any], Any], None]) -> None:
-    """Hear of requests that ask for something, in engines with thin blocks.
+def watch_scheduler(register: Callable[[Iterable[Any], Any], None]) -> None:
+    """Report requests that ask for something, in engines with thin blocks.
 
     Args:
-        announce: Gets the engine's block managers and the request.
+        register: Gets the engine's block managers and the request.
     """
     from vllm.v1.core.sched.scheduler import Scheduler
 
     def add_request(original: Any, scheduler: Any, request: Any) -> Any:
         params = request.sampling_params
         if params is not None and params.extra_args:
-            announce(scheduler.kv_cache_manager.coordinator.single_type_managers, request)
+            register(scheduler.kv_cache_manager.coordinator.single_type_managers, request)
         return original(scheduler, request)
 
     wrap_method(Scheduler, "add_request", add_request)

@@ -90,10 +90,10 @@ def selected_static() -> StaticEngine:
 
 
 def check_static(vllm_config: VllmConfig) -> None:
-    """Refuse what is not supported with static pruning.
+    """Reject what is not supported with static pruning.
 
     Raises:
-        ThinkError: Naming the option or the property of the model, and the way out.
+        ThinkError: Naming the option or the property of the model, and the remedy.
     """
     check_device(vllm_config)
     check_static_model(vllm_config.model_config)
@@ -111,6 +111,6 @@ def check_static(vllm_config: VllmConfig) -> None:
     for present, name in unsupported:
         if present:
             raise ThinkError(
-                f"{WHO} does not support {name} yet: nobody has tested it with blocks whose keys "
+                f"{WHO} does not support {name} yet: it was not tested with blocks whose keys "
                 f"are shorter than its values; leave it out, or serve without {FLAGS}"
             )

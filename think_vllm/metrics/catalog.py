@@ -1,4 +1,4 @@
-"""What the metrics are called and mean: the only place that states it.
+"""What the metrics are called, mean and count: the only place that states it.
 
 Pure data. A report is a dict of plain values, since it crosses processes as msgpack::
 
@@ -13,6 +13,7 @@ Every part may be missing. Counters add up wherever a report goes: vLLM gives ea
 API servers.
 """
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 PREFIX = "think_vllm:"
@@ -40,7 +41,7 @@ SHARE = "score_mass_kept"
 
 #: Their names get the suffix ``_total``.
 COUNTERS = {
-    SPANS: Metric("Spans of running requests that became thin and whose tails were freed."),
+    SPANS: Metric("Spans of running requests that became thin and whose other blocks were freed."),
     BLOCKS: Metric("KV cache blocks that running requests gave back because spans became thin."),
     BYTES: Metric("Bytes of those blocks, over all ranks of the engine."),
     HITS: Metric("Tokens of prompts that were found in the prefix cache as thin spans."),
@@ -52,7 +53,7 @@ COUNTERS = {
 }
 GAUGES = {
     HELD: Metric(
-        "Tokens that running requests hold: dense, or in thin spans whose tails were freed.",
+        "Tokens that running requests hold: dense, or in thin spans whose other blocks were freed.",
         ("dense", "thin"),
     ),
     MULTIPLE: Metric(
@@ -76,3 +77,18 @@ SHARE_EDGES = (
     *(0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9),
     *(0.925, 0.95, 0.97, 0.98, 0.99, 0.995, 0.999, 1.0),
 )
+
+
+@dataclass(slots=True)
+class SpanCounts:
+    """Counts of one block manager, which has a group of layers.
+
+    Args:
+        spans: Spans that became thin, and whose other blocks running requests gave back.
+        blocks: Those blocks.
+        hit_tokens: Tokens of thin spans that admitted requests found in the prefix cache.
+    """
+
+    spans: int = 0
+    blocks: int = 0
+    hit_tokens: int = 0

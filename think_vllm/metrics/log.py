@@ -15,7 +15,7 @@ class CompactionLog:
         self.reset()
 
     def reset(self) -> None:
-        """Begin anew."""
+        """Forget all reports."""
         self._sums: dict[str, float] = {}
         self._choices, self._share = 0.0, 0.0
 
@@ -29,18 +29,18 @@ class CompactionLog:
 
     def log(self, log_fn: Callable[..., None] = logger.info) -> None:
         """Write the line, unless nothing happened."""
-        parts = []
+        phrases = []
         if spans := self._sums.get(SPANS):
             # A plan that only evicts frees nothing of a prompt that its budget holds.
             freed = self._sums.get(BYTES, 0)
-            parts.append(f"{spans:.0f} spans, {freed / 2**20:.1f} MiB freed")
+            phrases.append(f"{spans:.0f} spans, {freed / 2**20:.1f} MiB freed")
         if seconds := self._sums.get(SECONDS):
-            parts.append(f"{seconds:.3f} s")
+            phrases.append(f"{seconds:.3f} s")
         if self._choices:
             kept = self._share / self._choices
-            parts.append(f"{100 * kept:.1f} % of the score mass kept (mean)")
+            phrases.append(f"{100 * kept:.1f} % of the score mass kept (mean)")
         if hit := self._sums.get(HITS):
-            parts.append(f"{hit:.0f} tokens hit thin")
-        if parts:
-            log_fn("KV compaction: %s", ", ".join(parts))
+            phrases.append(f"{hit:.0f} tokens hit thin")
+        if phrases:
+            log_fn("KV compaction: %s", ", ".join(phrases))
         self.reset()

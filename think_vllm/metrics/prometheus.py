@@ -98,7 +98,7 @@ class ThinkPromMetrics(KVConnectorPromMetrics):
         if self._share is not None and "shares" in transfer_stats_data:
             share = self._share.labels(*values)
             for value, count in bucket_means(*transfer_stats_data["shares"]):
-                # Histograms can be told of one observation at a time.
+                # Histograms take one observation at a time.
                 for _ in range(count):
                     share.observe(value)
 

@@ -73,18 +73,18 @@ class ShareHistogram:
         return self._since_taken()
 
     def _take_copied(self) -> list[list[float]] | None:
-        found = None
+        shares = None
         if self._copied is not None:
             if not self._copied.query():  # type: ignore[no-untyped-call]  # torch has no types
                 return None
             self._copied = None
-            found = self._since_taken()
+            shares = self._since_taken()
         if self._is_new:
             self._is_new = False
             self._copy.copy_(self._totals, non_blocking=True)
             self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]  # as above
             self._copied.record()
-        return found
+        return shares
 
     def _since_taken(self) -> list[list[float]] | None:
         counts, sums = (self._copy - self._taken).tolist()

@@ -27,7 +27,7 @@ class ChannelPlan:
 
     @property
     def format(self) -> BlockFormat:
-        """How tokens are coded."""
+        """How keys and values are stored."""
         return self.config.format
 
     @property
@@ -128,7 +128,7 @@ class BlockPlan(ChannelPlan):
         )
 
     @property
-    def choosing_window(self) -> int:
+    def selection_window(self) -> int:
         """Last prompt tokens that choose channels, or tokens to keep."""
         return self.config.kv_observation_window if self.prunes or self.config.evicts else 0
 
@@ -187,7 +187,7 @@ class BlockPlan(ChannelPlan):
 
     @property
     def key_bytes_per_token_head(self) -> float:
-        """Bytes of one token's keys in one KV head after compaction, factors and table included."""
+        """Bytes of one token's keys in one KV head after compaction, scales and table included."""
         table = self.key_channels if self.layout.has_table else 0
         return (self.layout.keys.content_bytes + table) / self.thin_block_tokens
 

@@ -168,7 +168,7 @@ def read_tables(path: str) -> ChannelTables:
 def _parse(path: str, modified: int, size: int) -> ChannelTables:
     """Parse a file once for all layers; another time or size stands for another content."""
     who = f"{FLAG} {path}"
-    way_out = "Make it again with `think-vllm calibrate MODEL`"
+    remedy = "Make it again with `think-vllm calibrate MODEL`"
     try:
         tables = ChannelTables.model_validate_json(Path(path).read_bytes())
     except ValidationError as error:
@@ -176,7 +176,7 @@ def _parse(path: str, modified: int, size: int) -> ChannelTables:
         where = ".".join(map(str, first["loc"]))
         raise ThinkError(
             f"{who} is no file of {FORMAT}, version 1: {where + ': ' if where else ''}"
-            f"{first['msg']}. {way_out}"
+            f"{first['msg']}. {remedy}"
         ) from None
     shape = tables.shape
     for name in ("key_channels", "value_channels"):
@@ -185,7 +185,7 @@ def _parse(path: str, modified: int, size: int) -> ChannelTables:
         if len(layers) != shape.num_layers or {*map(len, layers)} != {shape.num_kv_heads}:
             raise ThinkError(
                 f"{who}: {name} has {sorted(counts)} layers and heads, its shape says "
-                f"{shape.num_layers} layers of {shape.num_kv_heads} KV heads. {way_out}"
+                f"{shape.num_layers} layers of {shape.num_kv_heads} KV heads. {remedy}"
             )
         every = list(range(shape.head_size))
         for layer, heads in enumerate(layers):
@@ -193,6 +193,6 @@ def _parse(path: str, modified: int, size: int) -> ChannelTables:
                 if sorted(channels) != every:
                     raise ThinkError(
                         f"{who}: {name} of layer {layer}, KV head {head} is no ranking of the "
-                        f"channels 0 to {shape.head_size - 1}. {way_out}"
+                        f"channels 0 to {shape.head_size - 1}. {remedy}"
                     )
     return tables

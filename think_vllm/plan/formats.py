@@ -1,13 +1,13 @@
-"""The formats of thin blocks: how keys and values are coded.
+"""The formats of thin blocks: how keys and values are stored.
 
-A **coding** says how one matrix of numbers is stored, a **format** names a coding for keys and
-one for values. Both are independent of how many key channels are kept.
+An **encoding** says how one matrix of numbers is stored, a **format** names an encoding for keys
+and one for values. Both are independent of how many key channels are kept.
 """
 
 from dataclasses import dataclass
 from enum import Enum
 
-#: Values of ``--kv-quant-group``: elements that share a scale and a zero in integer codings.
+#: Values of ``--kv-quant-group``: elements that share a scale and a zero point.
 GROUP_SIZES = (32, 64, 128)
 #: Largest finite value of float8 e4m3 (the variant without infinities).
 FP8_MAX = 448.0
@@ -22,15 +22,15 @@ class Coding(Enum):
     #: and buy nothing; the scale maps the matrix's largest magnitude to ``FP8_MAX``, so nothing
     #: overflows. That precision is relative, though: a key channel that is far from 0 all the
     #: time, as a bias makes it, would lose what its tokens differ in. So each key channel has a
-    #: float16 zero, and codes say how far a key is from that.
+    #: float16 zero point, and codes say how far a key is from that.
     FP8 = 8
-    #: Asymmetric integers with a float16 scale and zero per group (KIVI, arXiv 2402.02750).
+    #: Asymmetric integers with a float16 scale and zero point per group (KIVI, arXiv 2402.02750).
     INT4 = 4
     INT2 = 2
 
     @property
     def is_integer(self) -> bool:
-        """Whether codes are integers with scales and zeros per group."""
+        """Whether codes are integers with scales and zero points per group."""
         return self in (Coding.INT4, Coding.INT2)
 
     def element_bits(self, itemsize: int) -> int:
@@ -40,12 +40,12 @@ class Coding(Enum):
 
 @dataclass(frozen=True)
 class BlockFormat:
-    """Codings of a thin block.
+    """Encodings of a thin block.
 
     Args:
         name: Value of ``--kv-quant``.
-        keys: Coding of keys. Integers: per channel, over groups of tokens.
-        values: Coding of values. Integers: per token, over groups of channels.
+        keys: Encoding of keys. Integers: per channel, over groups of tokens.
+        values: Encoding of values. Integers: per token, over groups of channels.
     """
 
     name: str
@@ -59,8 +59,8 @@ class BlockFormat:
 
 
 FORMATS = {
-    made.name: made
-    for made in (
+    format.name: format
+    for format in (
         BlockFormat("none", Coding.PLAIN, Coding.PLAIN),
         BlockFormat("fp8", Coding.FP8, Coding.FP8),
         BlockFormat("kivi4", Coding.INT4, Coding.INT4),

@@ -24,8 +24,8 @@ MAX_SPAN_BLOCKS = 32
 MAX_SPAN_TOKENS = 2048
 #: Head sizes and block sizes are multiples of this: one vector of the kernels.
 SIZE_MULTIPLE = 16
-#: Thin blocks hold whole multiples of this many tokens; coded ones of twice as many, and of whole
-#: units of keys: kernels for GPUs read as many at once.
+#: Thin blocks hold whole multiples of this many tokens; quantized ones of twice as many, and of
+#: whole units of keys: kernels for GPUs read as many at once.
 TOKEN_ALIGNMENT = 4
 #: Value rows of a thin block are whole multiples of this many channels: whole bytes of 2-bit codes.
 CHANNEL_ALIGNMENT = 4
@@ -81,14 +81,14 @@ def plan_blocks(
     if config.guards:
         # Prompts are compacted a step after their end, as there.
         config = config.model_copy(update={"kv_prefix_cache": "dense"})
-    for name, value, way_out in (
+    for name, value, remedy in (
         ("the model's head size", head_size, WAY_OUT),
         ("--block-size", block_size, "Leave it out for the best one"),
     ):
         if value is not None and (value < 1 or value % SIZE_MULTIPLE):
             raise ThinkError(
                 f"thin KV blocks: {name} is {value}; the kernels need a multiple of "
-                f"{SIZE_MULTIPLE}. {way_out}"
+                f"{SIZE_MULTIPLE}. {remedy}"
             )
     _check_groups(config, head_size)
     sizes = block_sizes if block_size is None else (block_size,)
@@ -97,7 +97,7 @@ def plan_blocks(
         raise ThinkError(_no_plan(config, head_size, itemsize, block_size, block_sizes))
     best = _best(fit_budget(candidates))
     if block_size is None:
-        # Among plans for its block size alone another one may win; whoever plans again for the
+        # Among plans for its block size alone another one may win; planning again for the
         # chosen block size, as every worker does, must come to the same plan.
         return plan_blocks(config, head_size, itemsize, best.block_size, block_sizes)
     return best
@@ -131,7 +131,7 @@ def _plans(
 ) -> Iterator[BlockPlan]:
     pruned = pruned_channels(config.kv_channel_prune, head_size)
     wanted = head_size - pruned
-    # Whoever asks for no pruning gets none.
+    # Without a ratio no channel is pruned.
     least = wanted - (max(1, round(CHANNEL_TOLERANCE * head_size)) if pruned else 0)
     if not _shrinks(config, head_size):
         # Only evicted: a thin block is a dense one, byte by byte.

@@ -1,8 +1,8 @@
-"""What one request may ask for itself, and the rule that its spans then have.
+"""Per-request overrides: what one request may ask for, and the rule that its spans then have.
 
 vLLM hands ``vllm_xargs`` of its HTTP server, offline ``SamplingParams.extra_args``, to the front
-end, the scheduler and every worker. The front end refuses what is wrong; scheduler and workers
-derive the same rule from the same words, so they need not agree on anything.
+end, the scheduler and every worker. The front end rejects what is wrong; scheduler and workers
+derive the same rule from the same parameters, so they exchange no messages about it.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ VLLM_NAMES = frozenset({"kv_transfer_params", "kv_cache_report_mode"})
 _WHERE = "(vllm_xargs; offline SamplingParams.extra_args)"
 
 
-def own_rule(rule: SpanRule, extra_args: Mapping[str, Any] | None) -> SpanRule | None:
+def request_override(rule: SpanRule, extra_args: Mapping[str, Any] | None) -> SpanRule | None:
     """Read what a request asks for.
 
     Args:
@@ -58,8 +58,8 @@ def own_rule(rule: SpanRule, extra_args: Mapping[str, Any] | None) -> SpanRule |
     return dense_rule(rule)
 
 
-def refuse_settings(extra_args: Mapping[str, Any]) -> None:
-    """Refuse whatever a request asks of a server whose blocks are pruned as they are written.
+def reject_settings(extra_args: Mapping[str, Any]) -> None:
+    """Reject whatever a request asks of a server whose blocks are pruned as they are written.
 
     Raises:
         ThinkError: If it asks for something.
@@ -97,11 +97,11 @@ def _check_names(extra_args: Mapping[str, Any]) -> None:
 
 def _read_switch(value: Any) -> bool:
     """A truth value, which vLLM's HTTP server turns into 0 or 1."""
-    found = value.strip().lower() if isinstance(value, str) else value
-    if isinstance(found, str):
-        found = {"false": 0, "0": 0, "true": 1, "1": 1}.get(found)
-    if isinstance(found, int | float) and (found == 0 or (found == 1 and isinstance(found, int))):
-        return bool(found)
+    read = value.strip().lower() if isinstance(value, str) else value
+    if isinstance(read, str):
+        read = {"false": 0, "0": 0, "true": 1, "1": 1}.get(read)
+    if isinstance(read, int | float) and (read == 0 or (read == 1 and isinstance(read, int))):
+        return bool(read)
     raise ThinkError(
         f"{PRUNE} is {value!r} {_WHERE}: a request has the server's channels or all of them; give "
         "false to keep its blocks dense, or leave it out"
@@ -110,11 +110,11 @@ def _read_switch(value: Any) -> bool:
 
 def _read_budget(value: Any) -> int:
     """Tokens; 0 for all of the prompt's."""
-    found = value.strip().lower() if isinstance(value, str) else value
-    if isinstance(found, str):
-        found = 0 if found == "false" else int(found) if found.isdecimal() else None
-    if isinstance(found, int) and found is not True and found >= 0:
-        return int(found)
+    read = value.strip().lower() if isinstance(value, str) else value
+    if isinstance(read, str):
+        read = 0 if read == "false" else int(read) if read.isdecimal() else None
+    if isinstance(read, int) and read is not True and read >= 0:
+        return int(read)
     raise ThinkError(
         f"{BUDGET} is {value!r} {_WHERE}: give a whole number of tokens, or false to evict none of "
         "this request's, or leave it out"

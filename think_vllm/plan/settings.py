@@ -1,4 +1,4 @@
-"""The settings, each with its limits. ``config_parser`` makes them."""
+"""The settings, each with its limits. ``parsing.py`` makes them."""
 
 from typing import Literal
 
@@ -147,7 +147,7 @@ class ThinkConfig(BaseModel):
 
     @property
     def format(self) -> BlockFormat:
-        """How thin blocks are coded."""
+        """How thin blocks store keys and values."""
         return FORMATS[self.kv_quant]
 
 

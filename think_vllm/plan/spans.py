@@ -1,4 +1,4 @@
-"""When a span is thin, and when its tail may be freed: the rule that both sides share.
+"""When a span is thin, and when its other blocks may be freed: the rule that both sides share.
 
 The block manager (scheduler process) and the metadata builder (worker processes) never talk
 about spans; each derives the same answer from numbers that vLLM gives to both: the prompt
@@ -17,10 +17,10 @@ The prompt's spans are compacted in the forward pass that ends the prompt; with 
 the next one, so that the scheduler can have their dense blocks copied in between.
 
 With a budget, a prompt of more spans keeps as many of its old tokens as ``budget_spans`` spans
-hold, and has them in its last ones. The spans before these are empty: they count as thin, nobody
+hold, and has them in its last ones. The spans before these are empty: they count as thin, no query
 reads them, and all their blocks come back.
 
-A request may have a rule of its own (``request.py``): another budget, or a recent window that never
+A request may override the rule (``request.py``): another budget, or a recent window that never
 ends, so that nothing of it is ever thin.
 """
 
@@ -41,7 +41,7 @@ ENDLESS = 1 << 40
 
 @dataclass(frozen=True)
 class SpanRule:
-    """Which spans are thin for whom.
+    """Which spans are thin, for which queries.
 
     Args:
         block_size: Tokens of a dense block.
@@ -170,7 +170,7 @@ class SpanRule:
         return self.due_position(spans - 1) + 2
 
     def freeable_spans(self, prompt_len: int, processed_tokens: int, cached: int = 0) -> int:
-        """Spans whose tails the worker can no longer read.
+        """Spans of which the worker reads the thin blocks alone.
 
         A prompt's spans are free once the step that compacts them has been processed. A span
         that fills while decoding is compacted at the start of the step whose first query sees

@@ -5,9 +5,10 @@ from functools import cached_property
 
 from think_vllm.errors import WAY_OUT, ThinkError
 from think_vllm.plan.block_plan import ChannelPlan
-from think_vllm.plan.layout import MAX_HEAD_SIZE, StaticLayout
+from think_vllm.plan.layout import MAX_HEAD_SIZE
 from think_vllm.plan.planner import SIZE_MULTIPLE, pruned_channels
 from think_vllm.plan.settings import ThinkConfig
+from think_vllm.plan.static_layout import StaticLayout
 
 #: vLLM's own block size on CPUs. Every token is pruned, so no other one would save more. On GPUs
 #: too: keys are channel-major, and short rows of them would be read in small pieces.
@@ -86,14 +87,14 @@ def plan_static(
             f"--kv-select static: the model's head size is {head_size}; at most {MAX_HEAD_SIZE} is "
             f"possible. {WAY_OUT}"
         )
-    for name, value, way_out in (
+    for name, value, remedy in (
         ("the model's head size", head_size, WAY_OUT),
         ("--block-size", block_size, f"Leave it out for {BLOCK_SIZE}"),
     ):
         if value is not None and (value < 1 or value % SIZE_MULTIPLE):
             raise ThinkError(
                 f"--kv-select static: {name} is {value}; the kernels need a multiple of "
-                f"{SIZE_MULTIPLE}. {way_out}"
+                f"{SIZE_MULTIPLE}. {remedy}"
             )
     return StaticPlan(
         config=config,

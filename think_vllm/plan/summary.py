@@ -18,7 +18,7 @@ COUNTED_DENSE = (
     "the KV cache size and concurrency that vLLM prints count dense tokens; multiply by these"
 )
 
-_CODINGS = {
+_ENCODINGS = {
     Coding.PLAIN: "as computed",
     Coding.FP8: "fp8",
     Coding.INT4: "4-bit",
@@ -39,7 +39,7 @@ def plan_summary(plan: BlockPlan, prefix_caching: bool) -> list[str]:
         form = "thin" if plan.config.kv_prefix_cache == "thin" else "as dense copies"
         prefixes = f", prefixes cached {form}"
     return [
-        f"{_channels(plan)}; {_codings(plan)}",
+        f"{_channels(plan)}; {_encodings(plan)}",
         f"{_blocks(plan)} (span {plan.span_tokens} tokens; "
         f"recent window {plan.config.kv_recent_window}, "
         f"observation window {plan.config.kv_observation_window}, decoded spans "
@@ -61,7 +61,7 @@ def static_summary(plan: StaticPlan, prefix_caching: bool) -> list[str]:
     dense, pruned = plan.dense_bytes_per_token_head, plan.bytes_per_token_head
     return [
         f"{_channels(plan)}, the same ones for all tokens of a model "
-        f"({plan.config.kv_channel_tables_file}); {_codings(plan)}"
+        f"({plan.config.kv_channel_tables_file}); {_encodings(plan)}"
         f"{' with scales of each token' if plan.is_coded else ''}",
         f"blocks of {plan.block_size} tokens hold kept channels alone, from the first token on: "
         f"nothing is compacted{', and prefixes are shared exactly' if prefix_caching else ''}",
@@ -216,7 +216,7 @@ def _channels(plan: BlockPlan | StaticPlan) -> str:
         return keys
     kept = f"{plan.value_channels} of {plan.head_size}"
     ratios = _ratios(plan.actual_value_ratio, plan.config.kv_value_prune)
-    # Norms of keys say nothing about values: they are chosen as ever.
+    # Norms of keys say nothing about values: they are chosen as usual.
     ratios += " by random" if plan.config.kv_select == "random" else ""
     return f"{keys}, value channels {kept} {ratios}"
 
@@ -225,8 +225,8 @@ def _ratios(actual: float, requested: float) -> str:
     return f"(pruned: {actual:.3f}, requested {requested:g})"
 
 
-def _codings(plan: ChannelPlan) -> str:
-    keys, values = _CODINGS[plan.format.keys], _CODINGS[plan.format.values]
+def _encodings(plan: ChannelPlan) -> str:
+    keys, values = _ENCODINGS[plan.format.keys], _ENCODINGS[plan.format.values]
     same = f"keys and values {keys}" if keys == values else f"keys {keys}, values {values}"
     if not plan.format.has_groups:
         return same

@@ -67,6 +67,33 @@ def thin_groups(group: int, rule: SpanRule) -> list[int]:
     return [group + _THIN + (j << 16) for j in range(rule.thin_blocks)]
 
 
+def find_thin_prefix(
+    pool: Any, block_hashes: Any, max_tokens: int, group: int, rule: SpanRule
+) -> list[Any]:
+    """Find the longest cached prefix of thin spans, and dense blocks behind; empty if none.
+
+    Args:
+        pool: vLLM's block pool.
+        block_hashes: Of a prompt, as vLLM looks them up.
+        max_tokens: Longest prefix that is of use.
+        group: KV cache group.
+        rule: What a span is.
+    """
+    limits = limits_of(block_hashes)
+    most = max_tokens
+    if limits is not None:
+        most = min(most, limits.max_thin_spans * rule.span_tokens)
+    hashes = block_hashes_of(block_hashes, pool, rule)
+    rows = find_thin(pool, hashes, most, group, rule)
+    if not rows:
+        return []
+    last = max_tokens // rule.block_size
+    if rule.prune_prefill:
+        # The worker takes every older span for thin.
+        last = min(last, len(rows) + rule.span_blocks - 1)
+    return rows + find_dense_behind(pool, hashes, len(rows), last, group)
+
+
 def find_thin(
     pool: Any, hashes: Sequence[Any], max_tokens: int, group: int, rule: SpanRule
 ) -> list[Any]:

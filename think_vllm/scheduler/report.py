@@ -82,11 +82,11 @@ class EngineReport:
             counts = manager.counts
             spans, blocks = spans + counts.spans, blocks + counts.blocks
             hit_tokens += counts.hit_tokens
-        found = (spans, blocks, hit_tokens)
-        if found == self._reported:
+        counted = (spans, blocks, hit_tokens)
+        if counted == self._reported:
             return {}
-        more = [new - old for new, old in zip(found, self._reported, strict=True)]
-        self._reported = found
+        more = [new - old for new, old in zip(counted, self._reported, strict=True)]
+        self._reported = counted
         by_name = {
             SPANS: more[0],
             BLOCKS: more[1],

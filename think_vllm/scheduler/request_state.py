@@ -1,13 +1,15 @@
-"""What the block manager remembers of a running request."""
+"""What the block manager remembers of requests: their state, and per-request overrides."""
 
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
+from think_vllm.plan.request import dense_rule, request_override
 from think_vllm.plan.spans import SpanRule
 
 
 @dataclass(slots=True)
-class Life:
+class RequestState:
     """One request, from its admission until it ends or is preempted.
 
     Args:
@@ -16,11 +18,11 @@ class Life:
         request: vLLM's own; None until its first step is scheduled, or without prefix caching.
         prompt_len: Tokens of its prompt; None until known.
         cached_spans: Leading spans that came thin from the prefix cache.
-        freed_spans: Spans whose tails it does not hold any more, or never did.
+        freed_spans: Spans that have freed blocks, or came without them.
         published: Rows that the prefix cache has been offered.
         published_spans: Thin spans that it has been offered.
         uncached_spans: Spans whose dense form must not be offered any more.
-        next_free: Processed tokens before which no further tail comes free.
+        next_free: Processed tokens before which no further block comes free.
         next_compaction: Scheduled tokens before which no further span is compacted.
         scheduled: Tokens that will have been computed after the step that is being scheduled.
     """
@@ -37,3 +39,46 @@ class Life:
     next_free: int = 0
     next_compaction: int = 0
     scheduled: int = 0
+
+
+class RequestRules:
+    """Rules of requests that override the server's, or are not known yet.
+
+    They are kept for as long as vLLM's scheduler has the request.
+
+    Args:
+        guarded: Whether workers decide at a prompt's end if its request stays dense.
+    """
+
+    def __init__(self, guarded: bool) -> None:
+        self._guarded = guarded
+        self._requests: WeakValueDictionary[str, Any] = WeakValueDictionary()
+        #: Whether requests stay dense that have been asked what they would lose.
+        self._verdicts: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def register(self, request: Any) -> None:
+        """Receive a request that has an override."""
+        self._requests[request.request_id] = request
+
+    def settle(self, request: Any, dense: bool) -> None:
+        """Receive whether a request whose prompt has ended stays dense."""
+        self._requests[request.request_id] = request
+        self._verdicts[request] = dense
+
+    def find(self, request_id: str, rule: SpanRule) -> tuple[SpanRule, bool]:
+        """The rule of a request, and whether it is known for good.
+
+        Args:
+            request_id: The request.
+            rule: Of its server.
+        """
+        request = self._requests.get(request_id)
+        if request is None:
+            return rule, not self._guarded
+        if self._verdicts.get(request):
+            return dense_rule(rule), True
+        own = request_override(rule, request.sampling_params.extra_args) or rule
+        return own, not self._guarded or own.stays_dense or request in self._verdicts

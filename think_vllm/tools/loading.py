@@ -9,7 +9,7 @@ from typing import Any
 
 from think_vllm.errors import ThinkError
 from think_vllm.hooks.config_file import OUR_NEGATIONS, OUR_OPTIONS, read_settings
-from think_vllm.plan.parsing import settings_of
+from think_vllm.plan.additional_config import settings_of
 from think_vllm.plan.settings import ADDITIONAL_CONFIG_KEY
 
 #: vLLM's list of the plugins that it loads; all if it is not set.

@@ -264,7 +264,7 @@ def _engine_shape(namespace: argparse.Namespace) -> tuple[Any, list[Any]]:
                 tensor_parallel_size=namespace.tensor_parallel_size,
                 pipeline_parallel_size=namespace.pipeline_parallel_size,
                 rank=stage * namespace.tensor_parallel_size,
-                # Left to choose one, vLLM refuses more ranks than this machine has GPUs.
+                # Left to choose one, vLLM rejects more ranks than this machine has GPUs.
                 distributed_executor_backend="mp",
             )
             for stage in range(namespace.pipeline_parallel_size)

@@ -10,7 +10,7 @@ import torch
 
 from think_vllm.kernels.cpu.elements import flat_elements
 from think_vllm.plan.formats import Coding
-from think_vllm.plan.layout import MatrixLayout
+from think_vllm.plan.matrix_layout import MatrixLayout
 from think_vllm.plan.planner import BlockPlan
 
 

@@ -26,7 +26,7 @@ from think_vllm.kernels.cpu.static_blocks import gather_channels
 from think_vllm.kernels.cpu.threads import choose_threads
 from think_vllm.kernels.cpu.vectors import LANES
 from think_vllm.kernels.static_cache import StaticChannels, check_static_cache
-from think_vllm.plan.layout import align_up
+from think_vllm.plan.matrix_layout import align_up
 from think_vllm.plan.static_plan import StaticPlan
 
 

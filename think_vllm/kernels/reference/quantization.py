@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 
 from think_vllm.plan.formats import FP8_MAX, Coding
-from think_vllm.plan.layout import BlockForm, MatrixLayout
+from think_vllm.plan.layout import BlockForm
+from think_vllm.plan.matrix_layout import MatrixLayout
 
 FLOAT16_MAX = 65_504.0
 #: Of float32. The inverse of a smaller scale would overflow.

@@ -8,7 +8,7 @@ from typing import Any, Literal, NoReturn
 from think_vllm.errors import ThinkError
 from think_vllm.hooks.engine import plan_engine
 from think_vllm.hooks.model_support import attention_layers
-from think_vllm.plan.parsing import config_from_additional
+from think_vllm.plan.additional_config import config_from_additional
 from think_vllm.plan.planner import BlockPlan
 from think_vllm.plan.settings import ADDITIONAL_CONFIG_KEY, ThinkConfig, flag_name
 from think_vllm.plan.static_plan import StaticPlan
