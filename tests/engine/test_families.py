@@ -14,6 +14,7 @@ import pytest
 from tests.support.checks import (
     EAGER,
     TOLERANCE,
+    check_planned,
     check_served,
     plan_served,
     random_prompts,
@@ -76,6 +77,7 @@ def test_logprobs_equal_the_reference(
     counts = [span + 20] * len(lengths)
     reference = Reference(model)
     completions = check_served(engine, reference, lengths, counts, Thinning.of(plan))
+    check_planned(engine, model, arguments)
     # The comparison would notice if nothing were pruned.
     dense = worst_differences(reference, random_prompts(lengths)[-1:], completions[-1:], None)
     assert dense[700] > 10 * TOLERANCE

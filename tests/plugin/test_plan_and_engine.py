@@ -204,6 +204,8 @@ def plan_beside(configured: Configured, model: Path, flags: list[str]) -> dict[s
     budget = ["--memory", str(MEMORY_BYTES), "--context-length", longest]
     fields, lines = plan_report(*parse_options([str(model), *flags, *budget]))
     assert fields.get("warnings", []) == configured.warnings
+    warned = [line for line in lines if line.startswith("warning: ")]
+    assert warned == [f"warning: {text}" for text in configured.warnings]
     said = [line for line in configured.info if line != COUNTED_DENSE and "is off" not in line]
     own = ("warning: ", f"{MEMORY_BYTES / 2**30:.2f} GiB of KV cache")
     assert said == [

@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 
 from tests.support.models import make_config, make_llama
+from tests.support.plans import make_plan
 from think_vllm.hooks.model_support import AttentionLayers
-from think_vllm.plan.planner import plan_blocks
-from think_vllm.plan.settings import ThinkConfig
 from think_vllm.tools.cli import main
 from think_vllm.tools.plan import budget_fields, parse_bytes
 
@@ -150,55 +149,6 @@ GEMMA: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize(
-    ("windowed", "flags", "said", "field"),
-    [
-        (False, [], "prefixes cached thin", "thin"),
-        (False, ["--kv-prefix-cache", "dense"], "prefixes cached as dense copies", "dense"),
-        (False, ["--no-enable-prefix-caching"], None, None),
-        (False, ["--kv-evict", "snapkv"], "prefixes cached as dense copies", "dense"),
-        (False, ["--kv-evict", "h2o"], None, None),
-        (False, ["--kv-prune-max-loss", "0.1"], "prefixes cached as dense copies", "dense"),
-        # As the engine does beside sliding-window layers.
-        (True, [], "prefixes cached as dense copies", "dense"),
-        (True, ["--no-enable-prefix-caching"], None, None),
-    ],
-)
-def test_plan_says_of_prefixes_what_the_engine_does(
-    recall_model: Path,
-    tmp_path: Path,
-    windowed: bool,
-    flags: list[str],
-    said: str | None,
-    field: str | None,
-) -> None:
-    model = make_config(tmp_path, "gemma3_text", **GEMMA) if windowed else recall_model
-    arguments = [str(model), "--kv-channel-prune", "0.5", *flags]
-    text = run(*arguments).stdout
-    assert (said in text) if said else ("prefixes" not in text.replace(str(model), ""))
-    assert json.loads(run(*arguments, "--json").stdout)["prefix_cache"] == field
-
-
-@pytest.mark.parametrize(
-    ("flags", "warned"),
-    [
-        (["--kv-recent-window", "4096", "--max-model-len", "2048"], True),
-        (["--kv-recent-window", "1024", "--max-model-len", "2048"], False),
-        (["--max-model-len", "225"], True),  # a span has 192 tokens, 32 more stay dense
-        (["--max-model-len", "226"], False),
-    ],
-)
-def test_plan_warns_where_nothing_can_be_saved(
-    recall_model: Path, flags: list[str], warned: bool
-) -> None:
-    done = run(str(recall_model), "--kv-channel-prune", "0.5", *flags)
-    assert ("warning: nothing is saved: no request of up to" in done.stdout) is warned
-    fields = json.loads(
-        run(str(recall_model), "--kv-channel-prune", "0.5", *flags, "--json").stdout
-    )
-    assert bool(fields["warnings"]) is warned
-
-
 def test_plan_counts_window_layers_of_the_whole_model_as_the_engine_does(tmp_path: Path) -> None:
     settings = GEMMA | {
         "num_hidden_layers": 4,
@@ -219,8 +169,7 @@ def test_plan_refuses_a_model_that_is_not_there() -> None:
 
 
 def test_budget_fields_count_whole_requests() -> None:
-    plan = plan_blocks(ThinkConfig(kv_channel_prune=0.5), 128, 2)
-    assert plan is not None
+    plan = make_plan(kv_channel_prune=0.5)
     block = plan.layout.run_bytes * 8 * 32
     layers = AttentionLayers(full=32, window=0, window_tokens=0)
     fields = budget_fields(plan, 8, layers, memory_bytes=block * 101, context_len=416)
@@ -233,8 +182,7 @@ def test_budget_fields_count_whole_requests() -> None:
 
 
 def test_budget_fields_count_windows_apart() -> None:
-    plan = plan_blocks(ThinkConfig(kv_channel_prune=0.5), 128, 2)
-    assert plan is not None
+    plan = make_plan(kv_channel_prune=0.5)
     layers = AttentionLayers(full=5, window=25, window_tokens=96)
     block = plan.layout.run_bytes * 8 * 5
     fields = budget_fields(plan, 8, layers, memory_bytes=block * 101, context_len=416)

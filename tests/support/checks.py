@@ -2,14 +2,16 @@
 
 import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from tests.support.plans import make_plan
 from tests.support.reference import Reference, Thinning
-from tests.support.served import Completion, Served
-from think_vllm.plan.planner import BlockPlan, plan_blocks
-from think_vllm.plan.settings import ThinkConfig
+from tests.support.served import KV_CACHE_BYTES, Completion, Served
+from think_vllm.plan.planner import BlockPlan
+from think_vllm.tools.plan import parse_options, plan_report
 
 #: Float32: two implementations that sum in different orders differ by some 1e-6 here; one wrong
 #: channel of one span shows as 1e-3 and more.
@@ -41,10 +43,32 @@ def plan_served(
         itemsize: Bytes of its dtype: float32 if not said otherwise.
         settings: Of thin blocks.
     """
-    plan = plan_blocks(ThinkConfig.model_validate(settings), head_size, itemsize, block_size)
-    assert plan is not None
+    plan = make_plan(head_size, itemsize, block_size, **settings)
     given = settings if block_size is None else {**settings, "block_size": block_size}
     return plan, [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+
+
+def check_planned(
+    served: Served, model: Path, flags: Sequence[str], memory_bytes: int = KV_CACHE_BYTES
+) -> None:
+    """Compare ``think-vllm plan`` with an engine of float32: its log, its blocks, its capacity.
+
+    Args:
+        served: The engine.
+        model: Its model, whose longest requests have 4096 tokens.
+        flags: What both were asked for.
+        memory_bytes: Of the engine's KV cache.
+    """
+    budget = ["--memory", str(memory_bytes), "--context-length", "4096", "--dtype", "float32"]
+    fields, lines = plan_report(*parse_options([str(model), *flags, *budget]))
+    log = served.log_tail(10_000)
+    unsaid = [line for line in lines if line not in log]
+    # Only the plan counts a budget, and says what does not fit.
+    assert all("GiB of KV cache" in line or "were asked for" in line for line in unsaid)
+    blocks = f'num_gpu_blocks="{fields["num_blocks"] + 1}"'  # the null block
+    assert served.metric("vllm:cache_config_info", blocks) > 0
+    for kind, field in (("dense", "plain_tokens"), ("planned", "thin_tokens")):
+        assert served.metric("think_vllm:capacity_tokens", f'kind="{kind}"') == fields[field]
 
 
 def differences(

@@ -6,18 +6,16 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from tests.support.plans import make_plan
 from think_vllm.errors import ThinkError
 from think_vllm.plan.formats import FORMATS
 from think_vllm.plan.planner import BLOCK_SIZES, USED_SHARE, BlockPlan, plan_blocks
-from think_vllm.plan.settings import ThinkConfig
 from think_vllm.plan.summary import plan_fields, plan_summary
 
 
 def make(budget: int, block_size: int | None = None, **changes: object) -> BlockPlan:
     given = {"kv_evict": "snapkv", "kv_evict_budget": budget, **changes}
-    plan = plan_blocks(ThinkConfig.model_validate(given), 128, 2, block_size)
-    assert plan is not None
-    return plan
+    return make_plan(block_size=block_size, **given)
 
 
 def most_kept(budget: int, ratio: float, quant: str) -> int:
@@ -88,8 +86,7 @@ def test_report_says_what_is_kept() -> None:
 
 
 def test_plans_without_eviction_keep_everything() -> None:
-    plan = plan_blocks(ThinkConfig(kv_channel_prune=0.5), 128, 2)
-    assert plan is not None
+    plan = make_plan(kv_channel_prune=0.5)
     assert plan.rule.budget_spans is None
     assert plan_fields(plan, True)["evict_budget"] is None
     assert not any("old tokens" in line for line in plan_summary(plan, True))

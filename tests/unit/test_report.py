@@ -4,15 +4,8 @@ import json
 
 import pytest
 
-from think_vllm.plan.parsing import parse_config
-from think_vllm.plan.planner import BlockPlan, plan_blocks
+from tests.support.plans import make_plan
 from think_vllm.plan.summary import context_hint, never_thin, plan_fields, plan_summary
-
-
-def make(**settings: object) -> BlockPlan:
-    plan = plan_blocks(parse_config(settings), 128, 2)
-    assert plan is not None
-    return plan
 
 
 @pytest.mark.parametrize(
@@ -55,11 +48,11 @@ def make(**settings: object) -> BlockPlan:
     ],
 )
 def test_plan_summary_says_what_is_kept_and_how(settings: dict[str, object], expected: str) -> None:
-    assert plan_summary(make(**settings), True)[0] == expected
+    assert plan_summary(make_plan(**settings), True)[0] == expected
 
 
 def test_plan_summary_says_what_it_is_worth() -> None:
-    line = plan_summary(make(kv_channel_prune=0.5, kv_quant="k4v2"), True)[2]
+    line = plan_summary(make_plan(kv_channel_prune=0.5, kv_quant="k4v2"), True)[2]
     # 2 x 8,192 bytes / 176 tokens; keys (3,584 + 64) / 88, values 4,224 / 88
     assert line == (
         "bytes per token and KV head: 512 dense, 93.1 thin (keys 41.5, values 48.0, waste 3.9 %): "
@@ -89,7 +82,7 @@ def test_plan_summary_says_what_it_is_worth() -> None:
 def test_plan_summary_speaks_of_prefixes_where_they_are_cached(
     settings: dict[str, object], caching: bool, expected: str
 ) -> None:
-    plan = make(**settings)
+    plan = make_plan(**settings)
     assert plan_summary(plan, caching)[1].endswith(expected)
     cached = settings.get("kv_prefix_cache", "thin") if caching else None
     assert plan_fields(plan, caching)["prefix_cache"] == cached
@@ -112,7 +105,7 @@ def test_plan_summary_speaks_of_prefixes_where_they_are_cached(
 def test_never_thin_is_said_up_to_the_last_length_that_saves_nothing(
     settings: dict[str, object], named: str
 ) -> None:
-    plan = make(**settings)
+    plan = make_plan(**settings)
     least = plan.rule.shortest_saving
     assert never_thin(plan, least) == []
     (line,) = never_thin(plan, least - 1)
@@ -122,12 +115,12 @@ def test_never_thin_is_said_up_to_the_last_length_that_saves_nothing(
 
 
 def test_context_hint_is_given_where_it_pays() -> None:
-    plan = make(kv_channel_prune=0.5, kv_quant="k4v2")
+    plan = make_plan(kv_channel_prune=0.5, kv_quant="k4v2")
     assert context_hint(plan, 1024) == [
         "--kv-plan-context 1024 would make it x3.90 instead of x3.60 for requests of 1024 tokens"
     ]
     assert context_hint(plan, 8192) == []
-    assert context_hint(make(kv_channel_prune=0.5), 1024) == []
+    assert context_hint(make_plan(kv_channel_prune=0.5), 1024) == []
     # Shorter than anything that can be asked for.
     assert context_hint(plan, 100) == []
 
@@ -145,7 +138,7 @@ def test_context_hint_is_given_where_it_pays() -> None:
 def test_plan_fields_are_json_and_name_a_group_where_there_is_one(
     settings: dict[str, object], group: int | None
 ) -> None:
-    fields = json.loads(json.dumps(plan_fields(make(**settings), True)))
+    fields = json.loads(json.dumps(plan_fields(make_plan(**settings), True)))
     assert fields["kv_quant"] == settings.get("kv_quant", "none")
     assert fields["kv_quant_group"] == group
     parts = fields["key_bytes_per_token_head"] + fields["value_bytes_per_token_head"]
@@ -154,7 +147,7 @@ def test_plan_fields_are_json_and_name_a_group_where_there_is_one(
 
 
 def test_summary_says_that_requests_may_stay_dense() -> None:
-    plan = make(kv_channel_prune=0.5, kv_prune_max_loss=0.2)
+    plan = make_plan(kv_channel_prune=0.5, kv_prune_max_loss=0.2)
     assert plan.rule.delay_prompt
     (line,) = [line for line in plan_summary(plan, True) if "stay dense:" in line]
     assert "more than 0.2 of the scores" in line
@@ -164,5 +157,5 @@ def test_summary_says_that_requests_may_stay_dense() -> None:
         {"kv_channel_prune": 0.5},
         {"kv_channel_prune": 0.001, "kv_quant": "fp8", "kv_prune_max_loss": 0.2},
     ):
-        assert not make(**settings).guards
-        assert plan_fields(make(**settings), True)["max_loss"] is None
+        assert not make_plan(**settings).guards
+        assert plan_fields(make_plan(**settings), True)["max_loss"] is None
