@@ -9,7 +9,6 @@ import logging
 
 from think_vllm import VLLM_VERSIONS, __version__
 from think_vllm.errors import FLAGS
-from think_vllm.hooks import platform as compat
 
 # A child of vLLM's logger, so that vLLM's handlers and levels apply.
 logger = logging.getLogger("vllm.think_vllm")
@@ -17,11 +16,13 @@ logger = logging.getLogger("vllm.think_vllm")
 
 def register() -> None:
     """Install the hooks; safe to call more than once."""
-    from think_vllm.hooks import activation
-    from think_vllm.hooks.flags import add_flags
+    from think_vllm.hooks.installation import install
+    from think_vllm.hooks.patch import Role
+    from think_vllm.hooks.platform import supported_vllm
 
-    if compat.supported_vllm():
-        compat.install(add_flags, activation.activate, activation.select_backend)
+    if supported_vllm():
+        install(Role.PLUGIN)
+        install(Role.BACKEND)
         return
     import vllm
 
@@ -32,6 +33,6 @@ def register() -> None:
         vllm.__version__,
         FLAGS,
     )
-    # Its platform class may have other hooks; whoever does not use the flags must not notice.
-    with contextlib.suppress(AttributeError, ImportError):
-        compat.install(add_flags, activation.refuse_version, None)
+    # Its platform class may have other hooks; users without our flags must not notice.
+    with contextlib.suppress(LookupError):
+        install(Role.PLUGIN)

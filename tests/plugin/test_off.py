@@ -1,4 +1,4 @@
-"""Off means off: without the flag nothing of ours is imported, and vLLM chooses as ever."""
+"""Off means off: without the flag nothing of ours is imported, and vLLM chooses as usual."""
 
 import json
 import os
@@ -7,6 +7,9 @@ import sys
 
 import pytest
 
+from think_vllm.hooks.patch import Role
+from think_vllm.hooks.patches import PATCHES
+
 PROBE = """
 import json, sys
 from pathlib import Path
@@ -14,8 +17,6 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.config import set_current_vllm_config
 from vllm.plugins import load_general_plugins
 from vllm.v1.attention.selector import get_attn_backend
-from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorProm
-from vllm.v1.metrics.loggers import LoggingStatLogger
 load_general_plugins()
 additional, = sys.argv[2:]
 config = EngineArgs(model=sys.argv[1], enforce_eager=True, dtype="float32",
@@ -30,8 +31,8 @@ print("RESULT" + json.dumps({
     "ours": sorted(m for m in sys.modules if m.startswith(
         ("think_vllm.worker", "think_vllm.scheduler", "think_vllm.kernels",
          "think_vllm.metrics"))),
-    "wrapped": [kind.__name__ for kind in (KVConnectorProm, LoggingStatLogger)
-                if hasattr(kind.__init__, "__wrapped__")],
+    "wrapped": sys.modules["think_vllm.hooks.installation"].installed()
+               if "think_vllm.hooks" in sys.modules else [],
 }))
 """
 
@@ -50,6 +51,10 @@ def probe(
     line = next(x for x in done.stdout.splitlines() if x.startswith("RESULT"))
     result: dict[str, object] = json.loads(line.removeprefix("RESULT"))
     return result
+
+
+def role_targets(*roles: Role) -> list[str]:
+    return [patch.target for patch in PATCHES if patch.role in roles]
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +76,9 @@ def test_register_leaves_vllm_alone_without_thin_blocks(
     recall_model: object, plain: dict[str, object], additional: dict[str, object]
 ) -> None:
     result = probe(recall_model, additional)
-    assert result == plain
-    assert (result["ours"], result["wrapped"], result["rswa"]) == ([], [], None)
+    wrapped = role_targets(Role.PLUGIN, Role.BACKEND)
+    assert result == {**plain, "wrapped": wrapped}
+    assert (plain["wrapped"], result["ours"], result["rswa"]) == ([], [], None)
     assert result["backend"] == "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackend"
 
 
@@ -88,4 +94,6 @@ def test_register_selects_our_backend_with_thin_blocks(
     assert result["backend"] == "think_vllm.worker.cpu.backend.ThinkCPUBackend"
     assert result["block_size"] == block_size
     assert result["prefix_caching"] is True
-    assert result["wrapped"] == ["KVConnectorProm", "LoggingStatLogger"]
+    # The backend brings its KV cache spec, and that the scheduler's side.
+    roles = (Role.PLUGIN, Role.BACKEND, Role.FRONT_END, Role.SCHEDULER)
+    assert result["wrapped"] == role_targets(*roles)

@@ -19,7 +19,8 @@ from tests.plugin.test_refusals import SMALL, refused
 from tests.support.models import make_config, make_llama
 from tests.support.static_tables import random_tables
 from think_vllm.errors import ThinkError
-from think_vllm.hooks.activation import activate, select_backend
+from think_vllm.hooks.activation import activate
+from think_vllm.hooks.backend import select_backend
 from think_vllm.hooks.static_engine import check_static, remember_static
 from think_vllm.tools.cli import main
 from think_vllm.worker.static.cpu_layer import StaticCPUBackend

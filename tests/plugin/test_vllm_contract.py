@@ -1,7 +1,8 @@
-"""What we override or call in vLLM: fails first when an upgrade changes it, and says who relies on.
+"""What we override or call in vLLM: fails first when an upgrade changes it, and names our file.
 
-Here: the plugin's hooks, the configuration and the command line. The rest is beside it: attention
-in ``_cpu`` and ``_cuda``, the block manager in ``_blocks`` and ``_calls``.
+Private names and what is wrapped are in the table that ``test_patches.py`` walks. Here: what else
+the configuration and the command line rely on. The rest is beside it: attention in ``_cpu`` and
+``_cuda``, the block manager in ``_blocks`` and ``_calls``.
 """
 
 import argparse
@@ -42,26 +43,10 @@ def test_vllm_is_of_the_series_that_we_extend() -> None:
 @pytest.mark.parametrize(
     ("ours", "function", "parameters"),
     [
-        ("hooks/platform.py", "platforms.interface:Platform.pre_register_and_update", ["parser"]),
         (
-            "hooks/platform.py",
-            "platforms.interface:Platform.check_and_update_config",
-            ["vllm_config"],
-        ),
-        (
-            "hooks/platform.py",
-            "platforms.interface:Platform.get_attn_backend_cls",
-            ["selected_backend", "attn_selector_config", "num_heads"],
-        ),
-        (
-            "hooks/platform.py",
+            "hooks/backend.py",
             "v1.attention.backends.registry:register_backend",
             ["backend", "class_path", "is_mamba"],
-        ),
-        (
-            "hooks/platform.py",
-            "utils.argparse_utils:FlexibleArgumentParser.parse_known_args",
-            ["self", "args", "namespace"],
         ),
         ("activation.py", "config.model:ModelConfig.get_head_size", ["self"]),
         ("activation.py", "config.model:ModelConfig.get_sliding_window", ["self"]),
@@ -73,15 +58,6 @@ def test_vllm_is_of_the_series_that_we_extend() -> None:
         ("plan/channel_tables.py", "config.model:ModelConfig.get_total_num_kv_heads", ["self"]),
         ("plan/channel_tables.py", "config.model:ModelConfig.get_hidden_size", ["self"]),
         ("plan/channel_tables.py", "config.model:ModelConfig.get_vocab_size", ["self"]),
-        (
-            "hooks/requests.py",
-            "v1.engine.input_processor:InputProcessor.process_inputs",
-            [
-                *["self", "request_id", "prompt", "params", "supported_tasks", "arrival_time"],
-                *["lora_request", "tokenization_kwargs", "trace_headers", "priority"],
-                *["data_parallel_rank", "resumable", "session_id", "kv_hints"],
-            ],
-        ),
         (
             "hooks/requests.py",
             "exceptions:VLLMValidationError.__init__",
@@ -120,7 +96,7 @@ def test_vllm_signature_is_what_we_rely_on(ours: str, function: str, parameters:
 
 def test_vllm_defaults_and_keywords_are_what_we_rely_on() -> None:
     check_defaults(
-        "hooks/platform.py", "v1.attention.backends.registry:register_backend", {"is_mamba": False}
+        "hooks/backend.py", "v1.attention.backends.registry:register_backend", {"is_mamba": False}
     )
     check_defaults(
         "tools/plan.py", "config.model:ModelConfig.get_num_kv_heads", {"arch_config": None}
@@ -137,8 +113,7 @@ def test_vllm_defaults_and_keywords_are_what_we_rely_on() -> None:
         (
             "hooks/engine_support.py",
             "config.cache:CacheConfig",
-            {"block_size", "user_specified_block_size", "enable_prefix_caching", "cache_dtype"}
-            | {"kv_offloading_size", "kv_sharing_fast_prefill"},
+            {"cache_dtype", "kv_offloading_size", "kv_sharing_fast_prefill"},
         ),
         (
             "activation.py",
@@ -159,10 +134,8 @@ def test_vllm_defaults_and_keywords_are_what_we_rely_on() -> None:
             "config.parallel:ParallelConfig",
             {"decode_context_parallel_size", "prefill_context_parallel_size", "use_ubatching"},
         ),
-        ("hooks/platform.py", "config.model_arch:ModelArchitectureConfig", {"rswa_window"}),
-        ("hooks/platform.py", "config.attention:AttentionConfig", {"backend", "backend_per_kind"}),
         (
-            "hooks/platform.py",
+            "hooks/backend.py",
             "v1.attention.backends.registry:AttentionBackendEnum",
             {"CUSTOM", "CPU_ATTN"},
         ),
@@ -208,7 +181,7 @@ def test_vllm_base_is_what_we_rely_on(ours: str, kind: str, base: str) -> None:
             ["load_general_plugins()", "current_platform.pre_register_and_update(parser)"],
         ),
         (
-            "hooks/platform.py",
+            "hooks/flags.py",
             "utils.argparse_utils:FlexibleArgumentParser.parse_args",
             ["super().parse_args("],
         ),
@@ -220,7 +193,7 @@ def test_vllm_base_is_what_we_rely_on(ours: str, kind: str, base: str) -> None:
         ),
         # The choice of a backend depends on what we set, and is cached by it.
         (
-            "hooks/platform.py",
+            "hooks/backend.py",
             "v1.attention.selector:get_attn_backend",
             [
                 "vllm_config = get_current_vllm_config()",
@@ -229,13 +202,13 @@ def test_vllm_base_is_what_we_rely_on(ours: str, kind: str, base: str) -> None:
             ],
         ),
         (
-            "hooks/platform.py",
+            "hooks/backend.py",
             "v1.attention.selector:_cached_get_attn_backend",
             ["get_attn_backend_cls(backend,", "resolve_obj_by_qualname(attention_cls)"],
         ),
         # Prompt lengths come with every step once there is a window.
         (
-            "hooks/platform.py",
+            "hooks/prompt_lengths.py",
             "v1.worker.gpu_model_runner:GPUModelRunner._build_attention_metadata",
             [
                 "if self.model_config.rswa_window is not None:",
@@ -254,12 +227,8 @@ def test_vllm_does_what_we_rely_on(ours: str, function: str, pieces: list[str]) 
 def test_parsers_are_those_of_argparse() -> None:
     assert issubclass(FlexibleArgumentParser, argparse.ArgumentParser), "hooks/flags.py"
     parse = argparse.ArgumentParser.parse_known_args
-    assert list(inspect.signature(parse).parameters) == ["self", "args", "namespace"], (
-        "hooks/platform.py"
-    )
-    assert "self.parse_known_args(args," in tight(argparse.ArgumentParser.parse_args), (
-        "hooks/platform.py"
-    )
+    assert list(inspect.signature(parse).parameters) == ["self", "args", "namespace"]
+    assert "self.parse_known_args(args," in tight(argparse.ArgumentParser.parse_args)
 
 
 def test_vllm_values_are_what_we_rely_on() -> None:
@@ -268,15 +237,10 @@ def test_vllm_values_are_what_we_rely_on() -> None:
     assert "_actions" in vars(FlexibleArgumentParser()), "hooks/flags.py"
     assert AttentionBackendEnum["CUSTOM"] is AttentionBackendEnum.CUSTOM
     assert DEFAULT_PLUGINS_GROUP == "vllm.general_plugins", "pyproject.toml registers there"
-    for name in ("pre_register_and_update", "check_and_update_config", "get_attn_backend_cls"):
-        declared = inspect.getattr_static(Platform, name)
-        assert isinstance(declared, classmethod), (
-            f"hooks/platform.py replaces {name} by a class method"
-        )
 
 
 def test_vllm_says_which_layers_have_a_window() -> None:
-    assert "has_sliding_window" in AttentionSelectorConfig._fields, "hooks/platform.py"
+    assert "has_sliding_window" in AttentionSelectorConfig._fields, "hooks/backend.py"
     # How vLLM learns that thin and sliding-window layers need groups of their own.
     uniform = "is_kv_cache_spec_uniform"
     places = f"v1.core.kv_cache_planning:{uniform} | v1.core.kv_cache_utils:{uniform}"
@@ -288,4 +252,4 @@ def test_block_sizes_that_the_user_has_named_stay() -> None:
     methods = ["check_and_update_config", "update_block_size_for_backend"]
     texts = [source.text(source.find(f"platforms.cpu:CpuPlatform.{name}")) for name in methods]
     asked = [text for text in texts if "ifnotcache_config.user_specified_block_size:" in text]
-    assert len(asked) == 1, "hooks/platform.py"
+    assert len(asked) == 1, "hooks/kv_cache.py"

@@ -99,11 +99,6 @@ CACHED = ["self", "request", "num_tokens", "retention_interval", "replay_boundar
             ["self", "block_hash", "kv_cache_group_ids"],
         ),
         (MANAGER, "v1.core.block_pool:BlockPool.free_blocks", ["self", "ordered_blocks"]),
-        (
-            MANAGER,
-            "v1.core.block_pool:BlockPool._insert_block_hash",
-            ["self", "block_hash_with_group_id", "block", "num_tokens"],
-        ),
         (MANAGER, "v1.core.block_pool:BlockHashToBlockMap.get_one_block", ["self", "key"]),
         (
             MANAGER,
@@ -119,25 +114,10 @@ CACHED = ["self", "request", "num_tokens", "retention_interval", "replay_boundar
                 *["supports_fine_grained_hash_lookup", "alignment_tokens"],
             ],
         ),
-        (
-            "hooks/requests.py",
-            "v1.core.sched.scheduler:Scheduler.add_request",
-            ["self", "request"],
-        ),
-        (
-            "hooks/model_runner.py",
-            "v1.worker.gpu_model_runner:GPUModelRunner._update_states",
-            ["self", "scheduler_output"],
-        ),
         (SPEC, "v1.kv_cache_interface:replace_as", ["spec", "target_cls", "drop", "changes"]),
         (SPEC, "v1.kv_cache_interface:FullAttentionSpec.merge", ["specs"]),
         (
-            "hooks/platform.py",
-            "v1.kv_cache_spec_registry:KVCacheSpecRegistry._ensure_registered",
-            ["vllm_config"],
-        ),
-        (
-            "hooks/platform.py",
+            "hooks/kv_cache.py",
             "v1.kv_cache_spec_registry:KVCacheSpecRegistry.register",
             ["kvcache_spec_cls", "manager_class", "uniform_type_base_spec"],
         ),
@@ -151,7 +131,7 @@ def test_vllm_signature_is_what_we_rely_on(ours: str, function: str, parameters:
 def test_vllm_defaults_are_what_we_rely_on() -> None:
     check_defaults(MANAGER, f"{FULL}.remove_skipped_blocks", {"num_prompt_tokens": None})
     check_defaults(
-        "hooks/platform.py",
+        "hooks/kv_cache.py",
         "v1.kv_cache_spec_registry:KVCacheSpecRegistry._ensure_registered",
         {"vllm_config": None},
     )
@@ -201,13 +181,8 @@ def test_vllm_defaults_are_what_we_rely_on() -> None:
             {"block_hashes"},
         ),
         ("hooks/model_runner.py", "v1.core.sched.output:NewRequestData", {"sampling_params"}),
-        ("hooks/requests.py", "v1.request:Request", {"sampling_params", "block_hashes"}),
-        ("hooks/requests.py", "sampling_params:SamplingParams", {"extra_args"}),
-        (
-            "hooks/requests.py",
-            "v1.core.sched.scheduler:Scheduler",
-            {"vllm_config", "kv_cache_manager", "requests"},
-        ),
+        ("hooks/scheduler.py", "v1.request:Request", {"sampling_params"}),
+        ("hooks/scheduler.py", "sampling_params:SamplingParams", {"extra_args"}),
         (MANAGER, "v1.core.kv_cache_utils:KVCacheBlockCopy", {"src_block_id", "dst_block_id"}),
         (
             SPEC,
@@ -258,7 +233,7 @@ def test_vllm_specs_are_frozen_dataclasses_that_we_extend() -> None:
             "v1.core.sched.scheduler:Scheduler.update_from_output",
             ["num_in_flight_tokens -= num_tokens_scheduled"],
         ),
-        # Whoever is preempted loses all blocks at once, and starts anew.
+        # A preempted request loses all blocks at once, and starts again.
         (
             MANAGER,
             "v1.core.sched.scheduler:Scheduler._preempt_request",
@@ -269,15 +244,15 @@ def test_vllm_specs_are_frozen_dataclasses_that_we_extend() -> None:
                 "request.num_preemptions += 1",
             ],
         ),
-        # A request is announced before it can be looked up; its hashes stay the same object, and
-        # every rank is told its sampling parameters.
+        # A request is registered before it can be looked up; its hashes stay the same object, and
+        # every rank receives its sampling parameters.
         (
-            "hooks/requests.py",
+            "hooks/scheduler.py",
             "v1.core.sched.scheduler:Scheduler.add_request",
             ["self._enqueue_waiting_request(request)"],
         ),
         (
-            "hooks/requests.py",
+            "hooks/scheduler.py",
             "v1.request:Request.update_block_hashes",
             ["self.block_hashes.extend("],
         ),

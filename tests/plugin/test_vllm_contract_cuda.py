@@ -17,12 +17,12 @@ import vllm
 from vllm.model_executor.layers.attention import attention
 from vllm.v1.attention.backends import fa_utils
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
-from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
+from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from tests.support.contract import check_members, check_parameters, name_of, tight
 from tests.support.flash import FlashStandIn
-from think_vllm.hooks import model_runner as compat_rows
+from think_vllm.hooks.model_runner import step_rows, watch_runner
 from think_vllm.plan.layout import BlockForm
 from think_vllm.plan.spans import SpanRule
 from think_vllm.worker.token_selection import split_runs
@@ -30,7 +30,7 @@ from think_vllm.worker.token_selection import split_runs
 BACKEND, BUILDER = "worker/cuda/backend.py", "worker/cuda/builder.py"
 IMPL, PARTS = "worker/cuda/impl.py", "worker/cuda/metadata.py"
 LAYER, STATIC = "worker/cuda/layer.py", "worker/static/cuda_builder.py"
-ACTIVATION, COMPAT = "activation.py", "hooks/platform.py"
+ACTIVATION, RUNNER = "hooks/engine_support.py", "hooks/model_runner.py"
 
 
 def names(function: Callable[..., Any]) -> list[str]:
@@ -140,15 +140,11 @@ def test_vllm_signature_is_what_we_rely_on(ours: str, function: str, parameters:
             {"query_start_loc", "query_start_loc_cpu", "seq_lens", "num_reqs", "max_seq_len"}
             | {"block_table_tensor"},
         ),
-        (STATIC, "config.compilation:CompilationConfig", {"static_forward_context"}),
         (STATIC, "v1.attention.backend:AttentionCGSupport", {"UNIFORM_SINGLE_TOKEN_DECODE"}),
-        (COMPAT, "config.attention:AttentionConfig", {"backend"}),
-        (BUILDER, "config.compilation:CompilationConfig", {"static_forward_context"}),
         (BUILDER, "config.scheduler:SchedulerConfig", {"max_num_seqs"}),
         (ACTIVATION, "config.parallel:ParallelConfig", {"use_ubatching"}),
-        (COMPAT, "config.vllm:VllmConfig", {"use_v2_model_runner"}),
+        (RUNNER, "config.vllm:VllmConfig", {"use_v2_model_runner"}),
         (ACTIVATION, "platforms.interface:Platform", {"is_cpu", "is_cuda", "device_name"}),
-        (BUILDER, "v1.attention.backend:AttentionMetadataBuilder", {"_cudagraph_support"}),
         (
             BACKEND,
             "v1.attention.backend:AttentionBackend",
@@ -238,11 +234,6 @@ def test_vllm_runner_v2_is_what_we_watch() -> None:
     from vllm.v1.worker.gpu.model_states.default import DefaultModelState
     from vllm.v1.worker.gpu.states import RequestState
 
-    assert names(v2.GPUModelRunner.gather_batch_req_state) == [
-        "self",
-        "scheduler_output",
-        "dummy_run",
-    ]
     # Preempted requests forget their rows, and come back as new ones with all their blocks.
     assert "finished_req_ids.union(preempted_req_ids)" in tight(v2.GPUModelRunner.finish_requests)
     assert (
@@ -253,14 +244,13 @@ def test_vllm_runner_v2_is_what_we_watch() -> None:
         Scheduler.schedule
     )
     assert {"req_id", "block_ids", "num_computed_tokens"} <= set(NewRequestData.__annotations__)
-    assert "scheduled_new_reqs" in SchedulerOutput.__annotations__
     fields = v2.BatchReqState._fields
     assert {"req_ids", "idx_mapping_np", "has_prefill"} <= set(fields)
     assert "self.prompt_len=UvaBackedTensor(" in tight(RequestState.__init__)
     assert "self.req_id_to_index:dict" in tight(RequestState.__init__)
     assert "self.np=" in tight(UvaBackedTensor.__init__)
     run = tight(v2.GPUModelRunner.execute_model)
-    # Rows are announced before their metadata is built, and decide about full graphs.
+    # Rows are known before their metadata is built, and decide about full graphs.
     order = [
         run.index("self.finish_requests(scheduler_output)"),
         run.index("self.add_requests(scheduler_output)"),
@@ -335,9 +325,9 @@ def test_watching_a_runner_wraps_it_once(use_v2: bool, monkeypatch: pytest.Monke
     monkeypatch.setattr(GPUModelRunner, name, original)
     config = SimpleNamespace(use_v2_model_runner=use_v2)
     rule = SpanRule(2, 3, 2, 5, True)
-    compat_rows.watch_runner(config, rule, None)  # type: ignore[arg-type]
+    watch_runner(config, rule, None)  # type: ignore[arg-type]
     wrapped = getattr(GPUModelRunner, name)
-    compat_rows.watch_runner(config, rule, None)  # type: ignore[arg-type]
+    watch_runner(config, rule, None)  # type: ignore[arg-type]
     assert getattr(GPUModelRunner, name) is wrapped
     # Runners without thin blocks, and dummy runs of those with, see the original.
     arguments: dict[str, Any] = {"scheduler_output": None, "dummy_run": True}
@@ -349,4 +339,4 @@ def test_watching_a_runner_wraps_it_once(use_v2: bool, monkeypatch: pytest.Monke
         )
         assert wrapped(runner, **arguments) == (None, 1)
     assert len(calls) == 2
-    assert compat_rows.step_rows() is None
+    assert step_rows() is None

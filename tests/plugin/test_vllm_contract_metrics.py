@@ -17,10 +17,11 @@ from vllm.v1.worker.gpu import model_runner as v2
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from tests.support.contract import check_members, check_parameters, check_source, name_of
-from think_vllm.hooks import metrics as compat_metrics
+from think_vllm.hooks import metrics
+from think_vllm.hooks.installation import install
+from think_vllm.hooks.patch import Role
 
 OURS = "hooks/metrics.py"
-PROM = ["vllm_config", "labelnames", "per_engine_labelvalues"]
 
 
 @pytest.mark.parametrize(
@@ -28,33 +29,13 @@ PROM = ["vllm_config", "labelnames", "per_engine_labelvalues"]
     [
         (
             OURS,
-            "distributed.kv_transfer.kv_connector.v1.metrics:KVConnectorProm.__init__",
-            ["self", *PROM],
-        ),
-        (
-            OURS,
             "distributed.kv_transfer.kv_connector.v1.metrics:KVConnectorProm.observe",
             ["self", "transfer_stats_data", "engine_idx"],
         ),
         (
-            OURS,
-            "v1.metrics.loggers:LoggingStatLogger.__init__",
-            ["self", "vllm_config", "engine_index"],
-        ),
-        (
-            OURS,
-            "v1.worker.gpu_model_runner:GPUModelRunner.sample_tokens",
-            ["self", "grammar_output"],
-        ),
-        (
-            OURS,
-            "v1.worker.gpu.model_runner:GPUModelRunner.sample_tokens",
-            ["self", "grammar_output"],
-        ),
-        (
             "metrics/prometheus.py",
             "distributed.kv_transfer.kv_connector.v1.metrics:KVConnectorPromMetrics.__init__",
-            ["self", "vllm_config", "metric_types", *PROM[1:]],
+            ["self", "vllm_config", "metric_types", "labelnames", "per_engine_labelvalues"],
         ),
         (
             "metrics/prometheus.py",
@@ -91,26 +72,8 @@ def test_vllm_signature_is_what_we_rely_on(ours: str, function: str, parameters:
 @pytest.mark.parametrize(
     ("ours", "kind", "names"),
     [
-        (
-            OURS,
-            "distributed.kv_transfer.kv_connector.v1.metrics:KVConnectorProm",
-            {"prom_metrics", "_gauge_cls", "_counter_cls", "_histogram_cls"},
-        ),
-        (OURS, "v1.metrics.loggers:LoggingStatLogger", {"kv_connector_logging"}),
-        (
-            OURS,
-            "v1.worker.gpu_model_runner:GPUModelRunner",
-            {"execute_model_state", "kv_connector_output", "vllm_config"},
-        ),
-        (
-            OURS,
-            "v1.worker.gpu.model_runner:GPUModelRunner",
-            {"is_last_pp_rank", "vllm_config"},
-        ),
         (OURS, "v1.worker.gpu.async_utils:AsyncOutput", {"model_runner_output"}),
-        (OURS, "v1.outputs:ModelRunnerOutput", {"kv_connector_output"}),
         (OURS, "v1.outputs:KVConnectorOutput", {"kv_connector_stats"}),
-        (OURS, "v1.metrics.stats:SchedulerStats", {"kv_connector_stats"}),
         (
             "scheduler/report.py",
             "v1.core.sched.scheduler:Scheduler",
@@ -157,7 +120,7 @@ def test_vllm_members_are_what_we_rely_on(ours: str, kind: str, names: set[str])
                 "return async_output",
             ],
         ),
-        # No connector, so nobody else reads what we send.
+        # Without a connector, nothing else reads what we send.
         (
             "v1.core.sched.scheduler:Scheduler.update_from_output",
             [
@@ -166,7 +129,7 @@ def test_vllm_members_are_what_we_rely_on(ours: str, kind: str, names: set[str])
                 "if kv_connector_output: self._update_from_kv_xfer_finished(",
                 "kv_connector_output.kv_connector_stats if kv_connector_output else None",
                 "if self.connector:",
-                # Second of its arguments: verdicts are read there, with or without statistics.
+                # Second of its arguments: decisions are read there, with or without statistics.
                 "stats := self.make_stats(spec_decoding_stats, kv_connector_stats,",
                 "eco.scheduler_stats = stats",
             ],
@@ -224,8 +187,8 @@ def test_rays_metrics_are_made_as_vllms_own() -> None:
 
 
 def test_engines_without_thin_blocks_keep_vllms_objects() -> None:
-    compat_metrics.watch_front_end()
-    compat_metrics.watch_front_end()  # once is enough
+    install(Role.FRONT_END)
+    install(Role.FRONT_END)  # once is enough
     assert not hasattr(KVConnectorProm.__init__.__wrapped__, "__wrapped__")
     config: Any = SimpleNamespace(additional_config={}, kv_transfer_config=None)
     prom = KVConnectorProm(config, ["engine"], {0: ["0"]})
@@ -238,7 +201,7 @@ def test_what_a_rank_measured_is_sent_by_ranks_that_sample(
 ) -> None:
     report = {"counters": {"compaction_seconds": 1.0}}
     monkeypatch.setattr(
-        compat_metrics,
+        metrics,
         "_measured",
         lambda: KVConnectorOutput(kv_connector_stats=KVConnectorStats(data=report)),
     )
@@ -250,7 +213,7 @@ def test_what_a_rank_measured_is_sent_by_ranks_that_sample(
         return SimpleNamespace(kv_connector_output=runner.kv_connector_output)
 
     monkeypatch.setattr(runner_class, "sample_tokens", original)
-    compat_metrics.watch_runner(SimpleNamespace(use_v2_model_runner=use_v2))  # type: ignore[arg-type]
+    metrics.watch_runner(SimpleNamespace(use_v2_model_runner=use_v2))  # type: ignore[arg-type]
 
     def sent(backend: Any, samples: bool) -> Any:
         attention = SimpleNamespace(backend=backend)

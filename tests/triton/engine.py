@@ -19,7 +19,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from tests.support.flash import FlashStandIn, found
 from tests.triton.expected import SCALE, Request
 from tests.triton.runners import make_runner
-from think_vllm.hooks import model_runner as compat_rows
+from think_vllm.hooks import model_runner
 from think_vllm.hooks.engine import EnginePlan
 from think_vllm.hooks.kv_cache_spec import ThinKVCacheSpec
 from think_vllm.plan.planner import BlockPlan
@@ -79,7 +79,7 @@ class Engine:
         chosen = EnginePlan(plan, thin_prefixes=not plan.rule.delay_prompt, in_flight_tokens=0)
         with (
             patch("think_vllm.worker.cuda.builder.selected_engine", return_value=chosen),
-            patch.object(compat_rows, "watch_runner") as watch,
+            patch.object(model_runner, "watch_runner") as watch,
         ):
             self.builder = ThinkCUDABackend.get_builder_cls()(
                 ThinKVCacheSpec.from_dense(spec, chosen),
@@ -87,7 +87,7 @@ class Engine:
                 self.config,
                 device,
             )
-        (_, compat_rows._rule, compat_rows._count_cached), _ = watch.call_args
+        (_, model_runner._rule, model_runner._count_cached), _ = watch.call_args
         self.runner = make_runner(version, self.config)
         self.captured: dict[int, Any] = {}
 

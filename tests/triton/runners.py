@@ -1,4 +1,4 @@
-"""What ``compat_rows`` reads of vLLM's two model runners for GPUs, and nothing else of them."""
+"""What ``hooks/model_runner.py`` reads of vLLM's two model runners, and nothing else of them."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -7,8 +7,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tests.triton.expected import Request
-from think_vllm.hooks import model_runner as compat_rows
-from think_vllm.hooks import platform as compat
+from think_vllm.hooks import model_runner
+from think_vllm.hooks.installation import wrap_method
 
 
 class RunnerV1:
@@ -132,6 +132,9 @@ def make_runner(version: int, config: Any) -> RunnerV1 | RunnerV2:
     return RunnerV1(config) if version == 1 else RunnerV2(config)
 
 
-compat.wrap_method(RunnerV1, "_update_states", compat_rows._admit_v1)
-compat.wrap_method(RunnerV1, "_determine_batch_execution_and_padding", compat_rows._watch_v1)
-compat.wrap_method(RunnerV2, "gather_batch_req_state", compat_rows._watch_v2)
+for runner, name, wrapper in (
+    (RunnerV1, "_update_states", model_runner._admit_v1),
+    (RunnerV1, "_determine_batch_execution_and_padding", model_runner._watch_v1),
+    (RunnerV2, "gather_batch_req_state", model_runner._watch_v2),
+):
+    wrap_method(runner, name, wrapper, engines_only=True)

@@ -1,28 +1,33 @@
-"""What a front end refuses, by the flags of the engine behind it."""
+"""Which requests a front end rejects, by the flags of the engine behind it."""
 
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from vllm.exceptions import VLLMValidationError
 
-from think_vllm.hooks import requests as compat_requests
+from think_vllm.hooks.engine import Engine
+from think_vllm.hooks.model_support import AttentionLayers
+from think_vllm.hooks.requests import check_request
+from think_vllm.plan.parsing import parse_config
 
 STATIC = {"kv_channel_prune": 0.5, "kv_select": "static", "kv_channel_tables_file": "t.json"}
 
 
 def process(settings: dict[str, Any] | None, extra_args: dict[str, Any], **kwargs: Any) -> str:
-    """Send a request to a watched front end."""
-    additional = {} if settings is None else {"think": settings}
-    processor = SimpleNamespace(vllm_config=SimpleNamespace(additional_config=additional))
+    """Send a request to the front end of an engine."""
+    engine = None
+    if settings is not None:
+        engine = Engine(parse_config(settings), AttentionLayers(1, 0, 0))
+    processor = SimpleNamespace(vllm_config=None)
     params = SimpleNamespace(extra_args=extra_args)
 
     def original(*_: Any, **__: Any) -> str:
         return "processed"
 
-    result: str = compat_requests._check_request(
-        original, processor, "id", "prompt", params, **kwargs
-    )
+    with patch("think_vllm.hooks.requests.find_engine", return_value=engine):
+        result: str = check_request(original, processor, "id", "prompt", params, **kwargs)
     return result
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from think_vllm.hooks import model_runner as compat_rows
+from think_vllm.hooks import model_runner
 from think_vllm.plan.spans import SpanRule
 from think_vllm.worker.step_builder import leading_thin_spans
 
@@ -17,13 +17,13 @@ RULE = SpanRule(2, 3, 2, 5, True)  # 3 blocks of 2 tokens
 
 @pytest.fixture(autouse=True)
 def counting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(compat_rows, "_count_cached", partial(leading_thin_spans, RULE))
-    monkeypatch.setattr(compat_rows, "_step_rows", None)
-    monkeypatch.setattr(compat_rows, "_rule", RULE)
-    for remembered in (compat_rows._cached_spans, compat_rows._own_rules):
+    monkeypatch.setattr(model_runner, "_count_cached", partial(leading_thin_spans, RULE))
+    monkeypatch.setattr(model_runner, "_step_rows", None)
+    monkeypatch.setattr(model_runner, "_rule", RULE)
+    for remembered in (model_runner._cached_spans, model_runner._own_rules):
         remembered.clear()
     yield
-    for remembered in (compat_rows._cached_spans, compat_rows._own_rules):
+    for remembered in (model_runner._cached_spans, model_runner._own_rules):
         remembered.clear()
 
 
@@ -49,8 +49,8 @@ def step_v2(names: list[str], new: list[Any], known: list[str] | None = None) ->
     )
     batch = SimpleNamespace(req_ids=names, idx_mapping_np=np.arange(len(names)), has_prefill=False)
     output = SimpleNamespace(scheduled_new_reqs=new)
-    compat_rows._watch_v2(lambda *_: (batch, 1), runner, output, False)
-    rows = compat_rows.step_rows()
+    model_runner._watch_v2(lambda *_: (batch, 1), runner, output, False)
+    rows = model_runner.step_rows()
     assert rows is not None
     return rows.cached_spans.tolist()
 
@@ -69,7 +69,7 @@ def test_v2_remembers_what_a_request_had_when_it_was_admitted() -> None:
 def test_v2_forgets_requests_that_have_ended() -> None:
     step_v2(["a"], [admitted("a", [5, 6, 0, 1], 6)])
     step_v2(["b"], [admitted("b", [5, 6, 0, 1], 6)], known=["b"])
-    assert compat_rows._cached_spans == {"b": 1}
+    assert model_runner._cached_spans == {"b": 1}
 
 
 def test_v2_ignores_blocks_that_are_not_computed() -> None:
@@ -92,11 +92,11 @@ def runner_v1(*names: str) -> Any:
     )
 
 
-def step_v1(runner: Any, *new: Any) -> compat_rows.StepRows | None:
+def step_v1(runner: Any, *new: Any) -> model_runner.StepRows | None:
     output = SimpleNamespace(scheduled_new_reqs=new)
-    assert compat_rows._admit_v1(lambda *_: 7, runner, output) == 7
-    compat_rows._watch_v1(lambda *_, **__: None, runner)
-    return compat_rows.step_rows()
+    assert model_runner._admit_v1(lambda *_: 7, runner, output) == 7
+    model_runner._watch_v1(lambda *_, **__: None, runner)
+    return model_runner.step_rows()
 
 
 def test_v1_reads_its_rows_of_blocks() -> None:
@@ -109,7 +109,7 @@ DENSE = {"kv_channel_prune": False}
 
 
 def test_v1_looks_at_rows_while_a_request_has_a_rule(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compat_rows, "_every_step", False)
+    monkeypatch.setattr(model_runner, "_every_step", False)
     assert step_v1(runner_v1("a"), admitted("a", [], 0)) is None
     # Something that is not ours.
     assert step_v1(runner_v1("a"), admitted("a", [], 0, {"session_id": "x"})) is None
@@ -122,9 +122,9 @@ def test_v1_looks_at_rows_while_a_request_has_a_rule(monkeypatch: pytest.MonkeyP
     step = step_v1(other)
     assert step is not None
     assert step.own == {}
-    assert set(compat_rows.own_rules()) == set()
+    assert set(model_runner.own_rules()) == set()
     step_v1(runner_v1("b"))
-    assert set(compat_rows.own_rules()) == {0}
+    assert set(model_runner.own_rules()) == {0}
     # Gone, and one of its name that asks for nothing.
     assert step_v1(runner_v1("c"), admitted("c", [], 0)) is None
     step_v1(runner_v1("b"), admitted("b", [], 0, DENSE))
@@ -133,26 +133,26 @@ def test_v1_looks_at_rows_while_a_request_has_a_rule(monkeypatch: pytest.MonkeyP
 
 def test_v2_notes_rules_of_requests_that_are_admitted() -> None:
     step_v2(["a", "b"], [admitted("a", [1], 0), admitted("b", [2], 0, DENSE)])
-    assert set(compat_rows.own_rules()) == {1}
+    assert set(model_runner.own_rules()) == {1}
     step_v2(["b", "a"], [])
-    assert set(compat_rows.own_rules()) == {0}
+    assert set(model_runner.own_rules()) == {0}
     # Preempted: forgotten, and told again.
     step_v2(["a", "c"], [admitted("c", [3], 0)])
-    assert compat_rows._own_rules == {}
+    assert model_runner._own_rules == {}
     step_v2(["a", "b"], [admitted("b", [2], 0, DENSE)])
-    assert set(compat_rows.own_rules()) == {1}
+    assert set(model_runner.own_rules()) == {1}
 
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_dummy_runs_have_no_rows(version: int) -> None:
     step_v2(["a"], [])
     if version == 1:
-        compat_rows._watch_v1(lambda *_, **__: None, None, force_uniform_decode=False)
+        model_runner._watch_v1(lambda *_, **__: None, None, force_uniform_decode=False)
     else:
-        compat_rows._watch_v2(lambda *_: (None, 1), None, None, True)
-    assert compat_rows.step_rows() is None
+        model_runner._watch_v2(lambda *_: (None, 1), None, None, True)
+    assert model_runner.step_rows() is None
 
 
 def test_engines_that_cache_no_thin_spans_count_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compat_rows, "_count_cached", None)
+    monkeypatch.setattr(model_runner, "_count_cached", None)
     assert step_v2(["a"], [admitted("a", [5, 6, 0, 1], 6)]) == [0]

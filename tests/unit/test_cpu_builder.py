@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.kernels.helpers import make_plan
-from think_vllm.hooks import model_runner as compat_rows
+from think_vllm.hooks import model_runner
 from think_vllm.plan.planner import BlockPlan, plan_blocks
 from think_vllm.plan.settings import ThinkConfig
 from think_vllm.plan.spans import ENDLESS, SpanRule
@@ -63,10 +63,10 @@ LENGTHS = st.tuples(st.integers(1, 1500), st.integers(1, 1500), st.integers(0, 4
 
 def known_rows(
     prompt_len: list[int], own: dict[int, SpanRule] | None = None
-) -> compat_rows.StepRows:
+) -> model_runner.StepRows:
     names = [f"r{i}" for i in range(len(prompt_len))]
     none = np.zeros(len(names), np.int64)
-    return compat_rows.StepRows(names, np.array(prompt_len), none, names, own or {})
+    return model_runner.StepRows(names, np.array(prompt_len), none, names, own or {})
 
 
 @settings(max_examples=200, deadline=None)
@@ -85,7 +85,7 @@ def test_decode_step_is_built_alike(requests: list[tuple[int, int, int]], dense:
     own = dict.fromkeys(dense, replace(PLAN.rule, recent_window=ENDLESS))
     with pytest.MonkeyPatch.context() as patch:
         if dense:
-            patch.setattr(compat_rows, "_step_rows", known_rows(prompt_len, own))
+            patch.setattr(model_runner, "_step_rows", known_rows(prompt_len, own))
         short = builder._build_decode(common)
         common.max_query_len = 2  # not what it is, but the long way does not look
         long = builder.build(0, common)
@@ -127,7 +127,7 @@ def test_decode_step_of_evicted_prompts_is_built_alike(
         others = {0: replace(rule, budget_spans=own_spans)}
     known = known_rows(prompt_len, {} if own_spans is None else others)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compat_rows, "_step_rows", known)
+        patch.setattr(model_runner, "_step_rows", known)
         short = builder._build_decode(common)
         common.max_query_len = 2
         long = builder.build(0, common)

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from think_vllm.hooks import metrics as compat_metrics
-from think_vllm.hooks import model_runner as compat_rows
+from think_vllm.hooks import metrics, model_runner, scheduler
 from think_vllm.metrics.worker import begin_report
 from think_vllm.plan.spans import SpanRule
 from think_vllm.worker.loss_guard import begin_guard, loss_guard, take_verdicts
@@ -18,8 +17,8 @@ RULE = SpanRule(2, 3, 2, 5, True, delay_prompt=True)
 
 @pytest.fixture(autouse=True)
 def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(compat_rows, "_rule", RULE)
-    remembered = (compat_rows._own_rules, compat_rows._settled)
+    monkeypatch.setattr(model_runner, "_rule", RULE)
+    remembered = (model_runner._own_rules, model_runner._settled)
     for each in remembered:
         each.clear()
     begin_report()
@@ -39,8 +38,8 @@ def end_prompts(**shares: list[list[float]]) -> None:
 def test_guard_decides_by_the_mean_over_layers_and_heads() -> None:
     end_prompts(a=[[0.9, 0.8], [0.7, 0.7]], b=[[0.9, 0.8], [0.6, 0.5]], c=[[0.75] * 2] * 2)
     assert take_verdicts() == {"a": False, "b": True, "c": False}
-    assert set(compat_rows._own_rules) == {"b"}
-    assert compat_rows._own_rules["b"].stays_dense
+    assert set(model_runner._own_rules) == {"b"}
+    assert model_runner._own_rules["b"].stays_dense
     assert take_verdicts() == {}
 
 
@@ -51,13 +50,13 @@ def test_guard_keeps_what_it_has_decided() -> None:
     end_prompts(a=[[0.7]])
     assert take_verdicts() == {}
     new = SimpleNamespace(req_id="a", sampling_params=None)
-    compat_rows._admit_own([new], {"a": None, "b": None})
-    assert set(compat_rows._own_rules) == {"b"}
+    model_runner._admit_own([new], {"a": None, "b": None})
+    assert set(model_runner._own_rules) == {"b"}
     end_prompts(a=[[0.7]])
     assert take_verdicts() == {"a": True}
-    compat_rows._admit_own([SimpleNamespace(req_id="c", sampling_params=None)], {"c": None})
-    assert not compat_rows._settled
-    assert not compat_rows._own_rules
+    model_runner._admit_own([SimpleNamespace(req_id="c", sampling_params=None)], {"c": None})
+    assert not model_runner._settled
+    assert not model_runner._own_rules
 
 
 def test_guard_keeps_requests_without_scores_dense() -> None:
@@ -66,21 +65,23 @@ def test_guard_keeps_requests_without_scores_dense() -> None:
 
 
 def test_verdicts_reach_the_scheduler_without_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compat_metrics, "_takes_verdicts", take_verdicts)
+    monkeypatch.setattr(metrics, "_takes_verdicts", take_verdicts)
     end_prompts(a=[[0.9]], b=[[0.1]])
-    sent = compat_metrics._measured()
+    sent = metrics._measured()
     assert sent.kv_connector_stats.data == {
         "settled": {"a": False, "b": True},
         "counters": {"requests_kept_dense": 1},
     }
-    heard: list[Any] = []
-    made = compat_metrics._report(
-        lambda _, told: heard.append(told),
-        lambda _: None,
-        *(lambda *_: None, SimpleNamespace(), None, sent.kv_connector_stats, None),
+    received: list[Any] = []
+    receivers = scheduler.Receivers(
+        lambda *_: None, lambda _, decisions: received.append(decisions), lambda _: None
     )
-    assert made is None
-    assert heard == [{"a": False, "b": True}]
+    monkeypatch.setattr(scheduler, "_receivers", receivers, raising=False)
+    stats = scheduler.make_stats(
+        lambda *_: None, SimpleNamespace(), None, sent.kv_connector_stats, None
+    )
+    assert stats is None
+    assert received == [{"a": False, "b": True}]
     # It goes no further.
     assert "settled" not in sent.kv_connector_stats.data
 

@@ -11,7 +11,7 @@ from vllm.v1.request import Request
 from tests.support.block_engine import BLOCK, NUM_BLOCKS, Engine, make_manager
 from tests.support.block_worker import Thin, make_spec
 from tests.unit.test_manager import WINDOW
-from think_vllm.hooks import platform as compat
+from think_vllm.hooks import kv_cache
 from think_vllm.scheduler import publisher as publisher_module
 from think_vllm.scheduler.manager import ThinKVCacheManager
 from think_vllm.scheduler.prefix import LimitedHashes, thin_groups
@@ -169,11 +169,11 @@ def mix_versions(
     for space, block in zip(spaces, blocks, strict=True):
         # The first block of one version, the second of another.
         if space == spaces[0] or pool.get_cached_block(block_hash, [space]) is None:
-            key = compat.block_key(block_hash, space)
+            key = kv_cache.block_key(block_hash, space)
             left = pool.get_cached_block(block_hash, [space])
             if left is not None:
                 pool.evict_blocks({left[0].block_id})
-            compat.cache_block(pool, key, block, tokens)
+            kv_cache.cache_block(pool, key, block, tokens)
 
 
 @pytest.mark.parametrize(

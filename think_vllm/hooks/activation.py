@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 
 from think_vllm import VLLM_VERSIONS, __version__
 from think_vllm.errors import WAY_OUT, ThinkError
-from think_vllm.hooks import metrics as compat_metrics
-from think_vllm.hooks import platform as compat
-from think_vllm.hooks import requests as compat_requests
-from think_vllm.hooks.engine import describe_engine, find_engine
+from think_vllm.hooks.backend import claim_backend
+from think_vllm.hooks.engine import describe_engine
 from think_vllm.hooks.engine_support import asked_block_size, check_engine, check_guard, is_cpu
+from think_vllm.hooks.installation import install
+from think_vllm.hooks.kv_cache import fix_block_size
+from think_vllm.hooks.patch import Role
+from think_vllm.hooks.prompt_lengths import request_prompt_lens
 from think_vllm.hooks.static_engine import activate_static
 from think_vllm.plan.additional_config import config_from_additional
 from think_vllm.plan.settings import ThinkConfig, prune_flags
@@ -41,7 +43,7 @@ def activate(vllm_config: VllmConfig) -> None:
             _say_off(config)
         else:
             _say(static.summary(vllm_config.cache_config.enable_prefix_caching))
-            compat_requests.watch_front_end()
+            install(Role.FRONT_END)
             if not is_cpu():
                 _warn_of_gpus()
         return
@@ -56,18 +58,17 @@ def activate(vllm_config: VllmConfig) -> None:
         _say_off(config)
         return
     cache_config = vllm_config.cache_config
-    compat.fix_block_size(cache_config, plan.block_size)
+    fix_block_size(cache_config, plan.block_size)
     if cache_config.enable_prefix_caching and not config.allows_prefix_caching:
         cache_config.enable_prefix_caching = False
         logger.info(
             "think-vllm: --kv-evict h2o adds up all queries of a prompt, so each is computed "
             "whole; prefix caching is off"
         )
-    compat.claim_custom_backend(vllm_config)
-    compat_requests.watch_front_end()
-    compat_metrics.watch_front_end()
+    claim_backend(vllm_config)
+    install(Role.FRONT_END)
     if is_cpu():
-        compat.request_prompt_lens(vllm_config.model_config)
+        request_prompt_lens(vllm_config.model_config)
     else:
         _warn_of_gpus()
     lines = [*engine.summary(cache_config.enable_prefix_caching), COUNTED_DENSE]
@@ -78,7 +79,7 @@ def activate(vllm_config: VllmConfig) -> None:
     _say(lines)
 
 
-def refuse_version(vllm_config: VllmConfig) -> None:
+def reject_version(vllm_config: VllmConfig) -> None:
     """Stand-in for ``activate`` on a vLLM that this version does not extend.
 
     Raises:
@@ -92,23 +93,6 @@ def refuse_version(vllm_config: VllmConfig) -> None:
         f"thin KV blocks: think-vllm {__version__} works with vLLM {VLLM_VERSIONS}, this is "
         f"{vllm.__version__}; install one of those. {WAY_OUT}"
     )
-
-
-def select_backend(vllm_config: VllmConfig, has_window: bool = False) -> str | None:
-    """Path of the attention backend for an engine, None if it has no thin blocks.
-
-    Args:
-        vllm_config: Of the engine.
-        has_window: Whether the layer has a sliding window. Then its blocks are never thin.
-    """
-    engine = find_engine(vllm_config)
-    if engine is not None and engine.static is not None:
-        return compat.CPU_STATIC_BACKEND_PATH if is_cpu() else compat.CUDA_STATIC_BACKEND_PATH
-    if engine is None or engine.plan is None:
-        return None
-    if not is_cpu():
-        return compat.CUDA_BACKEND_PATH
-    return compat.CPU_WINDOW_BACKEND_PATH if has_window else compat.CPU_BACKEND_PATH
 
 
 def _say_off(config: ThinkConfig) -> None:

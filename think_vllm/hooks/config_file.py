@@ -6,7 +6,7 @@ what is on by default, and ``kv-quant: off``, which is false in YAML, would vani
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +131,14 @@ def known_options(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]
             for command in action.choices.values():
                 found |= known_options(command)
     return found
+
+
+def load_config_file(
+    original: Callable[..., list[str]], parser: argparse.ArgumentParser, file_path: str
+) -> list[str]:
+    """Add our options to what vLLM's parsers read from a YAML file."""
+    ours = our_arguments(parser, file_path)  # first: it says more of what is wrong with our options
+    return original(parser, file_path) + ours
 
 
 def our_arguments(parser: argparse.ArgumentParser, path: str) -> list[str]:

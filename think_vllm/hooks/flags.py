@@ -1,14 +1,15 @@
 """The flags: sugar for ``--additional-config '{"think": {...}}'``."""
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
 from think_vllm.errors import ThinkError
-from think_vllm.hooks import platform as compat
-from think_vllm.hooks.config_file import our_arguments
+from think_vllm.hooks.command_line import note_request
+from think_vllm.hooks.installation import install
+from think_vllm.hooks.patch import Role
 from think_vllm.plan.additional_config import settings_of
 from think_vllm.plan.parsing import parse_config
 from think_vllm.plan.settings import ADDITIONAL_CONFIG_KEY, MAX_PRUNE_RATIO, ThinkConfig, flag_name
@@ -33,19 +34,24 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     After parsing they are validated together and moved into ``additional_config``, which
     vLLM carries to every process.
     """
-    if _has_flags(parser):
-        return
-    declare_flags(parser)
+    if not _has_flags(parser):
+        declare_flags(parser)
+    install(Role.PARSER)
 
-    def fold(namespace: argparse.Namespace) -> bool:
+
+def parse_known_args(
+    original: Callable[..., Any], parser: argparse.ArgumentParser, *args: Any, **kwargs: Any
+) -> Any:
+    """Fold our flags after a parser that has them, before anything else reads its results."""
+    parsed, rest = original(parser, *args, **kwargs)
+    if _has_flags(parser):
         try:
-            fold_flags(namespace)
+            fold_flags(parsed)
         except ThinkError as error:
             parser.error(str(error))
-        return ADDITIONAL_CONFIG_KEY in (getattr(namespace, "additional_config", None) or {})
-
-    compat.fold_after_parsing(parser, fold)
-    compat.follow_config_files(our_arguments)
+        if ADDITIONAL_CONFIG_KEY in (getattr(parsed, "additional_config", None) or {}):
+            note_request()
+    return parsed, rest
 
 
 def declare_flags(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""Whose rows a step has, as vLLM's GPU model runners know it; see the ledger in ``platform.py``."""
+"""Requests of a step, row by row, as vLLM's model runners know them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from think_vllm.hooks.platform import wrap_method
+from think_vllm.hooks.installation import install_worker
 from think_vllm.plan.request import dense_rule, request_override
 from think_vllm.plan.spans import SpanRule
 
@@ -99,15 +99,7 @@ def watch_runner(
     _count_cached, _every_step, _rule, _step_rows = count_cached, every_step, rule, None
     _own_rules.clear()
     _settled.clear()
-    if vllm_config.use_v2_model_runner:
-        from vllm.v1.worker.gpu import model_runner as v2
-
-        wrap_method(v2.GPUModelRunner, "gather_batch_req_state", _watch_v2)
-    else:
-        from vllm.v1.worker import gpu_model_runner as v1
-
-        wrap_method(v1.GPUModelRunner, "_update_states", _admit_v1)
-        wrap_method(v1.GPUModelRunner, "_determine_batch_execution_and_padding", _watch_v1)
+    install_worker(vllm_config)
 
 
 def _watch_v2(original: Any, runner: Any, scheduler_output: Any, dummy_run: bool) -> Any:

@@ -1,37 +1,34 @@
-"""How we receive requests from vLLM before they run; see the ledger in ``hooks/platform.py``."""
+"""Settings of requests, checked before they run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from think_vllm.errors import WAY_OUT, ThinkError
 from think_vllm.hooks.engine import find_engine
-from think_vllm.hooks.platform import wrap_method
 from think_vllm.plan.request import reject_settings, request_override
 from think_vllm.plan.spans import SpanRule
 
 
 @dataclass(frozen=True)
 class _Engine:
-    """What requests may ask of an engine: its rule; None if no block of it becomes thin."""
+    """What requests may set: the rule of their engine is None if no block of it becomes thin."""
 
     rule: SpanRule | None
     is_static: bool
 
 
-def watch_front_end() -> None:
-    """Answer requests that cannot be served with an error, one by one, in engines with thin blocks.
+def check_request(original: Any, processor: Any, *args: Any, **kwargs: Any) -> Any:
+    """Answer a request that cannot be served with an error, before it reaches the engine.
 
-    These are streaming-input sessions, and requests that ask for settings there are not.
+    These are streaming-input sessions, and requests with unsupported settings.
+
+    Raises:
+        ThinkError: If it is a streaming-input session.
+        VLLMValidationError: If a setting is wrong.
     """
-    from vllm.v1.engine.input_processor import InputProcessor
-
-    wrap_method(InputProcessor, "process_inputs", _check_request)
-
-
-def _check_request(original: Any, processor: Any, *args: Any, **kwargs: Any) -> Any:
     engine = _engine_of(processor)
     if engine.rule is not None and kwargs.get("resumable"):
         raise ThinkError(
@@ -46,10 +43,10 @@ def _check_request(original: Any, processor: Any, *args: Any, **kwargs: Any) -> 
 
 
 def _check_extra_args(engine: _Engine, extra_args: Mapping[str, Any]) -> None:
-    """Reject what a request asks for, if it is wrong.
+    """Check the settings of a request.
 
     Raises:
-        VLLMValidationError: VLLM's own for bad requests, which its server answers with status 400.
+        VLLMValidationError: If one is wrong; vLLM's server answers with status 400.
     """
     from vllm.exceptions import VLLMValidationError
 
@@ -63,7 +60,7 @@ def _check_extra_args(engine: _Engine, extra_args: Mapping[str, Any]) -> None:
 
 
 def _engine_of(processor: Any) -> _Engine:
-    """A front end's engine, looked at once. One without our flags may share the process."""
+    """Engine of a front end, described once. One without our flags may share the process."""
     if not hasattr(processor, "think_vllm_engine"):
         engine = find_engine(processor.vllm_config)
         plan = None if engine is None else engine.plan
@@ -73,20 +70,3 @@ def _engine_of(processor: Any) -> _Engine:
         )
     known: _Engine = processor.think_vllm_engine
     return known
-
-
-def watch_scheduler(register: Callable[[Iterable[Any], Any], None]) -> None:
-    """Report requests that ask for something, in engines with thin blocks.
-
-    Args:
-        register: Gets the engine's block managers and the request.
-    """
-    from vllm.v1.core.sched.scheduler import Scheduler
-
-    def add_request(original: Any, scheduler: Any, request: Any) -> Any:
-        params = request.sampling_params
-        if params is not None and params.extra_args:
-            register(scheduler.kv_cache_manager.coordinator.single_type_managers, request)
-        return original(scheduler, request)
-
-    wrap_method(Scheduler, "add_request", add_request)

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from think_vllm.errors import FLAGS, ThinkError
-from think_vllm.hooks import platform as compat
+from think_vllm.hooks.backend import claim_backend
 from think_vllm.hooks.engine import Engine, describe_engine, find_engine
 from think_vllm.hooks.engine_support import asked_block_size, check_cache_dtype, check_device
+from think_vllm.hooks.kv_cache import fix_block_size
 from think_vllm.hooks.model_support import check_static_model
 from think_vllm.plan.channel_tables import ChannelTables, tables_of
 from think_vllm.plan.settings import ThinkConfig
@@ -55,8 +56,8 @@ def activate_static(config: ThinkConfig, vllm_config: VllmConfig) -> Engine | No
     if engine.static is None:
         return None
     # As vLLM's own default would be reset whenever a config is validated again.
-    compat.fix_block_size(vllm_config.cache_config, engine.static.block_size)
-    compat.claim_custom_backend(vllm_config)
+    fix_block_size(vllm_config.cache_config, engine.static.block_size)
+    claim_backend(vllm_config)
     return engine
 
 

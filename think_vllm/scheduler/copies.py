@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from think_vllm.hooks import platform as compat
+from think_vllm.hooks.kv_cache import cache_block
 
 #: Copies are made while at least this share of the pool is free: caching must not make running
 #: requests wait.
@@ -52,7 +52,7 @@ class CacheCopies:
     def publish(self) -> None:
         """Let the cache have the copies that earlier steps have made."""
         for key, num_tokens, copy in self._fresh:
-            compat.cache_block(self._pool, key, copy, num_tokens)
+            cache_block(self._pool, key, copy, num_tokens)
         # Backwards, as vLLM frees a request's blocks: the end of a prefix is evicted first.
         self._pool.free_blocks([copy for _, _, copy in reversed(self._fresh)])
         self._fresh.clear()

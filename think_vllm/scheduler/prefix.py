@@ -15,7 +15,7 @@ from typing import Any
 
 from vllm.v1.core.kv_cache_utils import BlockHashListWithBlockSize, resolve_block_hashes
 
-from think_vllm.hooks import platform as compat
+from think_vllm.hooks.kv_cache import block_key, cache_block
 from think_vllm.plan.spans import SpanRule
 
 #: Name spaces are numbered from here on in the group id of vLLM's keys, whose 32 bits have room.
@@ -158,4 +158,4 @@ def cache_thin(
             pool.evict_blocks({left[0].block_id})
     pool.evict_blocks({block.block_id for block in blocks})
     for space, block in zip(groups, blocks, strict=True):
-        compat.cache_block(pool, compat.block_key(block_hash, space), block, num_tokens)
+        cache_block(pool, block_key(block_hash, space), block, num_tokens)

@@ -6,7 +6,8 @@ from typing import Any
 
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from think_vllm.hooks import metrics, platform, requests
+from think_vllm.hooks.kv_cache import register_spec
+from think_vllm.hooks.scheduler import Receivers, watch_scheduler
 from think_vllm.plan.request import request_override
 from think_vllm.scheduler.manager import ThinKVCacheManager
 from think_vllm.scheduler.prefix import LimitedHashes
@@ -19,9 +20,8 @@ def register(spec: type[Any]) -> None:
     Args:
         spec: ``ThinKVCacheSpec``.
     """
-    platform.register_spec(spec, ThinKVCacheManager, base=FullAttentionSpec)
-    requests.watch_scheduler(register_request)
-    metrics.watch_scheduler(settle_requests, engine_report)
+    register_spec(spec, ThinKVCacheManager, base=FullAttentionSpec)
+    watch_scheduler(Receivers(register_request, settle_requests, engine_report))
 
 
 def register_request(managers: Iterable[Any], request: Any) -> None:

@@ -10,15 +10,15 @@ from think_vllm.tools.doctor.finding import Level
 from think_vllm.tools.plan import positive_int
 
 _DESCRIPTION = """
-Check machine, versions, model support and plan, then generate a little with and without thin
-blocks, one engine after the other: the engine with them follows the tokens that the one without
-chooses. All other arguments are those of `vllm serve`. Exit status: 0 go, 1 no-go, 2 wrong usage.
-A short look at a few prompts, no evaluation.
+Check versions, patches of vLLM, machine, model support and plan, then generate a little with and
+without thin blocks, one engine after the other: the engine with them follows the tokens that the
+one without chooses. All other arguments are those of `vllm serve`. Exit status: 0 go, 1 no-go,
+2 wrong usage. A short look at a few prompts, no evaluation.
 """
 
 
 def doctor(arguments: Sequence[str]) -> int:
-    """Print findings and a verdict; return 0 for go and 1 for no-go."""
+    """Print findings and the result; return 0 for go and 1 for no-go."""
     parser = _parser()
     options, rest = parser.parse_known_args(list(arguments))
     # What vLLM says while it starts would hide the findings.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -11,12 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from think_vllm.errors import FLAGS, ThinkError, end_of_output
-from think_vllm.hooks import platform as compat
+from think_vllm.hooks.command_line import errors_raised
 from think_vllm.hooks.engine import find_engine
 from think_vllm.plan.summary import never_thin
 from think_vllm.tools.doctor.comparison import Comparison, compare
 from think_vllm.tools.doctor.finding import Finding, Level
 from think_vllm.tools.doctor.machine import check_machine, check_versions
+from think_vllm.tools.doctor.patches import check_patches
 from think_vllm.tools.doctor.probe import ProbeJob, ProbeResult, parse_engine_args
 
 if TYPE_CHECKING:
@@ -68,21 +70,27 @@ class Examination:
         self.comparison: Comparison | None = None
 
     def findings(self) -> Iterator[Finding]:
-        """Look at one thing after the other.
+        """Check one thing after the other.
 
         Raises:
             SystemExit: If vLLM's parser does not take the arguments.
         """
-        for part in (check_versions, check_machine, self._check_model, self._check_answers):
+        parts = (
+            (check_versions, check_patches),
+            (check_machine,),
+            (self._check_model,),
+            (self._check_answers,),
+        )
+        for checks in parts:
             bad = False
-            for finding in part():
+            for finding in itertools.chain.from_iterable(check() for check in checks):
                 bad = bad or finding.level is Level.BAD
                 yield finding
             if bad:
                 return
 
     def fields(self) -> dict[str, Any]:
-        """What was found, JSON-ready."""
+        """Plan and comparison, JSON-ready."""
         fields: dict[str, Any] = {"model": self.model, "arguments": self.arguments}
         if self.engine is not None:
             fields["plan"] = self.engine.fields(self.prefix_caching)
@@ -96,7 +104,7 @@ class Examination:
     def _check_model(self) -> Iterator[Finding]:
         engine_args = parse_engine_args(self.model, self.arguments)
         try:
-            with compat.refusals_raised():
+            with errors_raised():
                 vllm_config = engine_args.create_engine_config()
             engine = find_engine(vllm_config)
             if engine is None:

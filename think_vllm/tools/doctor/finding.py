@@ -5,7 +5,7 @@ from enum import Enum
 
 
 class Level(Enum):
-    """How a finding bears on the verdict."""
+    """How a finding bears on the result."""
 
     GOOD = "ok"
     NOTE = "note"
@@ -15,12 +15,12 @@ class Level(Enum):
 
 @dataclass(frozen=True)
 class Finding:
-    """What was looked at, and what was found.
+    """The result of one check.
 
     Args:
         level: Whether it stands in the way.
         subject: A word or two.
-        text: A sentence; with the way out if it is bad.
+        text: A sentence; with the remedy if it is bad.
     """
 
     level: Level

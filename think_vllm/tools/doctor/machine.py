@@ -9,7 +9,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from think_vllm import VLLM_VERSIONS, __version__
-from think_vllm.hooks import platform as compat
+from think_vllm.hooks.platform import supported_vllm
 from think_vllm.tools.doctor.finding import Finding, Level
 from think_vllm.tools.loading import PLUGIN_GROUP, PLUGIN_NAME, left_out
 
@@ -26,11 +26,11 @@ def check_versions() -> Iterator[Finding]:
         f"Python {platform.python_version()}, vLLM {vllm.__version__}, torch {torch.__version__}, "
         f"think-vllm {__version__}"
     )
-    if compat.supported_vllm():
+    if supported_vllm():
         yield Finding(Level.GOOD, "versions", versions)
     else:
-        way_out = f"this version works with vLLM {VLLM_VERSIONS}: install that"
-        yield Finding(Level.BAD, "versions", f"{versions}; {way_out}")
+        remedy = f"this version works with vLLM {VLLM_VERSIONS}: install that"
+        yield Finding(Level.BAD, "versions", f"{versions}; {remedy}")
     names = {point.name for point in importlib.metadata.entry_points(group=PLUGIN_GROUP)}
     if PLUGIN_NAME not in names:
         yield Finding(
@@ -53,9 +53,7 @@ def check_machine() -> Iterator[Finding]:
         cores = len(os.sched_getaffinity(0))
         yield Finding(Level.GOOD, "device", f"CPU {platform.machine()}, {cores} cores")
         if platform.machine() != "x86_64":
-            yield Finding(
-                Level.NOTE, "device", "nobody has run the CPU kernels on anything but x86-64"
-            )
+            yield Finding(Level.NOTE, "device", "the CPU kernels were run on x86-64 only")
         return
     if not current_platform.is_cuda():
         yield Finding(
@@ -75,5 +73,5 @@ def check_machine() -> Iterator[Finding]:
     yield Finding(
         Level.NOTE,
         "device",
-        "nobody has run the GPU kernels yet: the generation below is what shows whether they work",
+        "the GPU kernels have not run on a GPU yet: the generation below shows whether they work",
     )

@@ -13,7 +13,7 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadataBuilder
 from think_vllm.errors import ThinkError
 from think_vllm.hooks import metrics as compat_metrics
 from think_vllm.hooks import model_runner as compat_rows
-from think_vllm.hooks import platform as compat
+from think_vllm.hooks import prompt_lengths
 from think_vllm.hooks.engine import selected_engine
 from think_vllm.hooks.kv_cache_spec import ThinKVCacheSpec
 from think_vllm.kernels.cpu.decode import DecodeRows
@@ -99,7 +99,7 @@ class ThinkCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         metadata = self._build_decode(common)
         if metadata is not None:
             return metadata
-        prompt_lens = compat.prompt_lens(common).numpy().astype(np.int64)
+        prompt_lens = prompt_lengths.prompt_lens(common).numpy().astype(np.int64)
         query_start = common.query_start_loc_cpu.numpy().astype(np.int64)
         seq_lens = common.seq_lens.numpy().astype(np.int64)
         computed = seq_lens - np.diff(query_start)
@@ -176,7 +176,7 @@ class ThinkCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         if common.max_query_len != 1 or not (rule.prune_decode or rule.budget_spans):
             return None
         seq_len = common.seq_lens.numpy()
-        prompt_len = compat.prompt_lens(common).numpy()
+        prompt_len = prompt_lengths.prompt_lens(common).numpy()
         # The first query past a prompt is at position P, so it has P + 1 tokens.
         if (seq_len <= prompt_len + rule.delay_prompt).any():
             return None
