@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from think_vllm.hooks import model_runner as compat_rows
+from think_vllm.hooks import model_runner
 
 _guard: "LossGuard | None" = None
 
@@ -32,7 +32,7 @@ class LossGuard:
             shares: float64 [n, Hk]. Of the score mass; see ``kept_shares``.
         """
         for name, kept in zip(names, shares, strict=True):
-            if not compat_rows.is_settled(name):  # it resumes: what was decided stays so
+            if not model_runner.is_settled(name):  # it resumes: what was decided stays so
                 self._shares.setdefault(name, []).append(kept)
 
     def take(self) -> dict[str, bool]:
@@ -72,5 +72,5 @@ def take_verdicts() -> dict[str, bool]:
         return {}
     verdicts = _guard.take()
     if verdicts:
-        compat_rows.settle(verdicts)
+        model_runner.settle(verdicts)
     return verdicts

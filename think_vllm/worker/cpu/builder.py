@@ -11,9 +11,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadataBuilder
 
 from think_vllm.errors import ThinkError
-from think_vllm.hooks import metrics as compat_metrics
-from think_vllm.hooks import model_runner as compat_rows
-from think_vllm.hooks import prompt_lengths
+from think_vllm.hooks import metrics, model_runner, prompt_lengths
 from think_vllm.hooks.engine import selected_engine
 from think_vllm.hooks.kv_cache_spec import ThinKVCacheSpec
 from think_vllm.kernels.cpu.decode import DecodeRows
@@ -61,7 +59,7 @@ class ThinkCPUMetadataBuilder(CPUAttentionMetadataBuilder):
                 f"ThinkCPUMetadataBuilder: the cache was laid out for {kv_cache_spec.rule}, "
                 f"the plan is {self.plan.rule}"
             )
-        compat_metrics.watch_runner(vllm_config, take_verdicts if self.plan.guards else None)
+        metrics.watch_runner(vllm_config, take_verdicts if self.plan.guards else None)
         # For fresh prompts: vLLM's own builder for blocks of its own default size.
         self._fresh = CPUAttentionMetadataBuilder(
             replace(kv_cache_spec, block_size=BLOCK_SIZE), layer_names, vllm_config, device
@@ -81,7 +79,7 @@ class ThinkCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             vllm_config.cache_config.enable_prefix_caching and kv_cache_spec.thin_prefixes
         )
         names_rows = self.plan.config.evicts or self.plan.guards
-        compat_rows.watch_runner(vllm_config, self.plan.rule, None, every_step=names_rows)
+        model_runner.watch_runner(vllm_config, self.plan.rule, None, every_step=names_rows)
         begin_guard(self.plan.config.kv_prune_max_loss if self.plan.guards else None)
         # Here, because vLLM builds this before it reports healthy: nothing compiles later.
         warm_up(self.dtype, self.num_heads, self.num_kv_heads, self.plan)
@@ -103,7 +101,7 @@ class ThinkCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         query_start = common.query_start_loc_cpu.numpy().astype(np.int64)
         seq_lens = common.seq_lens.numpy().astype(np.int64)
         computed = seq_lens - np.diff(query_start)
-        found = compat_rows.step_rows()
+        found = model_runner.step_rows()
         step = sort_step(
             self.plan.rule,
             self.plan.observation_window,
@@ -128,7 +126,7 @@ class ThinkCPUMetadataBuilder(CPUAttentionMetadataBuilder):
 
     def _evict(self, metadata: ThinkCPUMetadata) -> ThinkCPUMetadata:
         """Add what eviction has to do in a step."""
-        rule, prompt_lens, found = self.plan.rule, metadata.prompt_lens, compat_rows.step_rows()
+        rule, prompt_lens, found = self.plan.rule, metadata.prompt_lens, model_runner.step_rows()
         if found is None:
             raise RuntimeError("think-vllm: a step of requests that no model runner has announced")
         names = found.request_ids
@@ -180,7 +178,7 @@ class ThinkCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         # The first query past a prompt is at position P, so it has P + 1 tokens.
         if (seq_len <= prompt_len + rule.delay_prompt).any():
             return None
-        limits = RowLimits.of(rule, compat_rows.own_rules(), seq_len.size)
+        limits = RowLimits.of(rule, model_runner.own_rules(), seq_len.size)
         if rule.prune_decode:
             recent = rule.recent_window if limits is None else limits.recent_window
             spans, rest = np.divmod(seq_len - (1 + recent), rule.span_tokens)

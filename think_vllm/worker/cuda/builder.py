@@ -26,8 +26,7 @@ from vllm.v1.attention.backend import (
 
 from csrc_triton.compact import compact_spans, compact_workspace
 from think_vllm.errors import ThinkError
-from think_vllm.hooks import metrics as compat_metrics
-from think_vllm.hooks import model_runner as compat_rows
+from think_vllm.hooks import metrics, model_runner
 from think_vllm.hooks.engine import selected_engine
 from think_vllm.hooks.kv_cache_spec import ThinKVCacheSpec
 from think_vllm.plan.spans import RowLimits
@@ -100,10 +99,10 @@ class ThinkCUDAMetadataBuilder(AttentionMetadataBuilder[ThinkCUDAMetadata]):
                 f"the plan is {self.plan.rule}"
             )
         count_cached = partial(leading_thin_spans, self.plan.rule)
-        compat_rows.watch_runner(
+        model_runner.watch_runner(
             vllm_config, self.plan.rule, count_cached if engine.thin_prefixes else None
         )
-        compat_metrics.watch_runner(vllm_config)
+        metrics.watch_runner(vllm_config)
         rows = vllm_config.scheduler_config.max_num_seqs
         self.state = GroupState(
             layer_names,
@@ -138,7 +137,7 @@ class ThinkCUDAMetadataBuilder(AttentionMetadataBuilder[ThinkCUDAMetadata]):
         common = common_attn_metadata
         query_start = common.query_start_loc_cpu.numpy().astype(np.int64)
         seq_len = common.seq_lens_cpu_upper_bound.numpy().astype(np.int64)
-        rows = compat_rows.step_rows()
+        rows = model_runner.step_rows()
         if rows is None:
             self._forget_batch()
             step = _dummy_step(query_start)
@@ -211,7 +210,7 @@ class ThinkCUDAMetadataBuilder(AttentionMetadataBuilder[ThinkCUDAMetadata]):
         common: CommonAttentionMetadata,
         step: Step,
         slots: StepSlots,
-        rows: compat_rows.StepRows,
+        rows: model_runner.StepRows,
         packs: Sequence[list[Pack]],
         parts: StepParts,
         evicted: Int64Array,
@@ -265,7 +264,7 @@ class ThinkCUDAMetadataBuilder(AttentionMetadataBuilder[ThinkCUDAMetadata]):
         )
 
     def _find_slots(
-        self, step: Step, rows: compat_rows.StepRows, packs: Sequence[list[Pack]]
+        self, step: Step, rows: model_runner.StepRows, packs: Sequence[list[Pack]]
     ) -> StepSlots:
         slots = StepSlots()
         if not self.plan.prunes:
