@@ -95,5 +95,5 @@ def test_register_selects_our_backend_with_thin_blocks(
     assert result["block_size"] == block_size
     assert result["prefix_caching"] is True
     # The backend brings its KV cache spec, and that the scheduler's side.
-    roles = (Role.PLUGIN, Role.BACKEND, Role.FRONT_END, Role.SCHEDULER)
+    roles = (Role.PLUGIN, Role.BACKEND, Role.FRONT_END, Role.REPORTS, Role.SCHEDULER)
     assert result["wrapped"] == role_targets(*roles)

@@ -180,7 +180,7 @@ def test_wrapping_is_done_once_and_in_the_class_itself() -> None:
 
 def test_a_process_has_the_wrappers_of_its_role(recall_model: Path) -> None:
     everywhere = role_targets(Role.PLUGIN, Role.BACKEND, Role.PARSER)
-    thin = role_targets(Role.FRONT_END, Role.SCHEDULER, Role.WORKER_V1)
+    thin = role_targets(Role.FRONT_END, Role.REPORTS, Role.SCHEDULER, Role.WORKER_V1)
     with engine_process() as process:
         Engine(process, recall_model, EAGER)
         assert set(process.submit(installed).result()) == everywhere

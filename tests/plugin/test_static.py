@@ -14,13 +14,14 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from tests.plugin.test_cuda import Platform
-from tests.plugin.test_off import probe
+from tests.plugin.test_off import probe, role_targets
 from tests.plugin.test_refusals import SMALL, refused
 from tests.support.models import make_config, make_llama
 from tests.support.static_tables import random_tables
 from think_vllm.errors import ThinkError
 from think_vllm.hooks.activation import activate
 from think_vllm.hooks.backend import select_backend
+from think_vllm.hooks.patch import Role
 from think_vllm.hooks.static_engine import check_static, remember_static
 from think_vllm.tools.cli import main
 from think_vllm.worker.static.cpu_layer import StaticCPUBackend
@@ -49,7 +50,9 @@ def test_static_leaves_all_but_attention_to_vllm(recall_model: Path, file: Path)
     assert result["block_size"] == 128
     assert result["prefix_caching"] is True
     assert result["rswa"] is None
-    assert result["wrapped"] == []
+    # Requests are checked, metrics and workers stay; imports bring the scheduler's wrappers.
+    roles = (Role.PLUGIN, Role.BACKEND, Role.FRONT_END, Role.SCHEDULER)
+    assert result["wrapped"] == role_targets(*roles)
 
 
 def test_static_that_prunes_no_channel_is_off(recall_model: Path, file: Path) -> None:

@@ -187,8 +187,8 @@ def test_rays_metrics_are_made_as_vllms_own() -> None:
 
 
 def test_engines_without_thin_blocks_keep_vllms_objects() -> None:
-    install(Role.FRONT_END)
-    install(Role.FRONT_END)  # once is enough
+    install(Role.REPORTS)
+    install(Role.REPORTS)  # once is enough
     assert not hasattr(KVConnectorProm.__init__.__wrapped__, "__wrapped__")
     config: Any = SimpleNamespace(additional_config={}, kv_transfer_config=None)
     prom = KVConnectorProm(config, ["engine"], {0: ["0"]})

@@ -2,11 +2,14 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from think_vllm.hooks.patch import Kind, Patch
 from think_vllm.tools.doctor.comparison import compare
 from think_vllm.tools.doctor.finding import Finding, Level
+from think_vllm.tools.doctor.patches import check_patches
 from think_vllm.tools.doctor.probe import ProbeJob, ProbeResult, make_prompts
 
 
@@ -81,6 +84,23 @@ def test_prompts_are_cut_from_a_text(tmp_path: Path) -> None:
     assert cut == [[0, 1, 2, 3], [4, 5, 6, 7]]
     with pytest.raises(ValueError, match="10 tokens are less than one prompt of 11"):
         make_prompts(job(text=text, prompt_tokens=11), encode)
+
+
+@pytest.mark.parametrize(
+    ("device", "level"), [(None, Level.BAD), ("cpu", Level.BAD), ("cuda", Level.NOTE)]
+)
+def test_what_vllm_lacks_stands_in_the_way_where_it_is_needed(
+    device: str | None, level: Level, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = Patch("argparse:Action", Kind.READ, "hooks.flags", "reason", None)
+    missing = Patch("nowhere:A.b", Kind.CALLED, "hooks.flags", "reason", "change", device=device)
+    monkeypatch.setattr("think_vllm.tools.doctor.patches.PATCHES", (there, missing))
+    monkeypatch.setattr("vllm.platforms.current_platform", SimpleNamespace(device_type="cpu"))
+    assert [str(finding) for finding in check_patches()] == [
+        "ok     patch: argparse:Action is read: reason",
+        f"{level.value:<6} patch: there is no nowhere:A.b, which think_vllm.hooks.flags needs. "
+        "nowhere:A.b is called: reason; until change",
+    ]
 
 
 def test_a_finding_is_a_line() -> None:

@@ -64,8 +64,8 @@ def test_guard_keeps_requests_without_scores_dense() -> None:
     assert take_verdicts() == {"a": True}
 
 
-def test_verdicts_reach_the_scheduler_without_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "_takes_verdicts", take_verdicts)
+def test_decisions_reach_the_scheduler_without_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "_take_decisions", take_verdicts)
     end_prompts(a=[[0.9]], b=[[0.1]])
     sent = metrics._measured()
     assert sent.kv_connector_stats.data == {

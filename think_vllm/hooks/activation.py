@@ -10,7 +10,12 @@ from think_vllm import VLLM_VERSIONS, __version__
 from think_vllm.errors import WAY_OUT, ThinkError
 from think_vllm.hooks.backend import claim_backend
 from think_vllm.hooks.engine import describe_engine
-from think_vllm.hooks.engine_support import asked_block_size, check_engine, check_guard, is_cpu
+from think_vllm.hooks.engine_support import (
+    check_engine,
+    check_loss_limit,
+    is_cpu,
+    requested_block_size,
+)
 from think_vllm.hooks.installation import install
 from think_vllm.hooks.kv_cache import fix_block_size
 from think_vllm.hooks.patch import Role
@@ -27,7 +32,7 @@ logger = logging.getLogger("vllm.think_vllm")
 
 
 def activate(vllm_config: VllmConfig) -> None:
-    """Check and complete a config that asks for thin blocks; leave any other one alone.
+    """Check and complete a config with thin blocks; leave any other one alone.
 
     Runs again whenever vLLM validates a config, so every step is idempotent.
 
@@ -49,11 +54,11 @@ def activate(vllm_config: VllmConfig) -> None:
         return
     check_engine(vllm_config)
     # Before it is ours. When vLLM validates a config again, the hint has been given.
-    user_block_size = asked_block_size(vllm_config.cache_config)
+    user_block_size = requested_block_size(vllm_config.cache_config)
     engine = describe_engine(config, vllm_config.model_config, user_block_size)
     plan = engine.plan
     if config.guards:
-        check_guard(vllm_config.parallel_config)
+        check_loss_limit(vllm_config.parallel_config)
     if plan is None:
         _say_off(config)
         return
@@ -67,6 +72,7 @@ def activate(vllm_config: VllmConfig) -> None:
         )
     claim_backend(vllm_config)
     install(Role.FRONT_END)
+    install(Role.REPORTS)
     if is_cpu():
         request_prompt_lens(vllm_config.model_config)
     else:
@@ -83,7 +89,7 @@ def reject_version(vllm_config: VllmConfig) -> None:
     """Stand-in for ``activate`` on a vLLM that this version does not extend.
 
     Raises:
-        ThinkError: If the config asks for thin blocks.
+        ThinkError: If the config requests thin blocks.
     """
     if config_from_additional(vllm_config.additional_config) is None:
         return

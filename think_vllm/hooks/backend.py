@@ -24,7 +24,7 @@ CUDA_STATIC_PATH = "think_vllm.worker.static.cuda_layer.StaticCUDABackend"
 
 
 def claim_backend(vllm_config: VllmConfig) -> None:
-    """Make a config ask for our backend, which is part of vLLM's selection cache key.
+    """Make a config request our backend, which is part of vLLM's selection cache key.
 
     Raises:
         ThinkError: If the user chose another backend.
@@ -34,7 +34,7 @@ def claim_backend(vllm_config: VllmConfig) -> None:
     attention = vllm_config.attention_config
     if attention.backend_per_kind:
         raise ThinkError(
-            "thin KV blocks: attention backends per kind of layer were asked for "
+            "thin KV blocks: attention backends per kind of layer were requested "
             f"({attention.backend_per_kind}); thin blocks need their own attention backend. Leave "
             "them out"
         )

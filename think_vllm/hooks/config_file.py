@@ -56,7 +56,7 @@ def _option(key: str) -> str:
 
 
 def check_settings(path: str, settings: Mapping[str, Any]) -> None:
-    """Refuse values of our options that are of another kind than what they take.
+    """Reject values of our options that have another type than these take.
 
     Raises:
         ThinkError: Naming the file, the option, what it says and what to write.
@@ -90,25 +90,25 @@ def negations(settings: Mapping[str, Any], options: Mapping[str, argparse.Action
         settings: Of ``read_settings``.
         options: All that the parser knows, those of its commands too.
     """
-    found = []
+    negated = []
     for option, value in settings.items():
         negation = f"--no-{option.removeprefix('--')}"
         enabling = option.replace("--disable-", "--enable-", 1)
         if value is not False:
             continue
         if negation in options:
-            found.append(negation)
+            negated.append(negation)
         elif (
             enabling != option and enabling in options and options[enabling] is options.get(option)
         ):
-            found.append(enabling)  # of vLLM 0.33: two sides of one option
-    return found
+            negated.append(enabling)  # of vLLM 0.33: two sides of one option
+    return negated
 
 
 def check_names(
     path: str, settings: Mapping[str, Any], options: Mapping[str, argparse.Action]
 ) -> None:
-    """Refuse truth values that vLLM's reader drops: of options that there are not, or empty ones.
+    """Reject truth values that vLLM's reader drops: of unknown options, or empty ones.
 
     Raises:
         ThinkError: Naming the file, the option and what it says.
@@ -125,12 +125,12 @@ def check_names(
 
 def known_options(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
     """Options of a parser and of its commands."""
-    found: dict[str, argparse.Action] = dict(parser._option_string_actions)
+    options: dict[str, argparse.Action] = dict(parser._option_string_actions)
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for command in action.choices.values():
-                found |= known_options(command)
-    return found
+                options |= known_options(command)
+    return options
 
 
 def load_config_file(

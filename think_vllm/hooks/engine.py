@@ -11,7 +11,11 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from think_vllm.errors import ThinkError
-from think_vllm.hooks.engine_support import asked_block_size, check_cache_dtype, check_guard
+from think_vllm.hooks.engine_support import (
+    check_cache_dtype,
+    check_loss_limit,
+    requested_block_size,
+)
 from think_vllm.hooks.model_support import (
     AttentionLayers,
     attention_layers,
@@ -33,10 +37,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Engine:
-    """An engine whose flags ask for something.
+    """An engine with thin blocks.
 
     Args:
-        config: What they ask for.
+        config: The settings.
         layers: Attention layers of its model by kind.
         plan: Of blocks that become thin; None if none does.
         static: Of blocks that are narrow from the first token on; None if none is.
@@ -71,7 +75,7 @@ class Engine:
 
 
 def find_engine(vllm_config: VllmConfig) -> Engine | None:
-    """Describe an engine, the same in every process of it; None if its flags ask for nothing.
+    """Describe an engine, the same in every process of it; None without our flags.
 
     Raises:
         ThinkError: If no plan fits.
@@ -79,7 +83,7 @@ def find_engine(vllm_config: VllmConfig) -> Engine | None:
     config = config_from_additional(vllm_config.additional_config)
     if config is None:
         return None
-    block_size = asked_block_size(vllm_config.cache_config)
+    block_size = requested_block_size(vllm_config.cache_config)
     return describe_engine(config, vllm_config.model_config, block_size)
 
 
@@ -89,7 +93,7 @@ def describe_engine(
     """Describe the engines of a model.
 
     Args:
-        config: What is asked for.
+        config: The settings.
         model_config: vLLM's, of the model.
         block_size: Tokens of a block if the user chose them, else None.
 
@@ -135,7 +139,7 @@ def plan_engine(
         tables_of(config, model_config)
     engine = describe_engine(config, model_config, block_size)
     if config.guards:
-        check_guard(parallel)
+        check_loss_limit(parallel)
     return engine
 
 
@@ -157,7 +161,7 @@ def _describe(
 
 @dataclass(frozen=True)
 class EnginePlan:
-    """What an engine's KV cache specs say.
+    """The plan of an engine, for its KV cache specs.
 
     Args:
         plan: How its blocks are pruned and quantized.
@@ -177,7 +181,7 @@ _selected: EnginePlan | None = None
 def remember_plan(vllm_config: VllmConfig) -> BlockPlan:
     """Find the plan of the engine whose layers are being built.
 
-    VLLM builds layers with their engine's config at hand, and asks for KV cache specs without it,
+    VLLM builds layers with their engine's config at hand, and requests KV cache specs without it,
     so what these need is remembered in between.
 
     Raises:

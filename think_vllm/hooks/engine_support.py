@@ -1,4 +1,4 @@
-"""Refuse what an engine is asked to be and thin blocks cannot serve, before anything starts."""
+"""Reject configurations of an engine that thin blocks do not support, before it starts."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ CUDA_MIN_HEAD_SIZE = 64
 
 
 def check_engine(vllm_config: VllmConfig) -> None:
-    """Refuse what is not supported with thin blocks.
+    """Reject what is not supported with thin blocks.
 
     Raises:
-        ThinkError: Naming the option or the property of the model, and the way out.
+        ThinkError: Naming the option or the property of the model, and the remedy.
     """
     check_device(vllm_config)
     check_model(vllm_config.model_config)
@@ -74,43 +74,43 @@ def check_engine(vllm_config: VllmConfig) -> None:
             "leave it out",
         ),
     ]
-    for present, name, reason, way_out in unsupported:
+    for present, name, reason, remedy in unsupported:
         if present:
             raise ThinkError(
-                f"thin KV blocks do not support {name} yet: {reason}; {way_out}, or serve without "
+                f"thin KV blocks do not support {name} yet: {reason}; {remedy}, or serve without "
                 f"{FLAGS}"
             )
 
 
-def check_cache_dtype(model_config: ModelConfig, asked: str, quant_config: Any = None) -> None:
-    """Refuse a quantized KV cache of vLLM's own, whether the user or the checkpoint asks for it.
+def check_cache_dtype(model_config: ModelConfig, requested: str, quant_config: Any = None) -> None:
+    """Reject a quantized KV cache of vLLM's own, requested by the user or the checkpoint.
 
     Args:
         model_config: vLLM's, of the model.
-        asked: ``--kv-cache-dtype``.
+        requested: ``--kv-cache-dtype``.
         quant_config: What vLLM has made of the checkpoint's quantization config, if it has.
 
     Raises:
-        ThinkError: Naming the option or the checkpoint, and the way out.
+        ThinkError: Naming the option or the checkpoint, and the remedy.
     """
     dtype = str(model_config.dtype).removeprefix("torch.")
     why = "blocks that are dense hold keys and values as computed"
     declared = checkpoint_cache_dtype(model_config, quant_config)
     # What a user names goes before what the checkpoint says.
-    if declared and (asked == "auto" or asked not in plain_dtypes(model_config)):
-        way_out = f"give --kv-cache-dtype {dtype}"
+    if declared and (requested == "auto" or requested not in plain_dtypes(model_config)):
+        remedy = f"give --kv-cache-dtype {dtype}"
         if dtype not in ("bfloat16", "float16"):  # vLLM has no such value
-            way_out = "give --dtype bfloat16 --kv-cache-dtype bfloat16"
+            remedy = "give --dtype bfloat16 --kv-cache-dtype bfloat16"
         raise ThinkError(
             f"thin KV blocks do not support the KV cache type that the checkpoint "
             f"{model_config.model} sets ({declared} in its quantization config): {why}; "
-            f"{way_out}, which leaves the rest of its quantization as it is, or serve without "
+            f"{remedy}, which leaves the rest of its quantization as it is, or serve without "
             f"{FLAGS}"
         )
-    if asked not in plain_dtypes(model_config):
-        way_out = "use --kv-quant fp8 instead" if asked.startswith("fp8") else "use auto"
+    if requested not in plain_dtypes(model_config):
+        remedy = "use --kv-quant fp8 instead" if requested.startswith("fp8") else "use auto"
         raise ThinkError(
-            f"thin KV blocks do not support --kv-cache-dtype {asked} yet: {why}; {way_out}, or "
+            f"thin KV blocks do not support --kv-cache-dtype {requested} yet: {why}; {remedy}, or "
             f"serve without {FLAGS}"
         )
 
@@ -137,18 +137,18 @@ def checkpoint_cache_dtype(model_config: ModelConfig, quant_config: Any = None) 
         for settings in (outer, inner if isinstance(inner, Mapping) else {}):
             for key in _CACHE_KEYS:
                 value = settings.get(key)
-                said = str(value).lower().removeprefix("torch.")
-                if value and said not in (*plain_dtypes(model_config), "none"):
+                dtype = str(value).lower().removeprefix("torch.")
+                if value and dtype not in (*plain_dtypes(model_config), "none"):
                     return f"{key}={value}"
     scheme = getattr(quant_config, "kv_cache_scheme", None)
     return f"kv_cache_scheme={scheme}" if scheme else ""
 
 
 def check_device(vllm_config: VllmConfig) -> None:
-    """Refuse devices that there are no kernels for, and what they cannot do.
+    """Reject devices without kernels, and what the others do not support.
 
     Raises:
-        ThinkError: Naming the device or the option, and the way out.
+        ThinkError: Naming the device or the option, and the remedy.
     """
     from vllm import envs
     from vllm.platforms import current_platform
@@ -166,9 +166,9 @@ def check_device(vllm_config: VllmConfig) -> None:
             f"{current_platform.device_name}. {WAY_OUT}"
         )
     if not current_platform.has_device_capability(CUDA_CAPABILITY):
-        found = current_platform.get_device_capability()
+        capability = current_platform.get_device_capability()
         raise ThinkError(
-            f"thin KV blocks: the GPU has compute capability {found.as_version_str()}; the "
+            f"thin KV blocks: the GPU has compute capability {capability.as_version_str()}; the "
             f"kernels need 8.0 (Ampere) or later. {WAY_OUT}"
         )
     dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
@@ -183,7 +183,7 @@ def check_device(vllm_config: VllmConfig) -> None:
             f"thin KV blocks: the model's head size is {head_size}; on GPUs it must be at least "
             f"{CUDA_MIN_HEAD_SIZE}. {WAY_OUT}"
         )
-    for present, name, way_out in (
+    for present, name, remedy in (
         (
             vllm_config.parallel_config.use_ubatching,
             "microbatching (--enable-dbo, --ubatch-size)",
@@ -193,17 +193,17 @@ def check_device(vllm_config: VllmConfig) -> None:
     ):
         if present:
             raise ThinkError(
-                f"thin KV blocks do not support {name} yet; {way_out}, or serve without {FLAGS}"
+                f"thin KV blocks do not support {name} yet; {remedy}, or serve without {FLAGS}"
             )
 
 
-def check_guard(parallel: ParallelConfig) -> None:
-    """Refuse a limit on lost score mass where a rank cannot decide alone, and in time.
+def check_loss_limit(parallel: ParallelConfig) -> None:
+    """Reject a limit on lost score mass where a rank cannot decide alone, and in time.
 
     Raises:
-        ThinkError: Naming the option, the reason and the way out.
+        ThinkError: Naming the option, the reason and the remedy.
     """
-    for present, name, reason, way_out in (
+    for present, name, reason, remedy in (
         (
             not is_cpu(),
             "on GPUs",
@@ -226,22 +226,22 @@ def check_guard(parallel: ParallelConfig) -> None:
     ):
         if present:
             raise ThinkError(
-                f"--kv-prune-max-loss is not supported {name}: {reason}; {way_out}, or leave "
+                f"--kv-prune-max-loss is not supported {name}: {reason}; {remedy}, or leave "
                 "--kv-prune-max-loss out"
             )
 
 
 def check_windows(vllm_config: VllmConfig) -> None:
-    """Refuse sliding-window layers where vLLM cannot keep them apart from the full ones.
+    """Reject sliding-window layers where vLLM cannot keep them apart from the full ones.
 
     Raises:
-        ThinkError: Naming the device or the option, and the way out.
+        ThinkError: Naming the device or the option, and the remedy.
     """
     if not attention_layers(vllm_config.model_config).window:
         return
     if not is_cpu():
-        # vLLM's FlashAttention could serve them, but nobody has seen yet what it does with a
-        # block that was thin: see worker/cpu/window.py.
+        # vLLM's FlashAttention could serve them, but is untested on blocks that were thin: see
+        # worker/cpu/window.py.
         raise ThinkError(
             f"thin KV blocks do not support {vllm_config.model_config.model} on NVIDIA GPUs "
             "(CUDA): some of its layers have a sliding window, which is supported on CPUs only. "
@@ -267,6 +267,6 @@ def plain_dtypes(model_config: ModelConfig) -> tuple[str, ...]:
     return ("auto", str(model_config.dtype).removeprefix("torch."))
 
 
-def asked_block_size(cache_config: CacheConfig) -> int | None:
+def requested_block_size(cache_config: CacheConfig) -> int | None:
     """``--block-size``, None if it was left out."""
     return cache_config.block_size if cache_config.user_specified_block_size else None

@@ -83,36 +83,36 @@ def _options(name: str, field: FieldInfo) -> dict[str, Any]:
 
 
 def take_flags(namespace: argparse.Namespace) -> dict[str, Any]:
-    """Remove our options from a namespace and return those that were given."""
-    given: dict[str, Any] = {}
+    """Remove our options from a namespace and return those that were set."""
+    flags: dict[str, Any] = {}
     for name in ThinkConfig.model_fields:
         value = vars(namespace).pop(name, None)
         if value is not None:
-            given[name] = value
-    return given
+            flags[name] = value
+    return flags
 
 
 def fold_flags(namespace: argparse.Namespace) -> None:
-    """Move our options into ``namespace.additional_config``, over what JSON gave there.
+    """Move our options into ``namespace.additional_config``, over those from JSON.
 
     Raises:
         ThinkError: If a value is out of range, means nothing beside the others, or stands where
             it is not read.
     """
-    given = take_flags(namespace)
+    flags = take_flags(namespace)
     additional = getattr(namespace, "additional_config", None) or {}
     if not isinstance(additional, Mapping):
-        if not given:
-            return  # vLLM's to judge
+        if not flags:
+            return  # vLLM checks it
         raise ThinkError(
             f"--additional-config is {additional!r}; it must be an object, beside which "
-            f"{flag_name(next(iter(given)))} can stand"
+            f"{flag_name(next(iter(flags)))} can stand"
         )
     settings = settings_of(additional)
-    if not given:
+    if not flags:
         return
-    config = parse_config({**(settings or {}), **given})
-    # Every process checks them again, so defaults must not look as if somebody had given them.
+    config = parse_config({**(settings or {}), **flags})
+    # Every process checks them again, so defaults must not look as if the user had set them.
     ours = config.model_dump(exclude_unset=True)
     namespace.additional_config = {**additional, ADDITIONAL_CONFIG_KEY: ours}
 

@@ -98,7 +98,7 @@ class ThinKVCacheSpec(FullAttentionSpec):
         first = specs[0]
         for spec in specs[1:]:
             if not isinstance(spec, ThinKVCacheSpec):
-                # How vLLM asks whether layers are of one kind; those with a window are not.
+                # vLLM tests so whether layers are of one kind; those with a window are not.
                 raise AssertionError(f"ThinKVCacheSpec.merge: {type(spec).__name__} is another")
             for name in own:
                 if getattr(spec, name) != getattr(first, name):

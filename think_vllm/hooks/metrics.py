@@ -11,11 +11,11 @@ from think_vllm.hooks.installation import install_worker
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-_takes_verdicts: Callable[[], dict[str, bool]] | None = None
+_take_decisions: Callable[[], dict[str, bool]] | None = None
 
 
 def watch_runner(
-    vllm_config: VllmConfig, takes_verdicts: Callable[[], dict[str, bool]] | None = None
+    vllm_config: VllmConfig, take_decisions: Callable[[], dict[str, bool]] | None = None
 ) -> None:
     """Send what the layers of this process measure with every step.
 
@@ -23,14 +23,14 @@ def watch_runner(
 
     Args:
         vllm_config: Of the engine.
-        takes_verdicts: Says which requests stay dense of those whose prompts ended in a step. None
-            if none does for what it would lose.
+        take_decisions: Returns, of the requests whose prompts ended in a step, whether each stays
+            dense. None for engines without a limit on what is lost.
     """
-    global _takes_verdicts
+    global _take_decisions
     from think_vllm.metrics.worker import begin_report
 
     begin_report()
-    _takes_verdicts = takes_verdicts
+    _take_decisions = take_decisions
     install_worker(vllm_config)
 
 
@@ -57,9 +57,9 @@ def _measured() -> Any:
     from think_vllm.metrics.worker import take_report
 
     report = take_report()
-    if _takes_verdicts is not None and (settled := _takes_verdicts()):
-        report = {**(report or {}), "settled": settled}
-        dense = sum(settled.values())
+    if _take_decisions is not None and (decisions := _take_decisions()):
+        report = {**(report or {}), "settled": decisions}
+        dense = sum(decisions.values())
         if dense:
             report["counters"] = {**report.get("counters", {}), KEPT_DENSE: dense}
     if report is None:

@@ -26,22 +26,22 @@ _rule: SpanRule | None = None
 _count_cached: CountCached | None = None
 #: Of the V2 runner's requests that have any, since they were admitted.
 _cached_spans: dict[str, int] = {}
-#: Of requests that have another rule than the engine's.
+#: Of requests that override the engine's rule.
 _own_rules: dict[str, SpanRule] = {}
-#: Requests of which it has been decided whether they stay dense.
+#: Requests whose fallback to dense blocks has been decided.
 _settled: set[str] = set()
 
 
 @dataclass(frozen=True)
 class StepRows:
-    """Whose rows the step has that a model runner prepares.
+    """Requests of the step that a model runner prepares, row by row.
 
     Args:
-        request_ids: Of each row; padding has none.
+        request_ids: Of each row without padding.
         prompt_lens: int64 [n]. Tokens of each row's prompt.
         cached_spans: int64 [n]. Leading spans of each that came thin from the prefix cache.
         known: Ids of all requests that the runner still knows.
-        own: Rules of the rows whose requests have others than the engine.
+        own: Rules of the rows whose requests override that of the engine.
     """
 
     request_ids: Sequence[str]
@@ -60,21 +60,25 @@ def step_rows() -> StepRows | None:
 
 
 def own_rules() -> Mapping[int, SpanRule]:
-    """Rules of the step's rows whose requests have others than the engine."""
+    """Rules of the step's rows whose requests override that of the engine."""
     return {} if _step_rows is None else _step_rows.own
 
 
 def is_settled(name: str) -> bool:
-    """Whether it has been decided before whether a request stays dense."""
+    """Whether a request's fallback to dense blocks has been decided."""
     return name in _settled
 
 
-def settle(verdicts: Mapping[str, bool]) -> None:
-    """Remember which requests stay dense from now on, and which do not, until they end."""
-    _settled.update(verdicts)
+def settle(decisions: Mapping[str, bool]) -> None:
+    """Remember until they end which requests stay dense, and which do not.
+
+    Args:
+        decisions: Whether each stays dense, by its id.
+    """
+    _settled.update(decisions)
     if _rule is not None:
         dense = dense_rule(_rule)
-        _own_rules.update((name, dense) for name, stays in verdicts.items() if stays)
+        _own_rules.update((name, dense) for name, stays in decisions.items() if stays)
 
 
 def watch_runner(
@@ -92,8 +96,8 @@ def watch_runner(
         rule: Of the engine.
         count_cached: Counts cached thin spans; there is one group of layers then. None if the
             engine caches none.
-        every_step: Whether rows are wanted in any case, or, as on CPUs, only while the runner knows
-            a request with a rule of its own.
+        every_step: Whether rows are needed in any step, or, as on CPUs, only while the runner knows
+            a request that overrides the engine's rule.
     """
     global _count_cached, _every_step, _rule, _step_rows
     _count_cached, _every_step, _rule, _step_rows = count_cached, every_step, rule, None
@@ -124,7 +128,7 @@ def _watch_v2(original: Any, runner: Any, scheduler_output: Any, dummy_run: bool
 def _admit(requests: Sequence[Any], known: Container[str]) -> None:
     """Count the cached thin spans of requests that are new or resumed."""
     for request in requests:
-        # Whoever had this id before, or what the same request had before it was preempted.
+        # Of another request with this id, or of the same one before it was preempted.
         _cached_spans.pop(request.req_id, None)
         if _count_cached is None or request.num_computed_tokens == 0:
             continue
@@ -146,9 +150,9 @@ def _admit_v1(original: Any, runner: Any, scheduler_output: Any) -> Any:
 
 
 def _admit_own(requests: Sequence[Any], known: Container[str]) -> None:
-    """Note the rules of requests that are new or, with V2, resumed."""
+    """Note the overrides of requests that are new or, with V2, resumed."""
     for request in requests:
-        _own_rules.pop(request.req_id, None)  # whoever had this id before
+        _own_rules.pop(request.req_id, None)  # of another request with this id
         _settled.discard(request.req_id)
         params = request.sampling_params
         if _rule is not None and params is not None and params.extra_args:
@@ -173,7 +177,7 @@ def _watch_v1(original: Any, runner: Any, *args: Any, **kwargs: Any) -> Any:
     if not (_every_step or _own_rules):
         _step_rows = None
         return original(runner, *args, **kwargs)
-    if kwargs.get("force_uniform_decode") is not None:  # dummy runs say what they are
+    if kwargs.get("force_uniform_decode") is not None:  # a dummy run
         _step_rows = None
         return original(runner, *args, **kwargs)
     rows = runner.input_batch

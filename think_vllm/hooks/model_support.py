@@ -134,7 +134,7 @@ def check_static_model(model_config: ModelConfig) -> None:
 
 
 def window_summary(layers: AttentionLayers) -> list[str]:
-    """What a person has to know about the plan of a model with sliding-window layers."""
+    """Lines about the plan of a model with sliding-window layers."""
     if not layers.window:
         return []
     return [

@@ -23,7 +23,8 @@ class Role(Enum):
     PLUGIN = "every process that loads the plugin, on any vLLM"
     BACKEND = "every process that loads the plugin, on a vLLM that it extends"
     PARSER = "programs that parse vLLM's engine arguments"
-    FRONT_END = "processes with a config that asks for thin blocks"
+    FRONT_END = "processes with a config that uses our flags"
+    REPORTS = "those of them whose engine has blocks that become thin"
     SCHEDULER = "processes with a KV cache spec of ours"
     WORKER_V1 = "workers with thin blocks and model runner V1"
     WORKER_V2 = "workers with thin blocks and model runner V2"
@@ -39,7 +40,7 @@ class Patch:
         where: Our wrapper as ``module:function``, else our module or package; both below
             ``think_vllm``.
         why: What it is needed for.
-        until: The change of vLLM that ends it.
+        until: The change of vLLM that ends it; None if it is meant to stay.
         role: Which processes install it; None for what is not wrapped.
         device: ``"cpu"`` or ``"cuda"`` if only that one needs it.
         parameters: All parameters of a function, in order; None for anything else.
@@ -52,7 +53,7 @@ class Patch:
     kind: Kind
     where: str
     why: str
-    until: str
+    until: str | None
     role: Role | None = None
     device: str | None = None
     parameters: tuple[str, ...] | None = None

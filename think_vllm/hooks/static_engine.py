@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from think_vllm.errors import FLAGS, ThinkError
 from think_vllm.hooks.backend import claim_backend
 from think_vllm.hooks.engine import Engine, describe_engine, find_engine
-from think_vllm.hooks.engine_support import asked_block_size, check_cache_dtype, check_device
+from think_vllm.hooks.engine_support import check_cache_dtype, check_device, requested_block_size
 from think_vllm.hooks.kv_cache import fix_block_size
 from think_vllm.hooks.model_support import check_static_model
 from think_vllm.plan.channel_tables import ChannelTables, tables_of
@@ -23,7 +23,7 @@ WHO = "--kv-select static"
 
 @dataclass(frozen=True)
 class StaticEngine:
-    """What the layers of an engine need to know.
+    """Static channels of an engine, for its layers.
 
     Args:
         plan: How many channels go.
@@ -49,7 +49,7 @@ def activate_static(config: ThinkConfig, vllm_config: VllmConfig) -> Engine | No
         ThinkError: If this engine cannot be served like that.
     """
     check_static(vllm_config)
-    block_size = asked_block_size(vllm_config.cache_config)
+    block_size = requested_block_size(vllm_config.cache_config)
     engine = describe_engine(config, vllm_config.model_config, block_size)
     # A wrong file is an error even where nothing would be read from it.
     tables_of(config, vllm_config.model_config)
@@ -64,7 +64,7 @@ def activate_static(config: ThinkConfig, vllm_config: VllmConfig) -> Engine | No
 def remember_static(vllm_config: VllmConfig) -> StaticEngine:
     """Remember plan and tables of the engine whose layers are being built.
 
-    vLLM builds layers with their engine's config at hand, and asks for KV cache specs without it.
+    vLLM builds layers with their engine's config at hand, and requests KV cache specs without it.
 
     Raises:
         RuntimeError: If that engine is not pruned statically.

@@ -11,7 +11,7 @@ from think_vllm.hooks.static_engine import WHO, selected_static
 
 
 def customize_static_spec(spec: Any) -> Any:
-    """Say how many channels are stored of a full-attention layer; leave any other spec alone.
+    """Set the stored channels of a full-attention layer; leave any other spec alone.
 
     Raises:
         ThinkError: If the layer does not have the shape that the plan was made for.

@@ -6,7 +6,6 @@ RUNNER_V1 = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 RUNNER_V2 = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
 _CPU = "vllm.v1.attention.backends.cpu_attn"
 _METADATA = "CommonAttentionMetadata has request ids, prompt lengths and block tables on the host"
-_DESIGN = "never: this is how think-vllm extends vLLM"
 
 PATCHES = (
     Patch(
@@ -82,7 +81,7 @@ PATCHES = (
         Kind.CALLED,
         "worker.cuda.flash",
         "FlashAttention is the fastest way through a prompt of dense blocks, and comes with vLLM",
-        _DESIGN,
+        None,
         device="cuda",
     ),
     Patch(
@@ -90,7 +89,7 @@ PATCHES = (
         Kind.SUBCLASSED,
         "worker",
         "requests with one query come first, and batches of them replay as full CUDA graphs",
-        _DESIGN,
+        None,
         members=("_init_reorder_batch_threshold", "_cudagraph_support"),
     ),
     Patch(
@@ -98,7 +97,7 @@ PATCHES = (
         Kind.SUBCLASSED,
         "worker.cpu",
         "vLLM's C++ kernels store dense blocks and attend within prompts",
-        _DESIGN,
+        None,
         device="cpu",
         members=("_set_isa_to_layers",),
     ),
@@ -107,7 +106,7 @@ PATCHES = (
         Kind.SUBCLASSED,
         "worker.cpu",
         "vLLM's C++ kernels store dense blocks and attend within prompts",
-        _DESIGN,
+        None,
         device="cpu",
     ),
 )

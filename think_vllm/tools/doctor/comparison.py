@@ -29,7 +29,7 @@ class Comparison:
         return math.expm1(self.mean_difference)
 
     def reasons_against(self, max_perplexity_change: float, min_agreement: float) -> list[str]:
-        """What is worse than allowed."""
+        """What is worse than allowed, a sentence each."""
         reasons = []
         if not self.perplexity_change <= max_perplexity_change:  # NaN is worse than anything
             reasons.append(

@@ -1,4 +1,4 @@
-"""The examination: machine, versions, model, plan, and a short generation with and without."""
+"""The examination: versions, patches, machine, model, plan, and a short generation."""
 
 from __future__ import annotations
 
@@ -139,40 +139,40 @@ class Examination:
         )
         too_long = list(self._check_generation(longest))
         yield from too_long
-        wanted = self.generation
-        if wanted is None or too_long:
+        generation = self.generation
+        if generation is None or too_long:
             return
-        if plan.rule.prompt_spans(wanted.prompt_tokens) == 0:
+        if plan.rule.prompt_spans(generation.prompt_tokens) == 0:
             yield Finding(
                 Level.BAD,
                 "generation",
-                f"no span of a prompt of {wanted.prompt_tokens} tokens becomes thin; give "
+                f"no span of a prompt of {generation.prompt_tokens} tokens becomes thin; give "
                 f"--prompt-tokens {plan.span_tokens + plan.config.kv_recent_window} or more",
             )
 
     def _check_generation(self, longest: int) -> Iterator[Finding]:
-        wanted = self.generation
-        if wanted is not None and wanted.prompt_tokens + wanted.new_tokens > longest:
+        generation = self.generation
+        if generation is not None and generation.prompt_tokens + generation.new_tokens > longest:
             yield Finding(
                 Level.BAD,
                 "generation",
-                f"{wanted.prompt_tokens} + {wanted.new_tokens} tokens exceed the model's "
+                f"{generation.prompt_tokens} + {generation.new_tokens} tokens exceed the model's "
                 f"{longest}; give less --prompt-tokens or --new-tokens",
             )
 
     def _check_answers(self) -> Iterator[Finding]:
-        wanted = self.generation
-        if wanted is None:
+        generation = self.generation
+        if generation is None:
             yield Finding(Level.NOTE, "answers", "not compared (--no-generation)")
             return
         job = ProbeJob(
             arguments=self.arguments,
             model=self.model,
             dense=True,
-            text=wanted.text,
-            num_prompts=wanted.num_prompts,
-            prompt_tokens=wanted.prompt_tokens,
-            new_tokens=wanted.new_tokens,
+            text=generation.text,
+            num_prompts=generation.num_prompts,
+            prompt_tokens=generation.prompt_tokens,
+            new_tokens=generation.new_tokens,
             out=Path("result.json"),
         )
         try:
@@ -186,17 +186,19 @@ class Examination:
             yield Finding(Level.BAD, "answers", str(error))
             return
         self.runs = dense, thin
-        got = self.comparison = compare(dense, thin)
-        against = got.reasons_against(wanted.max_perplexity_change, wanted.min_agreement)
-        yield Finding(
-            Level.NOTE if against else Level.GOOD,
-            "answers",
-            f"{got.tokens} tokens behind {len(dense.prompts)} prompts: perplexity on the dense "
-            f"answers {got.perplexity_change:+.2%}, log-probabilities differ by up to "
-            f"{got.largest_difference:.3f}, the likeliest token is the same in "
-            f"{got.agreement:.1%}",
+        comparison = self.comparison = compare(dense, thin)
+        reasons = comparison.reasons_against(
+            generation.max_perplexity_change, generation.min_agreement
         )
-        for reason in against:
+        yield Finding(
+            Level.NOTE if reasons else Level.GOOD,
+            "answers",
+            f"{comparison.tokens} tokens behind {len(dense.prompts)} prompts: perplexity on the "
+            f"dense answers {comparison.perplexity_change:+.2%}, log-probabilities differ by up to "
+            f"{comparison.largest_difference:.3f}, the likeliest token is the same in "
+            f"{comparison.agreement:.1%}",
+        )
+        for reason in reasons:
             yield Finding(Level.BAD, "answers", f"{reason}; prune less, or give values more bits")
 
 
@@ -209,7 +211,7 @@ def run_probe(job: ProbeJob) -> ProbeResult:
     with tempfile.TemporaryDirectory() as folder:
         out, file = Path(folder) / "result.json", Path(folder) / "job.json"
         file.write_text(job.model_copy(update={"out": out}).model_dump_json(), encoding="utf-8")
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-m", "think_vllm.tools.doctor.probe", str(file)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -217,8 +219,8 @@ def run_probe(job: ProbeJob) -> ProbeResult:
             errors="replace",
             check=False,
         )
-        if done.returncode != 0:
-            tail = end_of_output(done.stdout, LOG_LINES)
+        if process.returncode != 0:
+            tail = end_of_output(process.stdout, LOG_LINES)
             which = "without the flags" if job.dense else "with the flags"
             raise ThinkError(f"the engine {which} failed; the end of its output:\n{tail}")
         return ProbeResult.model_validate(json.loads(out.read_text(encoding="utf-8")))

@@ -12,7 +12,7 @@ class ForcedTokens(AdapterLogitsProcessor):
     """Leave each step no choice; the raw log-probabilities that vLLM reports stay as they were."""
 
     def is_argmax_invariant(self) -> bool:
-        """It decides what greedy sampling takes."""
+        """Say no: it decides what greedy sampling takes."""
         return False
 
     def new_req_logits_processor(self, params: SamplingParams) -> RequestLogitsProcessor | None:

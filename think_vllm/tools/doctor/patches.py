@@ -19,7 +19,9 @@ def check_patches() -> Iterator[Finding]:
     from vllm.platforms import current_platform
 
     for patch in PATCHES:
-        text = f"{patch.target} is {patch.kind.value}: {patch.why}; until {patch.until}"
+        text = f"{patch.target} is {patch.kind.value}: {patch.why}"
+        if patch.until:
+            text += f"; until {patch.until}"
         if problem := patch.problem():
             is_needed = patch.device in (None, current_platform.device_type)
             level = Level.BAD if is_needed else Level.NOTE

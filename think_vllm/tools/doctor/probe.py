@@ -21,7 +21,7 @@ MAX_RECORDS = 96
 
 
 class ProbeJob(BaseModel):
-    """What to run.
+    """One generation.
 
     Attributes:
         arguments: Of `vllm serve`, without the model.
@@ -49,7 +49,7 @@ class ProbeJob(BaseModel):
 
 
 class ProbeResult(BaseModel):
-    """What came out; one entry a prompt, and in it one a token.
+    """Results; one entry a prompt, and in it one a token.
 
     Attributes:
         prompts: Token ids of the prompts.
@@ -104,7 +104,7 @@ def _recall_prompt(
 
 
 def run(job: ProbeJob) -> ProbeResult:
-    """Start an engine, generate, return what came out."""
+    """Start an engine, generate, return the results."""
     from vllm import LLM, SamplingParams
 
     from think_vllm.tools.doctor.forced import FORCED_TOKENS, ForcedTokens
