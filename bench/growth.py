@@ -18,7 +18,9 @@ import random
 import time
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
+import numpy as np
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
@@ -35,6 +37,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from bench.support.repository import BUNDLED
 from bench.support.turns import take_turns, timed
+from think_vllm.hooks import model_runner
 from think_vllm.hooks.engine import remember_plan, selected_engine
 from think_vllm.tools.common.machine import this_machine
 
@@ -167,7 +170,7 @@ def thin_spec(dense: FullAttentionSpec) -> FullAttentionSpec:
     return ThinKVCacheSpec.from_dense(dense, selected_engine())
 
 
-def decode_step(context: int, requests: int, block_size: int, prompt: int) -> Any:
+def decode_step(context: int, requests: int, block_size: int) -> Any:
     """What a model runner hands to a builder: one query per request, behind ``context`` tokens."""
     starts = torch.arange(requests + 1, dtype=torch.int32)
     lengths = torch.full((requests,), context + 1, dtype=torch.int32)
@@ -183,8 +186,13 @@ def decode_step(context: int, requests: int, block_size: int, prompt: int) -> An
         block_table_tensor=torch.ones(requests, width, dtype=torch.int32),
         slot_mapping=torch.zeros(requests, dtype=torch.int64),
         seq_lens_cpu_upper_bound=lengths,
-        rswa_prefix_lens=torch.full((requests,), prompt, dtype=torch.int32),
     )
+
+
+def rows_of(requests: int, prompt: int) -> model_runner.StepRows:
+    """What our hook in the model runner reports of that step."""
+    names, none = [str(row) for row in range(requests)], np.zeros(requests, np.int64)
+    return model_runner.StepRows(names, none + prompt, none, names)
 
 
 def measure_builder(options: argparse.Namespace) -> None:
@@ -208,14 +216,18 @@ def measure_builder(options: argparse.Namespace) -> None:
             for wanted in options.contexts:
                 due = plan.rule.due_position(wanted // plan.span_tokens - 1)
                 for context, is_due in ((due, True), (due + plan.span_tokens // 2, False)):
-                    prompt = min(context, plan.span_tokens)
-                    mine = decode_step(context, requests, plan.block_size, prompt)
-                    theirs = decode_step(context, requests, VLLM_BLOCK_SIZE, prompt)
-                    assert len(ours.build(0, mine).waves[0].due_span) == requests * is_due
+                    rows = rows_of(requests, min(context, plan.span_tokens))
+                    for request in rows.request_ids:
+                        ours.state.requests.give(request, rows.known)
+                    mine = decode_step(context, requests, plan.block_size)
+                    theirs = decode_step(context, requests, VLLM_BLOCK_SIZE)
                     builds = {"plain": partial(plain.build, 0, theirs)}
                     builds["thin"] = partial(ours.build, 0, mine)
                     runs = {who: timed(run, time.thread_time) for who, run in builds.items()}
-                    times = take_turns(runs, options.steps)
+                    with patch.object(model_runner, "_step_rows", rows):
+                        (wave,) = ours.build(0, mine).tensors.waves
+                        assert (wave.due is not None) == is_due
+                        times = take_turns(runs, options.steps)
                     plain_us, thin_us = (1e6 * times.median(who) for who in runs)
                     print(
                         f"| {name} | {requests} | {context} | {'all' if is_due else 'none'} "

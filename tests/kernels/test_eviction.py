@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from tests.kernels.helpers import make_case, make_plan
-from think_vllm.kernels.cpu.decode import DecodeRows, decode_attention
 from think_vllm.kernels.reference.compaction import dense_tokens
 from think_vllm.kernels.reference.eviction import (
     attention_sums_ref,
@@ -19,9 +18,12 @@ from think_vllm.kernels.reference.quantization import code_and_back
 from think_vllm.plan.planner import BlockPlan, plan_blocks
 from think_vllm.plan.settings import ThinkConfig
 from think_vllm.worker.channel_selection import Chooser
-from think_vllm.worker.cpu.eviction import CPUEvictor, skip_evicted
+from think_vllm.worker.cpu.kernels import CPUKernels
 from think_vllm.worker.eviction_step import Pack, Watched
+from think_vllm.worker.evictor import Evictor
 from think_vllm.worker.policies import LayerHeads
+from think_vllm.worker.step_tensors import Rows, WaveTensors
+from think_vllm.worker.step_writer import skip_evicted
 from think_vllm.worker.token_selection import (
     add_attention,
     choose_tokens,
@@ -196,7 +198,7 @@ def test_attention_to_a_packed_prompt(method, ratio, quant, dtype):
     length = 32 + 5 * plan.span_tokens + 200 // plan.span_tokens * plan.span_tokens + 5
     case, blocks, keys, query = prompt(plan, dtype, 4, 2, length)
     _, values = dense_tokens(case.kv_cache, blocks.tolist(), length)
-    evictor = CPUEvictor(plan, 0.125, 0.0, None)
+    evictor = Evictor(CPUKernels(plan, 0.125))
     before = case.kv_cache.clone()
     first = evict(evictor, plan, case, query, cuts=[length - 40, length - 8])
 
@@ -231,13 +233,13 @@ def test_attention_to_a_packed_prompt(method, ratio, quant, dtype):
     ranked = (energy * kept_keys.double().square().mean(dim=1)).topk(plan.key_channels, dim=1)
     channels = ranked.indices.sort(dim=1).values
 
-    rows = DecodeRows(*(np.array([x], np.int32) for x in (0, length, spans)))
-    table = table_of_entries(case.block_table)
-    rows = skip_evicted(
-        rule, rows, np.array([rule.evicted_spans(length)]), case.block_table.stride(0)
-    )
-    out = torch.empty_like(case.query)
-    decode_attention(case.query, case.kv_cache, table, rows, plan, 0.125, out)
+    numbers = (torch.tensor([x], dtype=torch.int32) for x in (0, length, spans))
+    queries = WaveTensors(None, Rows(slice(0, 1), *numbers), [])
+    evicted = np.array([rule.evicted_spans(length)])
+    rows = skip_evicted(rule, queries, evicted, case.block_table.stride(0)).rows
+    table, out = table_of_entries(case.block_table), torch.empty_like(case.query)
+    kernels = CPUKernels(plan, 0.125)
+    kernels.attend_rows(case.query, case.kv_cache, table, rows, out, length)
     for head in range(4):
         of = head // 2
         thin_keys, thin_values = code_spans(
@@ -268,7 +270,7 @@ def code_spans(keys, values, channels, plan):
 def test_evictor_forgets_requests_that_went_away():
     plan = evicting_plan(torch.float32, 0.5, "none")
     case, _, _, query = prompt(plan, torch.float32, 4, 2, 400)
-    evictor = CPUEvictor(plan, 0.125, 0.0, None)
+    evictor = Evictor(CPUKernels(plan, 0.125))
     table = case.block_table
     half = Watched("gone", 0, 0, 10, 380, 400, plan.rule.budget_spans, True)
     evictor.watch(query, case.kv_cache, table, [half], {}, {"gone"})

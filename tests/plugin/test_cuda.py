@@ -105,7 +105,7 @@ def test_the_cuda_backend_imports_no_kernels_for_cpus() -> None:
     code = """
 import sys
 import think_vllm.worker.cuda.backend as backend
-import think_vllm.worker.static.cuda_layer as static
+import think_vllm.worker.static.cuda as static
 assert backend.ThinkCUDABackend.get_name() == static.StaticCUDABackend.get_name() == "CUSTOM"
 theirs = [m for m in sys.modules if m.startswith(("think_vllm.kernels.cpu", "numba"))]
 assert not theirs, theirs

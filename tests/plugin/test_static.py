@@ -11,6 +11,7 @@ import torch
 from vllm.config import set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.attention.selector import get_attn_backend
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from tests.plugin.test_cuda import Platform
@@ -24,7 +25,8 @@ from think_vllm.hooks.backend import select_backend
 from think_vllm.hooks.patch import Role
 from think_vllm.hooks.static_engine import check_static, remember_static
 from think_vllm.tools.cli import main
-from think_vllm.worker.static.cpu_layer import StaticCPUBackend
+from think_vllm.worker.cpu.backend import ThinkCPUBackend
+from think_vllm.worker.static.cpu import StaticCPUBackend
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +48,25 @@ def flags(file: Path) -> list[str]:
 
 def test_static_leaves_all_but_attention_to_vllm(recall_model: Path, file: Path) -> None:
     result = probe(recall_model, settings(file))
-    assert result["backend"] == "think_vllm.worker.static.cpu_layer.StaticCPUBackend"
+    assert result["backend"] == "think_vllm.worker.static.cpu.StaticCPUBackend"
     assert result["block_size"] == 128
     assert result["prefix_caching"] is True
     assert result["rswa"] is None
     # Requests are checked, metrics and workers stay; imports bring the scheduler's wrappers.
     roles = (Role.PLUGIN, Role.BACKEND, Role.FRONT_END, Role.SCHEDULER)
     assert result["wrapped"] == role_targets(*roles)
+
+
+def test_engines_of_one_process_have_their_own_backends(recall_model: Path, file: Path) -> None:
+    found = []
+    for additional in (settings(file), {"think": {"kv_channel_prune": 0.5}}, settings(file)):
+        config = EngineArgs(
+            model=str(recall_model), dtype="float32", enforce_eager=True, block_size=32,
+            additional_config=additional,
+        ).create_engine_config()  # fmt: skip
+        with set_current_vllm_config(config):
+            found.append(get_attn_backend(64, torch.float32, None, num_heads=4))
+    assert found == [StaticCPUBackend, ThinkCPUBackend, StaticCPUBackend]
 
 
 def test_static_that_prunes_no_channel_is_off(recall_model: Path, file: Path) -> None:
@@ -148,7 +162,7 @@ def test_gpus_get_the_same_plan_and_a_warning(
     assert engine.cache_config.block_size == 128
     assert engine.attention_config.backend is AttentionBackendEnum.CUSTOM
     assert engine.model_config.rswa_window is None
-    path = "think_vllm.worker.static.cuda_layer.StaticCUDABackend"
+    path = "think_vllm.worker.static.cuda.StaticCUDABackend"
     assert select_backend(engine) == path
     engine.model_config.dtype = torch.float32
     with pytest.raises(ThinkError, match="dtype is float32; on GPUs use --dtype bfloat16"):

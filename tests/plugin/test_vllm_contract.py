@@ -206,16 +206,6 @@ def test_vllm_base_is_what_we_rely_on(ours: str, kind: str, base: str) -> None:
             "v1.attention.selector:_cached_get_attn_backend",
             ["get_attn_backend_cls(backend,", "resolve_obj_by_qualname(attention_cls)"],
         ),
-        # Prompt lengths come with every step once there is a window.
-        (
-            "hooks/prompt_lengths.py",
-            "v1.worker.gpu_model_runner:GPUModelRunner._build_attention_metadata",
-            [
-                "if self.model_config.rswa_window is not None:",
-                "rswa_prefix_lens = num_prompt_tokens_cpu",
-                "rswa_prefix_lens=rswa_prefix_lens",
-            ],
-        ),
         ("tools/serve.py", "entrypoints.cli.serve:ServeSubcommand.cmd", ["args.model_tag"]),
     ],
     ids=name_of,

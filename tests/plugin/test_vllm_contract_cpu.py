@@ -112,7 +112,7 @@ STORE += ["kv_cache_dtype"]
         ),
         ("worker/cpu/dense.py", "_custom_ops:cpu_attn_reshape_and_cache", STORE),
         (
-            "worker/static/cpu_layer.py",
+            "worker/static/cpu.py",
             "v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.do_kv_cache_update",
             ["self", "layer", "key", "value", "kv_cache", "slot_mapping"],
         ),
@@ -135,7 +135,8 @@ def test_vllm_signature_is_what_we_rely_on(ours: str, function: str, parameters:
             "worker/cpu/builder.py",
             "v1.attention.backend:CommonAttentionMetadata",
             {"query_start_loc", "query_start_loc_cpu", "seq_lens", "num_reqs", "max_seq_len"}
-            | {"num_actual_tokens", "max_query_len", "block_table_tensor", "rswa_prefix_lens"},
+            | {"num_actual_tokens", "max_query_len", "block_table_tensor"}
+            | {"seq_lens_cpu_upper_bound"},
         ),
         ("worker/cpu/backend.py", "v1.attention.backend:AttentionType", {"DECODER"}),
         ("worker/heads.py", "config.model:ModelConfig", {"seed"}),
@@ -250,7 +251,7 @@ def test_vllm_base_is_what_we_rely_on(ours: str, kind: str, base: str) -> None:
         ),
         # Queries and outputs are of the layer's own heads.
         (
-            "worker/static/cpu_layer.py",
+            "worker/static/cpu.py",
             "model_executor.layers.attention.attention:Attention.forward",
             ["query.view(-1, self.num_heads"],
         ),

@@ -98,7 +98,7 @@ def names(function: Callable[..., Any]) -> list[str]:
                 "output_block_scale",
             ],
         ),
-        ("worker/static/cuda_layer.py", "config.vllm:get_current_vllm_config", []),
+        ("worker/static/cuda.py", "config.vllm:get_current_vllm_config", []),
         (BACKEND, "v1.attention.backend:AttentionBackend.supported_kv_cache_layouts", []),
         (
             BACKEND,

@@ -78,7 +78,7 @@ class Engine:
         )
         chosen = EnginePlan(plan, thin_prefixes=not plan.rule.delay_prompt, in_flight_tokens=0)
         with (
-            patch("think_vllm.worker.cuda.builder.selected_engine", return_value=chosen),
+            patch("think_vllm.worker.builder.selected_engine", return_value=chosen),
             patch.object(model_runner, "watch_runner") as watch,
         ):
             self.builder = ThinkCUDABackend.get_builder_cls()(

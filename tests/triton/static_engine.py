@@ -21,7 +21,7 @@ from think_vllm.kernels.reference.static import static_attention_ref, store_stat
 from think_vllm.kernels.static_cache import StaticChannels
 from think_vllm.plan.static_plan import StaticPlan
 from think_vllm.worker.heads import RankHeads
-from think_vllm.worker.static.cuda_layer import StaticCUDABackend
+from think_vllm.worker.static.cuda import StaticCUDABackend
 
 SCALE = 0.2
 #: Float32 sums in another order, of values of about 1.
@@ -89,7 +89,7 @@ class StaticWorker:
         self.block_table = torch.zeros(shape, dtype=torch.int32, device=device)
         self.seq_lens = torch.zeros(self.MAX_REQUESTS, dtype=torch.int32, device=device)
         engine: Any = StaticEngine(plan, Tables(self.channels))
-        module = "think_vllm.worker.static.cuda_layer"
+        module = "think_vllm.worker.static.cuda"
         with (
             patch(f"{module}.get_current_vllm_config"),
             patch(f"{module}.remember_static", return_value=engine),
@@ -118,7 +118,7 @@ class StaticWorker:
             compilation_config=SimpleNamespace(static_forward_context=self.layers),
             model_config=SimpleNamespace(dtype=torch.float32),
         )
-        module = "think_vllm.worker.static.cuda_builder"
+        module = "think_vllm.worker.static.builder"
         rank = RankHeads(0, heads[1], plan.head_size, seed=0)
         with (
             patch(f"{module}.selected_static", return_value=engine),

@@ -10,9 +10,9 @@ from tests.triton.lives import PLANS, Life
 from tests.triton.reference import split_dense
 from think_vllm.errors import ThinkError
 from think_vllm.metrics.worker import take_report
-from think_vllm.worker.cuda import impl as cuda_impl
+from think_vllm.worker.cuda import kernels as cuda_kernels
 from think_vllm.worker.cuda.backend import ThinkCUDABackend
-from think_vllm.worker.cuda.state import GroupState
+from think_vllm.worker.state import GroupState
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -195,7 +195,7 @@ def count_launches(monkeypatch) -> list[bool]:
         launches.append(thin_spans is not None)
         return context_attention(*arguments, thin_spans=thin_spans, **options)
 
-    monkeypatch.setattr(cuda_impl, "context_attention", context)
+    monkeypatch.setattr(cuda_kernels, "context_attention", context)
     return launches
 
 

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from tests.kernels.helpers import make_plan
-from think_vllm.worker.cuda.metadata import DueSpans, Observed, Slots, to_device
-from think_vllm.worker.cuda.state import GroupState, RequestSlots
+from think_vllm.worker.cuda.metadata import to_device
 from think_vllm.worker.cuda.warmup import warm_up
+from think_vllm.worker.state import GroupState, RequestSlots
+from think_vllm.worker.step_tensors import DueSpans, Observed, Slots
 
 
 def test_request_slots_keep_their_numbers_while_requests_are_known():

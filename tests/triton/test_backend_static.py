@@ -8,8 +8,7 @@ from tests.support.static_blocks import QUANTS, make_plan
 from tests.triton.static_engine import StaticWorker
 from think_vllm.errors import ThinkError
 from think_vllm.worker.cuda.warmup import warm_up_static
-from think_vllm.worker.static.cuda_builder import StaticCUDAMetadataBuilder
-from think_vllm.worker.static.cuda_layer import StaticCUDABackend
+from think_vllm.worker.static.cuda import StaticCUDABackend, StaticCUDAMetadataBuilder
 
 
 @pytest.mark.parametrize(
@@ -96,7 +95,7 @@ def test_profiling_runs_answer_zeros(device):
 @pytest.mark.parametrize("quant", QUANTS)
 def test_warming_up_runs_every_kernel(device, quant):
     worker = StaticWorker(make_plan(31, 48, torch.float32, quant=quant), (4, 2), device, layers=1)
-    order = worker.layers["model.layers.0.attn"].impl.order
+    order = worker.layers["model.layers.0.attn"].impl.static.kernels.order
     warm_up_static(worker.plan, order, (4, 2), torch.float32, device, 0.5)
 
 

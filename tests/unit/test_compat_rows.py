@@ -108,39 +108,39 @@ def test_v1_reads_its_rows_of_blocks() -> None:
 DENSE = {"kv_channel_prune": False}
 
 
-def test_v1_looks_at_rows_while_a_request_has_a_rule(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_runner, "_every_step", False)
-    assert step_v1(runner_v1("a"), admitted("a", [], 0)) is None
+def own_rows(step: model_runner.StepRows | None) -> set[int]:
+    assert step is not None
+    return set(step.own)
+
+
+def test_v1_notes_rules_of_requests_that_are_new() -> None:
+    assert own_rows(step_v1(runner_v1("a"), admitted("a", [], 0))) == set()
     # Something that is not ours.
-    assert step_v1(runner_v1("a"), admitted("a", [], 0, {"session_id": "x"})) is None
+    assert own_rows(step_v1(runner_v1("a"), admitted("a", [], 0, {"session_id": "x"}))) == set()
     step = step_v1(runner_v1("a", "b"), admitted("b", [], 0, DENSE))
     assert step is not None
     assert {row: rule.stays_dense for row, rule in step.own.items()} == {1: True}
     # Known without a row: preempted. Its rule is not told again.
     other = runner_v1("a")
     other.requests["b"] = None
-    step = step_v1(other)
-    assert step is not None
-    assert step.own == {}
-    assert set(model_runner.own_rules()) == set()
-    step_v1(runner_v1("b"))
-    assert set(model_runner.own_rules()) == {0}
+    assert own_rows(step_v1(other)) == set()
+    assert own_rows(step_v1(runner_v1("b"))) == {0}
     # Gone, and one of its name that asks for nothing.
-    assert step_v1(runner_v1("c"), admitted("c", [], 0)) is None
-    step_v1(runner_v1("b"), admitted("b", [], 0, DENSE))
-    assert step_v1(runner_v1("b"), admitted("b", [], 0)) is None
+    assert own_rows(step_v1(runner_v1("c"), admitted("c", [], 0))) == set()
+    assert own_rows(step_v1(runner_v1("b"), admitted("b", [], 0, DENSE))) == {0}
+    assert own_rows(step_v1(runner_v1("b"), admitted("b", [], 0))) == set()
 
 
 def test_v2_notes_rules_of_requests_that_are_admitted() -> None:
     step_v2(["a", "b"], [admitted("a", [1], 0), admitted("b", [2], 0, DENSE)])
-    assert set(model_runner.own_rules()) == {1}
+    assert own_rows(model_runner.step_rows()) == {1}
     step_v2(["b", "a"], [])
-    assert set(model_runner.own_rules()) == {0}
+    assert own_rows(model_runner.step_rows()) == {0}
     # Preempted: forgotten, and told again.
     step_v2(["a", "c"], [admitted("c", [3], 0)])
     assert model_runner._own_rules == {}
     step_v2(["a", "b"], [admitted("b", [2], 0, DENSE)])
-    assert set(model_runner.own_rules()) == {1}
+    assert own_rows(model_runner.step_rows()) == {1}
 
 
 @pytest.mark.parametrize("version", [1, 2])

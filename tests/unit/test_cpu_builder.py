@@ -1,4 +1,4 @@
-"""The short way to a decode step is the long way's result."""
+"""A decode step on the CPU, which is built in few operations, is that of any other step."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -12,23 +12,27 @@ from hypothesis import strategies as st
 
 from tests.kernels.helpers import make_plan
 from think_vllm.hooks import model_runner
+from think_vllm.hooks.model_runner import StepRows
 from think_vllm.plan.planner import BlockPlan, plan_blocks
 from think_vllm.plan.settings import ThinkConfig
 from think_vllm.plan.spans import ENDLESS, SpanRule
+from think_vllm.worker import builder as shared
+from think_vllm.worker.builder import ThinkMetadata
 from think_vllm.worker.cpu.builder import ThinkCPUMetadataBuilder
-from think_vllm.worker.cpu.metadata import ThinkCPUMetadata
+from think_vllm.worker.state import GroupState
+from think_vllm.worker.step_builder import leading_thin_spans
 
 PLAN = make_plan(128, torch.bfloat16, 48)
 SPAN = PLAN.rule.span_tokens
-RECENT = PLAN.rule.recent_window
 
 
 def make_builder(plan: BlockPlan = PLAN) -> ThinkCPUMetadataBuilder:
     builder = object.__new__(ThinkCPUMetadataBuilder)
-    builder.plan, builder.thin, builder._scratch = plan, True, None
-    builder._every_row = np.arange(16, dtype=np.int32)
-    builder._no_spans = np.zeros(16, np.int32)
-    builder._may_hit_thin = True
+    builder.plan, builder.workspace, builder._read_tables = plan, None, set()
+    builder.state = GroupState(["layer.0"], 1, 128, plan.kept_channels, 16, torch.device("cpu"))
+    builder._every_row = torch.arange(16, dtype=torch.int32)
+    for row in range(16):
+        builder.state.requests.give(f"r{row}", ())
     return builder
 
 
@@ -42,31 +46,45 @@ def decode_step(
             table[
                 row, span * PLAN.span_blocks + PLAN.thin_blocks : (span + 1) * PLAN.span_blocks
             ] = 0
+    lens = torch.tensor(seq_len, dtype=torch.int32)
     return SimpleNamespace(
-        max_query_len=1,
         query_start_loc_cpu=torch.arange(count + 1, dtype=torch.int32),
-        seq_lens=torch.tensor(seq_len, dtype=torch.int32),
-        rswa_prefix_lens=torch.tensor(prompt_len, dtype=torch.int32),
+        seq_lens=lens,
+        seq_lens_cpu_upper_bound=lens,
+        max_query_len=1,
+        max_seq_len=max(seq_len),
         block_table_tensor=table,
     )
 
 
-def rows_of(metadata: ThinkCPUMetadata) -> Any:
-    (wave,) = metadata.waves
-    queries = wave.queries
-    columns = [queries.rows.request, queries.rows.seq_len, queries.rows.thin_spans]
-    return queries.tokens, [c.tolist() for c in columns], wave.due_span.tolist()
+def rows_of(metadata: ThinkMetadata) -> Any:
+    (wave,) = metadata.tensors.waves
+    assert wave.rows is not None
+    assert wave.rows.thin_spans is not None
+    columns = [wave.rows.request, wave.rows.seq_len, wave.rows.thin_spans]
+    due = () if wave.due is None else (wave.due.request.tolist(), wave.due.span.tolist())
+    return wave.rows.tokens, [c.tolist() for c in columns], due, wave.packs, wave.pack_slots
+
+
+def known_rows(prompt_len: list[int], cached: Any, own: dict[int, SpanRule]) -> StepRows:
+    names = [f"r{i}" for i in range(len(prompt_len))]
+    return StepRows(names, np.array(prompt_len), np.array(cached), names, own)
+
+
+def build_both(
+    builder: ThinkCPUMetadataBuilder, common: Any, rows: StepRows
+) -> tuple[ThinkMetadata, ThinkMetadata]:
+    """The step as it is built, and as if it were no decode step; in between, as if one were due."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model_runner, "_step_rows", rows)
+        short = builder.build(0, common)
+        patch.setattr(shared, "steady_spans", lambda *_: None)
+        assert rows_of(builder.build(0, common)) == rows_of(short)
+        patch.setattr(shared, "_is_decode", lambda *_: False)
+        return short, builder.build(0, common)
 
 
 LENGTHS = st.tuples(st.integers(1, 1500), st.integers(1, 1500), st.integers(0, 4))
-
-
-def known_rows(
-    prompt_len: list[int], own: dict[int, SpanRule] | None = None
-) -> model_runner.StepRows:
-    names = [f"r{i}" for i in range(len(prompt_len))]
-    none = np.zeros(len(names), np.int64)
-    return model_runner.StepRows(names, np.array(prompt_len), none, names, own or {})
 
 
 @settings(max_examples=200, deadline=None)
@@ -81,22 +99,16 @@ def test_decode_step_is_built_alike(requests: list[tuple[int, int, int]], dense:
     seq_len = [prompt + decoded for prompt, decoded, _ in requests]
     cached = [min(spans, prompt // SPAN) for prompt, _, spans in requests]
     common = decode_step(seq_len, prompt_len, cached)
-    builder = make_builder()
+    computed = np.array(seq_len) - 1
+    found = leading_thin_spans(PLAN.rule, common.block_table_tensor.numpy(), computed)
     own = dict.fromkeys(dense, replace(PLAN.rule, recent_window=ENDLESS))
-    with pytest.MonkeyPatch.context() as patch:
-        if dense:
-            patch.setattr(model_runner, "_step_rows", known_rows(prompt_len, own))
-        short = builder._build_decode(common)
-        common.max_query_len = 2  # not what it is, but the long way does not look
-        long = builder.build(0, common)
-    assert all(long.waves[0].queries.rows.thin_spans[row] == 0 for row in dense)
-    if short is None:
-        windows = [ENDLESS if row in dense else RECENT for row in range(len(requests))]
-        assert any((n - 1 - w) % SPAN == 0 for n, w in zip(seq_len, windows, strict=True))
-    else:
-        assert rows_of(short) == rows_of(long)
-        assert short.step.prefill is None
-        assert long.context is None
+    short, long = build_both(make_builder(), common, known_rows(prompt_len, found, own))
+    assert rows_of(short) == rows_of(long)
+    (wave,) = short.tensors.waves
+    assert wave.rows is not None
+    assert wave.rows.thin_spans is not None
+    assert all(wave.rows.thin_spans[row] == 0 for row in dense)
+    assert (wave.rows.thin_spans >= torch.from_numpy(found)).all()
 
 
 @settings(max_examples=100, deadline=None)
@@ -114,48 +126,22 @@ def test_decode_step_of_evicted_prompts_is_built_alike(
     assert plan is not None
     rule = plan.rule
     prompt_len = [prompt for prompt, _, _ in requests]
-    # The first query past a prompt comes with the packing.
-    seq_len = [prompt + 1 + decoded for prompt, decoded, _ in requests]
-    common = decode_step(
-        seq_len, prompt_len, [0] * len(requests), width=3000 // plan.block_size + 1
-    )
-    builder = make_builder(plan)
-    builder._may_hit_thin = False
+    seq_len = [prompt + decoded for prompt, decoded, _ in requests]
+    none = [0] * len(requests)
+    common = decode_step(seq_len, prompt_len, none, width=3000 // plan.block_size + 1)
     # The first has a budget of its own, or stays dense.
     others = {0: replace(rule, recent_window=ENDLESS, budget_spans=None)}
     if own_spans:
         others = {0: replace(rule, budget_spans=own_spans)}
-    known = known_rows(prompt_len, {} if own_spans is None else others)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model_runner, "_step_rows", known)
-        short = builder._build_decode(common)
-        common.max_query_len = 2
-        long = builder.build(0, common)
-    rules = [known.own.get(row, rule) for row in range(len(requests))]
-    due = [
-        (n - 1 - own.recent_window) % rule.span_tokens == 0
-        for n, own in zip(seq_len, rules, strict=True)
-    ]
-    if short is None:
-        assert any(due)
-        assert rule.prune_decode
-        return
+    own = {} if own_spans is None else others
+    short, long = build_both(make_builder(plan), common, known_rows(prompt_len, none, own))
     assert rows_of(short) == rows_of(long)
-    table = short.wave_table
-    assert torch.equal(table, long.wave_table)
-    (wave,) = short.waves
-    rows = zip(
-        wave.queries.rows.request, wave.queries.rows.seq_len, seq_len, prompt_len, strict=True
-    )
+    assert torch.equal(short.wave_table, long.wave_table)
+    (wave,) = short.tensors.waves
+    assert wave.rows is not None
+    rows = zip(wave.rows.request, wave.rows.seq_len, seq_len, prompt_len, strict=True)
     for i, (entry, seen, length, prompt) in enumerate(rows):
-        evicted = rules[i].evicted_spans(prompt)
+        evicted = own.get(i, rule).evicted_spans(prompt)
         assert seen == length - evicted * rule.span_tokens
         first = common.block_table_tensor[i, evicted * rule.span_blocks]
-        assert table[entry, 0] == first
-
-
-@pytest.mark.parametrize("decoded", [0, -5])
-def test_prompts_do_not_take_the_short_way(decoded: int) -> None:
-    assert (
-        make_builder()._build_decode(decode_step([300, 400 + decoded], [100, 400], [0, 0])) is None
-    )
+        assert short.wave_table[entry, 0] == first

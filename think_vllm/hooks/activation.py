@@ -19,7 +19,6 @@ from think_vllm.hooks.engine_support import (
 from think_vllm.hooks.installation import install
 from think_vllm.hooks.kv_cache import fix_block_size
 from think_vllm.hooks.patch import Role
-from think_vllm.hooks.prompt_lengths import request_prompt_lens
 from think_vllm.hooks.static_engine import activate_static
 from think_vllm.plan.additional_config import config_from_additional
 from think_vllm.plan.settings import ThinkConfig, prune_flags
@@ -73,9 +72,7 @@ def activate(vllm_config: VllmConfig) -> None:
     claim_backend(vllm_config)
     install(Role.FRONT_END)
     install(Role.REPORTS)
-    if is_cpu():
-        request_prompt_lens(vllm_config.model_config)
-    else:
+    if not is_cpu():
         _warn_of_gpus()
     lines = [*engine.summary(cache_config.enable_prefix_caching), COUNTED_DENSE]
     longest = vllm_config.model_config.max_model_len

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 CPU_PATH = "think_vllm.worker.cpu.backend.ThinkCPUBackend"
 CPU_WINDOW_PATH = "think_vllm.worker.cpu.window.WindowCPUBackend"
-CPU_STATIC_PATH = "think_vllm.worker.static.cpu_layer.StaticCPUBackend"
+CPU_STATIC_PATH = "think_vllm.worker.static.cpu.StaticCPUBackend"
 CUDA_PATH = "think_vllm.worker.cuda.backend.ThinkCUDABackend"
-CUDA_STATIC_PATH = "think_vllm.worker.static.cuda_layer.StaticCUDABackend"
+CUDA_STATIC_PATH = "think_vllm.worker.static.cuda.StaticCUDABackend"
 
 
 def claim_backend(vllm_config: VllmConfig) -> None:
@@ -30,6 +30,7 @@ def claim_backend(vllm_config: VllmConfig) -> None:
         ThinkError: If the user chose another backend.
     """
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
+    from vllm.v1.attention.selector import _cached_get_attn_backend
 
     attention = vllm_config.attention_config
     if attention.backend_per_kind:
@@ -44,6 +45,8 @@ def claim_backend(vllm_config: VllmConfig) -> None:
             "their own attention backend. Leave --attention-backend out"
         )
     attention.backend = AttentionBackendEnum.CUSTOM
+    # An earlier engine of this process may have had our other backend, of the same name.
+    _cached_get_attn_backend.cache_clear()
 
 
 def has_our_backend(vllm_config: VllmConfig) -> bool:

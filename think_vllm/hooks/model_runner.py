@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 CountCached = Callable[[npt.NDArray[np.int32], npt.NDArray[np.int64]], npt.NDArray[np.int64]]
 
 _step_rows: StepRows | None = None
-_every_step = True
 _rule: SpanRule | None = None
 _count_cached: CountCached | None = None
 #: Of the V2 runner's requests that have any, since they were admitted.
@@ -59,11 +58,6 @@ def step_rows() -> StepRows | None:
     return _step_rows
 
 
-def own_rules() -> Mapping[int, SpanRule]:
-    """Rules of the step's rows whose requests override that of the engine."""
-    return {} if _step_rows is None else _step_rows.own
-
-
 def is_settled(name: str) -> bool:
     """Whether a request's fallback to dense blocks has been decided."""
     return name in _settled
@@ -85,7 +79,6 @@ def watch_runner(
     vllm_config: VllmConfig,
     rule: SpanRule,
     count_cached: CountCached | None,
-    every_step: bool = True,
 ) -> None:
     """Fill ``step_rows`` from now on, and keep prompts out of full decode graphs.
 
@@ -96,11 +89,9 @@ def watch_runner(
         rule: Of the engine.
         count_cached: Counts cached thin spans; there is one group of layers then. None if the
             engine caches none.
-        every_step: Whether rows are needed in any step, or, as on CPUs, only while the runner knows
-            a request that overrides the engine's rule.
     """
-    global _count_cached, _every_step, _rule, _step_rows
-    _count_cached, _every_step, _rule, _step_rows = count_cached, every_step, rule, None
+    global _count_cached, _rule, _step_rows
+    _count_cached, _rule, _step_rows = count_cached, rule, None
     _own_rules.clear()
     _settled.clear()
     install_worker(vllm_config)
@@ -174,9 +165,6 @@ def _own_rows(names: Sequence[str]) -> Mapping[int, SpanRule]:
 
 def _watch_v1(original: Any, runner: Any, *args: Any, **kwargs: Any) -> Any:
     global _step_rows
-    if not (_every_step or _own_rules):
-        _step_rows = None
-        return original(runner, *args, **kwargs)
     if kwargs.get("force_uniform_decode") is not None:  # a dummy run
         _step_rows = None
         return original(runner, *args, **kwargs)

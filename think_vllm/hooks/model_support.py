@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from think_vllm.errors import FLAGS, WAY_OUT, ThinkError
-from think_vllm.hooks.prompt_lengths import really_uses_rswa
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
@@ -103,7 +102,7 @@ def check_model(model_config: ModelConfig) -> None:
             "all its layers have a sliding window "
             f"({layers.window_tokens} tokens), so there is nothing old to compact",
         ),
-        (really_uses_rswa(model_config), "it uses reference sliding-window attention"),
+        (model_config.rswa_window is not None, "it uses reference sliding-window attention"),
         (
             model_config.uses_alibi
             or getattr(text, "position_embedding_type", "") == "alibi"

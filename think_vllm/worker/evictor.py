@@ -4,16 +4,14 @@ What a layer remembers of a request is kept under the request's id: attention so
 prompt runs, [Hk, P] float32, then the chosen tokens for one step more.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from think_vllm.plan.layout import BlockForm
-from think_vllm.plan.planner import BlockPlan
 from think_vllm.worker.channel_selection import Chooser
 from think_vllm.worker.eviction_step import Pack, Watched
+from think_vllm.worker.kernels import Kernels
 from think_vllm.worker.token_selection import add_attention, choose_tokens, gather_tokens, pool
 
 
@@ -31,27 +29,16 @@ class Kept:
     energy: torch.Tensor | None
 
 
-class Evictor(ABC):
-    """Eviction in one layer.
+class Evictor:
+    """Eviction in one layer. Nothing waits for the device.
 
     Args:
-        plan: How blocks are pruned, quantized and evicted.
-        scale: Factor on ``q . k``.
-        logits_soft_cap: Of the layer's scores, 0 for none.
-        sinks: [Hq]. Attention sinks of the layer; None for none.
-
-    Class attribute ``form`` is the form of the device's dense blocks.
+        kernels: Of the layer.
     """
 
-    form: BlockForm
-
-    def __init__(
-        self, plan: BlockPlan, scale: float, logits_soft_cap: float, sinks: torch.Tensor | None
-    ) -> None:
-        self.plan = plan
-        self.scale = scale
-        self.logits_soft_cap = logits_soft_cap
-        self.sinks = sinks
+    def __init__(self, kernels: Kernels) -> None:
+        self.kernels = kernels
+        self.plan = kernels.plan
         self._sums: dict[str, torch.Tensor] = {}
         self._kept: dict[str, Kept] = {}
 
@@ -78,7 +65,7 @@ class Evictor(ABC):
         for held in (self._sums, self._kept):
             for name in [name for name in held if name not in known]:
                 del held[name]  # it went away before its prompt was packed
-        num_kv_heads = kv_cache.shape[1]
+        num_kv_heads, kernels = kv_cache.shape[1], self.kernels
         for seen in watched:
             if seen.starts:
                 self._sums[seen.request] = torch.zeros(
@@ -92,10 +79,10 @@ class Evictor(ABC):
                 self._blocks(block_table, seen.row, 0, end),
                 seen.position,
                 self.plan,
-                self.scale,
-                self.logits_soft_cap,
-                self.sinks,
-                self.form,
+                kernels.scale,
+                kernels.logits_soft_cap,
+                kernels.sinks,
+                kernels.form,
             )
             if seen.ends:
                 sums = self._sums.pop(seen.request)
@@ -136,7 +123,7 @@ class Evictor(ABC):
             old = (pack.first_span + pack.num_spans) * plan.span_tokens
             blocks = self._blocks(block_table, pack.row, 0, old)
             # A copy: compaction writes into blocks that kept tokens are read from.
-            packed = gather_tokens(kv_cache, blocks, kept.tokens, plan, self.form)
+            packed = gather_tokens(kv_cache, blocks, kept.tokens, plan, self.kernels.form)
             channels = None
             if chooser is not None and kept.energy is not None and plan.prunes:
                 keys = None
@@ -175,7 +162,6 @@ class Evictor(ABC):
         size = self.plan.block_size
         return block_table[row, begin // size : -(-end // size)].long()
 
-    @abstractmethod
     def _key_energy(
         self,
         kv_cache: torch.Tensor,
@@ -185,8 +171,13 @@ class Evictor(ABC):
         first_block: int,
     ) -> torch.Tensor:
         """Mean squared keys of a row's tokens from a block on: float32 [Hk, D]."""
+        request, length, first = (
+            torch.full((1,), number, dtype=torch.int32, device=kv_cache.device)
+            for number in (row, num_tokens, first_block)
+        )
+        dense = num_tokens - first_block * self.plan.block_size
+        return self.kernels.key_energy(kv_cache, block_table, request, length, first, dense)[0]
 
-    @abstractmethod
     def _compact(self, packed: torch.Tensor, channels: torch.Tensor | None) -> None:
         """Compact spans of dense blocks in place, which lie one after the other.
 
@@ -194,3 +185,9 @@ class Evictor(ABC):
             packed: [spans * span_blocks, Hk, N, 2 * D]. Written.
             channels: uint8 [Hk, K]; None for all of them.
         """
+        plan, device = self.plan, packed.device
+        span = torch.arange(len(packed) // plan.span_blocks, dtype=torch.int32, device=device)
+        if channels is not None:
+            channels = channels.repeat(len(span), 1, 1)
+        table = torch.arange(len(packed), dtype=torch.int32, device=device)[None]
+        self.kernels.compact_spans(packed, table, torch.zeros_like(span), span, channels)

@@ -2,7 +2,7 @@
 
 A policy sees energies, sums of squares that kernels have made, and says which channels matter most.
 Plain torch, the same on CPUs and GPUs, and for prompts whose tokens are evicted. Knows neither
-vLLM nor blocks. A new one is a class here, its name in ``POLICIES`` and in ``ThinkConfig``.
+vLLM nor blocks. A new one is a class here; its name is a value of ``ThinkConfig.kv_select`` too.
 """
 
 import random
@@ -34,11 +34,17 @@ class LayerHeads:
     seed: int = 0
 
 
+#: By their names in ``--kv-select``.
+POLICIES: "dict[str, type[Policy]]" = {}
+
+
 class Policy(ABC):
     """Scores the channels of one layer; those with the highest scores are kept.
 
     What a policy does not use is not computed: it gets a tensor without elements instead, which
     says no more than the device.
+
+    A subclass has its name in ``--kv-select`` as the keyword ``name``.
 
     Args:
         config: The settings.
@@ -53,6 +59,10 @@ class Policy(ABC):
     uses_outputs: ClassVar[bool] = False
     #: Whether scores of keys are squares of something whose kept share is worth a metric.
     has_mass: ClassVar[bool] = False
+
+    def __init_subclass__(cls, *, name: str) -> None:
+        super().__init_subclass__()
+        POLICIES[name] = cls
 
     def __init__(self, config: ThinkConfig, heads: LayerHeads) -> None:
         self.config, self.heads = config, heads
@@ -82,7 +92,7 @@ class Policy(ABC):
         """
 
 
-class ThinK(Policy):
+class ThinK(Policy, name="think"):
     """Norm of the observed queries times norm of the keys; for values, norm of the outputs.
 
     Source: ThinK, arXiv 2407.21018, section 3.2. Means of squares rank channels alike; with
@@ -100,7 +110,7 @@ class ThinK(Policy):
         return outputs
 
 
-class KeyNorm(ThinK):
+class KeyNorm(ThinK, name="key-norm"):
     """Norm of the keys alone, whatever is asked. Value channels as ThinK's."""
 
     uses_queries = False
@@ -110,7 +120,7 @@ class KeyNorm(ThinK):
         return keys
 
 
-class Random(Policy):
+class Random(Policy, name="random"):
     """Chance, to compare with: per head, the same channels for all prompts.
 
     Seeded by vLLM's ``--seed`` and the numbers of layer and head in the model, so all ranks and
@@ -140,7 +150,3 @@ class Random(Policy):
             drawn = random.Random(f"{heads.seed} {heads.layer} {head} {kind}")
             rows.append([drawn.random() for _ in range(heads.head_size)])
         return torch.tensor(rows, dtype=torch.float32)
-
-
-#: By their names in ``--kv-select``.
-POLICIES: dict[str, type[Policy]] = {"think": ThinK, "key-norm": KeyNorm, "random": Random}

@@ -59,6 +59,14 @@ PATCHES = (
         members=("backend_per_kind",),
     ),
     Patch(
+        "vllm.v1.attention.selector:_cached_get_attn_backend",
+        Kind.CALLED,
+        "hooks.backend",
+        "its cache knows our backends for thin and for static blocks by one name, so an engine "
+        "would get that of an earlier one of its process",
+        "the cache's key holds additional_config, or plugins can choose the backend of an engine",
+    ),
+    Patch(
         "vllm.config:CacheConfig.user_specified_block_size",
         Kind.SET,
         "hooks.kv_cache",

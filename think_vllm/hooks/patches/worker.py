@@ -9,15 +9,6 @@ _METADATA = "CommonAttentionMetadata has request ids, prompt lengths and block t
 
 PATCHES = (
     Patch(
-        "vllm.config.model_arch:ModelArchitectureConfig.rswa_window",
-        Kind.SET,
-        "hooks.prompt_lengths",
-        "it alone makes model runners pass prompt lengths to metadata builders; no shorter than "
-        "the model's length, it changes nothing else. GPUs would have to wait for V2's",
-        _METADATA,
-        device="cpu",
-    ),
-    Patch(
         f"{RUNNER_V1}._update_states",
         Kind.WRAPPED,
         "hooks.model_runner:_admit_v1",
@@ -74,7 +65,6 @@ PATCHES = (
         "builders find their layers there: their caches, to compact spans ahead of a full CUDA "
         "graph, and where to put their static channels",
         "builders receive their layers",
-        device="cuda",
     ),
     Patch(
         "vllm.v1.attention.backends.fa_utils:get_flash_attn_version",

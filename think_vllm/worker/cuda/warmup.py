@@ -91,7 +91,7 @@ def warm_up(
 def warm_up_static_layers(
     plan: StaticPlan, impls: Iterable[Any], dtype: torch.dtype, device: torch.device
 ) -> None:
-    """``warm_up_static`` for each kind of layer; ``impls`` as of ``warm_up_layers``, and ``order``.
+    """``warm_up_static`` for each kind of layer; ``impls`` as of ``warm_up_layers``.
 
     Args:
         plan: How blocks are laid out.
@@ -99,7 +99,9 @@ def warm_up_static_layers(
         dtype: Of the model.
         device: The GPU.
     """
-    kinds = {((x.num_heads, x.num_kv_heads), x.logits_soft_cap): x.order for x in impls}
+    kinds = {
+        ((x.num_heads, x.num_kv_heads), x.logits_soft_cap): x.static.kernels.order for x in impls
+    }
     for (heads, cap), order in kinds.items():
         warm_up_static(plan, order, heads, dtype, device, cap)
 

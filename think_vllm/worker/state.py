@@ -1,4 +1,4 @@
-"""What the layers of a group remember of requests on a GPU between forward passes.
+"""What the layers of a group remember of requests between forward passes.
 
 Model runners move requests between the rows of their batches, so state is kept under a number
 that belongs to a request for as long as it needs one. Everything is written before it is read:
@@ -9,7 +9,7 @@ from collections.abc import Container
 
 import torch
 
-from think_vllm.worker.cuda.metadata import DueSpans
+from think_vllm.worker.step_tensors import DueSpans
 
 
 class RequestSlots:
@@ -70,7 +70,7 @@ class GroupState:
         kept_channels: ``K``.
         num_requests: Requests that run at once.
         device: Where it is kept.
-        sources: How much windows sum up: ``choosing.count_sources``.
+        sources: How much windows sum up: ``count_sources``.
     """
 
     #: Prompts whose observation window is cut by the end of a step: rarely more than one or two.

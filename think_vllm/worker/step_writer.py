@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from think_vllm.plan.spans import SpanRule
-from think_vllm.worker.cuda.metadata import (
+from think_vllm.worker.step import Choices, Ends, Int64Array, Observation, Prefill, Step, Wave
+from think_vllm.worker.step_tensors import (
     Chunks,
     DueSpans,
-    EndedParts,
+    EndedTensors,
     Observed,
     Rows,
     Slots,
-    StepParts,
-    WaveParts,
+    StepTensors,
+    WaveTensors,
 )
-from think_vllm.worker.step import Choices, Ends, Int64Array, Observation, Prefill, Step, Wave
 from think_vllm.worker.tokens import token_range
+
+Q = TypeVar("Q", Rows, Chunks)
 
 
 @dataclass(frozen=True)
@@ -41,13 +45,14 @@ class StepSlots:
     tables: set[int] = field(default_factory=set)
 
 
-def step_parts(
+def write_step(
     step: Step,
     slots: StepSlots,
     rule: SpanRule,
     chooses_per_span: bool = False,
     evicted: Int64Array | None = None,
-) -> StepParts:
+    names: Sequence[str] | None = None,
+) -> StepTensors:
     """Write a step in tensors, still on the host.
 
     Args:
@@ -56,18 +61,20 @@ def step_parts(
         rule: What a span is.
         chooses_per_span: Whether each span of a prompt has channels of its own.
         evicted: int64 [num_reqs]. Empty spans of each request, which count as thin; None for none.
+        names: [num_reqs]. Ids of the requests, where the loss limit asks for those of prompts that
+            end.
     """
     chunks, chunk_windows = step.chunk_ends, []
     if chunks is not None and chunks.num_observed.any():
         chunk_windows = chunks.observations
-    return StepParts(
-        prompts=_prompt_parts(step.prefill),
+    return StepTensors(
+        prompts=_prompt_chunks(step.prefill),
         observed=_observed(step.observations, slots),
-        prompt_ends=_ended(step.prompt_ends, slots, rule, chooses_per_span),
+        prompt_ends=_ended(step.prompt_ends, slots, rule, chooses_per_span, names),
         # These windows begin and end here, whatever is kept of their prompts' windows.
         chunk_observed=_observed(chunk_windows, StepSlots()),
         chunk_ends=_ended(chunks, slots, rule, chooses_per_span),
-        waves=[_wave_parts(wave, slots, evicted) for wave in step.waves],
+        waves=[_wave_tensors(wave, slots, evicted) for wave in step.waves],
     )
 
 
@@ -99,6 +106,42 @@ def due_spans(wave: Wave, slots: StepSlots) -> DueSpans | None:
     )
 
 
+def _less(thin_spans: torch.Tensor | None, empty: torch.Tensor) -> torch.Tensor | None:
+    """Thin spans that are not empty; None for queries that see none."""
+    return None if thin_spans is None else thin_spans - empty
+
+
+def skip_evicted(
+    rule: SpanRule, wave: WaveTensors, evicted: Int64Array, row_entries: int
+) -> WaveTensors:
+    """Let queries past their prompts begin behind the empty spans, still on the host.
+
+    Args:
+        rule: What a span is.
+        wave: With rows of the block table.
+        evicted: int64 [num_reqs]. Empty spans of each request.
+        row_entries: Entries from one row of the block table to the next.
+
+    Returns:
+        The same queries over ``table_of_entries``, as if the empty spans had never been.
+    """
+
+    def skip(queries: Q) -> Q:
+        empty = torch.from_numpy(evicted[queries.request.numpy()]).int()
+        return replace(
+            queries,
+            request=queries.request * row_entries + empty * rule.span_blocks,
+            seq_len=queries.seq_len - empty * rule.span_tokens,
+            thin_spans=_less(queries.thin_spans, empty),
+        )
+
+    return replace(
+        wave,
+        rows=None if wave.rows is None else skip(wave.rows),
+        chunks=[skip(chunks) for chunks in wave.chunks],
+    )
+
+
 def keep_dense(waves: list[Wave], evicted: Int64Array) -> None:
     """Let spans stay dense that would take as many blocks once they are thin.
 
@@ -114,31 +157,36 @@ def keep_dense(waves: list[Wave], evicted: Int64Array) -> None:
         wave.thin_spans = np.minimum(wave.thin_spans, evicted[wave.request])
 
 
-def _prompt_parts(prefill: Prefill | None) -> list[Chunks]:
+def _prompt_chunks(prefill: Prefill | None) -> list[Chunks]:
     """Prompts that start in this step, those that go on, and those that see thin spans."""
     if prefill is None:
         return []
     fresh = prefill.seq_len == prefill.num_tokens
     thin = prefill.thin_spans > 0
     return [
-        Chunks(
-            fresh=is_fresh,
-            tokens=token_range(chosen.tokens(), torch.int32),
-            starts=_ints(np.concatenate(([0], np.cumsum(chosen.num_tokens)))),
-            seq_len=_ints(chosen.seq_len),
-            request=_ints(chosen.request),
-            thin_spans=_ints(chosen.thin_spans) if sees_thin else None,
-            max_query_len=int(chosen.num_tokens.max()),
-            max_seq_len=int(chosen.seq_len.max()),
-        )
-        for is_fresh, sees_thin, which in (
-            (True, False, fresh),
-            (False, False, ~fresh & ~thin),
-            (False, True, thin),
-        )
+        write_chunks(prefill.choose(which), is_fresh)
+        for is_fresh, which in ((True, fresh), (False, ~fresh & ~thin), (False, thin))
         if which.any()
-        for chosen in [prefill.choose(which)]
     ]
+
+
+def write_chunks(prefill: Prefill, fresh: bool) -> Chunks:
+    """Write prompt queries in tensors.
+
+    Args:
+        prefill: All of which see thin spans, or none.
+        fresh: Whether they see nothing but their own step's keys.
+    """
+    return Chunks(
+        fresh=fresh,
+        tokens=token_range(prefill.tokens(), torch.int32),
+        starts=_ints(np.concatenate(([0], np.cumsum(prefill.num_tokens)))),
+        seq_len=_ints(prefill.seq_len),
+        request=_ints(prefill.request),
+        thin_spans=_ints(prefill.thin_spans) if prefill.thin_spans.any() else None,
+        max_query_len=int(prefill.num_tokens.max()),
+        max_seq_len=int(prefill.seq_len.max()),
+    )
 
 
 def _observed(observations: list[Observation], slots: StepSlots) -> Observed | None:
@@ -163,8 +211,12 @@ def _cut(requests: list[int], slots: dict[int, int]) -> Slots | None:
 
 
 def _ended(
-    ends: Ends | None, slots: StepSlots, rule: SpanRule, chooses_per_span: bool
-) -> EndedParts | None:
+    ends: Ends | None,
+    slots: StepSlots,
+    rule: SpanRule,
+    chooses_per_span: bool,
+    names: Sequence[str] | None = None,
+) -> EndedTensors | None:
     """Write ends in tensors; None if there is nothing to keep and nothing to compact."""
     if ends is None:
         return None
@@ -180,7 +232,7 @@ def _ended(
         if chooses_per_span and rule.delay_prompt:
             parts = zip(given, choices.begin[index], choices.count[index], strict=True)
             tables = [(slot, int(begin), int(count)) for slot, begin, count in parts]
-    return EndedParts(
+    return EndedTensors(
         request=_ints(ends.request[choices.end]),
         num_tokens=_ints(choices.num_tokens),
         first_block=_ints(choices.first_block),
@@ -192,6 +244,7 @@ def _ended(
         span_request=_ints(ends.request[which]),
         span=_ints(span),
         final=_final(ends, choices),
+        names=[] if names is None else [names[row] for row in ends.request[choices.end]],
     )
 
 
@@ -200,7 +253,7 @@ def _final(ends: Ends, choices: Choices) -> torch.Tensor | None:
     return _ints(np.flatnonzero(~packed)) if packed.any() else None
 
 
-def _wave_parts(wave: Wave, slots: StepSlots, evicted: Int64Array | None) -> WaveParts:
+def _wave_tensors(wave: Wave, slots: StepSlots, evicted: Int64Array | None) -> WaveTensors:
     # Rows of one wave come request by request, each in token order.
     _, first, count = np.unique(wave.request, return_index=True, return_counts=True)
     single = first[count == 1]
@@ -217,7 +270,7 @@ def _wave_parts(wave: Wave, slots: StepSlots, evicted: Int64Array | None) -> Wav
     thin = wave.thin_spans[first]
     if evicted is not None:
         thin = thin - evicted[wave.request[first]]
-    return WaveParts(
+    return WaveTensors(
         due_spans(wave, slots),
         rows,
         [

@@ -1,4 +1,4 @@
-"""What one layer's attention on a GPU has in common, whatever its blocks hold."""
+"""What a layer on a GPU may ask for, whatever its blocks hold."""
 
 from __future__ import annotations
 

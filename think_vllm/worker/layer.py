@@ -1,0 +1,267 @@
+"""One layer's attention over thin and dense blocks, the same on all devices."""
+
+from __future__ import annotations
+
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from think_vllm.plan.planner import BlockPlan
+from think_vllm.worker.builder import ThinkMetadata
+from think_vllm.worker.channel_selection import Chooser
+from think_vllm.worker.evictor import Evictor
+from think_vllm.worker.heads import RankHeads
+from think_vllm.worker.kernels import AttentionKernels, Kernels
+from think_vllm.worker.loss_guard import loss_guard
+from think_vllm.worker.state import GroupState
+from think_vllm.worker.step_tensors import (
+    Chunks,
+    DueSpans,
+    EndedTensors,
+    Observed,
+    Rows,
+    WaveTensors,
+)
+from think_vllm.worker.tokens import put_back
+
+K = TypeVar("K", bound=AttentionKernels)
+
+
+class AttentionLayer(Generic[K]):
+    """Attention over the queries of a step, part by part.
+
+    Args:
+        kernels: Of the device.
+    """
+
+    def __init__(self, kernels: K) -> None:
+        self.kernels = kernels
+
+    def attend_chunks(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        block_table: torch.Tensor,
+        chunks: Chunks,
+        output: torch.Tensor,
+    ) -> None:
+        """Attend with requests that have several queries each; see ``AttentionKernels``."""
+        where = chunks.tokens
+        answer = output[where]  # a view for a slice, a copy for indices
+        self.kernels.attend_chunks(
+            layer, query[where], key, value, kv_cache, block_table, chunks, answer
+        )
+        put_back(output, where, answer)
+
+    def attend_rows(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        block_table: torch.Tensor,
+        rows: Rows,
+        output: torch.Tensor,
+        max_context: int,
+    ) -> None:
+        """Attend with single queries; see ``AttentionKernels``."""
+        where = rows.tokens
+        answer = output[where]
+        self.kernels.attend_rows(query[where], kv_cache, block_table, rows, answer, max_context)
+        put_back(output, where, answer)
+
+
+class ThinkLayer(AttentionLayer[Kernels]):
+    """What a step does in one layer; see ``worker/step.py`` for the order of work.
+
+    Args:
+        plan: How blocks are pruned, quantized and evicted.
+        heads: Of the rank; of which layer they are, its name says.
+        kernels: Of the device.
+    """
+
+    def __init__(self, plan: BlockPlan, heads: RankHeads, kernels: Kernels) -> None:
+        super().__init__(kernels)
+        self.plan = plan
+        self.evictor = Evictor(kernels) if plan.config.evicts else None
+        self._heads = heads
+        self._chooser: Chooser | None = None
+
+    def name(self, layer_name: str) -> None:
+        """Say which layer it is. The first forward pass knows, vLLM's own at start-up."""
+        if self._chooser is None:
+            self._chooser = Chooser(self.plan, self._heads.of_layer(layer_name))
+
+    def run(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: ThinkMetadata,
+        output: torch.Tensor,
+    ) -> None:
+        """Attend, and compact what has become old.
+
+        Args:
+            layer: vLLM's attention layer.
+            query: [num_tokens, Hq, D].
+            key: [num_tokens, Hk, D]. Stored densely before this call.
+            value: [num_tokens, Hk, D]. As ``key``.
+            kv_cache: [num_blocks, Hk, N, 2 * D]. Compacted in place.
+            metadata: Of this step.
+            output: [num_tokens, Hq, D]. Written for every query of the step.
+        """
+        tensors = metadata.tensors
+        self.kernels.begin_step(kv_cache, metadata)
+        for chunks in tensors.prompts:
+            table = metadata.block_table
+            self.attend_chunks(layer, query, key, value, kv_cache, table, chunks, output)
+        # Only steps of prompts and of resumed requests have state to see to here.
+        index = metadata.state.index[layer.layer_name]
+        for watched, observed, ended in (
+            (tensors.watched, tensors.observed, tensors.prompt_ends),
+            ([], tensors.chunk_observed, tensors.chunk_ends),
+        ):
+            energy = None
+            if observed is not None:
+                energy = self._observe(query, output, observed, metadata.state.energy[index])
+            with self.kernels.measure():
+                if watched:
+                    self._watch(query, kv_cache, metadata, energy)
+                if ended is not None:
+                    self._end(kv_cache, metadata, ended, energy, index)
+        for wave in tensors.waves:
+            with self.kernels.measure():
+                if wave.packs:
+                    self.pack(kv_cache, metadata.block_table, wave, metadata.state, index)
+                if wave.due is not None:
+                    self._compact(kv_cache, metadata, index, wave.due)
+            if wave.rows is not None:
+                rows = wave.rows
+                table, longest = metadata.wave_table, metadata.max_context
+                self.attend_rows(query, kv_cache, table, rows, output, longest)
+            for chunks in wave.chunks:
+                table = metadata.wave_table
+                self.attend_chunks(layer, query, key, value, kv_cache, table, chunks, output)
+
+    def _watch(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: ThinkMetadata,
+        energy: torch.Tensor | None,
+    ) -> None:
+        """Let the evictor see prompt queries, and the observation windows that end here."""
+        assert self.evictor is not None
+        tensors, ended = metadata.tensors, {}
+        if energy is not None:
+            # A sum stands for the mean over the window: the order of channels is the same.
+            ended = dict(zip(tensors.ended_rows, energy.transpose(0, 1), strict=True))
+        table = metadata.block_table
+        self.evictor.watch(query, kv_cache, table, tensors.watched, ended, metadata.known)
+
+    def pack(
+        self,
+        kv_cache: torch.Tensor,
+        block_table: torch.Tensor,
+        wave: WaveTensors,
+        state: GroupState,
+        index: int,
+    ) -> None:
+        """Pack what is kept of prompts, and keep their channels for spans that fall due later.
+
+        Args:
+            kv_cache: [num_blocks, Hk, N, 2 * D]. Written.
+            block_table: int32 [num_reqs, width].
+            wave: With the prompts.
+            state: Of the layers. Written.
+            index: Of this layer.
+        """
+        assert self.evictor is not None
+        chosen = self.evictor.pack(kv_cache, block_table, wave.packs, self._chooser)
+        for slot, channels in zip(wave.pack_slots, chosen, strict=True):
+            if channels is not None:
+                state.channels[index, slot] = channels
+
+    def _observe(
+        self, query: torch.Tensor, output: torch.Tensor, observed: Observed, kept: torch.Tensor
+    ) -> torch.Tensor:
+        """Add up observation windows; return the complete ones, float32 [S, n, Hk, D]."""
+        assert self._chooser is not None
+        sources = self._chooser.sources(query, output)
+        energy = kept.new_zeros(len(sources), observed.begin.numel(), *kept.shape[2:])
+        if observed.resumed is not None:
+            energy[:, observed.resumed.index] = kept[observed.resumed.slot].transpose(0, 1)
+        for source, total in zip(sources, energy, strict=True):
+            self.kernels.add_query_energy(source, observed.begin, observed.end, total)
+        if observed.kept is not None:
+            kept[observed.kept.slot] = energy[:, observed.kept.index].transpose(0, 1)
+        return energy[:, observed.ended]
+
+    def _end(
+        self,
+        kv_cache: torch.Tensor,
+        metadata: ThinkMetadata,
+        ended: EndedTensors,
+        energy: torch.Tensor | None,
+        index: int,
+    ) -> None:
+        """Choose the channels of prompts or chunks that end here, and compact their spans."""
+        channels = None
+        if energy is not None:
+            channels = self._choose_channels(kv_cache, metadata, ended, energy)
+            if ended.kept is not None:
+                metadata.state.channels[index, ended.kept.slot] = channels[ended.kept.index]
+            for slot, begin, count in ended.tables:
+                tables = metadata.state.tables.setdefault(slot, {})
+                tables[index] = channels[begin : begin + count]
+            channels = channels[ended.span_choice]
+        self.kernels.compact_spans(
+            kv_cache,
+            metadata.block_table,
+            ended.span_request,
+            ended.span,
+            channels,
+            metadata.workspace,
+        )
+
+    def _choose_channels(
+        self,
+        kv_cache: torch.Tensor,
+        metadata: ThinkMetadata,
+        ended: EndedTensors,
+        energy: torch.Tensor,
+    ) -> torch.Tensor:
+        """Channels that are kept from here on: uint8 [m, Hk, K]."""
+        assert self._chooser is not None
+        # A sum stands for the mean over the window: the order of channels is the same.
+        windows = energy.transpose(0, 1)
+        if ended.window is not None:
+            windows = windows[ended.window]
+        keys = None
+        if self._chooser.uses_keys:
+            keys = self.kernels.key_energy(
+                kv_cache,
+                metadata.block_table,
+                ended.request,
+                ended.num_tokens,
+                ended.first_block,
+                ended.max_tokens,
+            )
+        choice = self._chooser.choose(windows, keys)
+        choice.report(ended.final)
+        if ended.names:
+            loss_guard().add(ended.names, choice.kept_shares())
+        return choice.channels
+
+    def _compact(
+        self, kv_cache: torch.Tensor, metadata: ThinkMetadata, index: int, due: DueSpans
+    ) -> None:
+        """Compact spans that have fallen due, with their request's channels."""
+        channels = metadata.state.due_channels(due, index) if self.plan.prunes else None
+        self.kernels.compact_spans(
+            kv_cache, metadata.block_table, due.request, due.span, channels, metadata.workspace
+        )
