@@ -1,6 +1,6 @@
 """One step's work, sorted: what has to happen to the batch, and in which order.
 
-Numpy only, knows neither vLLM nor the device; ``sorting.py`` does the sorting. In every layer,
+Numpy only, knows neither vLLM nor the device; ``step_builder.py`` does the sorting. In every layer,
 after the new keys and values have been stored densely, a forward pass runs
 
 1. ``prefill``: prompt queries attend, as a rule to dense blocks only;
