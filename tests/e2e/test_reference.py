@@ -47,14 +47,10 @@ def test_both_references_attend_alike(
     block_size: int | None,
     softcap: float | None,
 ) -> None:
-    plan, _ = plan_served(
-        HEAD_SIZE,
-        block_size,
-        kv_channel_prune=ratio,
-        kv_value_prune=value_ratio,
-        kv_quant=quant,
-        kv_quant_group=group,
-    )
+    settings = {"kv_channel_prune": ratio, "kv_value_prune": value_ratio, "kv_quant": quant}
+    if FORMATS[quant].has_groups:
+        settings["kv_quant_group"] = group
+    plan, _ = plan_served(HEAD_SIZE, block_size, **settings)
     thinning = Thinning.of(plan)
     prompt_len = plan.span_tokens + 40  # one span of the prompt, one filled while decoding
     num_tokens = 2 * plan.span_tokens + 36
