@@ -21,9 +21,9 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWi
 from tests.support.models import make_config
 from tests.support.static_tables import random_tables
 from think_vllm.errors import ThinkError
+from think_vllm.hooks.command_line import errors_raised
 from think_vllm.hooks.engine import find_engine, remember_plan
 from think_vllm.hooks.model_support import attention_layers
-from think_vllm.hooks.platform import refusals_raised
 from think_vllm.hooks.static_engine import remember_static
 from think_vllm.hooks.static_spec import customize_static_spec
 from think_vllm.metrics.catalog import CAPACITY
@@ -162,7 +162,7 @@ def configure(model: Path, arguments: Sequence[str]) -> Configured:
     logger = logging.getLogger("vllm.think_vllm")
     logger.addHandler(handler)
     try:
-        with refusals_raised():
+        with errors_raised():
             config = engine_args.create_engine_config()
     except ValidationError as error:
         [cause] = error.errors()

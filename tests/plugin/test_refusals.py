@@ -157,7 +157,7 @@ def test_settings_in_the_wrong_place_are_refused(
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
     # And of an engine that no command line made.
-    monkeypatch.setattr("think_vllm.hooks.platform._on_command_line", False)
+    monkeypatch.setattr("think_vllm.hooks.command_line._requested", False)
     with pytest.raises(ValueError, match="which is not read") as error:
         EngineArgs(model=str(recall_model), additional_config=additional).create_engine_config()
     assert message in str(error.value)
@@ -290,7 +290,7 @@ def test_offline_engines_get_an_exception_with_the_same_words(
     recall_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     register()
-    monkeypatch.setattr("think_vllm.hooks.platform._on_command_line", False)
+    monkeypatch.setattr("think_vllm.hooks.command_line._requested", False)
     engine = EngineArgs(
         model=str(recall_model), additional_config={"think": {"kv_channel_prune": 3}}
     )

@@ -117,6 +117,10 @@ class ThinkMetadataBuilder(AttentionMetadataBuilder[ThinkMetadata]):
             step = _dummy_step(query_start)
             tensors = write_step(step, StepSlots(), self.plan.rule, self.plan.chooses_per_span)
             return self.prepare(common, tensors)
+        # Those of an earlier step have been read.
+        for slot in self._read_tables:
+            self.state.tables.pop(slot, None)
+        self._read_tables.clear()
         count, rule = rows.prompt_lens.size, self.plan.rule
         limits = RowLimits.of(rule, rows.own, count)
         evicted = rule.evicted_spans_array(rows.prompt_lens, limits)
@@ -247,10 +251,6 @@ class ThinkMetadataBuilder(AttentionMetadataBuilder[ThinkMetadata]):
         if not self.plan.prunes:
             return slots
         state, ids, known = self.state, rows.request_ids, rows.known
-        # Those of an earlier step have been read.
-        for slot in self._read_tables:
-            state.tables.pop(slot, None)
-        self._read_tables.clear()
         for seen in step.observations:
             row, name = seen.request, ids[seen.request]
             if seen.resume_position is not None:
