@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed.utils import get_pp_indices
 from vllm.logger import configure_logging_if_needed
-from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
+from vllm.v1.engine import core
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWindowSpec
 
 from tests.support.models import make_config
@@ -253,13 +253,22 @@ def check_thin(model: Path, flags: list[str]) -> None:
     assert fields["prefix_cache"] == (cached if caching else None)
     # What vLLM makes of its memory, and shows on /metrics.
     ranks = rank_specs(config, spec)
-    pools = get_kv_cache_configs(config, ranks, [MEMORY_BYTES] * len(ranks))
+    pools = make_pools(config, ranks)
     assert {pool.num_blocks - 1 for pool in pools} == {fields["num_blocks"]}
     assert len(ranks) == fields["num_ranks"]
     assert capacity(config, pools[0]) == {
         "dense": fields["plain_tokens"],
         "planned": fields["thin_tokens"],
     }
+
+
+def make_pools(config: VllmConfig, ranks: list[dict[str, KVCacheSpec]]) -> list[Any]:
+    """The caches that vLLM makes of its memory for the specs of all ranks."""
+    arguments = [config, ranks, [MEMORY_BYTES] * len(ranks)]
+    if hasattr(core, "get_global_kv_cache_groups"):  # from 0.33 on, a step of its own
+        arguments.append(core.get_global_kv_cache_groups(config, ranks))
+    pools: list[Any] = core.get_kv_cache_configs(*arguments)
+    return pools
 
 
 def capacity(config: VllmConfig, pool: Any) -> dict[str, float]:
@@ -325,7 +334,7 @@ def test_plan_is_the_engines_for_static_channels(
     runs = fields["num_kv_heads"] * fields["block_size"]
     assert spec.page_size_bytes == runs * fields["thin_bytes_per_token_head"]
     ranks = rank_specs(config, spec)
-    pools = get_kv_cache_configs(config, ranks, [MEMORY_BYTES] * len(ranks))
+    pools = make_pools(config, ranks)
     assert {pool.num_blocks - 1 for pool in pools} == {fields["num_blocks"]}
 
 
