@@ -128,17 +128,19 @@ class ThinkLayer(AttentionLayer[Kernels]):
             energy = None
             if observed is not None:
                 energy = self._observe(query, output, observed, metadata.state.energy[index])
-            with self.kernels.measure():
-                if watched:
-                    self._watch(query, kv_cache, metadata, energy)
-                if ended is not None:
-                    self._end(kv_cache, metadata, ended, energy, index)
+            if watched or ended is not None:
+                with self.kernels.measure():
+                    if watched:
+                        self._watch(query, kv_cache, metadata, energy)
+                    if ended is not None:
+                        self._end(kv_cache, metadata, ended, energy, index)
         for wave in tensors.waves:
-            with self.kernels.measure():
-                if wave.packs:
-                    self.pack(kv_cache, metadata.block_table, wave, metadata.state, index)
-                if wave.due is not None:
-                    self._compact(kv_cache, metadata, index, wave.due)
+            if wave.packs or wave.due is not None:
+                with self.kernels.measure():
+                    if wave.packs:
+                        self.pack(kv_cache, metadata.block_table, wave, metadata.state, index)
+                    if wave.due is not None:
+                        self._compact(kv_cache, metadata, index, wave.due)
             if wave.rows is not None:
                 rows = wave.rows
                 table, longest = metadata.wave_table, metadata.max_context
