@@ -94,6 +94,7 @@ class Engine:
     def _make_config(self, layers: int) -> Any:
         return SimpleNamespace(
             scheduler_config=SimpleNamespace(max_num_seqs=self.MAX_REQUESTS),
+            cache_config=SimpleNamespace(enable_prefix_caching=True),
             compilation_config=SimpleNamespace(static_forward_context={}),
             parallel_config=SimpleNamespace(decode_context_parallel_size=1),
             speculative_config=None,

@@ -109,8 +109,9 @@ class StaticWorker:
             )
         caches = self._make_caches(num_blocks, layers)
         self.layers = {
-            f"model.layers.{i}.attn": SimpleNamespace(impl=impl, kv_cache=caches[:, i])
+            name: SimpleNamespace(layer_name=name, impl=impl, kv_cache=caches[:, i])
             for i, impl in enumerate(impls)
+            for name in [f"model.layers.{i}.attn"]
         }
         config = SimpleNamespace(
             parallel_config=SimpleNamespace(decode_context_parallel_size=1),

@@ -41,7 +41,7 @@ def test_lives_of_evicted_requests(name, method, version, device):
     for _ in range(3):
         life.step(long=1, short=1)
     assert len(long.gone) >= 2 * life.plan.span_blocks
-    assert life.engine.layers[0].impl.thin.evictor._kept == {}
+    assert life.engine.layers[0].impl.attention.evictor._kept == {}
     # Preempted, and resumed in a chunk that crosses its prompt's end.
     life.engine.preempt(long)
     life.step(short=1, long=long.prompt_len + 5)

@@ -85,17 +85,18 @@ def test_single_queries_behind_a_chunk_are_served(device):
 
 def test_profiling_runs_answer_zeros(device):
     worker = StaticWorker(make_plan(31, 48, torch.float32), (4, 2), device, layers=1)
-    impl = worker.layers["model.layers.0.attn"].impl
+    layer = worker.layers["model.layers.0.attn"]
+    impl = layer.impl
     out = torch.full((3, 4, 64), 7.0, device=device)
-    assert not impl.forward(None, out, None, None, None, None, out).any()
+    assert not impl.forward(layer, out, None, None, None, None, out).any()
     with pytest.raises(NotImplementedError, match="cannot be quantized"):
-        impl.forward(None, out, None, None, None, None, out, output_scale=out)
+        impl.forward(layer, out, None, None, None, None, out, output_scale=out)
 
 
 @pytest.mark.parametrize("quant", QUANTS)
 def test_warming_up_runs_every_kernel(device, quant):
     worker = StaticWorker(make_plan(31, 48, torch.float32, quant=quant), (4, 2), device, layers=1)
-    order = worker.layers["model.layers.0.attn"].impl.static.kernels.order
+    order = worker.layers["model.layers.0.attn"].impl.attention.kernels.order
     warm_up_static(worker.plan, order, (4, 2), torch.float32, device, 0.5)
 
 

@@ -136,9 +136,9 @@ def test_static_layers_that_differ_are_all_warmed_up(device):
     worker = StaticWorker(plan, (4, 2), device)
     order = order_channels(worker.channels[0], plan.head_size, device)
     kinds = [(4, 0.0), (2, 0.0), (4, 30.0), (4, 0.0)]
-    static = SimpleNamespace(kernels=SimpleNamespace(order=order))
+    attention = SimpleNamespace(kernels=SimpleNamespace(order=order))
     impls = [
-        SimpleNamespace(num_heads=heads, num_kv_heads=2, logits_soft_cap=cap, static=static)
+        SimpleNamespace(num_heads=heads, num_kv_heads=2, logits_soft_cap=cap, attention=attention)
         for heads, cap in kinds
     ]
     with record_binaries() as made:

@@ -83,10 +83,10 @@ class ThinkMetadataBuilder(AttentionMetadataBuilder[ThinkMetadata]):
                 f"{type(self).__name__}: the cache was laid out as {kv_cache_spec}, "
                 f"the plan is {self.plan.rule}"
             )
-        count_cached = partial(leading_thin_spans, self.plan.rule)
-        model_runner.watch_runner(
-            vllm_config, self.plan.rule, count_cached if engine.thin_prefixes else None
-        )
+        count_cached = None
+        if engine.thin_prefixes and vllm_config.cache_config.enable_prefix_caching:
+            count_cached = partial(leading_thin_spans, self.plan.rule)
+        model_runner.watch_runner(vllm_config, self.plan.rule, count_cached)
         metrics.watch_runner(vllm_config, take_verdicts if self.plan.guards else None)
         begin_guard(self.plan.config.kv_prune_max_loss if self.plan.guards else None)
         self.state = GroupState(

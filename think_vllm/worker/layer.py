@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -27,8 +28,8 @@ from think_vllm.worker.tokens import put_back
 K = TypeVar("K", bound=AttentionKernels)
 
 
-class AttentionLayer(Generic[K]):
-    """Attention over the queries of a step, part by part.
+class AttentionLayer(ABC, Generic[K]):
+    """What a step does in one layer: attention over its queries, part by part.
 
     Args:
         kernels: Of the device.
@@ -36,6 +37,32 @@ class AttentionLayer(Generic[K]):
 
     def __init__(self, kernels: K) -> None:
         self.kernels = kernels
+
+    def name(self, layer_name: str) -> None:
+        """Say which layer it is. The first forward pass knows, vLLM's own at start-up."""
+
+    @abstractmethod
+    def run(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: Any,
+        output: torch.Tensor,
+    ) -> None:
+        """Attend.
+
+        Args:
+            layer: vLLM's attention layer.
+            query: [num_tokens, Hq, D].
+            key: [num_tokens, Hk, D]. Stored before this call.
+            value: [num_tokens, Hk, D]. As ``key``.
+            kv_cache: Of the layer.
+            metadata: Of this step.
+            output: [num_tokens, Hq, D]. Written for every query of the step.
+        """
 
     def attend_chunks(
         self,
@@ -89,7 +116,7 @@ class ThinkLayer(AttentionLayer[Kernels]):
         self._chooser: Chooser | None = None
 
     def name(self, layer_name: str) -> None:
-        """Say which layer it is. The first forward pass knows, vLLM's own at start-up."""
+        """Say whose heads they are."""
         if self._chooser is None:
             self._chooser = Chooser(self.plan, self._heads.of_layer(layer_name))
 
@@ -103,17 +130,7 @@ class ThinkLayer(AttentionLayer[Kernels]):
         metadata: ThinkMetadata,
         output: torch.Tensor,
     ) -> None:
-        """Attend, and compact what has become old.
-
-        Args:
-            layer: vLLM's attention layer.
-            query: [num_tokens, Hq, D].
-            key: [num_tokens, Hk, D]. Stored densely before this call.
-            value: [num_tokens, Hk, D]. As ``key``.
-            kv_cache: [num_blocks, Hk, N, 2 * D]. Compacted in place.
-            metadata: Of this step.
-            output: [num_tokens, Hq, D]. Written for every query of the step.
-        """
+        """Attend, and compact what has become old; keys and values are stored densely before."""
         tensors = metadata.tensors
         self.kernels.begin_step(kv_cache, metadata)
         for chunks in tensors.prompts:

@@ -16,7 +16,7 @@ from think_vllm.plan.layout import MAX_HEAD_SIZE
 from think_vllm.plan.planner import SIZE_MULTIPLE
 from think_vllm.worker.cuda.builder import ThinkCUDAMetadataBuilder
 from think_vllm.worker.cuda.impl import ThinkCUDAImpl
-from think_vllm.worker.cuda.options import PLAIN_DTYPES
+from think_vllm.worker.cuda.layer import PLAIN_DTYPES
 
 
 class CustomCUDABackend(AttentionBackend):

@@ -92,7 +92,7 @@ class ThinkCUDAMetadataBuilder(ThinkMetadataBuilder):
         context = self.vllm_config.compilation_config.static_forward_context
         for name, index in self.state.index.items():
             layer = context[name]
-            layer.impl.thin.pack(layer.kv_cache, block_table, wave, self.state, index)
+            layer.impl.attention.pack(layer.kv_cache, block_table, wave, self.state, index)
 
     def _compact(self, block_table: torch.Tensor, due: DueSpans | None) -> None:
         """Compact due spans in all layers, in one launch."""

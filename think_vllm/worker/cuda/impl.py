@@ -11,7 +11,7 @@ from csrc_triton.store import store_dense
 from think_vllm.hooks.engine import remember_plan
 from think_vllm.worker.builder import ThinkMetadata
 from think_vllm.worker.cuda.kernels import CUDAKernels
-from think_vllm.worker.cuda.options import CUDALayerImpl, refuse_output_scales
+from think_vllm.worker.cuda.layer import CUDALayerImpl
 from think_vllm.worker.heads import rank_heads
 from think_vllm.worker.layer import ThinkLayer
 
@@ -28,7 +28,8 @@ class ThinkCUDAImpl(CUDALayerImpl[ThinkMetadata]):
         plan = remember_plan(config)
         heads = rank_heads(config, self.num_kv_heads, self.head_size)
         kernels = CUDAKernels(plan, self.scale, self.logits_soft_cap)
-        self.thin = ThinkLayer(plan, heads, kernels)
+        self.plan = plan
+        self.attention: ThinkLayer = ThinkLayer(plan, heads, kernels)
 
     def do_kv_cache_update(
         self,
@@ -48,39 +49,4 @@ class ThinkCUDAImpl(CUDALayerImpl[ThinkMetadata]):
             slot_mapping: int64 [num_tokens]. Negative for padding.
         """
         count = slot_mapping.shape[0]
-        store_dense(key[:count], value[:count], kv_cache, slot_mapping, self.thin.plan)
-
-    def forward(
-        self,
-        layer: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        attn_metadata: Any,
-        output: torch.Tensor,
-        output_scale: torch.Tensor | None = None,
-        output_block_scale: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Attend, and compact what has become old: see ``ThinkLayer.run``.
-
-        Args:
-            layer: vLLM's attention layer.
-            query: [num_tokens, Hq, D].
-            key: [num_tokens, Hk, D]. Stored densely before this call.
-            value: [num_tokens, Hk, D]. As ``key``.
-            kv_cache: [num_blocks, Hk, N, 2 * D]. Compacted in place.
-            attn_metadata: Of this step; None while vLLM profiles.
-            output: [num_tokens, Hq, D]. Written for every query of the step.
-            output_scale: Not supported.
-            output_block_scale: Not supported.
-
-        Returns:
-            ``output``.
-        """
-        refuse_output_scales(output_scale, output_block_scale)
-        self.thin.name(layer.layer_name)
-        if attn_metadata is None:
-            return output.fill_(0)
-        self.thin.run(layer, query, key, value, kv_cache, attn_metadata, output)
-        return output
+        store_dense(key[:count], value[:count], kv_cache, slot_mapping, self.plan)

@@ -100,7 +100,7 @@ def warm_up_static_layers(
         device: The GPU.
     """
     kinds = {
-        ((x.num_heads, x.num_kv_heads), x.logits_soft_cap): x.static.kernels.order for x in impls
+        ((x.num_heads, x.num_kv_heads), x.logits_soft_cap): x.attention.kernels.order for x in impls
     }
     for (heads, cap), order in kinds.items():
         warm_up_static(plan, order, heads, dtype, device, cap)

@@ -51,7 +51,7 @@ class StaticMetadataBuilder(AttentionMetadataBuilder[StaticMetadata]):
         heads = rank_heads(vllm_config, kv_cache_spec.num_kv_heads, self.plan.head_size)
         for name, impl in self.impls.items():
             # Its number is not known while a layer is built.
-            impl.static.kernels.use(rank_channels(engine, heads.of_layer(name)), device)
+            impl.attention.kernels.use(rank_channels(engine, heads.of_layer(name)), device)
 
 
 def rank_channels(engine: StaticEngine, heads: LayerHeads) -> StaticChannels:

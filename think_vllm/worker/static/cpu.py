@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import CommonAttentionMetadata
-from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
 from think_vllm.hooks.static_engine import WHO, remember_static
 from think_vllm.hooks.static_spec import customize_static_spec
@@ -24,8 +23,8 @@ from think_vllm.kernels.static_cache import StaticChannels
 from think_vllm.plan.static_plan import StaticPlan
 from think_vllm.worker.cpu.backend import CustomCPUBackend
 from think_vllm.worker.cpu.kernels import PromptAttention
+from think_vllm.worker.cpu.layer import CPULayerImpl
 from think_vllm.worker.cpu.prompts import ScratchBuilder, each_query
-from think_vllm.worker.refusals import refuse_options
 from think_vllm.worker.static.builder import StaticMetadata, StaticMetadataBuilder
 from think_vllm.worker.static.layer import StaticKernels, StaticLayer
 from think_vllm.worker.step import Prefill
@@ -113,23 +112,19 @@ class StaticCPUKernels(StaticKernels):
         )
 
 
-class StaticCPUImpl(CPUAttentionBackendImpl):
+class StaticCPUImpl(CPULayerImpl):
     """Attention over statically pruned blocks on the CPU, as vLLM calls it."""
+
+    who = WHO
+    attention: StaticLayer
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        refuse_options(
-            WHO,
-            (
-                (self.alibi_slopes, "ALiBi position biases"),
-                (self.kv_sharing_target_layer_name, "a KV cache shared between layers"),
-            ),
-        )
         # vLLM builds layers with their engine's config at hand, and asks for specs without it.
         plan = remember_static(get_current_vllm_config()).plan
         cap = self.logits_soft_cap or 0.0
-        kernels = StaticCPUKernels(plan, self.scale, cap, self.sinks, super().forward)
-        self.static = StaticLayer(kernels)
+        kernels = StaticCPUKernels(plan, self.scale, cap, self.sinks, self.prompt_attention)
+        self.attention = StaticLayer(kernels)
 
     def do_kv_cache_update(
         self,
@@ -140,24 +135,7 @@ class StaticCPUImpl(CPUAttentionBackendImpl):
         slot_mapping: torch.Tensor,
     ) -> None:
         """Store the kept channels of a step's tokens: see ``StaticKernels.store``."""
-        self.static.kernels.store(key, value, kv_cache, slot_mapping)
-
-    def forward(
-        self,
-        layer: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        attn_metadata: Any,
-        output: torch.Tensor,
-        output_scale: torch.Tensor | None = None,
-        output_block_scale: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Attend: see ``StaticLayer.run``."""
-        if isinstance(attn_metadata, StaticMetadata):
-            self.static.run(layer, query, key, value, kv_cache, attn_metadata, output)
-        return output
+        self.attention.kernels.store(key, value, kv_cache, slot_mapping)
 
 
 class StaticCPUMetadataBuilder(StaticMetadataBuilder):
@@ -219,7 +197,7 @@ class StaticCPUMetadataBuilder(StaticMetadataBuilder):
         one = torch.ones(1, dtype=torch.int32)
         rows = Rows(slice(0, 1), torch.zeros_like(one), one, None)
         table = torch.zeros(1, 1, dtype=torch.int32)
-        kernels = impl.static.kernels
+        kernels = impl.attention.kernels
         kernels.attend_rows(query, kv_cache, table, rows, torch.empty_like(query), 1)
 
 

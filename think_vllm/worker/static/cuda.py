@@ -27,7 +27,7 @@ from think_vllm.hooks.static_spec import customize_static_spec
 from think_vllm.kernels.static_cache import StaticChannels
 from think_vllm.plan.static_plan import StaticPlan
 from think_vllm.worker.cuda.backend import CustomCUDABackend
-from think_vllm.worker.cuda.options import CUDALayerImpl, refuse_output_scales
+from think_vllm.worker.cuda.layer import CUDALayerImpl
 from think_vllm.worker.cuda.warmup import warm_up_static_layers
 from think_vllm.worker.static.builder import StaticMetadata, StaticMetadataBuilder
 from think_vllm.worker.static.layer import StaticKernels, StaticLayer
@@ -116,12 +116,13 @@ class StaticCUDAImpl(CUDALayerImpl[StaticMetadata]):
     """Attention over statically pruned blocks on a GPU, as vLLM calls it."""
 
     who = WHO
+    attention: StaticLayer
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         # vLLM builds layers with their engine's config at hand, and asks for specs without it.
         plan = remember_static(get_current_vllm_config()).plan
-        self.static = StaticLayer(StaticCUDAKernels(plan, self.scale, self.logits_soft_cap))
+        self.attention = StaticLayer(StaticCUDAKernels(plan, self.scale, self.logits_soft_cap))
 
     def do_kv_cache_update(
         self,
@@ -132,26 +133,7 @@ class StaticCUDAImpl(CUDALayerImpl[StaticMetadata]):
         slot_mapping: torch.Tensor,
     ) -> None:
         """Store the kept channels of a step's tokens: see ``StaticKernels.store``."""
-        self.static.kernels.store(key, value, kv_cache, slot_mapping)
-
-    def forward(
-        self,
-        layer: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        attn_metadata: Any,
-        output: torch.Tensor,
-        output_scale: torch.Tensor | None = None,
-        output_block_scale: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Attend: see ``StaticLayer.run``."""
-        refuse_output_scales(output_scale, output_block_scale)
-        if attn_metadata is None:
-            return output.fill_(0)
-        self.static.run(layer, query, key, value, kv_cache, attn_metadata, output)
-        return output
+        self.attention.kernels.store(key, value, kv_cache, slot_mapping)
 
 
 class StaticCUDAMetadataBuilder(StaticMetadataBuilder):

@@ -74,17 +74,7 @@ class StaticLayer(AttentionLayer[StaticKernels]):
         metadata: StaticMetadata,
         output: torch.Tensor,
     ) -> None:
-        """Attend.
-
-        Args:
-            layer: vLLM's attention layer.
-            query: [num_tokens, Hq, D].
-            key: [num_tokens, Hk, D]. Stored before this call.
-            value: [num_tokens, Hk, D]. As ``key``.
-            kv_cache: See ``StaticKernels.store``.
-            metadata: Of this step.
-            output: [num_tokens, Hq, D]. Written for every query of the step.
-        """
+        """Attend to pruned keys and values alone."""
         table = metadata.block_table
         if metadata.chunks is not None:
             self.attend_chunks(layer, query, key, value, kv_cache, table, metadata.chunks, output)

@@ -1,11 +1,13 @@
-"""What a layer on a GPU may ask for, whatever its blocks hold."""
+"""A layer on a GPU as vLLM calls it, whatever its blocks hold."""
 
 from __future__ import annotations
 
 from typing import Any, TypeVar
 
+import torch
 from vllm.v1.attention.backend import AttentionImpl
 
+from think_vllm.worker.layer import AttentionLayer
 from think_vllm.worker.refusals import refuse_options
 
 #: Values of ``--kv-cache-dtype`` that leave keys and values as computed.
@@ -15,12 +17,13 @@ T = TypeVar("T")
 
 
 class CUDALayerImpl(AttentionImpl[T]):
-    """Refuses what our kernels on GPUs do not have, and keeps the rest of what a layer is.
+    """Rejects what our kernels on GPUs do not have, and leaves the rest to ``attention``.
 
-    Class attribute ``who`` names in errors what refuses.
+    Class attribute ``who`` names in errors what rejects. Subclasses set ``attention``.
     """
 
     who: str
+    attention: AttentionLayer[Any]
 
     def __init__(
         self,
@@ -59,12 +62,27 @@ class CUDALayerImpl(AttentionImpl[T]):
         self.kv_cache_dtype = kv_cache_dtype
         self.logits_soft_cap = float(logits_soft_cap or 0.0)
 
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend: see ``AttentionLayer.run``. Without metadata, vLLM profiles.
 
-def refuse_output_scales(*scales: Any) -> None:
-    """Refuse to quantize what attention puts out.
-
-    Raises:
-        NotImplementedError: If any scale is given.
-    """
-    if any(scale is not None for scale in scales):
-        raise NotImplementedError("think-vllm: outputs of attention cannot be quantized")
+        Raises:
+            NotImplementedError: If the output is to be quantized.
+        """
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError("think-vllm: outputs of attention cannot be quantized")
+        self.attention.name(layer.layer_name)
+        if attn_metadata is None:
+            return output.fill_(0)
+        self.attention.run(layer, query, key, value, kv_cache, attn_metadata, output)
+        return output
