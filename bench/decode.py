@@ -110,7 +110,7 @@ def static_kernel(
     queries = count // num_seqs
     width = -(-context // plan.block_size)
     num_tokens = num_seqs * width * plan.block_size
-    dtype = torch.uint8 if plan.is_coded else query.dtype
+    dtype = torch.uint8 if plan.is_quantized else query.dtype
     channels = plan.layout.token_bytes // dtype.itemsize
     cache = torch.empty(num_seqs * width, num_kv_heads, plan.block_size, channels, dtype=dtype)
     kept = StaticChannels(

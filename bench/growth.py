@@ -225,8 +225,8 @@ def measure_builder(options: argparse.Namespace) -> None:
                     builds["thin"] = partial(ours.build, 0, mine)
                     runs = {who: timed(run, time.thread_time) for who, run in builds.items()}
                     with patch.object(model_runner, "_step_rows", rows):
-                        (wave,) = ours.build(0, mine).tensors.waves
-                        assert (wave.due is not None) == is_due
+                        (decode,) = ours.build(0, mine).tensors.passes
+                        assert (decode.due is not None) == is_due
                         times = take_turns(runs, options.steps)
                     plain_us, thin_us = (1e6 * times.median(who) for who in runs)
                     print(

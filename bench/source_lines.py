@@ -1,8 +1,8 @@
 """Which functions an instruction comes from, through all that the compiler put in place.
 
 ``ptxas -lineinfo`` keeps one line number per instruction, that of the innermost function. Triton
-writes the calls around it as a comment into its PTX, so the lines are numbered anew, one number for
-each chain of calls, before the assembler sees them.
+writes the calls around it as a comment into its PTX, so the lines are numbered again, one number
+for each chain of calls, before the assembler sees them.
 """
 
 import ast

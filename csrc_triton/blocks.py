@@ -29,9 +29,9 @@ def layout_constants(plan: BlockPlan) -> dict[str, int]:
     keys, values = layout.keys, layout.values
     numbers = (
         plan.head_size, plan.block_size, plan.span_blocks, plan.thin_blocks,
-        plan.thin_block_tokens, plan.key_channels, keys.coding.value, values.coding.value,
+        plan.thin_block_tokens, plan.key_channels, keys.encoding.value, values.encoding.value,
         plan.config.kv_quant_group,
-        keys.row_bytes, keys.scales_offset, keys.zeros_offset,
+        keys.row_bytes, keys.scales_offset, keys.zero_points_offset,
         values.offset, values.row_bytes, values.scales_offset,
         layout.table_offset if layout.has_table else -1,
         plan.value_channels, layout.value_table_offset if layout.has_value_table else -1,

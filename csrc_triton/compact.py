@@ -21,9 +21,9 @@ from csrc_triton.blocks import (
     layout_constants,
 )
 from csrc_triton.checks import check_tasks, check_tensor
-from csrc_triton.coding import element_pointer
 from csrc_triton.gather import code_matrix
 from csrc_triton.launch import kernel, whole_stride
+from csrc_triton.quantization import element_pointer
 from think_vllm.plan.planner import BlockPlan
 
 #: Programs at most: a few for each multiprocessor. They share out (span, KV head) items.
@@ -32,11 +32,11 @@ MAX_PROGRAMS = 512
 MAX_WORKSPACE_BYTES = 32 * 2**20
 #: Tasks among which a program looks for due ones at a time.
 TASKS = 256
-#: Rows and columns of a tile; integer codings take one group as columns.
+#: Rows and columns of a tile; integer encodings take one group as columns.
 TILE_ROWS, TILE_COLUMNS = 32, 64
 #: 4-byte words of a block that are set aside at a time.
 WORDS = 2048
-#: See ``csrc_triton/coding.py`` for the fusion.
+#: See ``csrc_triton/quantization.py`` for the fusion.
 OPTIONS = {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": False, "maxnreg": 128}
 
 
@@ -66,7 +66,7 @@ def compact_spans(
 ) -> None:
     """Rewrite spans in place: dense blocks become thin ones in the span's first blocks.
 
-    Plain elements are moved, never converted; other codings follow ``reference/quantization.py``
+    Plain elements are moved, never converted; other encodings follow ``reference/quantization.py``
     to the bit. Bytes that the thin layout leaves unused keep what they held. The launch depends
     on shapes only, so it can be part of a CUDA graph.
 

@@ -14,7 +14,7 @@ from csrc_triton.blocks import cache_bytes, cache_strides, check_cache, element_
 from csrc_triton.decode import attention_constants, check_rows, check_scale, launch_options
 from csrc_triton.launch import kernel, row_strides, whole_stride
 from csrc_triton.tiles import attend_dense, attend_thin, span_tiles
-from think_vllm.plan.formats import Coding
+from think_vllm.plan.formats import Encoding
 from think_vllm.plan.planner import BlockPlan
 
 #: Queries of a program: tokens times heads of a group. Tiles of 2-bit keys leave fewer registers.
@@ -105,7 +105,7 @@ def context_attention(
 
 def count_queries(plan: BlockPlan) -> int:
     """Queries of a program."""
-    return INT2_QUERIES if plan.format.keys is Coding.INT2 else QUERIES
+    return INT2_QUERIES if plan.format.keys is Encoding.INT2 else QUERIES
 
 
 def aot_cases(plan: BlockPlan, dtype: torch.dtype) -> list[AotCase]:

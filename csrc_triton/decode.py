@@ -31,7 +31,7 @@ from csrc_triton.splits import (
     make_workspace,
 )
 from csrc_triton.tiles import attend_dense, attend_thin, span_tiles
-from think_vllm.plan.formats import Coding
+from think_vllm.plan.formats import Encoding
 from think_vllm.plan.planner import BlockPlan
 
 #: Query heads of a program: 8 is the narrowest product of tensor cores.
@@ -144,7 +144,7 @@ def count_queries(group: int) -> int:
 
 
 def loop_tokens(plan: BlockPlan) -> int:
-    """Tokens of a tile of thin blocks: eight units of coded keys, and 64 tokens or more."""
+    """Tokens of a tile of thin blocks: eight units of quantized keys, and 64 tokens or more."""
     bits = plan.format.keys.value
     return max(64, 256 // bits) if bits else PLAIN_TILE
 
@@ -169,7 +169,7 @@ def decode_options(plan: BlockPlan) -> dict[str, int]:
     """Options of a launch."""
     if plan.head_size > 128:
         return WIDE_OPTIONS
-    is_large = plan.prunes_values or plan.format.keys is Coding.INT2
+    is_large = plan.prunes_values or plan.format.keys is Encoding.INT2
     return LARGE_OPTIONS if is_large else OPTIONS
 
 

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from csrc_triton.blocks import dense_rows, find_run
-from csrc_triton.coding import (
+from csrc_triton.quantization import (
     MAGNITUDE,
     as_float,
     element_pointer,
@@ -55,7 +55,7 @@ def code_matrix(
         TABLE: Negative if every channel is kept.
         DTYPE: Of an element.
         ROWS: Of a tile.
-        COLUMNS: Of a tile; GROUP for integer codings.
+        COLUMNS: Of a tile; GROUP for integer encodings.
     """
     inverse, zero = 0.0, tl.zeros((ROWS, 1), tl.float32)
     if BITS == 8 and KEYS:

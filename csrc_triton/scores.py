@@ -21,8 +21,8 @@ from csrc_triton.blocks import (
     find_run,
 )
 from csrc_triton.checks import ELEMENTS, check_heads, check_tasks, check_tensor
-from csrc_triton.coding import as_float, element_pointer, load_bits
 from csrc_triton.launch import kernel, row_strides, whole_stride
+from csrc_triton.quantization import as_float, element_pointer, load_bits
 from think_vllm.plan.planner import BlockPlan
 
 #: Tokens whose keys one program sums up, in whole blocks.

@@ -63,7 +63,7 @@ def static_constants(plan: StaticPlan, dtype: torch.dtype) -> dict[str, Any]:
         "V": plan.value_channels,
         "C_PAD": max(MIN_PAD, triton.next_power_of_2(plan.key_channels)),
         "V_PAD": max(MIN_PAD, triton.next_power_of_2(plan.value_channels)),
-        "BITS": 8 if plan.is_coded else 0,
+        "BITS": 8 if plan.is_quantized else 0,
         "KEYS": layout.keys_offset,
         "KEY_ROW": plan.block_size * size,
         "VALUE_ROW": plan.value_channels * size,

@@ -25,7 +25,7 @@ from csrc_triton.static_tiles import attend_static, gather_query
 from think_vllm.plan.static_plan import StaticPlan
 
 #: Query rows of a program, tokens times heads of a group, and tokens of a tile. Neither spills at
-#: head sizes up to 256, coded or not; what is fastest on a GPU has not been measured.
+#: head sizes up to 256, quantized or not; what is fastest on a GPU has not been measured.
 ROWS = 32
 TILE = 32
 OPTIONS = {"num_warps": 4}
@@ -153,7 +153,7 @@ def static_context_kernel(
     rows = tile * ROWS + tl.arange(0, ROWS)
     token, head = rows // G, kv_head * G + rows % G
     row_mask = token < num_queries
-    # Queries of a tile are neighbours: nobody sees behind the last one.
+    # Queries of a tile are neighbours: none sees behind the last one.
     end = tl.minimum(seq_len, seq_len - num_queries + (tile * ROWS + ROWS - 1) // G + 1)
     source = (first_query + token).to(tl.int64)
     query_at = query_ptr + (source * query_stride + head * query_head_stride)[:, None]

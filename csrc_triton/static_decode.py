@@ -29,7 +29,7 @@ from think_vllm.plan.static_plan import StaticPlan
 
 #: Tokens of a tile. Codes need more registers: with more of them, some would spill.
 PLAIN_TILE = 64
-CODED_TILE = 32
+QUANTIZED_TILE = 32
 #: Rows of ``tl.dot`` operands: a group of fewer query heads is padded.
 MIN_GROUP = 16
 OPTIONS = {"num_warps": 4}
@@ -125,7 +125,7 @@ def static_decode(
 def _constants(plan: StaticPlan, dtype: torch.dtype, group: int, capped: bool) -> dict[str, Any]:
     return {
         "G": group,
-        "TILE": tile_tokens(plan, CODED_TILE if plan.is_coded else PLAIN_TILE),
+        "TILE": tile_tokens(plan, QUANTIZED_TILE if plan.is_quantized else PLAIN_TILE),
         "CAPPED": capped,
         **static_constants(plan, dtype),
     }

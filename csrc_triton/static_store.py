@@ -7,7 +7,8 @@ import triton.language as tl
 from csrc_triton.aot import AotCase
 from csrc_triton.blocks import cache_bytes, cache_strides
 from csrc_triton.checks import check_heads, check_tensor
-from csrc_triton.coding import (
+from csrc_triton.launch import kernel, row_strides, whole_stride
+from csrc_triton.quantization import (
     MAGNITUDE,
     as_float,
     element_pointer,
@@ -16,16 +17,15 @@ from csrc_triton.coding import (
     load_bits,
     store_bits,
 )
-from csrc_triton.launch import kernel, row_strides, whole_stride
 from csrc_triton.static_blocks import ChannelOrder, check_order, kept_channels, static_constants
 from think_vllm.kernels.static_cache import check_static_cache
 from think_vllm.plan.static_plan import StaticPlan
 
 #: Tokens of a program: one 32-byte sector of a key channel in bf16.
 TOKENS = 16
-#: Codes are the reference's to the bit: see ``csrc_triton/coding.py``.
+#: Codes are the reference's to the bit: see ``csrc_triton/quantization.py``.
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
-#: What kernels are told; they need no more of ``static_constants``.
+#: What kernels are given; they need no more of ``static_constants``.
 NAMES = ("D", "N", "C", "V", "C_PAD", "V_PAD", "BITS", "KEYS", "KEY_SCALES", "VALUE_SCALES",
          "DTYPE")  # fmt: skip
 
@@ -38,7 +38,7 @@ def store_static(
     order: ChannelOrder,
     plan: StaticPlan,
 ) -> None:
-    """Write the kept channels of tokens into static blocks, coded if the plan says so.
+    """Write the kept channels of tokens into static blocks, quantized if the plan says so.
 
     The launch depends on shapes only, so it can be part of a CUDA graph.
 

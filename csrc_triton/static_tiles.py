@@ -1,8 +1,8 @@
 """The loop of attention over static blocks.
 
 Rows are query heads of one KV head, of one token or of several, and a
-running softmax is carried along. A query's own token is in the blocks, pruned and coded, so there
-is a causal mask here. Nothing is gathered or scattered for a block: channels are the layer's.
+running softmax is carried along. A query's own token is in the blocks, pruned and quantized, so
+there is a causal mask here. Nothing is gathered or scattered for a block: channels are the layer's.
 """
 
 import triton
@@ -78,7 +78,7 @@ def attend_static(
             scores = scores * tl.load(at, mask=live, other=0.0)[None, :]
         seen = live[None, :] & (token[None, :] <= position[:, None])
         weights, older, top, total = weigh(scores, seen, top, total, scale, cap, CAPPED)
-        # Weights of tokens that nobody sees are 0, which leaves a NaN a NaN.
+        # Weights of tokens that no query sees are 0, which leaves a NaN a NaN.
         values = load_codes(run, start + offset, live, 0, V_PAD, V, VALUE_ROW, BITS, DTYPE)
         if BITS == 8:
             # Not into the weights: small ones would lose their digits in float16.

@@ -140,7 +140,7 @@ def store_kernel(
     stored = slot >= 0
     block, place = slot // N, slot % N
     run = kv_ptr + block * block_stride + head * head_stride
-    # Elements before offsets, see csrc_triton/coding.py.
+    # Elements before offsets, see csrc_triton/quantization.py.
     run = run.to(tl.pointer_type(DTYPE), bitcast=True)
     channel = tl.arange(0, D_PAD)
     wide = token.to(tl.int64)

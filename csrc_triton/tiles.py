@@ -2,7 +2,7 @@
 
 Queries are columns here: query heads of one KV head, of one token or of several, so that every key
 and value is read once for all of them. Keys ``[tokens, channels]`` and values ``[channels,
-tokens]`` are the left operands of products, which is what makes coded ones fit the registers of
+tokens]`` are the left operands of products, which is what makes quantized ones fit the registers of
 tensor cores (``units.py``), and a group of up to 8 query heads fills a product. Both loops carry a
 running softmax: ``top`` and ``total`` [QUERIES] and ``sums`` [D_PAD, QUERIES], channels in order.
 ``top`` is times log2(e). Weights are 2 ** BOOST times those of the softmax, in ``total`` and
@@ -199,7 +199,7 @@ def natural_places(TILE: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def in_order(sums, V_PAD: tl.constexpr, BITS: tl.constexpr):
-    """Sums over coded values, channels in order."""
+    """Sums over quantized values, channels in order."""
     if BITS == 0:
         return sums
     else:

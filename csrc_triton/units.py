@@ -1,4 +1,4 @@
-"""Coded matrices as kernels read them: units of codes -> operands of tensor cores, in registers.
+"""Quantized matrices as kernels read them: units of codes -> operands of tensor cores.
 
 A unit (``plan/matrix_layout.py``) holds ``32 / bits`` columns of two rows, so a thread that loads
 units holds, for some columns, neighbouring rows: just what a register of an ``mma`` operand holds
@@ -231,7 +231,7 @@ def load_keys(
     N: tl.constexpr, SPAN: tl.constexpr, T: tl.constexpr, C: tl.constexpr, BITS: tl.constexpr,
     GROUP: tl.constexpr, FACTORS: tl.constexpr,
 ):  # fmt: skip
-    """Load coded keys of a span, across its thin blocks: ``[TILE, CHANNELS]`` of NUMBER.
+    """Load quantized keys of a span, across its thin blocks: ``[TILE, CHANNELS]`` of NUMBER.
 
     Tokens from ``first`` on, a multiple of TILE, in the order that ``natural_order`` mends; behind
     the last one of the span are some of its others. Channels from ``channel`` on, in the order of
@@ -277,7 +277,7 @@ def load_values(
     N: tl.constexpr, SPAN: tl.constexpr, T: tl.constexpr, V: tl.constexpr, BITS: tl.constexpr,
     GROUP: tl.constexpr, OFFSET: tl.constexpr, FACTORS: tl.constexpr,
 ):  # fmt: skip
-    """Load coded values of a span, across its thin blocks: ``[V_PAD, TOKENS]`` of NUMBER.
+    """Load quantized values of a span, across its thin blocks: ``[V_PAD, TOKENS]`` of NUMBER.
 
     As ``load_keys``, but channels are in the order that ``natural_order`` mends, with
     ``shared_units``, and those behind the last one are some of the others. Tokens are in order: the

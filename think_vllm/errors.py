@@ -5,7 +5,7 @@ import re
 #: What turns thin blocks on.
 FLAGS = "--kv-channel-prune, --kv-value-prune, --kv-quant and --kv-evict"
 #: How to serve what thin blocks cannot.
-WAY_OUT = f"Serve this model without {FLAGS}"
+REMEDY = f"Serve this model without {FLAGS}"
 #: The last line of a traceback, behind the prefix of vLLM's log.
 _ERROR = re.compile(r"(?:^|\] )((?:\w+\.)*\w*(?:Error|Exception): .*\S)")
 
@@ -13,7 +13,7 @@ _ERROR = re.compile(r"(?:^|\] )((?:\w+\.)*\w*(?:Error|Exception): .*\S)")
 class ThinkError(ValueError):
     """A configuration that cannot be served.
 
-    The message says who refuses, what was given, what is needed and the way out. On a
+    The message says who rejects, what was given, what is needed and the remedy. On a
     command line it ends the program in one readable line; offline it is raised as it is.
     """
 
@@ -21,7 +21,7 @@ class ThinkError(ValueError):
 def end_of_output(text: str, lines: int) -> str:
     """Take the end of a program's output, and the first error in it if that stands before.
 
-    An engine ends with the traceback of whoever waited for it, and the reason is far above.
+    An engine ends with the traceback of the caller that waited for it, and the reason is far above.
 
     Args:
         text: The output.

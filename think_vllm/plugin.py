@@ -17,7 +17,7 @@ logger = logging.getLogger("vllm.think_vllm")
 def register() -> None:
     """Install the hooks; safe to call more than once."""
     from think_vllm.hooks.installation import install
-    from think_vllm.hooks.patch import Role
+    from think_vllm.hooks.patches.patch import Role
     from think_vllm.hooks.platform import supported_vllm
 
     if supported_vllm():

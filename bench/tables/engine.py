@@ -38,7 +38,7 @@ def ask(configuration: Configuration, results: Results) -> Row:
     """Start an engine, ask it everything, stop it.
 
     Raises:
-        ThinkError: If the settings are refused, or the engine fails.
+        ThinkError: If the settings are rejected, or the engine fails.
     """
     model = Path(results.model)
     check(configuration)
@@ -129,7 +129,7 @@ def flags(configuration: Configuration) -> list[str]:
 
 
 def check(configuration: Configuration) -> None:
-    """Refuse settings that are wrong.
+    """Reject settings that are wrong.
 
     Raises:
         ThinkError: If they are, or if this version does not know them.

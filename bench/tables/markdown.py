@@ -44,7 +44,7 @@ def claims(results: Results) -> str:
     """What the paper makes one expect, and whether it was seen here."""
     lines = []
     for policy in list(POLICIES)[1:]:
-        by_right, by_logprob = _verdicts(results, policy)
+        by_right, by_logprob = _decisions(results, policy)
         if by_right:
             lines.append([f"think beats {policy}", _outcome(by_right), _outcome(by_logprob)])
     row = results.rows.get(f"{FIRST_POLICY} 0.4")
@@ -122,7 +122,7 @@ def _by_policy(results: Results, cell: Callable[[Row], str]) -> str:
     return table(["ratio", *known], lines)
 
 
-def _verdicts(results: Results, policy: str) -> tuple[dict[float, int], dict[float, int]]:
+def _decisions(results: Results, policy: str) -> tuple[dict[float, int], dict[float, int]]:
     """By ratio: 1 where think is better, -1 where the other is, 0 where neither is shown."""
     by_right, by_logprob = {}, {}
     for ratio in RATIOS:
@@ -134,11 +134,11 @@ def _verdicts(results: Results, policy: str) -> tuple[dict[float, int], dict[flo
     return by_right, by_logprob
 
 
-def _outcome(verdicts: dict[float, int]) -> str:
+def _outcome(decisions: dict[float, int]) -> str:
     kinds = {1: "yes at", -1: "the other at", 0: "neither at"}
     parts = []
-    for verdict, kind in kinds.items():
-        ratios = [f"{ratio:g}" for ratio, found in verdicts.items() if found == verdict]
+    for decision, kind in kinds.items():
+        ratios = [f"{ratio:g}" for ratio, found in decisions.items() if found == decision]
         if ratios:
             parts.append(f"{kind} {', '.join(ratios)}")
     return "; ".join(parts)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Unpack the kit and run one part of the checks. In the repository's root: bash .kit/check.sh 1|2 [ARGUMENT ...]
 # If OUT is set, all results of a part go there as one archive, part-1.tar.gz or part-2.tar.gz, which is written
-# anew after each section; else they go to results/.
+# again after each section; else they go to results/.
 set -euo pipefail
 part=$1
 kit=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

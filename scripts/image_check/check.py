@@ -39,7 +39,7 @@ PROGRAMS = {
 def check_machine(
     which: Callable[[str], str | None] = shutil.which, user: int | None = None
 ) -> None:
-    """Refuse to begin what cannot end.
+    """Reject at the start what cannot end.
 
     Raises:
         CheckError: If a program is missing, or this is not root.
@@ -82,7 +82,7 @@ def check_container(container: Container, image: Image) -> None:
     check(f"the README's question is answered with {answer!r}", got == answer, got)
     status = ["-o", "/dev/null", "-w", "%{http_code}"]
     code = container.ask([*curl, *status, "-H", "Authorization: Bearer another"])
-    check("another key is refused", code == "401", code)
+    check("another key is rejected", code == "401", code)
     metrics = container.ask(["curl", "-s", "http://localhost:8000/metrics"])
     said = container.log.read_text("utf-8", errors="replace")
     check("KV blocks are thin", "key channels" in said and "think_vllm:" in metrics)

@@ -87,7 +87,7 @@ def test_base_is_that_of_the_dockerfile() -> None:
         ("python:3.11-slim-bookworm AS gpu", "no target 'cpu'"),
     ],
 )
-def test_base_without_stand_in_is_refused(line: str, message: str) -> None:
+def test_base_without_stand_in_is_rejected(line: str, message: str) -> None:
     with pytest.raises(CheckError, match=message):
         base_image([("FROM", line)])
 
@@ -204,7 +204,7 @@ def test_size_is_that_of_compose(text: str, size: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "1.5g", "1 gb", "1tb", "g"])
-def test_size_of_another_form_is_refused(text: str) -> None:
+def test_size_of_another_form_is_rejected(text: str) -> None:
     with pytest.raises(CheckError, match="a size is"):
         size_bytes(text)
 
@@ -235,7 +235,7 @@ def test_container_has_no_right_that_its_service_does_not_give() -> None:
 
 
 @pytest.mark.parametrize("values", [{"cap_drop": []}, {"cap_add": ["SYS_PTRACE"]}])
-def test_container_with_capabilities_is_refused(values: dict[str, Any]) -> None:
+def test_container_with_capabilities_is_rejected(values: dict[str, Any]) -> None:
     with pytest.raises(CheckError, match="no cap_add"):
         spec(thin_service(**values))
 

@@ -174,7 +174,7 @@ def setting(name: str) -> str:
     ],
     ids=str,
 )
-def test_schema_refuses(wrong: dict[str, Any]) -> None:
+def test_schema_rejects(wrong: dict[str, Any]) -> None:
     validate(values(), schema())
     with pytest.raises(ValidationError):
         validate(values() | wrong, schema())
@@ -186,7 +186,7 @@ def test_production_stack_values_have_flags_that_vllm_knows(parse: Parse) -> Non
     namespace = parse([model["modelURL"], *model["vllmConfig"]["extraArgs"]])
     assert parse_config(namespace.additional_config["think"]).enabled
     assert model["tag"] == __version__
-    assert model["lmcacheConfig"] == {"enabled": False}  # a KV connector, which we refuse
+    assert model["lmcacheConfig"] == {"enabled": False}  # a KV connector, which we reject
     assert set(spec["vllmApiKey"]) == {"secretName", "secretKey"}
 
 
@@ -297,7 +297,7 @@ def test_chart_without_thin_blocks_passes_no_flag_of_ours(parse: Parse) -> None:
     assert parse(container(made)["args"]).additional_config == {}
 
 
-def test_chart_refuses_values_that_do_not_fit() -> None:
+def test_chart_rejects_values_that_do_not_fit() -> None:
     helm = pytest.importorskip("helm_sdkpy")
     with pytest.raises(helm.HelmError, match="channelPrune"):
         render_chart(CHART, "demo", {"think": {"channelPrune": 0.9}})

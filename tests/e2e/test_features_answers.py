@@ -103,7 +103,7 @@ def test_choices_equal_single_requests(server: Server, reference: Reference) -> 
 
 
 def test_choices_without_chance_are_greedy(server: Server, whole: Completion) -> None:
-    # vLLM refuses n > 1 at temperature 0, but not with a single candidate per token.
+    # vLLM rejects n > 1 at temperature 0, but not with a single candidate per token.
     answer = server.ask(prompt=PROMPT, **{**VARIED, "temperature": 1.0}, n=3, top_k=1)
     assert [choice["token_ids"] for choice in answer["choices"]] == [whole.tokens] * 3
 

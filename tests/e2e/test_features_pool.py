@@ -54,17 +54,17 @@ def server(serve: Callable[..., Server], model: Path) -> Iterator[Server]:
         yield serve(*ARGUMENTS, *options, model=model, kv_cache_bytes=POOL_BYTES)
 
 
-# Refusals first: while the server above runs, even idle, another start takes longer.
+# Rejections first: while the server above runs, even idle, another start takes longer.
 
 
-def test_pool_one_block_smaller_is_refused(model: Path) -> None:
+def test_pool_one_block_smaller_is_rejected(model: Path) -> None:
     size = ("--kv-cache-memory-bytes", str(POOL_BYTES - BLOCK_BYTES))
     done = run_serve(model, [*ARGUMENTS, *size])
     assert done.returncode != 0
     assert "To serve at least one request with the model" in done.stdout + done.stderr
 
 
-def test_sleep_mode_is_refused_as_vllm_does(model: Path) -> None:
+def test_sleep_mode_is_rejected_as_vllm_does(model: Path) -> None:
     done = run_serve(model, [*ARGUMENTS, "--enable-sleep-mode"])
     assert done.returncode != 0
     assert "Sleep mode is not supported on current platform" in done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""Streaming-input sessions, whose prompts grow: refused one by one, and nobody else notices."""
+"""Streaming-input sessions, whose prompts grow: rejected one by one, and nobody else notices."""
 
 import json
 import subprocess
@@ -45,8 +45,8 @@ async def main():
     session, *others = await asyncio.gather(
         ask(chunks(), "session"), ask(whole, "beside"), return_exceptions=True)
     others.append(await ask(whole, "after"))
-    refused = isinstance(session, Exception)
-    print("RESULT" + json.dumps([repr(session) if refused else session[0], others]))
+    rejected = isinstance(session, Exception)
+    print("RESULT" + json.dumps([repr(session) if rejected else session[0], others]))
     engine.shutdown()
 
 if __name__ == "__main__":
@@ -54,7 +54,7 @@ if __name__ == "__main__":
 """
 
 
-def test_sessions_are_refused_alone(
+def test_sessions_are_rejected_alone(
     recall_model: Path, recall_reference: Reference, tmp_path: Path
 ) -> None:
     script = tmp_path / "script.py"

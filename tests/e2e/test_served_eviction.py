@@ -73,9 +73,9 @@ class TestSnapKV:
                 others = worst_differences(recall_reference, [prompt], [answer], self.thinning)
                 assert others[len(prompt)] > 10 * TOLERANCE, asked
         short = {"prompt": [5] * 9, "max_tokens": 1, "vllm_xargs": {"kv_evict_budget": span - 1}}
-        refused = server.post("/v1/completions", short)
-        assert refused.status_code == 400
-        assert f"give {span} or more" in refused.text
+        rejected = server.post("/v1/completions", short)
+        assert rejected.status_code == 400
+        assert f"give {span} or more" in rejected.text
 
     def test_preempted_requests(self, server: Server, recall_reference: Reference) -> None:
         lengths = [1433, 610, 1100, 420, 955, 300, 1970]

@@ -41,7 +41,7 @@ def test_served_logprobs_equal_the_reference(
     completions = check_served(
         server, reference, lengths, [200] * len(lengths), thinning, frequency_penalty=2.0
     )
-    # The comparison would notice if nothing were coded.
+    # The comparison would notice if nothing were quantized.
     plain = replace(thinning, format=FORMATS["none"])
     prompts = random_prompts(lengths)
     assert (

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 
 from tests.support.checks import EAGER, TOLERANCE, plan_served, random_prompts, worst_differences
-from tests.support.metrics import settled_metrics
+from tests.support.metrics import steady_metrics
 from tests.support.reference import Reference, Thinning
 from tests.support.server import Server
 
@@ -50,7 +50,7 @@ def test_requests_beyond_the_limit_stay_dense(
         if len(prompt) > plan.span_tokens:
             others = worst_differences(recall_reference, [prompt], [answer], other)
             assert others[len(prompt)] > 10 * TOLERANCE, loss
-    seen = settled_metrics(server)
+    seen = steady_metrics(server)
     assert seen.total("requests_kept_dense") == sum(loss > limit for loss in lost)
     # A prompt with the same beginning finds exact blocks, whoever left them.
     before = server.metric("vllm:prefix_cache_hits_total")

@@ -23,7 +23,7 @@ from tests.support.checks import (
     random_prompts,
     worst_differences,
 )
-from tests.support.metrics import read_metrics, settled_metrics
+from tests.support.metrics import read_metrics, steady_metrics
 from tests.support.models import copy_tokenizer, make_exact_llama, make_llama
 from tests.support.reference import Reference, Thinning
 from tests.support.served import Completion
@@ -124,7 +124,7 @@ class Ranks:
         assert self.server.metric("vllm:cache_config_info", size) > 0
 
     def _check_metrics(self) -> None:
-        seen = settled_metrics(self.server)
+        seen = steady_metrics(self.server)
         spans = seen.total("spans_compacted")
         # The longest prompt alone has as many.
         assert spans >= self.plan.rule.prompt_spans(self.lengths[-1])
@@ -139,7 +139,7 @@ class Ranks:
 
 
 def test_tensor_parallel(serve: Callable[..., Server], tmp_path: Path) -> None:
-    # One KV head a rank, pruned and coded.
+    # One KV head a rank, pruned and quantized.
     model = make_exact_llama(tmp_path, head_size=128, num_heads=4, num_kv_heads=2)
     plan, arguments = plan_served(128, kv_channel_prune=0.5, kv_quant="k4v2")
     arguments += [*EAGER, "--tensor-parallel-size", "2"]
@@ -189,7 +189,7 @@ def test_data_parallel(serve: Callable[..., Server], recall_reference: Reference
     spans = len(prompts) * plan.rule.prompt_spans(600)
     for first in range(0, len(prompts), 2):
         ranks.server.complete_all(prompts[first : first + 2], [4, 4])
-    after = settled_metrics(ranks.server, seen.total("spans_compacted") + spans)
+    after = steady_metrics(ranks.server, seen.total("spans_compacted") + spans)
     choices = after.value("score_mass_kept_count") - seen.value("score_mass_kept_count")
     assert choices == len(prompts) * 2 * 2
 

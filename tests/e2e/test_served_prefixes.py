@@ -20,7 +20,7 @@ from tests.support.checks import (
     random_prompts,
     worst_differences,
 )
-from tests.support.metrics import Snapshot, read_metrics, settled_metrics
+from tests.support.metrics import Snapshot, read_metrics, steady_metrics
 from tests.support.prefix_reference import PrefixReference, view_of, worst
 from tests.support.reference import Reference
 from tests.support.served import Completion
@@ -148,17 +148,17 @@ class TestThinPrefixes:
         ],
         ids=str,
     )
-    def test_wrong_wishes_are_refused_alone(
+    def test_wrong_overrides_are_rejected_alone(
         self, server: Server, asked: dict[str, Any], message: str
     ) -> None:
         (prompt,) = random_prompts([500], seed=19)
         with ThreadPoolExecutor(1) as pool:
             running = pool.submit(server.complete, prompt, 60)
             body = {"prompt": prompt, "max_tokens": 5, "vllm_xargs": asked}
-            refused = server.post("/v1/completions", body)
+            rejected = server.post("/v1/completions", body)
             assert len(running.result().tokens) == 60
-        assert refused.status_code == 400, refused.text
-        assert message in refused.text
+        assert rejected.status_code == 400, rejected.text
+        assert message in rejected.text
 
     def test_metrics(self, server: Server, recall_reference: Reference) -> None:
         plan, _ = plan_served(128, kv_channel_prune=0.5)
@@ -166,7 +166,7 @@ class TestThinPrefixes:
         spans = sum(plan.rule.prompt_spans(len(prompt)) for prompt in prompts)
         before = read_metrics(server)
         answers = server.complete_all(prompts, [4] * len(prompts))
-        after = settled_metrics(server, before.total("spans_compacted") + spans)
+        after = steady_metrics(server, before.total("spans_compacted") + spans)
 
         def more(counter: str) -> float:
             return after.total(counter) - before.total(counter)
@@ -188,7 +188,7 @@ class TestThinPrefixes:
         # The same again: all that may be hit is, three spans of 700 tokens and five of 1000.
         spans_before = after.total("spans_compacted")
         server.complete_all(prompts[2:], [4] * 2)
-        again = settled_metrics(server, spans_before)
+        again = steady_metrics(server, spans_before)
         hit = again.total("thin_prefix_hit_tokens") - after.total("thin_prefix_hit_tokens")
         assert hit == (3 + 5) * plan.span_tokens
 
@@ -229,7 +229,7 @@ class TestThinPrefixes:
                 if held:
                     break
             stream.close()
-            settled_metrics(server)
+            steady_metrics(server)
             if held:
                 break
         assert held >= 5 * 192

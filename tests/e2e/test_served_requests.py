@@ -73,15 +73,15 @@ def test_chat_answers_from_a_pruned_prompt(server: Server) -> None:
     assert right >= 19
 
 
-def test_prompt_longer_than_the_model_is_refused_alone(server: Server) -> None:
+def test_prompt_longer_than_the_model_is_rejected_alone(server: Server) -> None:
     rng = random.Random(1)
     prompt = [rng.randrange(4, 384) for _ in range(700)]
     alone = server.complete(prompt, 64)
     with ThreadPoolExecutor(2) as pool:
         running = pool.submit(server.complete, prompt, 64)
-        refused = server.post("/v1/completions", {"prompt": [9] * 3000, "max_tokens": 1})
-        assert refused.status_code == 400
-        assert "maximum context length" in refused.text
+        rejected = server.post("/v1/completions", {"prompt": [9] * 3000, "max_tokens": 1})
+        assert rejected.status_code == 400
+        assert "maximum context length" in rejected.text
         assert running.result().tokens == alone.tokens
 
 
@@ -140,12 +140,12 @@ def test_bench_loads_a_server_that_runs(server: Server, recall_model: Path, tmp_
     text = (out / "results.md").read_text(encoding="utf-8")
     assert f"whether {server.url} has as much KV memory is not checked" in text
 
-    refused = bench("--out", str(out))
-    assert refused.returncode == 2
-    assert "holds the results of another run" in refused.stderr
-    refused = bench("--out", str(tmp_path / "x"), "--scenario", "document-8k")
-    assert refused.returncode == 2
-    assert "has 8448 tokens" in refused.stderr
+    rejected = bench("--out", str(out))
+    assert rejected.returncode == 2
+    assert "holds the results of another run" in rejected.stderr
+    rejected = bench("--out", str(tmp_path / "x"), "--scenario", "document-8k")
+    assert rejected.returncode == 2
+    assert "has 8448 tokens" in rejected.stderr
 
 
 def test_eval_counts_what_the_server_answers(server: Server, tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ def test_eval_counts_what_the_server_answers(server: Server, tmp_path: Path) -> 
     assert results["servers"][0]["version"] == vllm.__version__
 
 
-def test_eval_counts_requests_that_the_server_refuses(server: Server, tmp_path: Path) -> None:
+def test_eval_counts_requests_that_the_server_rejects(server: Server, tmp_path: Path) -> None:
     arguments = [
         "--base-url",
         server.url,
@@ -198,7 +198,7 @@ def test_eval_counts_requests_that_the_server_refuses(server: Server, tmp_path: 
         "--samples",
         "3",
     ]
-    # No such field value: refused with status 400, request by request.
+    # No such field value: rejected with status 400, request by request.
     arguments += ["--extra-body", '{"temperature": -1}', "--chat", "--no-plots"]
     assert main(["eval", *arguments, "--out", str(tmp_path)]) == 1
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))

@@ -25,7 +25,7 @@ def test_windows_in_blocks_that_held_codes(serve: Callable[..., Server], tmp_pat
         num_heads=4,
         num_kv_heads=2,
         num_layers=2,
-        # In this order, so that the coded keys are the exact ones of the first layer.
+        # In this order, so that the quantized keys are the exact ones of the first layer.
         layer_types=[FULL, WINDOW],
         sliding_window=100,
     )

@@ -47,7 +47,7 @@ def test_soak(serve: Callable[..., Server], tmp_path: Path, name: str) -> None:
         exact_prefixes=case.exact_prefixes,
     )
     kinds = Counter(
-        "refused" if job.status != 200 else "answered" if got.done else "cut off"
+        "rejected" if job.status != 200 else "answered" if got.done else "cut off"
         for job, got in zip(done.jobs, done.outcomes, strict=True)
     )
     print(  # noqa: T201  (for -s)

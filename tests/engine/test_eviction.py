@@ -35,7 +35,7 @@ def test_h2o(load: Callable[..., Engine], recall_reference: Reference) -> None:
 
 
 def test_snapkv_in_codes(load: Callable[..., Engine], tmp_path: Path) -> None:
-    # Only coded, with every channel; prompts in one chunk, on keys that are exact.
+    # Only quantized, with every channel; prompts in one chunk, on keys that are exact.
     model = make_exact_llama(tmp_path, head_size=128, num_heads=4, num_kv_heads=2)
     plan, flags = plan_served(128, kv_quant="k4v2", kv_evict="snapkv", kv_evict_budget=512)
     engine = load(*EAGER, *flags, "--max-model-len", str(MAX_MODEL_LEN), model=model)

@@ -1,4 +1,4 @@
-"""Coded thin blocks: log-probabilities of every format against the reference.
+"""Quantized thin blocks: log-probabilities of every format against the reference.
 
 On models whose keys and values are exact (``make_exact_llama``), so that both sides code the
 same bits.
@@ -38,7 +38,7 @@ class Case:
         quant: Its format.
         ratio: Of pruned key channels.
         value_ratio: Of pruned value channels.
-        group: Of integer codings.
+        group: Of integer encodings.
         block_size: None for the planner's choice.
         heads: Head size, query heads and KV heads of the model.
         small_pool: Whether the KV cache holds little more than one request.
@@ -126,7 +126,7 @@ def test_logprobs_equal_the_reference(
         alone = [1 + case.chunk * (1 + (2 * span + 32) // case.chunk)]
         check_served(engine, reference, alone, [40], thinning, frequency_penalty=2.0)
 
-    # The comparison would notice if nothing were coded.
+    # The comparison would notice if nothing were quantized.
     prompts = random_prompts(lengths)
     plain = replace(thinning, format=FORMATS["none"])
     longest = worst_differences(reference, prompts[-1:], completions[-1:], plain)

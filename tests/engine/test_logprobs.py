@@ -16,7 +16,7 @@ from tests.support.checks import (
     worst_differences,
 )
 from tests.support.engine import Engine
-from tests.support.metrics import settled_metrics
+from tests.support.metrics import steady_metrics
 from tests.support.reference import Reference, Thinning
 
 PRUNED = (*EAGER, "--kv-channel-prune", "0.5")
@@ -59,11 +59,11 @@ class TestSpansOfTheirOwn:
         lengths = [5, 40, 223, 224, 230, 416, 700, 1000]
         counts = [430, 390, 8, 8, 420, 30, 130, 24]
         engine.complete_all(random_prompts([3]), [2])  # the first choice brings the metric
-        before = settled_metrics(engine)
+        before = steady_metrics(engine)
         check_served(engine, recall_reference, lengths, counts, self.THINNING)
         # Two layers of two heads; prompts without a span choose once.
         spans = [max(1, self.THINNING.old_tokens(length) // 192) for length in lengths]
-        after = settled_metrics(engine)
+        after = steady_metrics(engine)
         count = after.value("score_mass_kept_count") - before.value("score_mass_kept_count")
         assert count == sum(spans) * 2 * 2
 

@@ -125,7 +125,7 @@ def test_compact_spans_without_tasks():
     assert read_channels(kv_cache, block_table, none, none, plan).shape == channels.shape
 
 
-def test_compact_spans_refuses_channels_of_another_plan():
+def test_compact_spans_rejects_channels_of_another_plan():
     plan = make_plan(64, torch.bfloat16)
     kv_cache, block_table = make_cache(plan, torch.bfloat16, 2, 1, 1)
     zero = np.zeros(1, np.int32)
@@ -134,7 +134,7 @@ def test_compact_spans_refuses_channels_of_another_plan():
         compact_spans(kv_cache, block_table, zero, zero, channels, plan)
 
 
-def test_compact_spans_refuses_uneven_tasks():
+def test_compact_spans_rejects_uneven_tasks():
     plan = make_plan(64, torch.bfloat16)
     kv_cache, block_table = make_cache(plan, torch.bfloat16, 2, 1, 1)
     channels = torch.zeros(1, 2, plan.key_channels, dtype=torch.uint8)

@@ -295,7 +295,7 @@ def broken(name: str, case: Case) -> tuple[list, str]:
     ["block size", "head size", "cache dtype", "cache strides", "cache rank", "table dtype",
      "query dtype", "query heads", "query size", "out shape", "rows", "sinks"],
 )  # fmt: skip
-def test_decode_refuses(name):
+def test_decode_rejects(name):
     case = make_case(make_plan(64, torch.float32), torch.float32, 4, 2, [(20, 0)])
     arguments, message = broken(name, case)
     with pytest.raises(ValueError, match=message):

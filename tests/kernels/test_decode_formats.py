@@ -7,7 +7,7 @@ import torch
 from tests.kernels.helpers import FORMATS, make_case, make_plan
 from tests.kernels.test_decode import check, contexts_of, run
 from think_vllm.kernels.reference.compaction import thin_run, write_thin
-from think_vllm.plan.formats import Coding
+from think_vllm.plan.formats import Encoding
 from think_vllm.plan.matrix_layout import MatrixLayout
 
 QUANTIZED = [made for made in FORMATS if made[0] != "none"]
@@ -94,12 +94,12 @@ def mark_used(run_bytes: torch.Tensor, layout: MatrixLayout, rows: int, columns:
     """Set to 1 what belongs to the first ``rows`` by ``columns`` elements of a matrix."""
     end = layout.offset + layout.rows * layout.row_bytes
     codes = run_bytes[layout.offset : end].view(layout.rows, layout.row_bytes)
-    codes[:rows, : -(-columns * layout.coding.element_bits(layout.itemsize) // 8)] = 1
-    if layout.coding is Coding.FP8:
+    codes[:rows, : -(-columns * layout.encoding.element_bits(layout.itemsize) // 8)] = 1
+    if layout.encoding is Encoding.FP8:
         run_bytes[layout.scales_offset : layout.scales_offset + 4] = 1
-        if layout.has_zeros:
-            run_bytes[layout.zeros_offset : layout.zeros_offset + 2 * rows] = 1
-    for start in (layout.scales_offset, layout.zeros_offset):
+        if layout.has_zero_points:
+            run_bytes[layout.zero_points_offset : layout.zero_points_offset + 2 * rows] = 1
+    for start in (layout.scales_offset, layout.zero_points_offset):
         groups = -(-columns // layout.group) if layout.groups else 0
         for group in range(groups):
             first = start + 2 * group * layout.rows
@@ -138,8 +138,8 @@ def test_decode_reads_every_byte(quant, ratio, part):
     layout = getattr(plan.layout, part)
     bytes_ = thin_run(case.kv_cache, int(case.block_table[0, 0]), 1)
     starts = [layout.offset, layout.offset + 3 * layout.row_bytes + 5, layout.scales_offset + 1]
-    if layout.coding.is_integer or layout.has_zeros:
-        starts.append(layout.zeros_offset + 1)
+    if layout.encoding.is_integer or layout.has_zero_points:
+        starts.append(layout.zero_points_offset + 1)
     for start in starts:
         kept = bytes_[start].clone()
         bytes_[start] ^= 0x08

@@ -10,25 +10,25 @@ from tests.kernels.helpers import make_case, make_plan
 from think_vllm.kernels.reference.compaction import dense_tokens
 from think_vllm.kernels.reference.eviction import (
     attention_sums_ref,
-    choose_tokens_ref,
     gather_tokens_ref,
     pool_ref,
+    select_tokens_ref,
 )
 from think_vllm.kernels.reference.quantization import code_and_back
 from think_vllm.plan.planner import BlockPlan, plan_blocks
 from think_vllm.plan.settings import ThinkConfig
-from think_vllm.worker.channel_selection import Chooser
+from think_vllm.worker.channel_selection import ChannelSelector
 from think_vllm.worker.cpu.kernels import CPUKernels
-from think_vllm.worker.eviction_step import Pack, Watched
+from think_vllm.worker.eviction_step import Accumulation, Repack
 from think_vllm.worker.evictor import Evictor
 from think_vllm.worker.policies import LayerHeads
-from think_vllm.worker.step_tensors import Rows, WaveTensors
+from think_vllm.worker.step_tensors import PassTensors, Rows
 from think_vllm.worker.step_writer import skip_evicted
 from think_vllm.worker.token_selection import (
     add_attention,
-    choose_tokens,
     gather_tokens,
     pool,
+    select_tokens,
     table_of_entries,
 )
 
@@ -69,9 +69,9 @@ def test_snapkv_keeps_what_the_published_formulas_keep(num_kv_heads):
     expected = scores.topk(count, dim=-1).indices.sort(dim=-1).values
 
     sums = attention_sums_ref(query[-window:], keys, length - window, 64**-0.5)
-    assert torch.equal(choose_tokens_ref(pool_ref(sums, length - window), count), expected)
+    assert torch.equal(select_tokens_ref(pool_ref(sums, length - window), count), expected)
     # Without the pooling other tokens are kept.
-    assert not torch.equal(choose_tokens_ref(sums[:, : length - window], count), expected)
+    assert not torch.equal(select_tokens_ref(sums[:, : length - window], count), expected)
 
 
 @pytest.mark.parametrize("num_kv_heads", [4, 2])
@@ -83,7 +83,7 @@ def test_h2o_keeps_what_the_published_formula_keeps(num_kv_heads):
     scores = scores.view(num_kv_heads, -1, length - recent).mean(dim=1)
     expected = scores.topk(count, dim=-1).indices.sort(dim=-1).values
     sums = attention_sums_ref(query, keys, 0, 64**-0.5)
-    assert torch.equal(choose_tokens_ref(sums[:, : length - recent], count), expected)
+    assert torch.equal(select_tokens_ref(sums[:, : length - recent], count), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -123,11 +123,11 @@ def test_pool(num_tokens):
 
 def test_choose_tokens_by_hand():
     scores = torch.tensor([[3.0, 1.0, 3.0, 2.0], [0.0, 0.0, 0.0, 0.0]])
-    assert choose_tokens(scores, 1).tolist() == [[0], [0]]
-    assert choose_tokens(scores, 3).tolist() == [[0, 2, 3], [0, 1, 2]]
-    assert torch.equal(choose_tokens(scores, 3), choose_tokens_ref(scores, 3))
+    assert select_tokens(scores, 1).tolist() == [[0], [0]]
+    assert select_tokens(scores, 3).tolist() == [[0, 2, 3], [0, 1, 2]]
+    assert torch.equal(select_tokens(scores, 3), select_tokens_ref(scores, 3))
     with pytest.raises(ValueError, match="count is 5; expected 1 to 4"):
-        choose_tokens(scores, 5)
+        select_tokens(scores, 5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -157,14 +157,14 @@ def evicting_plan(dtype, ratio, quant, method="snapkv", budget=200):
 
 
 def evict(evictor, plan: BlockPlan, case, query, cuts):
-    """Watch a prompt in chunks, then pack it; the first span that holds what is kept."""
+    """Watch a prompt in chunks, then repack it; the first span that holds what is kept."""
     length = len(query)
     window = 20 if plan.config.kv_evict == "snapkv" else length
     energy = query[-20:].float().square().mean(dim=0).view(2, 2, -1).mean(dim=1)[None]
     for begin, end in zip([0, *cuts], [*cuts, length], strict=True):
         chosen = max(begin, length - window)
         if end > chosen:
-            seen = Watched(
+            seen = Accumulation(
                 "a",
                 0,
                 3 + chosen - begin,
@@ -175,13 +175,13 @@ def evict(evictor, plan: BlockPlan, case, query, cuts):
                 chosen == length - window,
             )
             batch = torch.cat([torch.full_like(query[:3], torch.nan), query[begin:end]])
-            evictor.watch(batch, case.kv_cache, case.block_table, [seen], {0: energy}, {"a"})
+            evictor.accumulate(batch, case.kv_cache, case.block_table, [seen], {0: energy}, {"a"})
     rule = plan.rule
     first = rule.evicted_spans(length)
     assert first > 0
-    pack = Pack("a", 0, length, first, rule.budget_spans)
-    chooser = Chooser(plan, LayerHeads(0, 0, 2, plan.head_size))
-    evictor.pack(case.kv_cache, case.block_table, [pack], chooser)
+    repack = Repack("a", 0, length, first, rule.budget_spans)
+    selector = ChannelSelector(plan, LayerHeads(0, 0, 2, plan.head_size))
+    evictor.repack(case.kv_cache, case.block_table, [repack], selector)
     assert not evictor._sums
     assert not evictor._kept
     return first
@@ -209,7 +209,7 @@ def test_attention_to_a_packed_prompt(method, ratio, quant, dtype):
     scores = attention_sums_ref(query[-window:], keys, length - window, 0.125)
     if method == "snapkv":
         scores = pool_ref(scores, length - window)
-    tokens = choose_tokens_ref(scores[:, :old], count)
+    tokens = select_tokens_ref(scores[:, :old], count)
 
     # Nothing but the heads of the spans that hold something was written.
     heads = case.block_table[0, : spans * plan.span_blocks].view(spans, -1)[first:]
@@ -234,7 +234,7 @@ def test_attention_to_a_packed_prompt(method, ratio, quant, dtype):
     channels = ranked.indices.sort(dim=1).values
 
     numbers = (torch.tensor([x], dtype=torch.int32) for x in (0, length, spans))
-    queries = WaveTensors(None, Rows(slice(0, 1), *numbers), [])
+    queries = PassTensors(None, Rows(slice(0, 1), *numbers), [])
     evicted = np.array([rule.evicted_spans(length)])
     rows = skip_evicted(rule, queries, evicted, case.block_table.stride(0)).rows
     table, out = table_of_entries(case.block_table), torch.empty_like(case.query)
@@ -260,9 +260,9 @@ def code_spans(keys, values, channels, plan):
     for span in range(0, len(keys), plan.span_tokens):
         for begin in range(span, span + plan.span_tokens, plan.thin_block_tokens):
             part = slice(begin, min(begin + plan.thin_block_tokens, span + plan.span_tokens))
-            coded = keys[part][:, channels].T.contiguous()
+            quantized = keys[part][:, channels].T.contiguous()
             group = plan.config.kv_quant_group
-            thin_keys[part][:, channels] = code_and_back(coded, plan.format.keys, group, True).T
+            thin_keys[part][:, channels] = code_and_back(quantized, plan.format.keys, group, True).T
             thin_values[part] = code_and_back(values[part], plan.format.values, group)
     return thin_keys, thin_values
 
@@ -272,13 +272,13 @@ def test_evictor_forgets_requests_that_went_away():
     case, _, _, query = prompt(plan, torch.float32, 4, 2, 400)
     evictor = Evictor(CPUKernels(plan, 0.125))
     table = case.block_table
-    half = Watched("gone", 0, 0, 10, 380, 400, plan.rule.budget_spans, True)
-    evictor.watch(query, case.kv_cache, table, [half], {}, {"gone"})
-    whole = Watched("here", 0, 380, 400, 380, 400, plan.rule.budget_spans, True)
+    half = Accumulation("gone", 0, 0, 10, 380, 400, plan.rule.budget_spans, True)
+    evictor.accumulate(query, case.kv_cache, table, [half], {}, {"gone"})
+    whole = Accumulation("here", 0, 380, 400, 380, 400, plan.rule.budget_spans, True)
     energy = {0: torch.ones(1, 2, 64)}
-    evictor.watch(query, case.kv_cache, table, [whole], energy, {"gone", "here"})
+    evictor.accumulate(query, case.kv_cache, table, [whole], energy, {"gone", "here"})
     assert set(evictor._sums) == {"gone"}
     assert set(evictor._kept) == {"here"}
-    evictor.watch(query, case.kv_cache, table, [], {}, set())
+    evictor.accumulate(query, case.kv_cache, table, [], {}, set())
     assert not evictor._sums
     assert not evictor._kept

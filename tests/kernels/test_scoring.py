@@ -121,7 +121,7 @@ def test_selection_ignores_rescaling(factor):
     assert not torch.equal(plain_norm, scaled_norm)  # the test can tell
 
 
-def test_add_query_energy_refuses():
+def test_add_query_energy_rejects():
     query = torch.zeros(4, 6, 64)
     with pytest.raises(ValueError, match=r"add_query_energy: energy is torch\.float64"):
         add_query_energy(query, 0, 4, torch.zeros(2, 64, dtype=torch.float64))

@@ -142,7 +142,7 @@ def test_static_parts_are_those_of_the_reference() -> None:
         assert torch.equal(parts.value_scales[block, head], scales[1])
 
 
-def test_launchers_refuse_what_does_not_fit() -> None:
+def test_launchers_reject_what_does_not_fit() -> None:
     case = StaticCase(make_plan(32, 64, torch.float32), torch.float32, (4, 2), [5])
     slots = torch.tensor(case.slots(0))
     key = case.random(5, 2)
@@ -151,9 +151,9 @@ def test_launchers_refuse_what_does_not_fit() -> None:
         store_static(key.bfloat16(), key, case.kv_cache, slots, case.channels, case.plan)
     with pytest.raises(ValueError, match=r"store_static: value is torch.bfloat16"):
         store_static(key, key.bfloat16(), case.kv_cache, slots, case.channels, case.plan)
-    coded = make_plan(32, 64, torch.float32, quant="fp8")
+    quantized = make_plan(32, 64, torch.float32, quant="fp8")
     with pytest.raises(ValueError, match=r"kv_cache is torch.float32 .* expected torch.uint8"):
-        store_static(key, key, case.kv_cache, slots, case.channels, coded)
+        store_static(key, key, case.kv_cache, slots, case.channels, quantized)
     with pytest.raises(ValueError, match="store_static: 5 slots for 4 keys"):
         store_static(key[:4], key, case.kv_cache, slots, case.channels, case.plan)
     other = make_plan(31, 64, torch.float32)

@@ -1,4 +1,4 @@
-"""``think-vllm bench``: what it refuses before anything is started."""
+"""``think-vllm bench``: what it rejects before anything is started."""
 
 import logging
 import socket
@@ -42,7 +42,7 @@ def vllm_level() -> Iterator[None]:
         (["--base-url", "http://x", "--no-plain"], "--no-plain is for servers that are started"),
     ],
 )
-def test_bench_refuses_in_one_line(
+def test_bench_rejects_in_one_line(
     recall_model: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -59,7 +59,7 @@ def test_bench_refuses_in_one_line(
     assert not out.exists()
 
 
-def test_bench_refuses_a_server_that_is_not_there(
+def test_bench_rejects_a_server_that_is_not_there(
     recall_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with socket.socket() as nobody:
@@ -70,7 +70,7 @@ def test_bench_refuses_a_server_that_is_not_there(
     assert f"--base-url {url}: no OpenAI-compatible server answers there" in capsys.readouterr().err
 
 
-def test_bench_refuses_a_folder_with_results(
+def test_bench_rejects_a_folder_with_results(
     recall_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "results.json").write_text("{}", encoding="utf-8")
@@ -78,7 +78,7 @@ def test_bench_refuses_a_folder_with_results(
     assert "holds the results of another run; name another directory" in capsys.readouterr().err
 
 
-def test_bench_refuses_an_address_that_is_none(
+def test_bench_rejects_an_address_that_is_none(
     recall_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["bench", str(recall_model), "--base-url", "localhost:1", "--no-plots"]

@@ -1,4 +1,4 @@
-"""Choosing the CUDA backend, and refusing what it cannot do, without a GPU."""
+"""Choosing the CUDA backend, and rejecting what it cannot do, without a GPU."""
 
 import subprocess
 import sys
@@ -74,7 +74,7 @@ def test_gpus_are_served(
     ],
     ids=["capability", "float32", "head-size", "microbatches", "rocm", "cpu-v2"],
 )
-def test_what_gpus_cannot_do_is_refused(
+def test_what_gpus_cannot_do_is_rejected(
     platform: Platform, engine: Any, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("vllm.platforms.current_platform", platform)
@@ -83,7 +83,7 @@ def test_what_gpus_cannot_do_is_refused(
     assert "without --kv-channel-prune" in str(error.value)
 
 
-def test_batch_invariance_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batch_invariance_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vllm.platforms.current_platform", Platform("cuda"))
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
     with pytest.raises(ThinkError, match="VLLM_BATCH_INVARIANT"):

@@ -1,4 +1,4 @@
-"""Off means off: without the flag nothing of ours is imported, and vLLM chooses as usual."""
+"""Off means off: without the flag nothing of ours is imported, and vLLM selects as usual."""
 
 import json
 import os
@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from think_vllm.hooks.patch import Role
 from think_vllm.hooks.patches import PATCHES
+from think_vllm.hooks.patches.patch import Role
 
 PROBE = """
 import json, sys

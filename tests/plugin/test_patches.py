@@ -15,10 +15,10 @@ from vllm.platforms.interface import Platform
 from tests.conftest import REPOSITORY
 from tests.support.checks import EAGER
 from tests.support.engine import Engine, engine_process
-from think_vllm.hooks import patch as patch_module
 from think_vllm.hooks.installation import installed, wrap_method
-from think_vllm.hooks.patch import Kind, Patch, Role
 from think_vllm.hooks.patches import PATCHES
+from think_vllm.hooks.patches import patch as patch_module
+from think_vllm.hooks.patches.patch import Kind, Patch, Role
 
 #: Rooms that run in vLLM's processes.
 ROOMS = ("hooks", "metrics", "scheduler", "worker")

@@ -241,10 +241,10 @@ def check_thin(model: Path, flags: list[str]) -> None:
     assert spec.block_size == fields["block_size"]
     runs = fields["num_kv_heads"] * fields["block_size"]
     assert spec.page_size_bytes == runs * fields["dense_bytes_per_token_head"]
-    evicts, chooses = fields["evict"] != "none", fields["select"] is not None
-    observed = fields["observation_window"] if chooses or evicts else 0
+    evicts, selects = fields["evict"] != "none", fields["select"] is not None
+    observed = fields["observation_window"] if selects or evicts else 0
     assert spec.observation_window == observed
-    assert spec.guarded == (fields["max_loss"] is not None)
+    assert spec.limits_loss == (fields["max_loss"] is not None)
     kept = None if rule.budget_spans is None else rule.budget_spans * rule.span_tokens
     assert fields["evict_budget"] == kept
     assert rule.delay_prompt == (not spec.thin_prefixes and not rule.prune_prefill)

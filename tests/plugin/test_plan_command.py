@@ -125,7 +125,7 @@ def test_plan_needs_no_ratio_beside_a_format(recall_model: Path) -> None:
         (["--kv-quant", "fp8", "--kv-quant-group", "64"], "which has no groups"),
     ],
 )
-def test_plan_refuses_in_one_line(recall_model: Path, arguments: list[str], message: str) -> None:
+def test_plan_rejects_in_one_line(recall_model: Path, arguments: list[str], message: str) -> None:
     done = run(str(recall_model), *arguments)
     assert done.returncode == 2
     assert message in done.stderr
@@ -158,7 +158,7 @@ def test_plan_counts_window_layers_of_the_whole_model_as_the_engine_does(tmp_pat
     assert "on each of 2 ranks (KV heads 1, layers 2)" in done.stdout
 
 
-def test_plan_refuses_a_model_that_is_not_there() -> None:
+def test_plan_rejects_a_model_that_is_not_there() -> None:
     done = run("models/no-such-model", "--kv-channel-prune", "0.5")
     assert done.returncode == 2
     assert "plan: cannot read the model 'models/no-such-model'" in done.stderr

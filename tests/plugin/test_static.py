@@ -1,4 +1,4 @@
-"""``--kv-select static`` up to the engine: the backend it takes, its plan, and what it refuses."""
+"""``--kv-select static`` up to the engine: the backend it takes, its plan, and what it rejects."""
 
 import json
 import logging
@@ -16,13 +16,13 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from tests.plugin.test_cuda import Platform
 from tests.plugin.test_off import probe, role_targets
-from tests.plugin.test_refusals import SMALL, refused
+from tests.plugin.test_rejections import SMALL, rejected
 from tests.support.models import make_config, make_llama
 from tests.support.static_tables import random_tables
 from think_vllm.errors import ThinkError
 from think_vllm.hooks.activation import activate
 from think_vllm.hooks.backend import select_backend
-from think_vllm.hooks.patch import Role
+from think_vllm.hooks.patches.patch import Role
 from think_vllm.hooks.static_engine import check_static, remember_static
 from think_vllm.tools.cli import main
 from think_vllm.worker.cpu.backend import ThinkCPUBackend
@@ -111,34 +111,34 @@ def test_spec_is_vllms_own_with_fewer_bytes(
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
-def test_engine_options_are_refused(
+def test_engine_options_are_rejected(
     recall_model: Path,
     file: Path,
     arguments: list[str],
     message: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert message in refused(capsys, recall_model, *flags(file), *arguments)
+    assert message in rejected(capsys, recall_model, *flags(file), *arguments)
 
 
-def test_tables_of_another_model_are_refused(
+def test_tables_of_another_model_are_rejected(
     file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = make_llama(tmp_path / "model", head_size=64, num_heads=4, num_kv_heads=2)
-    line = refused(capsys, model, *flags(file))
+    line = rejected(capsys, model, *flags(file))
     assert "was made for another model" in line
     assert "head_size is 128 there and 64 here" in line
-    missing = refused(capsys, model, *flags(tmp_path / "missing.json"))
+    missing = rejected(capsys, model, *flags(tmp_path / "missing.json"))
     assert "No such file or directory; make the file with `think-vllm calibrate MODEL`" in missing
 
 
-def test_sliding_windows_are_refused(
+def test_sliding_windows_are_rejected(
     file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shape = {**SMALL, "head_dim": 64, "num_key_value_heads": 2, "sliding_window": 256}
     shape["layer_types"] = ["sliding_attention", "full_attention"]
     model = make_config(tmp_path, "gemma3_text", **shape, architectures=["Gemma3ForCausalLM"])
-    line = refused(capsys, model, *flags(file))
+    line = rejected(capsys, model, *flags(file))
     assert "--kv-select static does not support" in line
     assert "some of its layers have a sliding window" in line
 
@@ -169,7 +169,7 @@ def test_gpus_get_the_same_plan_and_a_warning(
         activate(engine)
 
 
-def test_other_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_devices_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vllm.platforms.current_platform", Platform("rocm"))
     config: Any = SimpleNamespace()
     with pytest.raises(ThinkError, match="kernels for CPUs and for NVIDIA GPUs, the device is roc"):

@@ -1,4 +1,4 @@
-"""Another vLLM: inert, one line, and a refusal only if the flag is used."""
+"""Another vLLM: inert, one line, and a rejection only if the flag is used."""
 
 import subprocess
 import sys
@@ -26,7 +26,7 @@ print("CREATED")
     ],
     ids=["no-flag", "prune", "quant"],
 )
-def test_register_on_another_version_refuses_only_the_flags(
+def test_register_on_another_version_rejects_only_the_flags(
     recall_model: object, additional: str, used: bool
 ) -> None:
     done = subprocess.run(

@@ -19,7 +19,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from tests.support.contract import check_members, check_parameters, check_source, name_of
 from think_vllm.hooks import metrics
 from think_vllm.hooks.installation import install
-from think_vllm.hooks.patch import Role
+from think_vllm.hooks.patches.patch import Role
 
 OURS = "hooks/metrics.py"
 
@@ -213,7 +213,7 @@ def test_what_a_rank_measured_is_sent_by_ranks_that_sample(
         return SimpleNamespace(kv_connector_output=runner.kv_connector_output)
 
     monkeypatch.setattr(runner_class, "sample_tokens", original)
-    metrics.watch_runner(SimpleNamespace(use_v2_model_runner=use_v2))  # type: ignore[arg-type]
+    metrics.hook_runner(SimpleNamespace(use_v2_model_runner=use_v2))  # type: ignore[arg-type]
 
     def sent(backend: Any, samples: bool) -> Any:
         attention = SimpleNamespace(backend=backend)
@@ -232,6 +232,6 @@ def test_what_a_rank_measured_is_sent_by_ranks_that_sample(
     assert sent(None, True) is None
 
 
-def test_connectors_come_from_a_config_that_is_refused() -> None:
+def test_connectors_come_from_a_config_that_is_rejected() -> None:
     # The way is free: with one, `prom_metrics` would be a connector's.
     assert "kv_connector" in vars(KVTransferConfig())

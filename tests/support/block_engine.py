@@ -19,7 +19,7 @@ from tests.support.block_worker import BLOCK, Worker
 from think_vllm.hooks.kv_cache_spec import ThinKVCacheSpec
 from think_vllm.plan.request import dense_rule, request_override
 from think_vllm.scheduler.manager import ThinKVCacheManager
-from think_vllm.scheduler.registration import register_request, settle_request
+from think_vllm.scheduler.registration import register_request, resolve_request
 
 NUM_BLOCKS = 40
 MAX_LEN = 100
@@ -91,7 +91,7 @@ class Engine:
     ) -> None:
         self.manager = make_manager([spec, *others], caching, num_blocks, max_len, hashed)
         self.others = others
-        self.guarded = spec.guarded
+        self.limits_loss = spec.limits_loss
         self.num_blocks = num_blocks
         self.max_len = max_len
         self.worker = Worker(spec.rule)
@@ -103,7 +103,7 @@ class Engine:
         self.incarnation: dict[str, int] = {}
         self.hits: dict[str, int] = {}
         #: Whether requests stay dense, of those that were asked what they would lose.
-        self.verdicts: dict[str, bool] = {}
+        self.decisions: dict[str, bool] = {}
         self.hasher = get_request_block_hasher(hashed, sha256)
 
     @property
@@ -123,7 +123,7 @@ class Engine:
             max_tokens: Tokens that it generates.
             tenant: Whose it is.
             asks: -1 to stay dense, or its own budget in spans, 0 for all. None, and what this
-                engine refuses, for nothing.
+                engine rejects, for nothing.
         """
         name = f"r{len(self.incarnation)}"
         unique = 1000 * (len(self.incarnation) + 10)
@@ -253,7 +253,7 @@ class Engine:
             tokens = [*request.all_token_ids, *[7] * (self.lag + 1)]
             if entry.is_new:
                 own = request_override(self.worker.rule, request.sampling_params.extra_args)
-                if self.verdicts.get(request.request_id):
+                if self.decisions.get(request.request_id):
                     own = dense_rule(self.worker.rule)
                 self.worker.start(entry.name, tokens, entry.new_blocks, entry.start, own)
             else:
@@ -266,8 +266,8 @@ class Engine:
         request = entry.request
         self.worker.run(entry.name, request.num_prompt_tokens, entry.start, entry.count)
         request.num_in_flight_tokens -= entry.count
-        if self.guarded and entry.start + entry.count >= request.num_prompt_tokens:
-            self._settle(entry)
+        if self.limits_loss and entry.start + entry.count >= request.num_prompt_tokens:
+            self._resolve(entry)
         if request not in self.running or entry.name != self.name(request):
             return
         if entry.start + entry.count == request.num_tokens:
@@ -279,15 +279,15 @@ class Engine:
             else:
                 request.append_output_token_ids(7)
 
-    def _settle(self, entry: Entry) -> None:
+    def _resolve(self, entry: Entry) -> None:
         """Decide like a worker: every other request stays dense. The managers hear of it."""
         name, row = entry.request.request_id, self.worker.rows[entry.name]
-        if name in self.verdicts or row.rule.stays_dense:
+        if name in self.decisions or row.rule.stays_dense:
             return
-        self.verdicts[name] = dense = int(name[1:]) % 2 == 1
+        self.decisions[name] = dense = int(name[1:]) % 2 == 1
         if dense:
             row.rule = dense_rule(row.rule)
-        settle_request(self.manager.coordinator.single_type_managers, entry.request, dense)
+        resolve_request(self.manager.coordinator.single_type_managers, entry.request, dense)
 
     def _preempt(self, request: Request) -> None:
         self.manager.free(request)

@@ -12,7 +12,7 @@ import torch
 
 from think_vllm.hooks.kv_cache_spec import ThinKVCacheSpec
 from think_vllm.plan.spans import SpanRule
-from think_vllm.worker.step_builder import leading_thin_spans
+from think_vllm.worker.step_sorter import leading_thin_spans
 
 BLOCK = 4
 #: 3 blocks become 2; 5 recent tokens stay dense.

@@ -79,7 +79,7 @@ def kept_value_channels(
     return kept.scatter_(1, score.topk(count, dim=1).indices, True)
 
 
-def choice_margin(
+def selection_margin(
     query: torch.Tensor, key: torch.Tensor, prompt_len: int, thinning: Thinning
 ) -> float:
     """How much the least kept channel of any choice scores over the best pruned one, relatively."""
@@ -88,7 +88,7 @@ def choice_margin(
 
 
 def margin_of(score: torch.Tensor, count: int) -> float:
-    """``choice_margin`` of scores [n, D], of which ``count`` are kept."""
+    """``selection_margin`` of scores [n, D], of which ``count`` are kept."""
     if count == score.shape[1]:
         return float("inf")
     best = score.topk(count + 1, dim=1).values

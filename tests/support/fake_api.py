@@ -69,7 +69,7 @@ class FakeApi:
 
             def _answer(self, said: str | int, chat: bool) -> None:
                 if isinstance(said, int):
-                    self._send(said, {"error": "refused"})
+                    self._send(said, {"error": "rejected"})
                     return
                 text = {"message": {"content": said}} if chat else {"text": said}
                 self._send(200, {"choices": [{"index": 0, **text, "finish_reason": "stop"}]})

@@ -52,7 +52,7 @@ def read_metrics(server: Served) -> Snapshot:
     return Snapshot(server.metrics_text())
 
 
-def settled_metrics(server: Served, spans: float | None = None) -> Snapshot:
+def steady_metrics(server: Served, spans: float | None = None) -> Snapshot:
     """Look when nothing runs any more.
 
     Args:

@@ -92,8 +92,8 @@ def make_exact_llama(
     """Save a Llama whose keys and values are the same bits wherever they are computed.
 
     Codes are rounded, so a key that differs by 1e-7 between two implementations now and then
-    differs by a whole step when it is coded: some 1e-3 of a log-probability, ten times what a
-    comparison should let pass. Here nothing is rounded before it is coded:
+    differs by a whole step when it is quantized: some 1e-3 of a log-probability, ten times what a
+    comparison should let pass. Here nothing is rounded before it is quantized:
 
     * embeddings are 1 or -1, so normalization divides by exactly 1;
     * weights of keys and values are multiples of 2 ** -10, so their sums are exact in any order;
@@ -131,7 +131,7 @@ def make_exact_llama(
 
 
 def make_config(path: Path, model_type: str, **settings: Any) -> Path:
-    """Save a model's configuration alone: enough for a server to refuse it."""
+    """Save a model's configuration alone: enough for a server to reject it."""
     config = AutoConfig.for_model(model_type, **settings)
     config.save_pretrained(path)
     copy_tokenizer(path)

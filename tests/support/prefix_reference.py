@@ -26,7 +26,7 @@ class View:
     """What a request's queries see.
 
     Args:
-        thinning: How spans are pruned; without coding.
+        thinning: How spans are pruned; without encoding.
         prompt_len: Tokens of the prompt.
         num_tokens: Tokens of prompt and completion.
         cached: The view of the request that left a prefix in the cache, if one was hit.

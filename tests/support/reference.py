@@ -2,8 +2,8 @@
 
 Independent of the package's own code for scores, selection, spans and thin blocks: one causal
 forward pass over prompt and completion, in which a query past the prompt sees the keys and values
-of thin spans with their pruned channels set to zero, and as they come back from their coding. Only
-the rules of a coding itself are the package's (``kernels/reference/quantization.py``).
+of thin spans with their pruned channels set to zero, and as they come back from their encoding. The
+rules of an encoding itself are the package's (``kernels/reference/quantization.py``).
 """
 
 from collections.abc import Iterator
@@ -15,11 +15,11 @@ import torch
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 from tests.support.channels import (
-    choice_margin,
     kept_channels,
     kept_share,
     kept_value_channels,
     margin_of,
+    selection_margin,
     value_scores,
 )
 from tests.support.eviction_reference import best_tokens, token_margin, token_scores
@@ -38,14 +38,14 @@ class Thinning:
         recent_window: Most recent tokens that stay whole.
         observation_window: Last prompt queries that choose channels.
         prune_decode: Whether spans that fill while decoding become thin.
-        format: How thin spans are coded.
-        group: Elements that share a scale, for integer codings.
-        thin_block_tokens: Tokens that are coded together; the last ones of a span may be fewer.
+        format: How thin spans are quantized.
+        group: Elements that share a scale, for integer encodings.
+        thin_block_tokens: Tokens that are quantized together; the last ones of a span may be fewer.
             None for a whole span.
         value_channels: Kept value channels of a head. None for all.
         evict: How tokens are chosen; None to keep them all.
         kept_tokens: Old tokens of a prompt that each head keeps at most.
-        select: What chooses key channels: ``think`` or ``key-norm``.
+        select: What selects key channels: ``think`` or ``key-norm``.
         tables: Whether all spans of a prompt have the same (``prompt``) or each its own (``span``).
     """
 
@@ -208,11 +208,11 @@ def _code(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values as thin blocks hand them back, [Hk, n, D]; dense behind the last span.
 
-    The ``tokens`` that a head keeps are coded as if there had been no others.
+    The ``tokens`` that a head keeps are quantized as if there had been no others.
     """
     thin_key, thin_value = key * kept, value * kept_values[:, None, :]
-    codings = thinning.format
-    if codings is FORMATS["none"]:
+    encodings = thinning.format
+    if encodings is FORMATS["none"]:
         return thin_key, thin_value
     for head in range(key.shape[0]):
         held = tokens[head].nonzero()[:, 0]
@@ -220,11 +220,13 @@ def _code(
             rows = held[part]
             channels = kept[head, rows[0]].nonzero()[:, 0]
             matrix = key[head, rows][:, channels].T.contiguous()
-            read = code_and_back(matrix, codings.keys, thinning.group, has_zeros=True).float()
+            read = code_and_back(
+                matrix, encodings.keys, thinning.group, has_zero_points=True
+            ).float()
             thin_key[head, rows[:, None], channels] = read.T
             of_values = kept_values[head].nonzero()[:, 0]
             matrix = value[head, rows][:, of_values].contiguous()
-            read = code_and_back(matrix, codings.values, thinning.group).float()
+            read = code_and_back(matrix, encodings.values, thinning.group).float()
             thin_value[head, rows[:, None], of_values] = read
     return thin_key, thin_value
 
@@ -260,7 +262,7 @@ def _attention(
         query[0], key[0], value[0], scaling, _prompt_len, thinning, sliding_window, softcap, s_aux
     )
     if thinning is not None:
-        _margins.append(choice_margin(query[0], key[0], _prompt_len, thinning))
+        _margins.append(selection_margin(query[0], key[0], _prompt_len, thinning))
         _shares.append(kept_share(query[0], key[0], _prompt_len, thinning))
         if thinning.value_channels is not None:
             score = value_scores(output[:, :_prompt_len], key.shape[1], thinning)
@@ -274,9 +276,9 @@ AttentionInterface.register("think_reference", _attention)
 class Reference:
     """A plain transformers model that scores completions.
 
-    ``margin`` is the least ``choice_margin`` of the layers in the last call. Where it is as small
-    as float32 rounds, another order of the same sums may keep another channel. ``shares`` has its
-    ``kept_share`` of every layer that was thinned: float64 [layers, S * Hk].
+    ``margin`` is the least ``selection_margin`` of the layers in the last call. Where it is as
+    small as float32 rounds, another order of the same sums may keep another channel. ``shares`` has
+    its ``kept_share`` of every layer that was thinned: float64 [layers, S * Hk].
     """
 
     def __init__(self, model: Path, dtype: torch.dtype = torch.float32) -> None:

@@ -233,7 +233,7 @@ class Server(Served):
 
 
 def run_serve(model: Path, arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """Start a server that is expected to refuse to start."""
+    """Start a server that is expected to reject to start."""
     command = [sys.executable, "-m", "think_vllm.tools.cli", "serve", str(model), *arguments]
     return subprocess.run(
         command,

@@ -186,7 +186,7 @@ def _judge(index: int, against: str, difference: float, found: Findings) -> None
 
 
 def check_tossed(found: Findings) -> None:
-    """Choices too close to call are rare."""
+    """Selections too close to call are rare."""
     if len(found.tossed) > max(1.0, TOSSED_SHARE * found.compared):
         found.failures.append(
             f"{len(found.tossed)} of {found.compared} answers hang on a choice of channels that "

@@ -1,4 +1,4 @@
-"""What a soak sends: requests of all lengths, some of which are abandoned, or must be refused."""
+"""What a soak sends: requests of all lengths, some of which are abandoned, or must be rejected."""
 
 import math
 import random
@@ -63,8 +63,8 @@ class Job:
         return self.leaves_after is not None or self.patience_s is not None
 
 
-def refused_jobs(max_model_len: int) -> list[Job]:
-    """One request of each kind that a server must refuse."""
+def rejected_jobs(max_model_len: int) -> list[Job]:
+    """One request of each kind that a server must reject."""
     fine: dict[str, Any] = {"prompt": [5, 6, 7], "max_tokens": 3}
     wrong: list[tuple[int, dict[str, Any]]] = [
         (400, {"prompt": [9] * (max_model_len + 1)}),
@@ -102,7 +102,7 @@ def draw_jobs(
     """
     rng = random.Random(f"soak/{seed}/{count}/{max_model_len}")
     prefixes = [words(rng, min(n, max_model_len // 2)) for n in SHARED_PREFIXES]
-    wrong = refused_jobs(max_model_len)
+    wrong = rejected_jobs(max_model_len)
     jobs = []
     for index in range(count):
         if index % 20 == 19:

@@ -55,7 +55,7 @@ class StaticCase:
         self.channels = random_channels(plan, num_kv_heads, self.generator)
         entries = max(-(-length // plan.block_size) for length in lengths) + 1
         num_blocks = len(lengths) * entries + 1
-        stored, poison = (torch.uint8, 255) if plan.is_coded else (dtype, torch.nan)
+        stored, poison = (torch.uint8, 255) if plan.is_quantized else (dtype, torch.nan)
         width = plan.layout.token_bytes // stored.itemsize
         shape = (num_blocks, 1 + gap_blocks, num_kv_heads, plan.block_size, width)
         self.kv_cache = torch.full(shape, poison, dtype=stored)[:, 0]

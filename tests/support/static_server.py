@@ -30,7 +30,7 @@ class Static:
             self.arguments += [f"--{name.replace('_', '-')}", str(value)]
         kept = mask(tables.key_channels, plan.key_channels)
         kept_values = mask(tables.value_channels, plan.value_channels)
-        self.reference = MaskedModel(model, kept, kept_values, coded=plan.is_coded)
+        self.reference = MaskedModel(model, kept, kept_values, quantized=plan.is_quantized)
         self.whole = MaskedModel(model, torch.ones_like(kept), torch.ones_like(kept))
 
     def worst(

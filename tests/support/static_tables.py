@@ -9,7 +9,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from think_vllm.kernels.reference.quantization import code_and_back
 from think_vllm.plan.channel_tables import Calibration, ChannelTables, ModelShape
-from think_vllm.plan.formats import Coding
+from think_vllm.plan.formats import Encoding
 
 _running: "MaskedModel | None" = None
 
@@ -57,13 +57,13 @@ class MaskedModel:
         model: Directory.
         keys: bool [layers, Hk, D]. Key channels that are kept.
         values: bool [layers, Hk, D]. Value channels that are kept.
-        coded: Whether each token's keys, and its values, come back from fp8 of their own.
+        quantized: Whether each token's keys, and its values, come back from fp8 of their own.
     """
 
     def __init__(
-        self, model: Path, keys: torch.Tensor, values: torch.Tensor, coded: bool = False
+        self, model: Path, keys: torch.Tensor, values: torch.Tensor, quantized: bool = False
     ) -> None:
-        self.masks, self.coded = (keys, values), coded
+        self.masks, self.quantized = (keys, values), quantized
         self._model = AutoModelForCausalLM.from_pretrained(
             model, dtype=torch.float32, attn_implementation="static_reference"
         ).eval()
@@ -95,7 +95,7 @@ def _attention(
     assert _running is not None
     kept_keys, kept_values = (kept[module.layer_idx][None, :, None, :] for kept in _running.masks)
     key, value = key * kept_keys, value * kept_values
-    if _running.coded:
+    if _running.quantized:
         key, value = _code(key), _code(value)
     output = torch.nn.functional.scaled_dot_product_attention(
         query, key, value, is_causal=True, scale=scaling, enable_gqa=True
@@ -106,7 +106,7 @@ def _attention(
 def _code(part: torch.Tensor) -> torch.Tensor:
     """Every row as it comes back from fp8; zeros of pruned channels change no scale."""
     rows = part.reshape(-1, 1, part.shape[-1])
-    return torch.stack([code_and_back(row, Coding.FP8, 32) for row in rows]).float().view_as(part)
+    return torch.stack([code_and_back(row, Encoding.FP8, 32) for row in rows]).float().view_as(part)
 
 
 AttentionInterface.register("static_reference", _attention)

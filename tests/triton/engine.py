@@ -78,8 +78,8 @@ class Engine:
         )
         chosen = EnginePlan(plan, thin_prefixes=not plan.rule.delay_prompt, in_flight_tokens=0)
         with (
-            patch("think_vllm.worker.builder.selected_engine", return_value=chosen),
-            patch.object(model_runner, "watch_runner") as watch,
+            patch("think_vllm.worker.metadata_builder.selected_engine", return_value=chosen),
+            patch.object(model_runner, "hook_runner") as watch,
         ):
             self.builder = ThinkCUDABackend.get_builder_cls()(
                 ThinKVCacheSpec.from_dense(spec, chosen),
@@ -152,7 +152,7 @@ class Engine:
                     layer.kv_cache[request.blocks[-1]] = layer.kv_cache[block]
 
     def preempt(self, request: Request) -> None:
-        """Take everything from a request; it starts anew, its output included."""
+        """Take everything from a request; it starts again, its output included."""
         self._release(request, range(len(request.blocks)))
         request.blocks, request.gone = [], set()
         request.prefill_len = max(request.prompt_len, request.computed)

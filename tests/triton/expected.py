@@ -18,8 +18,8 @@ from tests.triton.reference import (
 )
 from think_vllm.kernels.reference.eviction import (
     attention_sums_ref,
-    choose_tokens_ref,
     pool_ref,
+    select_tokens_ref,
 )
 from think_vllm.kernels.reference.scoring import (
     key_scores_ref,
@@ -151,11 +151,11 @@ class _Life:
             if end == length:
                 window = min(self.plan.config.kv_observation_window, length)
             if end == length and rule.evicted_spans(length):
-                self._pack()
+                self._repack()
             last = rule.thin_spans(length, end, end, len(cached))
-            chosen = self._choose(end, window)
+            chosen = self._select(end, window)
             while self.plan.config.kv_channel_tables == "span" and len(self.channels) < last:
-                chosen = self._choose((len(self.channels) + 1) * rule.span_tokens, window, end)
+                chosen = self._select((len(self.channels) + 1) * rule.span_tokens, window, end)
                 self._compact(len(self.channels) + 1, chosen)
             self._compact(last, chosen)
         # A span takes the channels of the one before it, if this prompt has made that.
@@ -165,7 +165,7 @@ class _Life:
             self._attend(position, position + 1)
         return self.out, self.channels
 
-    def _choose(self, end, window, seen=None):
+    def _select(self, end, window, seen=None):
         """Choose over the dense keys up to ``end``, by the last of ``seen`` queries."""
         first = max(self.evicted, len(self.channels)) * self.plan.span_blocks
         seen = end if seen is None else seen
@@ -184,7 +184,7 @@ class _Life:
             channels = torch.cat([channels, values], dim=2)
         return channels
 
-    def _pack(self):
+    def _repack(self):
         """Put each head's tokens, still dense, in the place of the prompt's last old ones."""
         rule, length, config = self.rule, self.prompt_len, self.plan.config
         self.evicted, spans = rule.evicted_spans(length), rule.prompt_spans(length)
@@ -194,7 +194,7 @@ class _Life:
         scores = attention_sums_ref(self.query[first:length], keys, first, SCALE)
         if config.kv_evict == "snapkv":
             scores = pool_ref(scores, max(old, first))
-        tokens = choose_tokens_ref(scores[:, :old], kept)
+        tokens = select_tokens_ref(scores[:, :old], kept)
         blocks = list(range(spans * rule.span_blocks))
         packed = gather_tokens_ref(self.kv_cache, blocks, tokens, self.plan)
         self.kv_cache[self.evicted * rule.span_blocks : len(blocks)] = packed

@@ -83,7 +83,7 @@ class RunnerV2:
                 self.rows.append(name)
 
     def forget(self, name: str) -> None:
-        """Take a request's row; preempted ones are admitted anew."""
+        """Take a request's row; preempted ones are admitted again."""
         if name in self.rows:
             self.rows[self.rows.index(name)] = ""
 
@@ -134,7 +134,7 @@ def make_runner(version: int, config: Any) -> RunnerV1 | RunnerV2:
 
 for runner, name, wrapper in (
     (RunnerV1, "_update_states", model_runner._admit_v1),
-    (RunnerV1, "_determine_batch_execution_and_padding", model_runner._watch_v1),
-    (RunnerV2, "gather_batch_req_state", model_runner._watch_v2),
+    (RunnerV1, "_determine_batch_execution_and_padding", model_runner._observe_v1),
+    (RunnerV2, "gather_batch_req_state", model_runner._observe_v2),
 ):
     wrap_method(runner, name, wrapper, engines_only=True)

@@ -157,7 +157,7 @@ class StaticWorker:
         self.requests[name] = request
 
     def preempt(self, name: str) -> None:
-        """Take a request's blocks, which nobody else has; it starts anew."""
+        """Take a request's blocks, which nobody else has; it starts again."""
         request = self.requests[name]
         for block in request.blocks:
             for layer in self.layers.values():

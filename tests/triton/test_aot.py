@@ -153,7 +153,7 @@ def test_table() -> None:
     ]
 
 
-def test_compiling_refuses_to_interpret() -> None:
-    refused = run("-m", "csrc_triton.aot", "--module", "store", "--format", "none", interpret=True)
-    assert refused.returncode != 0
-    assert "TRITON_INTERPRET is set; unset it" in refused.stderr
+def test_compiling_rejects_to_interpret() -> None:
+    rejected = run("-m", "csrc_triton.aot", "--module", "store", "--format", "none", interpret=True)
+    assert rejected.returncode != 0
+    assert "TRITON_INTERPRET is set; unset it" in rejected.stderr

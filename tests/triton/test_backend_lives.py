@@ -9,7 +9,7 @@ from csrc_triton.context import context_attention
 from tests.triton.lives import PLANS, Life
 from tests.triton.reference import split_dense
 from think_vllm.errors import ThinkError
-from think_vllm.metrics.worker import take_report
+from think_vllm.metrics.rank import take_report
 from think_vllm.worker.cuda import kernels as cuda_kernels
 from think_vllm.worker.cuda.backend import ThinkCUDABackend
 from think_vllm.worker.state import GroupState
@@ -300,6 +300,6 @@ def test_lives_without_flash_attention(version, device, monkeypatch):
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
-def test_layers_that_cannot_be_served_are_refused(options, message):
+def test_layers_that_cannot_be_served_are_rejected(options, message):
     with pytest.raises(ThinkError, match=message):
         ThinkCUDABackend.get_impl_cls()(2, 64, 0.1, **options)

@@ -80,7 +80,7 @@ def test_chunks_of_prompts_can_be_compacted(name, version, device):
     # All spans of this prompt are made at the ends of its chunks, so those that fill while it
     # decodes take the last chunk's channels.
     early = life.add("early", length, total, borders=[70, 130])
-    # The prompt's end makes one more, and chooses.
+    # The prompt's end makes one more, and selects.
     late = life.add("late", length, total, borders=[70])
     # A chunk shorter than the observation window.
     short = life.add("short", 70, 72, borders=[56, 62])

@@ -107,6 +107,6 @@ def test_warming_up_runs_every_kernel(device, quant):
         ({"sinks": torch.zeros(4)}, "attention sinks"),
     ],
 )
-def test_layers_that_cannot_be_served_are_refused(options, message):
+def test_layers_that_cannot_be_served_are_rejected(options, message):
     with pytest.raises(ThinkError, match=f"--kv-select static: .*{message}"):
         StaticCUDABackend.get_impl_cls()(4, 64, 1.0, 2, **options)

@@ -238,25 +238,25 @@ def test_read_channels_of_rows_that_are_not_due(device):
     assert read_channels(on_device(layers, device)[1], table, *tasks, plan).shape[0] == 2
 
 
-def test_compact_spans_refuses(device):
+def test_compact_spans_rejects(device):
     plan = make_plan(64, BF16)
     layers, block_table = make_cache(plan, BF16, 1, 1)
     kv_cache, block_table = on_device(layers, device)[1], block_table.to(device)
     zero, channels = int32([0], device), make_channels(plan, 1).to(device)
 
-    def refuses(match, *arguments, **keywords):
+    def rejects(match, *arguments, **keywords):
         with pytest.raises(ValueError, match=match):
             compact_spans(kv_cache, block_table, *arguments, plan, **keywords)
 
-    refuses(r"compact_spans: channels is torch\.uint8 .1, 3, 33.", zero, zero,
+    rejects(r"compact_spans: channels is torch\.uint8 .1, 3, 33.", zero, zero,
             torch.zeros(1, 3, 33, dtype=torch.uint8, device=device))  # fmt: skip
-    refuses("compact_spans: channels is None; the plan keeps 32", zero, zero, None)
-    refuses(r"compact_spans: span is torch\.int32 .2,.*expected .* .1,.", zero,
+    rejects("compact_spans: channels is None; the plan keeps 32", zero, zero, None)
+    rejects(r"compact_spans: span is torch\.int32 .2,.*expected .* .1,.", zero,
             int32([0, 1], device), channels)  # fmt: skip
-    refuses(r"compact_spans: request is torch\.int64", zero.long(), zero, channels)
-    refuses(r"compact_spans: active is torch\.float32", zero, zero, channels, active=zero.float())
-    refuses(r"layers is torch\.int32", zero, zero, channels, layers=zero)
-    refuses("workspace is torch.uint8 .4.; expected uint8 of at least", zero, zero, channels,
+    rejects(r"compact_spans: request is torch\.int64", zero.long(), zero, channels)
+    rejects(r"compact_spans: active is torch\.float32", zero, zero, channels, active=zero.float())
+    rejects(r"layers is torch\.int32", zero, zero, channels, layers=zero)
+    rejects("workspace is torch.uint8 .4.; expected uint8 of at least", zero, zero, channels,
             workspace=torch.zeros(4, dtype=torch.uint8, device=device))  # fmt: skip
     with pytest.raises(ValueError, match=r"read_channels: span is torch\.int64"):
         read_channels(kv_cache, block_table, zero, zero.long(), plan)

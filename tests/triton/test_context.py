@@ -78,7 +78,7 @@ def test_context_soft_cap():
     check(plan, torch.float32, (4, 2), [(7, 100, 0)], soft_cap=0.5)
 
 
-def test_context_refuses_lengths_that_do_not_fit():
+def test_context_rejects_lengths_that_do_not_fit():
     plan = make_plan(64, torch.float32, 16, 0.5)
     case = make_case(plan, torch.float32, 4, 2, [(20, 0)])
     one = torch.ones(1, dtype=torch.int32)

@@ -154,7 +154,7 @@ def test_decode_nan_shows_in_its_head_alone():
 @pytest.mark.parametrize("magnitude", [1e-4, 1e4, 1e7])
 @pytest.mark.parametrize("quant", ["fp8", "kivi4", "kivi2"])
 def test_decode_of_queries_beyond_float16(quant, magnitude):
-    # Coded blocks are multiplied in float16, whatever the model's dtype; it ends at 65,504.
+    # Quantized blocks are multiplied in float16, whatever the model's dtype; it ends at 65,504.
     plan = make_plan(64, torch.bfloat16, 16, 0.5, quant)
     case = make_case(plan, torch.bfloat16, 4, 2, [(plan.span_tokens + 9, 1), (40, 0)])
     case.query[:, ::2] *= magnitude
@@ -210,7 +210,7 @@ def test_splits_count_the_programs_of_the_launch():
         ("scale", lambda case: 0.0, "scale is 0.0; expected a positive"),
     ],
 )
-def test_decode_refuses(name, change, message):
+def test_decode_rejects(name, change, message):
     case = make_case(make_plan(64, torch.float32, 16), torch.float32, 4, 2, [(20, 0)])
     zero = torch.zeros(1, dtype=torch.int32)
     arguments = {

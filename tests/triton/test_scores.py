@@ -145,7 +145,7 @@ def test_key_energy_without_prompts(device):
     assert energy_of(case, [], [], device, max_tokens=1).shape == (0, 1, 64)
 
 
-def test_key_energy_refuses(device):
+def test_key_energy_rejects(device):
     plan = make_plan(64, torch.float32)
     case = make_case(plan, torch.float32, 1, 1, [(3, 0)])
     kv_cache, block_table = case.kv_cache.to(device), case.block_table.to(device)
@@ -162,7 +162,7 @@ def test_key_energy_refuses(device):
         key_energy(kv_cache, block_table.long(), zero, zero, plan, 3)
 
 
-def test_add_query_energy_refuses(device):
+def test_add_query_energy_rejects(device):
     query, zero = torch.zeros(4, 6, 64, device=device), int32([0], device)
     with pytest.raises(ValueError, match=r"add_query_energy: energy is torch\.float64"):
         add_query_energy(query, zero, zero, torch.zeros(1, 2, 64, device=device).double())

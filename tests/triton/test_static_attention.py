@@ -186,7 +186,7 @@ def test_attention_notices_a_wrong_key(device, quant):
         ("order", lambda case: order_channels(case.channels, 80, torch.device("cpu")), "order.key"),
     ],
 )
-def test_attention_refuses(name, change, message):
+def test_attention_rejects(name, change, message):
     case = StaticCase(make_plan(32, 48, torch.float32), torch.float32, (4, 2), [20])
     arguments = {
         "query": case.query,
@@ -206,7 +206,7 @@ def test_attention_refuses(name, change, message):
         static_context(**arguments, query_start=starts, first=0, max_query_len=1)
 
 
-def test_attention_refuses_what_is_its_own():
+def test_attention_rejects_what_is_its_own():
     case = StaticCase(make_plan(32, 48, torch.float32), torch.float32, (4, 2), [20])
     order = order_channels(case.channels, 64, torch.device("cpu"))
     one = torch.ones(1, dtype=torch.int32)

@@ -75,13 +75,13 @@ def test_store_static_without_tokens(device):
     store_static(none, none, case.kv_cache.to(device), slots, order, case.plan)
 
 
-def test_store_static_refuses(device):
+def test_store_static_rejects(device):
     plan = make_plan(32, 64, torch.float32)
     case = StaticCase(plan, torch.float32, (4, 2), [3])
     kv_cache, key = case.kv_cache.to(device), case.random(3, 2).to(device)
     slots = torch.tensor(case.slots(0), device=device)
     order = order_channels(case.channels, 64, device)
-    coded = make_plan(32, 64, torch.float32, quant="fp8")
+    quantized = make_plan(32, 64, torch.float32, quant="fp8")
     wide = torch.zeros(3, 2, 128, device=device)[:, :, ::2]
     for key_, value, slots_, order_, plan_, message in (
         (key.bfloat16(), key, slots, order, plan, "keys and queries are torch.bfloat16"),
@@ -90,7 +90,7 @@ def test_store_static_refuses(device):
         (key[:, :1], key, slots, order, plan, "key is .3, 1, 64., value is .3, 2, 64."),
         (key[:2], key[:2], slots, order, plan, "3 slots; expected at most 2"),
         (key, key, slots.int(), order, plan, "slot_mapping is torch.int32"),
-        (key, key, slots, order, coded, "kv_cache is torch.float32 .* expected torch.uint8"),
+        (key, key, slots, order, quantized, "kv_cache is torch.float32 .* expected torch.uint8"),
         (key, key, slots, order._replace(keys=order.keys[:, :32]), plan, "order.keys is"),
         (key, key, slots, order._replace(values=order.values.long()), plan, "order.values is"),
     ):

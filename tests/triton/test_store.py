@@ -77,7 +77,7 @@ def test_store_dense_without_tokens(device):
     assert (kv_cache == 0).all()
 
 
-def test_store_dense_refuses(device):
+def test_store_dense_rejects(device):
     plan = make_plan(64, torch.float32)
     kv_cache = torch.zeros(1, 2, 16, 128, device=device)
     rows, slots = torch.zeros(3, 2, 64, device=device), torch.zeros(3, device=device).long()
@@ -116,7 +116,7 @@ def test_clear_tails(device, head_size, block_size):
         clear_tails(layers[:, 1], table.to(device), seq_len[:3], plan)
 
 
-def test_store_refuses_strides_that_wide_loads_cannot_use(device):
+def test_store_rejects_strides_that_wide_loads_cannot_use(device):
     plan = make_plan(64, torch.bfloat16)
     kv_cache = torch.zeros(2, 1, 16, 128, dtype=torch.bfloat16, device=device)
     key = torch.zeros(4, 2 * 65, dtype=torch.bfloat16, device=device)[:, :65].unflatten(1, (1, 65))
@@ -125,7 +125,7 @@ def test_store_refuses_strides_that_wide_loads_cannot_use(device):
         store_dense(key[..., :64], key[..., :64], kv_cache, slots, plan)
 
 
-def test_store_refuses_blocks_that_wide_loads_cannot_use(device):
+def test_store_rejects_blocks_that_wide_loads_cannot_use(device):
     plan = make_plan(64, torch.bfloat16)
     # A block of 2,048 elements, and 4 more: 8 bytes.
     memory = torch.zeros(2, 2052, dtype=torch.bfloat16, device=device)

@@ -66,7 +66,7 @@ def test_plan_that_only_evicts_leaves_blocks_as_they_are() -> None:
     assert make(1000, kv_channel_prune=0.005).span_blocks == 1
 
 
-def test_budget_below_the_shortest_span_is_refused() -> None:
+def test_budget_below_the_shortest_span_is_rejected() -> None:
     with pytest.raises(
         ThinkError, match=r"budget is 15: .* has 16 tokens; use .*budget 16 or more"
     ):

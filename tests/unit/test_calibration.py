@@ -60,7 +60,7 @@ def test_scores_are_those_of_the_paper(observed: int | None) -> None:
             assert (ordered[:-1] >= ordered[1:]).all()
 
 
-def test_scores_that_are_no_numbers_are_refused() -> None:
+def test_scores_that_are_no_numbers_are_rejected() -> None:
     scores = ChannelScores(SHAPE)
     part = torch.full((4, 3, 8), torch.inf)
     scores.add(0, part, part[:2] * 0, part)
@@ -120,7 +120,7 @@ def test_read_prompts_of_text(tmp_path: Path) -> None:
         (None, "", "No such file"),
     ],
 )
-def test_read_prompts_refuses(tmp_path: Path, name: str | None, text: str, message: str) -> None:
+def test_read_prompts_rejects(tmp_path: Path, name: str | None, text: str, message: str) -> None:
     path = tmp_path / (name or "missing.txt")
     if name is not None:
         path.write_text(text)
@@ -166,7 +166,7 @@ def test_calibrate_writes_a_file(
         (["--task", "recall", "--out", "nowhere/tables.json"], "there is no such directory"),
     ],
 )
-def test_calibrate_refuses(
+def test_calibrate_rejects(
     recall_model: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
 ) -> None:
     assert main(["calibrate", str(recall_model), *options]) == 2

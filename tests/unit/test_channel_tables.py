@@ -1,4 +1,4 @@
-"""Files of channel tables: what is written is read, and what does not fit is refused in words."""
+"""Files of channel tables: what is written is read, and what does not fit is rejected in words."""
 
 import json
 from pathlib import Path
@@ -51,12 +51,12 @@ def test_one_file_serves_every_ratio(tables: ChannelTables) -> None:
         assert tables.kept_values(0, plan) == [list(range(128))] * tables.shape.num_kv_heads
 
 
-def test_a_file_for_another_model_is_refused(tables: ChannelTables, tmp_path: Path) -> None:
+def test_a_file_for_another_model_is_rejected(tables: ChannelTables, tmp_path: Path) -> None:
     path = save(tables, tmp_path / "tables.json")
     other = tables.shape.model_copy(update={"num_kv_heads": 8, "model_type": "qwen3"})
-    with pytest.raises(ThinkError) as refused:
+    with pytest.raises(ThinkError) as rejected:
         load_tables(path, other)
-    message = str(refused.value)
+    message = str(rejected.value)
     assert f"--kv-channel-tables-file {path} was made for another model" in message
     assert "model_type is llama there and qwen3 here; num_kv_heads is 2 there and 8 here" in message
     assert "think-vllm calibrate MODEL" in message
@@ -75,17 +75,17 @@ def test_a_file_for_another_model_is_refused(tables: ChannelTables, tmp_path: Pa
         ({"surprise": 1}, "surprise: Extra inputs are not permitted"),
     ],
 )
-def test_files_that_are_none_of_ours_are_refused(
+def test_files_that_are_none_of_ours_are_rejected(
     tables: ChannelTables, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     path = save(tables, tmp_path / "tables.json", **changes)
-    with pytest.raises(ThinkError) as refused:
+    with pytest.raises(ThinkError) as rejected:
         load_tables(path, tables.shape)
-    assert message in str(refused.value)
-    assert "think-vllm calibrate MODEL" in str(refused.value)
+    assert message in str(rejected.value)
+    assert "think-vllm calibrate MODEL" in str(rejected.value)
 
 
-def test_files_that_cannot_be_read_are_refused(tables: ChannelTables, tmp_path: Path) -> None:
+def test_files_that_cannot_be_read_are_rejected(tables: ChannelTables, tmp_path: Path) -> None:
     with pytest.raises(ThinkError, match=r"No such file.*think-vllm calibrate MODEL"):
         load_tables(str(tmp_path / "missing.json"), tables.shape)
     (tmp_path / "text.json").write_text("no tables")
@@ -124,7 +124,7 @@ def test_plan_static_is_none_below_one_channel() -> None:
     ("head_size", "block_size", "message"),
     [(40, None, "head size is 40"), (128, 24, "--block-size is 24"), (512, None, "is 512")],
 )
-def test_plan_static_refuses_what_kernels_cannot_take(
+def test_plan_static_rejects_what_kernels_cannot_take(
     head_size: int, block_size: int | None, message: str
 ) -> None:
     with pytest.raises(ThinkError, match=message):

@@ -10,7 +10,7 @@ import pytest
 
 from think_vllm.hooks import model_runner
 from think_vllm.plan.spans import SpanRule
-from think_vllm.worker.step_builder import leading_thin_spans
+from think_vllm.worker.step_sorter import leading_thin_spans
 
 RULE = SpanRule(2, 3, 2, 5, True)  # 3 blocks of 2 tokens
 
@@ -49,7 +49,7 @@ def step_v2(names: list[str], new: list[Any], known: list[str] | None = None) ->
     )
     batch = SimpleNamespace(req_ids=names, idx_mapping_np=np.arange(len(names)), has_prefill=False)
     output = SimpleNamespace(scheduled_new_reqs=new)
-    model_runner._watch_v2(lambda *_: (batch, 1), runner, output, False)
+    model_runner._observe_v2(lambda *_: (batch, 1), runner, output, False)
     rows = model_runner.step_rows()
     assert rows is not None
     return rows.cached_spans.tolist()
@@ -95,7 +95,7 @@ def runner_v1(*names: str) -> Any:
 def step_v1(runner: Any, *new: Any) -> model_runner.StepRows | None:
     output = SimpleNamespace(scheduled_new_reqs=new)
     assert model_runner._admit_v1(lambda *_: 7, runner, output) == 7
-    model_runner._watch_v1(lambda *_, **__: None, runner)
+    model_runner._observe_v1(lambda *_, **__: None, runner)
     return model_runner.step_rows()
 
 
@@ -147,9 +147,9 @@ def test_v2_notes_rules_of_requests_that_are_admitted() -> None:
 def test_dummy_runs_have_no_rows(version: int) -> None:
     step_v2(["a"], [])
     if version == 1:
-        model_runner._watch_v1(lambda *_, **__: None, None, force_uniform_decode=False)
+        model_runner._observe_v1(lambda *_, **__: None, None, force_uniform_decode=False)
     else:
-        model_runner._watch_v2(lambda *_: (None, 1), None, None, True)
+        model_runner._observe_v2(lambda *_: (None, 1), None, None, True)
     assert model_runner.step_rows() is None
 
 

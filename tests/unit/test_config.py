@@ -1,4 +1,4 @@
-"""Settings: every wrong one is refused in words."""
+"""Settings: every wrong one is rejected in words."""
 
 from typing import get_args
 
@@ -209,6 +209,6 @@ def test_config_from_additional_reads_settings() -> None:
     assert config == ThinkConfig(kv_channel_prune=0.4, kv_recent_window=64)
 
 
-def test_config_from_additional_refuses_another_shape() -> None:
+def test_config_from_additional_rejects_another_shape() -> None:
     with pytest.raises(ThinkError, match="must be an object"):
         config_from_additional({"think": 0.5})

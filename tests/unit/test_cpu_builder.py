@@ -16,11 +16,11 @@ from think_vllm.hooks.model_runner import StepRows
 from think_vllm.plan.planner import BlockPlan, plan_blocks
 from think_vllm.plan.settings import ThinkConfig
 from think_vllm.plan.spans import ENDLESS, SpanRule
-from think_vllm.worker import builder as shared
-from think_vllm.worker.builder import ThinkMetadata
+from think_vllm.worker import metadata_builder as shared
 from think_vllm.worker.cpu.builder import ThinkCPUMetadataBuilder
+from think_vllm.worker.metadata_builder import ThinkMetadata
 from think_vllm.worker.state import GroupState
-from think_vllm.worker.step_builder import leading_thin_spans
+from think_vllm.worker.step_sorter import leading_thin_spans
 
 PLAN = make_plan(128, torch.bfloat16, 48)
 SPAN = PLAN.rule.span_tokens
@@ -58,12 +58,18 @@ def decode_step(
 
 
 def rows_of(metadata: ThinkMetadata) -> Any:
-    (wave,) = metadata.tensors.waves
-    assert wave.rows is not None
-    assert wave.rows.thin_spans is not None
-    columns = [wave.rows.request, wave.rows.seq_len, wave.rows.thin_spans]
-    due = () if wave.due is None else (wave.due.request.tolist(), wave.due.span.tolist())
-    return wave.rows.tokens, [c.tolist() for c in columns], due, wave.packs, wave.pack_slots
+    (decode,) = metadata.tensors.passes
+    assert decode.rows is not None
+    assert decode.rows.thin_spans is not None
+    columns = [decode.rows.request, decode.rows.seq_len, decode.rows.thin_spans]
+    due = () if decode.due is None else (decode.due.request.tolist(), decode.due.span.tolist())
+    return (
+        decode.rows.tokens,
+        [c.tolist() for c in columns],
+        due,
+        decode.repacks,
+        decode.repack_slots,
+    )
 
 
 def known_rows(prompt_len: list[int], cached: Any, own: dict[int, SpanRule]) -> StepRows:
@@ -104,11 +110,11 @@ def test_decode_step_is_built_alike(requests: list[tuple[int, int, int]], dense:
     own = dict.fromkeys(dense, replace(PLAN.rule, recent_window=ENDLESS))
     short, long = build_both(make_builder(), common, known_rows(prompt_len, found, own))
     assert rows_of(short) == rows_of(long)
-    (wave,) = short.tensors.waves
-    assert wave.rows is not None
-    assert wave.rows.thin_spans is not None
-    assert all(wave.rows.thin_spans[row] == 0 for row in dense)
-    assert (wave.rows.thin_spans >= torch.from_numpy(found)).all()
+    (decode,) = short.tensors.passes
+    assert decode.rows is not None
+    assert decode.rows.thin_spans is not None
+    assert all(decode.rows.thin_spans[row] == 0 for row in dense)
+    assert (decode.rows.thin_spans >= torch.from_numpy(found)).all()
 
 
 @settings(max_examples=100, deadline=None)
@@ -136,12 +142,12 @@ def test_decode_step_of_evicted_prompts_is_built_alike(
     own = {} if own_spans is None else others
     short, long = build_both(make_builder(plan), common, known_rows(prompt_len, none, own))
     assert rows_of(short) == rows_of(long)
-    assert torch.equal(short.wave_table, long.wave_table)
-    (wave,) = short.tensors.waves
-    assert wave.rows is not None
-    rows = zip(wave.rows.request, wave.rows.seq_len, seq_len, prompt_len, strict=True)
+    assert torch.equal(short.decode_table, long.decode_table)
+    (decode,) = short.tensors.passes
+    assert decode.rows is not None
+    rows = zip(decode.rows.request, decode.rows.seq_len, seq_len, prompt_len, strict=True)
     for i, (entry, seen, length, prompt) in enumerate(rows):
         evicted = own.get(i, rule).evicted_spans(prompt)
         assert seen == length - evicted * rule.span_tokens
         first = common.block_table_tensor[i, evicted * rule.span_blocks]
-        assert short.wave_table[entry, 0] == first
+        assert short.decode_table[entry, 0] == first

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from think_vllm.hooks.patch import Kind, Patch
+from think_vllm.hooks.patches.patch import Kind, Patch
 from think_vllm.tools.doctor.comparison import compare
 from think_vllm.tools.doctor.finding import Finding, Level
 from think_vllm.tools.doctor.patches import check_patches

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from think_vllm.plan.spans import RowLimits, SpanRule
-from think_vllm.worker.eviction_step import take_packs, watch
-from think_vllm.worker.step_builder import sort_step
+from think_vllm.worker.eviction_step import find_accumulations, take_repacks
+from think_vllm.worker.step_sorter import sort_step
 
 WINDOW = 5
 RULES = st.builds(
@@ -32,7 +32,7 @@ def test_each_query_is_watched_once_and_each_prompt_packed_once(
 ) -> None:
     computed, total, thin = 0, length + 30, 0
     seen: list[int] = []
-    packed = 0
+    repacked = 0
     # The request may have a budget of its own.
     own = replace(rule, budget_spans=data.draw(st.sampled_from([None, 1, 2, 5, rule.budget_spans])))
     evicted = own.evicted_spans(length)
@@ -44,35 +44,39 @@ def test_each_query_is_watched_once_and_each_prompt_packed_once(
         step = sort_step(rule, WINDOW, starts, lens, prompts, own={1: own})
         empty = rule.evicted_spans_array(prompts, RowLimits.of(rule, {1: own}, 2))
         assert empty.tolist() == [0, evicted]
-        watched = watch(rule, window, step.prefill, prompts, empty, ["other", "one"])
-        for item in watched:
+        accumulations = find_accumulations(
+            rule, window, step.prefill, prompts, empty, ["other", "one"]
+        )
+        for item in accumulations:
             assert (item.request, item.row, item.prompt_len) == ("one", 1, length)
             assert item.kept_spans == own.budget_spans
             assert item.starts == (not seen)
             assert item.begin - 1 == item.position - computed
             seen += range(item.position, item.position + item.end - item.begin)
             assert item.ends == (seen[-1] == length - 1)
-        for wave in step.waves:
+        for decode in step.passes:
             before = [
-                span for row, span in zip(wave.due_request, wave.due_span, strict=True) if row
+                span for row, span in zip(decode.due_request, decode.due_span, strict=True) if row
             ]
-            packs = take_packs(rule, wave, prompts, empty, ["other", "one"])
-            after = [span for row, span in zip(wave.due_request, wave.due_span, strict=True) if row]
-            if packs:
-                (pack,) = packs
-                assert (pack.request, pack.row, pack.prompt_len) == ("one", 1, length)
-                assert (pack.first_span, pack.num_spans) == (evicted, own.budget_spans)
+            repacks = take_repacks(rule, decode, prompts, empty, ["other", "one"])
+            after = [
+                span for row, span in zip(decode.due_request, decode.due_span, strict=True) if row
+            ]
+            if repacks:
+                (repack,) = repacks
+                assert (repack.request, repack.row, repack.prompt_len) == ("one", 1, length)
+                assert (repack.first_span, repack.num_spans) == (evicted, own.budget_spans)
                 assert thin == 0
-                assert before == [*range(evicted + pack.num_spans), *after]
-                thin, packed = evicted + pack.num_spans, packed + 1
+                assert before == [*range(evicted + repack.num_spans), *after]
+                thin, repacked = evicted + repack.num_spans, repacked + 1
             else:
                 assert before == after
             assert after == list(range(thin, thin + len(after)))
             thin += len(after)
-            of_request = wave.request == 1
-            assert (wave.thin_spans[of_request] == thin).all()
+            of_request = decode.request == 1
+            assert (decode.thin_spans[of_request] == thin).all()
         computed += count
-    assert packed == (evicted > 0)
+    assert repacked == (evicted > 0)
     chosen = 0 if window is None else max(0, length - window)
     assert seen == (list(range(chosen, length)) if evicted else [])
 
@@ -85,7 +89,7 @@ def test_prompts_that_end_keep_no_channels_for_tokens_yet_to_be_packed(
         step = sort_step(
             rule, WINDOW, np.array([0, length]), np.array([length]), np.array([length])
         )
-        assert step.prompt_ends is not None
-        return bool(step.prompt_ends.keeps[0])
+        assert step.finished_prompts is not None
+        return bool(step.finished_prompts.keeps[0])
 
     assert ends(rule) == (ends(replace(rule, budget_spans=None)) and not rule.evicted_spans(length))

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from think_vllm.errors import ThinkError
-from think_vllm.plan.formats import FORMATS, GROUP_SIZES, Coding
+from think_vllm.plan.formats import FORMATS, GROUP_SIZES, Encoding
 from think_vllm.plan.layout import (
     BlockForm,
     DenseLayout,
@@ -71,7 +71,7 @@ def test_fp8_thin_layout_has_the_bytes_counted_by_hand(
     layout: ThinLayout, keys: tuple[int, ...], values: tuple[int, ...], used: int
 ) -> None:
     def offsets(matrix: MatrixLayout) -> tuple[int, ...]:
-        zeros = (matrix.zeros_offset,) if matrix.has_zeros else ()
+        zeros = (matrix.zero_points_offset,) if matrix.has_zero_points else ()
         return matrix.offset, matrix.scales_offset, *zeros, matrix.end
 
     assert (offsets(layout.keys), offsets(layout.values)) == (keys, values)
@@ -125,7 +125,7 @@ def test_integer_thin_layout_has_the_bytes_counted_by_hand(
     layout: ThinLayout, keys: tuple[int, ...], values: tuple[int, ...], used: int
 ) -> None:
     def offsets(matrix: MatrixLayout) -> tuple[int, ...]:
-        return matrix.offset, matrix.scales_offset, matrix.zeros_offset, matrix.end
+        return matrix.offset, matrix.scales_offset, matrix.zero_points_offset, matrix.end
 
     assert (offsets(layout.keys), offsets(layout.values)) == (keys, values)
     assert (layout.table_offset, layout.used_bytes) == (values[-1], used)
@@ -216,7 +216,7 @@ def test_dense_layout_of_token_rows_has_a_key_and_a_value_in_each() -> None:
     assert layout.key_strides == layout.value_strides == (256, 1)
 
 
-def test_thin_layout_refuses_what_does_not_fit() -> None:
+def test_thin_layout_rejects_what_does_not_fit() -> None:
     with pytest.raises(ThinkError, match="take 24640 bytes, a block has 24576"):
         ThinLayout(128, 64, 64, 48, 2)
     with pytest.raises(ThinkError, match=r"69 of 128 key channels \(k4v2\) take 82\d\d bytes"):
@@ -290,12 +290,12 @@ def test_parts_are_aligned_and_do_not_overlap(
     parts = []
     for matrix in (layout.keys, layout.values):
         own = [(matrix.offset, matrix.rows * matrix.row_bytes)]
-        if matrix.coding.is_integer:
+        if matrix.encoding.is_integer:
             factors = 2 * matrix.groups * matrix.rows
-            own += [(matrix.scales_offset, factors), (matrix.zeros_offset, factors)]
-        elif matrix.coding is Coding.FP8:
+            own += [(matrix.scales_offset, factors), (matrix.zero_points_offset, factors)]
+        elif matrix.encoding is Encoding.FP8:
             own += [(matrix.scales_offset, 4)]
-            own += [(matrix.zeros_offset, 2 * matrix.rows)] if matrix.has_zeros else []
+            own += [(matrix.zero_points_offset, 2 * matrix.rows)] if matrix.has_zero_points else []
         assert all(start % ALIGN_BYTES == 0 for start, _ in own)
         assert matrix.content_bytes == sum(size for _, size in own)
         assert matrix.end == sum(own[-1])
@@ -312,8 +312,8 @@ def test_parts_are_aligned_and_do_not_overlap(
         (StaticLayout(64, 128, 128, 2), 32_768, 49_152),
         (StaticLayout(90, 96, 64, 4), 24_576, 47_616),
         (StaticLayout(13, 13, 16, 2), 416, 832),
-        (StaticLayout(64, 128, 128, 2, is_coded=True), 16_384, 25_600),
-        (StaticLayout(13, 24, 16, 4, is_coded=True), 384, 720),
+        (StaticLayout(64, 128, 128, 2, is_quantized=True), 16_384, 25_600),
+        (StaticLayout(13, 24, 16, 4, is_quantized=True), 384, 720),
     ],
 )
 def test_static_layout_has_the_bytes_counted_by_hand(

@@ -97,23 +97,23 @@ def test_manager_of_requests_that_stay_dense_by_what_they_would_lose(
     actions: list[tuple[Any, ...]], form: dict[str, Any], caching: bool
 ) -> None:
     # Decided at a prompt's end, and known to the scheduler before its next step.
-    spec = replace(form_spec({**form, "mode": "dense"}), guarded=True)
+    spec = replace(form_spec({**form, "mode": "dense"}), limits_loss=True)
     drive(Engine(spec, lag=0, caching=caching), actions)
 
 
 def test_manager_frees_nothing_of_requests_that_are_not_settled(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(ThinKVCacheManager, "settle", lambda *_: None)
+    monkeypatch.setattr(ThinKVCacheManager, "resolve", lambda *_: None)
     for caching in (True, False):
-        engine = Engine(make_spec(delay_prompt=True, guarded=True), lag=0, caching=caching)
+        engine = Engine(make_spec(delay_prompt=True, limits_loss=True), lag=0, caching=caching)
         engine.arrive(prompt_len=41, max_tokens=8)
         with pytest.raises(RuntimeError, match="r0 are due, and its worker has not said"):
             engine.finish()
 
 
 def test_requests_stay_as_they_were_settled() -> None:
-    engine = Engine(make_spec(delay_prompt=True, guarded=True), lag=0)
+    engine = Engine(make_spec(delay_prompt=True, limits_loss=True), lag=0)
     for _ in range(2):
         engine.arrive(prompt_len=41, max_tokens=12)
     for preempted in (False, True):
@@ -124,8 +124,8 @@ def test_requests_stay_as_they_were_settled() -> None:
             engine.step(90)
         (manager,) = engine.manager.coordinator.single_type_managers
         freed = {name: manager.held(name)[1] for name in ("r0", "r1")}
-        assert sorted(engine.verdicts.values()) == [False, True]
-        assert freed == {name: 0 if dense else 3 for name, dense in engine.verdicts.items()}
+        assert sorted(engine.decisions.values()) == [False, True]
+        assert freed == {name: 0 if dense else 3 for name, dense in engine.decisions.items()}
     engine.finish()
     gc.collect()
     assert not len(manager.rules)
@@ -308,7 +308,7 @@ def test_manager_frees_too_early_is_noticed() -> None:
         run()
 
 
-def test_manager_refuses_a_prompt_that_grows() -> None:
+def test_manager_rejects_a_prompt_that_grows() -> None:
     engine = Engine(make_spec(), lag=0)
     engine.arrive(prompt_len=41, max_tokens=8)
     engine.step(41)
@@ -319,7 +319,7 @@ def test_manager_refuses_a_prompt_that_grows() -> None:
         manager.remove_skipped_blocks(request.request_id, 42, 50)
 
 
-def test_spec_merge_keeps_own_fields_and_refuses_disagreement() -> None:
+def test_spec_merge_keeps_own_fields_and_rejects_disagreement() -> None:
     merged = ThinKVCacheSpec.merge([make_spec(), make_spec()])
     assert merged == make_spec()
     with pytest.raises(ValueError, match=r"differ in rule: .*_window=5.* and .*_window=6"):

@@ -27,7 +27,7 @@ REPORT: dict[str, Any] = {
 }
 
 
-def make(registry: Any, times_compaction: bool = True, has_choices: bool = True) -> Any:
+def make(registry: Any, times_compaction: bool = True, has_selections: bool = True) -> Any:
     types = {kind: partial(kind, registry=registry) for kind in (Counter, Gauge, Histogram)}
     return ThinkPromMetrics(
         SimpleNamespace(kv_transfer_config=None),
@@ -35,7 +35,7 @@ def make(registry: Any, times_compaction: bool = True, has_choices: bool = True)
         LABELS,
         ENGINES,
         times_compaction=times_compaction,
-        has_choices=has_choices,
+        has_selections=has_selections,
     )
 
 
@@ -67,7 +67,7 @@ def test_reports_are_shown_by_engine() -> None:
 
 def test_what_is_not_measured_is_not_shown() -> None:
     registry = CollectorRegistry()
-    metrics = make(registry, times_compaction=False, has_choices=False)
+    metrics = make(registry, times_compaction=False, has_selections=False)
     metrics.observe(REPORT, 0)
     names = shown(registry).names
     assert "spans_compacted_total" in names

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from think_vllm.metrics.catalog import SHARE_EDGES
+from think_vllm.metrics.rank import MAX_WAITING, begin_report, rank_report, take_report
 from think_vllm.metrics.shares import ShareHistogram, kept_shares
-from think_vllm.metrics.worker import MAX_WAITING, begin_report, rank_report, take_report
 
 CPU = torch.device("cpu")
 
@@ -107,7 +107,7 @@ def test_rank_report_is_taken_once() -> None:
     energy = torch.ones(4, 2, 4)
     energy[3, :, 0] = 81  # scores of 9, 1, 1 and 1
     for rows in (slice(0, 3), slice(3, 4)):
-        rank_report().add_choice(energy[rows], chosen[rows])
+        rank_report().add_selection(energy[rows], chosen[rows])
     counts, sums = buckets([0.25] * 6 + [0.75] * 2)
     report = {"counters": {"compaction_seconds": 0.75}, "shares": [counts, sums]}
     assert take_report() == report
@@ -121,7 +121,7 @@ def test_rank_report_that_nobody_takes_stays_small() -> None:
     begin_report()
     energy, channels = torch.ones(1, 2, 4), torch.zeros(1, 2, 1, dtype=torch.uint8)
     for _ in range(3 * MAX_WAITING + 1):
-        rank_report().add_choice(energy, channels)
+        rank_report().add_selection(energy, channels)
     assert len(rank_report()._waiting) == 1
     report = take_report()
     assert report is not None

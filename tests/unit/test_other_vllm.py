@@ -37,7 +37,7 @@ def test_unpack_takes_what_is_no_library_and_calls_it_a_cpu_build(tmp_path: Path
 
 
 @pytest.mark.parametrize("metadata", ["Name: vllm\n", METADATA.replace("9.1.0", "9.1.0+cu130")])
-def test_unpack_refuses_what_it_cannot_call_a_cpu_build(tmp_path: Path, metadata: str) -> None:
+def test_unpack_rejects_what_it_cannot_call_a_cpu_build(tmp_path: Path, metadata: str) -> None:
     with pytest.raises(OtherVllmError, match="does not say its version"):
         unpack(make_wheel(tmp_path / "wheels", metadata), tmp_path / "made")
 

@@ -1,4 +1,4 @@
-"""Plans: what they save, and what is refused."""
+"""Plans: what they save, and what is rejected."""
 
 import pytest
 from hypothesis import given, settings
@@ -261,7 +261,7 @@ def test_plan_blocks_names_the_smallest_ratio_of_values() -> None:
         make(0.0, value_ratio=0.05)
 
 
-def test_plan_blocks_refuses_a_block_size_that_no_plan_fits() -> None:
+def test_plan_blocks_rejects_a_block_size_that_no_plan_fits() -> None:
     with pytest.raises(ThinkError, match="--block-size 16 tokens frees a block; use --block-size"):
         make(0.3, block_size=16)
     with pytest.raises(
@@ -270,7 +270,7 @@ def test_plan_blocks_refuses_a_block_size_that_no_plan_fits() -> None:
         make(0.0, block_size=1024, quant="fp8")
 
 
-def test_plan_blocks_refuses_a_head_size_beyond_one_byte() -> None:
+def test_plan_blocks_rejects_a_head_size_beyond_one_byte() -> None:
     with pytest.raises(ThinkError, match="head size is 320"):
         make(0.5, head_size=320)
 
@@ -286,7 +286,7 @@ def test_plan_blocks_refuses_a_head_size_beyond_one_byte() -> None:
         (8, "fp8", 32, "head size is 8; .* multiple of 16"),
     ],
 )
-def test_plan_blocks_refuses_head_sizes_that_a_format_cannot_take(
+def test_plan_blocks_rejects_head_sizes_that_a_format_cannot_take(
     head_size: int, quant: str, group: int, message: str
 ) -> None:
     with pytest.raises(ThinkError, match=message):
@@ -300,7 +300,7 @@ def test_plan_blocks_takes_any_head_size_in_fp8(head_size: int) -> None:
 
 
 @pytest.mark.parametrize(("head_size", "block_size"), [(128, 40), (128, 0), (72, None)])
-def test_plan_blocks_refuses_sizes_that_kernels_cannot_take(
+def test_plan_blocks_rejects_sizes_that_kernels_cannot_take(
     head_size: int, block_size: int | None
 ) -> None:
     with pytest.raises(ThinkError, match="the kernels need a multiple of 16"):

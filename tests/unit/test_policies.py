@@ -10,7 +10,7 @@ import torch
 from think_vllm.kernels.reference.scoring import key_scores_ref, query_energy_ref, top_channels_ref
 from think_vllm.plan.block_plan import BlockPlan, span_rule
 from think_vllm.plan.settings import ThinkConfig
-from think_vllm.worker.channel_selection import Chooser, count_sources, top_channels
+from think_vllm.worker.channel_selection import ChannelSelector, count_sources, top_channels
 from think_vllm.worker.heads import RankHeads, rank_heads
 from think_vllm.worker.policies import POLICIES, LayerHeads
 
@@ -73,8 +73,8 @@ def chosen(select: str, query: torch.Tensor, keys: torch.Tensor, heads: LayerHea
         energy = query_energy_ref(query[:, -WINDOW:].transpose(0, 1), heads.count)
         windows[0, 0] = energy.float()
     energy = keys.square().mean(dim=1)[None]
-    chooser = Chooser(plan, heads)
-    found = chooser.choose(windows, energy if chooser.uses_keys else None).channels[0]
+    selector = ChannelSelector(plan, heads)
+    found = selector.select(windows, energy if selector.uses_keys else None).channels[0]
     assert found.dtype == torch.uint8
     return torch.zeros(heads.count, D, dtype=torch.bool).scatter_(1, found.long(), True)
 
@@ -154,18 +154,18 @@ def test_nothing_is_summed_up_that_a_policy_does_not_use(
 ) -> None:
     plan = make_plan(select, keys, values)
     assert count_sources(plan) == sources
-    chooser = Chooser(plan, HEADS)
+    selector = ChannelSelector(plan, HEADS)
     query, output = torch.zeros(3, 4, D), torch.ones(3, 4, D)
-    summed = chooser.sources(query, output)
+    summed = selector.sources(query, output)
     assert len(summed) == sources
     uses_queries = select == "think" and keys < D
     assert any(x is query for x in summed) == uses_queries
     assert any(x is output for x in summed) == (values < D and select != "random")
-    assert chooser.uses_keys == (keys < D and select != "random")
+    assert selector.uses_keys == (keys < D and select != "random")
     # Two prompts, of which the window's last source decides about values.
     windows = torch.rand(2, sources, 2, D, generator=torch.Generator().manual_seed(0))
     energy = torch.rand(2, 2, D, generator=torch.Generator().manual_seed(1))
-    choice = chooser.choose(windows, energy if chooser.uses_keys else None)
+    choice = selector.select(windows, energy if selector.uses_keys else None)
     assert choice.channels.shape == (2, 2, plan.kept_channels)
     assert (choice.scores is not None) == mass
     if values < D and select != "random":
@@ -175,12 +175,12 @@ def test_nothing_is_summed_up_that_a_policy_does_not_use(
         assert (choice.channels[:, :, :D] == torch.arange(D)).all()
 
 
-def test_chooser_refuses_what_is_missing() -> None:
-    chooser = Chooser(make_plan(), HEADS)
+def test_chooser_rejects_what_is_missing() -> None:
+    selector = ChannelSelector(make_plan(), HEADS)
     with pytest.raises(ValueError, match="keys is None; --kv-select think needs their energy"):
-        chooser.choose(torch.zeros(1, 1, 2, D), None)
+        selector.select(torch.zeros(1, 1, 2, D), None)
     with pytest.raises(ValueError, match=r"windows is .1, 2, 2, 64.; expected .n, 1, Hk, D."):
-        chooser.choose(torch.zeros(1, 2, 2, D), torch.zeros(1, 2, D))
+        selector.select(torch.zeros(1, 2, 2, D), torch.zeros(1, 2, D))
 
 
 @pytest.mark.parametrize("count", [1, 31, 64])
@@ -200,7 +200,7 @@ def test_top_channels_by_hand() -> None:
     assert top_channels(scores, 3).tolist() == [[[0, 1, 2], [0, 1, 2]]]
 
 
-def test_top_channels_refuses() -> None:
+def test_top_channels_rejects() -> None:
     with pytest.raises(ValueError, match=r"score is .1, 2, 64., count is 65"):
         top_channels(torch.zeros(1, 2, D), 65)
     with pytest.raises(ValueError, match=r"score is .2, 64., count is 3; expected .n, Hk, D."):

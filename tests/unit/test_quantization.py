@@ -18,11 +18,11 @@ from think_vllm.kernels.reference.quantization import (
     unpack,
     write_matrix,
 )
-from think_vllm.plan.formats import FORMATS, GROUP_SIZES, Coding
+from think_vllm.plan.formats import FORMATS, GROUP_SIZES, Encoding
 from think_vllm.plan.layout import ThinLayout, max_key_channels
 from think_vllm.plan.matrix_layout import MatrixLayout
 
-INTEGER = [Coding.INT4, Coding.INT2]
+INTEGER = [Encoding.INT4, Encoding.INT2]
 #: Rounding to float16: half a unit in the last place, relative, and below 2 ** -14 absolute.
 HALF, HALF_TINY = 2.0**-11, 2.0**-25
 #: The arithmetic is float32; a few of its roundings lie between an element and its code.
@@ -86,14 +86,14 @@ def test_quantize_fp8_of_a_hand_made_matrix() -> None:
 # --- what is lost
 
 
-def error_bound(matrix: torch.Tensor, coding: Coding, group: int) -> torch.Tensor:
+def error_bound(matrix: torch.Tensor, encoding: Encoding, group: int) -> torch.Tensor:
     """What the docstrings allow, per element."""
     exact = matrix.double()
-    if coding is Coding.FP8:
+    if encoding is Encoding.FP8:
         scale = exact.abs().max() / 448
         nearest = torch.maximum(exact.abs() * 2**-4, scale * 2**-10)
         return nearest + exact.abs() * FLOAT + scale * 2**-10 * FLOAT
-    levels = 2**coding.value - 1
+    levels = 2**encoding.value - 1
     bounds = []
     for part in exact.split(group, dim=1):
         low, high = part.amin(dim=1, keepdim=True), part.amax(dim=1, keepdim=True)
@@ -104,16 +104,18 @@ def error_bound(matrix: torch.Tensor, coding: Coding, group: int) -> torch.Tenso
     return torch.cat(bounds, dim=1)
 
 
-def check(matrix: torch.Tensor, coding: Coding, group: int, has_zeros: bool = False) -> None:
-    error = (code_and_back(matrix, coding, group, has_zeros) - matrix.double()).abs()
-    if has_zeros:
+def check(
+    matrix: torch.Tensor, encoding: Encoding, group: int, has_zero_points: bool = False
+) -> None:
+    error = (code_and_back(matrix, encoding, group, has_zero_points) - matrix.double()).abs()
+    if has_zero_points:
         matrix = matrix.float() - fp8_zeros(matrix.float()).float()[:, None]
-    assert bool((error <= error_bound(matrix, coding, group)).all())
+    assert bool((error <= error_bound(matrix, encoding, group)).all())
 
 
 @pytest.mark.parametrize(
-    ("coding", "has_zeros"),
-    [(Coding.FP8, False), (Coding.FP8, True), (Coding.INT4, False), (Coding.INT2, False)],
+    ("encoding", "has_zero_points"),
+    [(Encoding.FP8, False), (Encoding.FP8, True), (Encoding.INT4, False), (Encoding.INT2, False)],
 )
 @given(
     seed=st.integers(0, 2**31),
@@ -125,8 +127,8 @@ def check(matrix: torch.Tensor, coding: Coding, group: int, has_zeros: bool = Fa
 )
 @settings(max_examples=100, deadline=None, derandomize=True)
 def test_error_stays_within_the_stated_bound(
-    coding: Coding,
-    has_zeros: bool,
+    encoding: Encoding,
+    has_zero_points: bool,
     seed: int,
     exponent: int,
     offset: float,
@@ -139,7 +141,7 @@ def test_error_stays_within_the_stated_bound(
     matrix[1] = matrix[1, 0]  # a constant row
     matrix[2] *= (torch.arange(columns) % 3 == 0).to(dtype)  # mostly zeros
     matrix[3, 0] *= 50  # an outlier
-    check(matrix.clamp(-60_000, 60_000), coding, group, has_zeros)
+    check(matrix.clamp(-60_000, 60_000), encoding, group, has_zero_points)
 
 
 @given(
@@ -151,35 +153,35 @@ def test_error_stays_within_the_stated_bound(
 )
 @settings(max_examples=150, deadline=None, derandomize=True)
 def test_error_stays_within_the_bound_for_any_numbers(rows: list[list[float]]) -> None:
-    for coding in INTEGER:
-        check(torch.tensor(rows), coding, 3)
+    for encoding in INTEGER:
+        check(torch.tensor(rows), encoding, 3)
 
 
 @pytest.mark.parametrize("value", [0.0, -0.0, 1.0, -3.25, 1024.0])
 def test_constant_groups_come_back(value: float) -> None:
     matrix = torch.full((3, 40), value)
-    for coding in INTEGER:
-        assert torch.equal(code_and_back(matrix, coding, 32), matrix.double())
+    for encoding in INTEGER:
+        assert torch.equal(code_and_back(matrix, encoding, 32), matrix.double())
     # The scale is a quotient in float32.
-    back = code_and_back(matrix, Coding.FP8, 32)
+    back = code_and_back(matrix, Encoding.FP8, 32)
     torch.testing.assert_close(back, matrix.double(), rtol=2**-24, atol=0)
 
 
-@pytest.mark.parametrize("coding", INTEGER)
-def test_errors_are_even_over_the_range(coding: Coding) -> None:
+@pytest.mark.parametrize("encoding", INTEGER)
+def test_errors_are_even_over_the_range(encoding: Encoding) -> None:
     # Truncating instead of rounding, or 2 ** bits levels, would move the mean.
     matrix = torch.linspace(-1, 1, 4096)[None]
-    error = code_and_back(matrix, coding, 4096) - matrix.double()
-    step = 2 / (2**coding.value - 1)
+    error = code_and_back(matrix, encoding, 4096) - matrix.double()
+    step = 2 / (2**encoding.value - 1)
     assert abs(float(error.mean())) < 0.01 * step
     assert float(error.abs().mean()) == pytest.approx(step / 4, rel=0.01)
 
 
-@pytest.mark.parametrize("coding", INTEGER)
-def test_magnitudes_beyond_float16_saturate(coding: Coding) -> None:
+@pytest.mark.parametrize("encoding", INTEGER)
+def test_magnitudes_beyond_float16_saturate(encoding: Encoding) -> None:
     low, high = torch.full((1, 4), -1e6), torch.full((1, 4), 1e6)
-    assert code_and_back(low, coding, 4).tolist() == [[-65_504.0] * 4]
-    assert code_and_back(high, coding, 4).tolist() == [[65_504.0] * 4]
+    assert code_and_back(low, encoding, 4).tolist() == [[-65_504.0] * 4]
+    assert code_and_back(high, encoding, 4).tolist() == [[65_504.0] * 4]
 
 
 # --- what is not finite
@@ -187,14 +189,14 @@ def test_magnitudes_beyond_float16_saturate(coding: Coding) -> None:
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("place", [0, 37, 63])
-@pytest.mark.parametrize("coding", INTEGER)
+@pytest.mark.parametrize("encoding", INTEGER)
 def test_what_is_not_finite_makes_its_group_nan_and_no_other(
-    coding: Coding, place: int, poison: float
+    encoding: Encoding, place: int, poison: float
 ) -> None:
     matrix = randn(4, 80)
-    clean = code_and_back(matrix, coding, 32)
+    clean = code_and_back(matrix, encoding, 32)
     matrix[2, place] = poison
-    back = code_and_back(matrix, coding, 32)
+    back = code_and_back(matrix, encoding, 32)
     mine = torch.zeros(4, 80, dtype=torch.bool)
     first = place // 32 * 32
     mine[2, first : first + 32] = True
@@ -202,18 +204,18 @@ def test_what_is_not_finite_makes_its_group_nan_and_no_other(
     assert torch.equal(back[~mine], clean[~mine])
 
 
-@pytest.mark.parametrize("coding", INTEGER)
-def test_a_group_of_infinities_is_nan(coding: Coding) -> None:
+@pytest.mark.parametrize("encoding", INTEGER)
+def test_a_group_of_infinities_is_nan(encoding: Encoding) -> None:
     for values in ([math.inf] * 4, [-math.inf] * 4, [math.inf, -math.inf, 0.0, math.nan]):
-        assert bool(code_and_back(torch.tensor([values]), coding, 4).isnan().all())
+        assert bool(code_and_back(torch.tensor([values]), encoding, 4).isnan().all())
 
 
-@pytest.mark.parametrize("has_zeros", [False, True])
+@pytest.mark.parametrize("has_zero_points", [False, True])
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_makes_an_fp8_matrix_nan(poison: float, has_zeros: bool) -> None:
+def test_what_is_not_finite_makes_an_fp8_matrix_nan(poison: float, has_zero_points: bool) -> None:
     matrix = randn(4, 80) + 100
     matrix[2, 5] = poison
-    assert bool(code_and_back(matrix, Coding.FP8, 32, has_zeros).isnan().all())
+    assert bool(code_and_back(matrix, Encoding.FP8, 32, has_zero_points).isnan().all())
 
 
 # --- zeros of fp8 keys
@@ -232,7 +234,7 @@ def biased_keys(tokens: int) -> torch.Tensor:
 
 def mean_error(keys: torch.Tensor) -> torch.Tensor:
     """Of each channel, [C]."""
-    back = code_and_back(keys, Coding.FP8, 32, has_zeros=True)
+    back = code_and_back(keys, Encoding.FP8, 32, has_zero_points=True)
     return (back - keys.double()).abs().mean(dim=1)
 
 
@@ -241,7 +243,7 @@ def test_biased_channels_keep_what_tokens_differ_in(tokens: int) -> None:
     keys = biased_keys(tokens)
     assert float(mean_error(keys).max()) < 0.05
     # One scale alone, as values have it, loses it.
-    plain = (code_and_back(keys, Coding.FP8, 32) - keys.double()).abs().mean(dim=1)
+    plain = (code_and_back(keys, Encoding.FP8, 32) - keys.double()).abs().mean(dim=1)
     assert float(plain[[31, 63]].min()) > 1 or tokens == 2
 
 
@@ -255,7 +257,7 @@ def test_biased_channels_of_narrow_caches(dtype: torch.dtype) -> None:
 def test_one_token_that_differs_spoils_no_other(outlier: float) -> None:
     keys = biased_keys(88)
     keys[:, 0] = outlier
-    error = (code_and_back(keys, Coding.FP8, 32, has_zeros=True) - keys.double()).abs()
+    error = (code_and_back(keys, Encoding.FP8, 32, has_zero_points=True) - keys.double()).abs()
     assert float(error[:, 1:].mean(dim=1).max()) < 0.05
     assert float(error[:, 0].max()) <= abs(outlier) * 2**-4 + 40
 
@@ -266,7 +268,7 @@ def test_constant_channels_come_back(value: float, tokens: int) -> None:
     keys = torch.full((3, tokens), value)
     keys[1] = -value
     assert torch.equal(fp8_zeros(keys), keys[:, 0].half())
-    back = code_and_back(keys, Coding.FP8, 32, has_zeros=True)
+    back = code_and_back(keys, Encoding.FP8, 32, has_zero_points=True)
     torch.testing.assert_close(back, keys.double(), rtol=2**-14, atol=0)
 
 
@@ -276,7 +278,7 @@ def test_zeros_beyond_float16_saturate(value: float) -> None:
     keys[1] *= -1
     assert fp8_zeros(keys).abs().max() == 65_504.0
     assert fp8_zeros(keys)[1] == -fp8_zeros(keys)[0]
-    back = code_and_back(keys, Coding.FP8, 32, has_zeros=True)
+    back = code_and_back(keys, Encoding.FP8, 32, has_zero_points=True)
     torch.testing.assert_close(back, keys.double(), rtol=2**-4, atol=0)
 
 
@@ -313,16 +315,16 @@ def layouts() -> list[ThinLayout]:
 def touched(matrix: MatrixLayout, rows: int, columns: int) -> torch.Tensor:
     """Bytes that a matrix of ``rows`` by ``columns`` owns, counted one by one."""
     mine = []
-    bits = matrix.coding.element_bits(2)
+    bits = matrix.encoding.element_bits(2)
     for row in range(rows):
         start = matrix.offset + row * matrix.row_bytes
         mine += range(start, start + -(-columns * bits // 8))
-    if matrix.coding is Coding.FP8:
+    if matrix.encoding is Encoding.FP8:
         mine += range(matrix.scales_offset, matrix.scales_offset + 4)
-        if matrix.has_zeros:
-            mine += range(matrix.zeros_offset, matrix.zeros_offset + 2 * rows)
-    if matrix.coding.is_integer:
-        for base in (matrix.scales_offset, matrix.zeros_offset):
+        if matrix.has_zero_points:
+            mine += range(matrix.zero_points_offset, matrix.zero_points_offset + 2 * rows)
+    if matrix.encoding.is_integer:
+        for base in (matrix.scales_offset, matrix.zero_points_offset):
             for group in range(-(-columns // matrix.group)):
                 start = base + 2 * group * matrix.rows
                 mine += range(start, start + 2 * rows)
@@ -351,10 +353,10 @@ def test_write_matrix_touches_its_own_bytes_only(
         rest = torch.ones(layout.run_bytes, dtype=torch.bool)
         rest[mine] = False
         assert torch.equal(run[rest], before[rest])
-        # Whoever reads sees what the coding alone makes of the matrix.
+        # Whoever reads sees what the encoding alone makes of the matrix.
         back = read_matrix(run, part, *matrix.shape, torch.bfloat16)
-        coded = code_and_back(matrix, part.coding, part.group, part.has_zeros)
-        assert torch.equal(back, coded)
+        quantized = code_and_back(matrix, part.encoding, part.group, part.has_zero_points)
+        assert torch.equal(back, quantized)
         run[mine] = 255 - poison  # nothing that is read lies elsewhere
         assert not torch.equal(read_matrix(run, part, *matrix.shape, torch.bfloat16), back)
         write_matrix(run, matrix, part)
@@ -373,6 +375,6 @@ def test_write_matrix_reads_every_element(name: str) -> None:
     after = read_matrix(run, layout.keys, 40, 44, torch.bfloat16)
     changed = before != after
     assert after[17, 35] == pytest.approx(9.0, rel=2**-4)
-    if FORMATS[name].keys is not Coding.FP8:
+    if FORMATS[name].keys is not Encoding.FP8:
         changed[17, 32:] = False
         assert not bool(changed.any())

@@ -157,5 +157,5 @@ def test_summary_says_that_requests_may_stay_dense() -> None:
         {"kv_channel_prune": 0.5},
         {"kv_channel_prune": 0.001, "kv_quant": "fp8", "kv_prune_max_loss": 0.2},
     ):
-        assert not make_plan(**settings).guards
+        assert not make_plan(**settings).limits_loss
         assert plan_fields(make_plan(**settings), True)["max_loss"] is None

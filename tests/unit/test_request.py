@@ -90,7 +90,7 @@ def test_request_override_of_a_dense_request_that_evicts_nothing() -> None:
         ),
     ],
 )
-def test_request_override_refuses(rule: SpanRule, asked: dict[str, Any], message: str) -> None:
-    with pytest.raises(ThinkError, match=message) as refused:
+def test_request_override_rejects(rule: SpanRule, asked: dict[str, Any], message: str) -> None:
+    with pytest.raises(ThinkError, match=message) as rejected:
         request_override(rule, asked)
-    assert "vllm_xargs; offline SamplingParams.extra_args" in str(refused.value)
+    assert "vllm_xargs; offline SamplingParams.extra_args" in str(rejected.value)

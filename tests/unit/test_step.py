@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from think_vllm.plan.spans import ENDLESS, SpanRule
-from think_vllm.worker.step import Ends, Step
-from think_vllm.worker.step_builder import leading_thin_spans, sort_step
+from think_vllm.worker.step import Finished, Step
+from think_vllm.worker.step_sorter import leading_thin_spans, sort_step
 
 WINDOW = 5
 
@@ -60,18 +60,20 @@ def run(step: Step, rows: list[Follower], start: list[int], computed: list[int])
         offset = computed[seen.request] - start[seen.request]
         row.observed += range(seen.begin + offset, seen.end + offset)
         row.kept_at = seen.keep_position
-    for ends in (step.prompt_ends, step.chunk_ends):
+    for ends in (step.finished_prompts, step.finished_chunks):
         if ends is not None:
-            compact_ends(ends, rows, start, computed)
-    for wave in step.waves:
-        for request, span, kept in zip(wave.due_request, wave.due_span, wave.due_kept, strict=True):
+            compact_finished(ends, rows, start, computed)
+    for decode in step.passes:
+        for request, span, kept in zip(
+            decode.due_request, decode.due_span, decode.due_kept, strict=True
+        ):
             row = rows[request]
             assert span == row.thin
             # Channels are where the worker looks for them.
             assert row.kept if kept else span > 0
             row.thin += 1
         for token, request, seq_len, thin in zip(
-            wave.token, wave.request, wave.seq_len, wave.thin_spans, strict=True
+            decode.token, decode.request, decode.seq_len, decode.thin_spans, strict=True
         ):
             row = rows[request]
             position = computed[request] + int(token) - start[request]
@@ -84,7 +86,9 @@ def run(step: Step, rows: list[Follower], start: list[int], computed: list[int])
             row.seen_thin.append(int(thin))
 
 
-def compact_ends(ends: Ends, rows: list[Follower], start: list[int], computed: list[int]) -> None:
+def compact_finished(
+    ends: Finished, rows: list[Follower], start: list[int], computed: list[int]
+) -> None:
     assert [seen.request for seen in ends.observations] == list(ends.request)
     which, spans = ends.spans()
     for i, (request, end, first, observed) in enumerate(
@@ -193,39 +197,41 @@ def test_leading_thin_spans_counts_null_tails_from_the_beginning() -> None:
     assert leading_thin_spans(rule, rows[:, :2], computed).tolist() == [0] * 4
 
 
-def test_sort_step_decode_batch_is_one_wave_in_batch_order() -> None:
+def test_sort_step_decode_batch_is_one_pass_in_batch_order() -> None:
     rule = SpanRule(48, 4, 3, 32, True)
     step = sort_step(
         rule, 32, np.arange(4), np.array([225, 300, 1000]), np.array([100, 300 - 1, 100])
     )
     assert step.prefill is None
-    assert step.prompt_ends is None
-    (wave,) = step.waves
-    assert wave.token.tolist() == [0, 1, 2]
-    assert wave.seq_len.tolist() == [225, 300, 1000]
-    assert wave.thin_spans.tolist() == [1, 1, 5]
+    assert step.finished_prompts is None
+    (decode,) = step.passes
+    assert decode.token.tolist() == [0, 1, 2]
+    assert decode.seq_len.tolist() == [225, 300, 1000]
+    assert decode.thin_spans.tolist() == [1, 1, 5]
     # The first request's span 0 became due just now; the others' spans were due before.
-    assert (wave.due_request, wave.due_span) == ([0], [0])
+    assert (decode.due_request, decode.due_span) == ([0], [0])
 
 
 @pytest.mark.parametrize("prune_decode", [True, False])
-def test_sort_step_resumed_request_repeats_its_waves(prune_decode: bool) -> None:
+def test_sort_step_resumed_request_repeats_its_passes(prune_decode: bool) -> None:
     rule = SpanRule(48, 4, 3, 32, prune_decode)
     step = sort_step(rule, 32, np.array([0, 700]), np.array([700]), np.array([300]))
-    thin = [wave.thin_spans.tolist()[0] for wave in step.waves]
-    due = [wave.due_span for wave in step.waves]
+    thin = [decode.thin_spans.tolist()[0] for decode in step.passes]
+    due = [decode.due_span for decode in step.passes]
     # 300 - 32 holds one span; the next ones fall due at 2 * 192 + 32 and 3 * 192 + 32.
     assert thin == ([1, 2, 3] if prune_decode else [1])
     assert due == ([[], [1], [2]] if prune_decode else [[]])
 
 
-def ends_of(prompts: list[int], first_spans: list[int], rule: SpanRule) -> Ends:
+def ends_of(prompts: list[int], first_spans: list[int], rule: SpanRule) -> Finished:
     """Prompts that end, of which some spans came thin."""
     lengths, first = np.array(prompts), np.array(first_spans)
     spans = np.maximum(0, lengths - rule.recent_window) // rule.span_tokens
     compacted = np.zeros_like(first) if rule.delay_prompt else np.maximum(0, spans - first)
     every = np.arange(lengths.size)
-    return Ends([], every, lengths, first, compacted, np.minimum(lengths, 5), every >= 0, every < 0)
+    return Finished(
+        [], every, lengths, first, compacted, np.minimum(lengths, 5), every >= 0, every < 0
+    )
 
 
 @pytest.mark.parametrize("delayed", [False, True])
@@ -234,7 +240,7 @@ def test_choices_of_each_span(delayed: bool) -> None:
     rule = SpanRule(4, 3, 2, 4, True, delay_prompt=delayed)
     # Three spans; none; two, one of which came thin; one that came thin.
     ends = ends_of([43, 15, 28, 16], [0, 0, 1, 1], rule)
-    found = ends.choices(rule, per_span=True)
+    found = ends.selections(rule, per_span=True)
     assert found.end.tolist() == [0, 0, 0, 1, 2, 3]
     assert found.first_block.tolist() == [0, 3, 6, 0, 3, 3]
     assert found.num_tokens.tolist() == [12, 24, 36, 15, 24, 16]
@@ -248,7 +254,7 @@ def test_choices_of_each_span(delayed: bool) -> None:
 def test_choices_of_whole_prompts(delayed: bool) -> None:
     rule = SpanRule(4, 3, 2, 4, True, delay_prompt=delayed)
     ends = ends_of([43, 15, 28, 16], [0, 0, 1, 1], rule)
-    found = ends.choices(rule, per_span=False)
+    found = ends.selections(rule, per_span=False)
     assert found.end.tolist() == found.begin.tolist() == [0, 1, 2, 3]
     assert found.first_block.tolist() == [0, 0, 3, 3]
     assert found.num_tokens.tolist() == [43, 15, 28, 16]

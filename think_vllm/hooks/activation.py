@@ -7,7 +7,7 @@ import multiprocessing
 from typing import TYPE_CHECKING
 
 from think_vllm import VLLM_VERSIONS, __version__
-from think_vllm.errors import WAY_OUT, ThinkError
+from think_vllm.errors import REMEDY, ThinkError
 from think_vllm.hooks.backend import claim_backend
 from think_vllm.hooks.engine import describe_engine
 from think_vllm.hooks.engine_support import (
@@ -18,7 +18,7 @@ from think_vllm.hooks.engine_support import (
 )
 from think_vllm.hooks.installation import install
 from think_vllm.hooks.kv_cache import fix_block_size
-from think_vllm.hooks.patch import Role
+from think_vllm.hooks.patches.patch import Role
 from think_vllm.hooks.static_engine import activate_static
 from think_vllm.plan.additional_config import config_from_additional
 from think_vllm.plan.settings import ThinkConfig, prune_flags
@@ -56,7 +56,7 @@ def activate(vllm_config: VllmConfig) -> None:
     user_block_size = requested_block_size(vllm_config.cache_config)
     engine = describe_engine(config, vllm_config.model_config, user_block_size)
     plan = engine.plan
-    if config.guards:
+    if config.limits_loss:
         check_loss_limit(vllm_config.parallel_config)
     if plan is None:
         _say_off(config)
@@ -94,7 +94,7 @@ def reject_version(vllm_config: VllmConfig) -> None:
 
     raise ThinkError(
         f"thin KV blocks: think-vllm {__version__} works with vLLM {VLLM_VERSIONS}, this is "
-        f"{vllm.__version__}; install one of those. {WAY_OUT}"
+        f"{vllm.__version__}; install one of those. {REMEDY}"
     )
 
 

@@ -138,7 +138,7 @@ def plan_engine(
         check_static_model(model_config)
         tables_of(config, model_config)
     engine = describe_engine(config, model_config, block_size)
-    if config.guards:
+    if config.limits_loss:
         check_loss_limit(parallel)
     return engine
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from think_vllm.errors import FLAGS, WAY_OUT, ThinkError
+from think_vllm.errors import FLAGS, REMEDY, ThinkError
 from think_vllm.hooks.model_support import attention_layers, check_model
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def check_engine(vllm_config: VllmConfig) -> None:
         (
             vllm_config.cache_config.kv_sharing_fast_prefill,
             "--kv-sharing-fast-prefill",
-            "queries that choose channels would be left out",
+            "queries that select channels would be left out",
             "leave it out",
         ),
     ]
@@ -163,25 +163,25 @@ def check_device(vllm_config: VllmConfig) -> None:
     if not current_platform.is_cuda():
         raise ThinkError(
             "thin KV blocks: there are kernels for CPUs and for NVIDIA GPUs, the device is "
-            f"{current_platform.device_name}. {WAY_OUT}"
+            f"{current_platform.device_name}. {REMEDY}"
         )
     if not current_platform.has_device_capability(CUDA_CAPABILITY):
         capability = current_platform.get_device_capability()
         raise ThinkError(
             f"thin KV blocks: the GPU has compute capability {capability.as_version_str()}; the "
-            f"kernels need 8.0 (Ampere) or later. {WAY_OUT}"
+            f"kernels need 8.0 (Ampere) or later. {REMEDY}"
         )
     dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
     if dtype not in ("bfloat16", "float16"):
         raise ThinkError(
             f"thin KV blocks: the model's dtype is {dtype}; on GPUs use --dtype bfloat16 or "
-            f"--dtype float16. {WAY_OUT}"
+            f"--dtype float16. {REMEDY}"
         )
     head_size = vllm_config.model_config.get_head_size()
     if head_size < CUDA_MIN_HEAD_SIZE:
         raise ThinkError(
             f"thin KV blocks: the model's head size is {head_size}; on GPUs it must be at least "
-            f"{CUDA_MIN_HEAD_SIZE}. {WAY_OUT}"
+            f"{CUDA_MIN_HEAD_SIZE}. {REMEDY}"
         )
     for present, name, remedy in (
         (
@@ -245,7 +245,7 @@ def check_windows(vllm_config: VllmConfig) -> None:
         raise ThinkError(
             f"thin KV blocks do not support {vllm_config.model_config.model} on NVIDIA GPUs "
             "(CUDA): some of its layers have a sliding window, which is supported on CPUs only. "
-            f"{WAY_OUT}"
+            f"{REMEDY}"
         )
     if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
         raise ThinkError(

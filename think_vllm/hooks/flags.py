@@ -9,7 +9,7 @@ from pydantic.fields import FieldInfo
 from think_vllm.errors import ThinkError
 from think_vllm.hooks.command_line import note_request
 from think_vllm.hooks.installation import install
-from think_vllm.hooks.patch import Role
+from think_vllm.hooks.patches.patch import Role
 from think_vllm.plan.additional_config import settings_of
 from think_vllm.plan.parsing import parse_config
 from think_vllm.plan.settings import ADDITIONAL_CONFIG_KEY, MAX_PRUNE_RATIO, ThinkConfig, flag_name

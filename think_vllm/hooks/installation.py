@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from think_vllm.hooks.backend import has_our_backend
-from think_vllm.hooks.patch import Role, locate
 from think_vllm.hooks.patches import PATCHES
+from think_vllm.hooks.patches.patch import Role, locate
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

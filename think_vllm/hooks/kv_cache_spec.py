@@ -29,7 +29,7 @@ class ThinKVCacheSpec(FullAttentionSpec):
     #: Whether thin spans are cached.
     thin_prefixes: bool = True
     #: Whether the worker decides at a prompt's end if its request stays dense.
-    guarded: bool = False
+    limits_loss: bool = False
     #: Tokens that are scheduled before the first of them has been processed, at most.
     in_flight_tokens: int = 0
 
@@ -80,7 +80,7 @@ class ThinKVCacheSpec(FullAttentionSpec):
             cls,
             rule=plan.rule,
             observation_window=plan.selection_window,
-            guarded=plan.guards,
+            limits_loss=plan.limits_loss,
             thin_prefixes=engine.thin_prefixes,
             in_flight_tokens=engine.in_flight_tokens,
         )

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 _take_decisions: Callable[[], dict[str, bool]] | None = None
 
 
-def watch_runner(
+def hook_runner(
     vllm_config: VllmConfig, take_decisions: Callable[[], dict[str, bool]] | None = None
 ) -> None:
     """Send what the layers of this process measure with every step.
@@ -27,7 +27,7 @@ def watch_runner(
             dense. None for engines without a limit on what is lost.
     """
     global _take_decisions
-    from think_vllm.metrics.worker import begin_report
+    from think_vllm.metrics.rank import begin_report
 
     begin_report()
     _take_decisions = take_decisions
@@ -54,11 +54,11 @@ def _send_v2(original: Any, runner: Any, *args: Any, **kwargs: Any) -> Any:
 def _measured() -> Any:
     """What vLLM sends with a step for a connector; None if nothing was measured."""
     from think_vllm.metrics.catalog import KEPT_DENSE
-    from think_vllm.metrics.worker import take_report
+    from think_vllm.metrics.rank import take_report
 
     report = take_report()
     if _take_decisions is not None and (decisions := _take_decisions()):
-        report = {**(report or {}), "settled": decisions}
+        report = {**(report or {}), "resolved": decisions}
         dense = sum(decisions.values())
         if dense:
             report["counters"] = {**report.get("counters", {}), KEPT_DENSE: dense}
@@ -95,7 +95,7 @@ def show_reports(
         labelnames,
         per_engine_labelvalues,
         times_compaction=current_platform.is_cpu(),
-        has_choices=engine.plan.prunes,
+        has_selections=engine.plan.prunes,
     )
 
 

@@ -28,7 +28,7 @@ _cached_spans: dict[str, int] = {}
 #: Of requests that override the engine's rule.
 _own_rules: dict[str, SpanRule] = {}
 #: Requests whose fallback to dense blocks has been decided.
-_settled: set[str] = set()
+_resolved: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -53,29 +53,29 @@ class StepRows:
 def step_rows() -> StepRows | None:
     """Rows of the step that is being prepared; None if it is a dummy without requests.
 
-    Known after ``watch_runner``.
+    Known after ``hook_runner``.
     """
     return _step_rows
 
 
-def is_settled(name: str) -> bool:
+def is_resolved(name: str) -> bool:
     """Whether a request's fallback to dense blocks has been decided."""
-    return name in _settled
+    return name in _resolved
 
 
-def settle(decisions: Mapping[str, bool]) -> None:
+def resolve(decisions: Mapping[str, bool]) -> None:
     """Remember until they end which requests stay dense, and which do not.
 
     Args:
         decisions: Whether each stays dense, by its id.
     """
-    _settled.update(decisions)
+    _resolved.update(decisions)
     if _rule is not None:
         dense = dense_rule(_rule)
         _own_rules.update((name, dense) for name, stays in decisions.items() if stays)
 
 
-def watch_runner(
+def hook_runner(
     vllm_config: VllmConfig,
     rule: SpanRule,
     count_cached: CountCached | None,
@@ -93,11 +93,11 @@ def watch_runner(
     global _count_cached, _rule, _step_rows
     _count_cached, _rule, _step_rows = count_cached, rule, None
     _own_rules.clear()
-    _settled.clear()
+    _resolved.clear()
     install_worker(vllm_config)
 
 
-def _watch_v2(original: Any, runner: Any, scheduler_output: Any, dummy_run: bool) -> Any:
+def _observe_v2(original: Any, runner: Any, scheduler_output: Any, dummy_run: bool) -> Any:
     global _step_rows
     batch, uniform_tokens = original(runner, scheduler_output, dummy_run)
     if batch is None:
@@ -144,7 +144,7 @@ def _admit_own(requests: Sequence[Any], known: Container[str]) -> None:
     """Note the overrides of requests that are new or, with V2, resumed."""
     for request in requests:
         _own_rules.pop(request.req_id, None)  # of another request with this id
-        _settled.discard(request.req_id)
+        _resolved.discard(request.req_id)
         params = request.sampling_params
         if _rule is not None and params is not None and params.extra_args:
             own = request_override(_rule, params.extra_args)
@@ -153,8 +153,8 @@ def _admit_own(requests: Sequence[Any], known: Container[str]) -> None:
     if requests and _own_rules:
         for name in [name for name in _own_rules if name not in known]:
             del _own_rules[name]
-    if requests and _settled:
-        _settled.intersection_update([name for name in _settled if name in known])
+    if requests and _resolved:
+        _resolved.intersection_update([name for name in _resolved if name in known])
 
 
 def _own_rows(names: Sequence[str]) -> Mapping[int, SpanRule]:
@@ -163,7 +163,7 @@ def _own_rows(names: Sequence[str]) -> Mapping[int, SpanRule]:
     return {row: _own_rules[name] for row, name in enumerate(names) if name in _own_rules}
 
 
-def _watch_v1(original: Any, runner: Any, *args: Any, **kwargs: Any) -> Any:
+def _observe_v1(original: Any, runner: Any, *args: Any, **kwargs: Any) -> Any:
     global _step_rows
     if kwargs.get("force_uniform_decode") is not None:  # a dummy run
         _step_rows = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from think_vllm.errors import FLAGS, WAY_OUT, ThinkError
+from think_vllm.errors import FLAGS, REMEDY, ThinkError
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
@@ -113,7 +113,7 @@ def check_model(model_config: ModelConfig) -> None:
     for present, reason in reasons:
         if present:
             raise ThinkError(
-                f"thin KV blocks do not support {model_config.model}: {reason}. {WAY_OUT}"
+                f"thin KV blocks do not support {model_config.model}: {reason}. {REMEDY}"
             )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from think_vllm.errors import WAY_OUT, ThinkError
+from think_vllm.errors import REMEDY, ThinkError
 from think_vllm.hooks.engine import find_engine
 from think_vllm.plan.request import reject_settings, request_override
 from think_vllm.plan.spans import SpanRule
@@ -33,7 +33,7 @@ def check_request(original: Any, processor: Any, *args: Any, **kwargs: Any) -> A
     if engine.rule is not None and kwargs.get("resumable"):
         raise ThinkError(
             "thin KV blocks do not support streaming-input sessions: their prompts grow, and thin "
-            f"blocks cannot become dense again. Send the whole prompt. {WAY_OUT}"
+            f"blocks cannot become dense again. Send the whole prompt. {REMEDY}"
         )
     params = kwargs["params"] if "params" in kwargs else args[2]
     extra_args = getattr(params, "extra_args", None)  # pooling parameters have none

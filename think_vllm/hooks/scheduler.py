@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from think_vllm.hooks.installation import install
-from think_vllm.hooks.patch import Role
+from think_vllm.hooks.patches.patch import Role
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Receivers:
 _receivers: Receivers
 
 
-def watch_scheduler(receivers: Receivers) -> None:
+def hook_scheduler(receivers: Receivers) -> None:
     """Call receivers from now on, in engines with thin blocks."""
     global _receivers
     _receivers = receivers
@@ -49,8 +49,8 @@ def make_stats(original: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
     """Resolve what the worker has decided, and add our report to vLLM's statistics."""
     # Before the next step is scheduled, and whether or not there are statistics.
     received = args[1] if len(args) > 1 else kwargs.get("kv_connector_stats")
-    if received is not None and "settled" in received.data:
-        _receivers.resolve(scheduler, received.data.pop("settled"))
+    if received is not None and "resolved" in received.data:
+        _receivers.resolve(scheduler, received.data.pop("resolved"))
     stats = original(scheduler, *args, **kwargs)
     if stats is None:  # --disable-log-stats
         return None

@@ -21,7 +21,7 @@ def customize_static_spec(spec: Any) -> Any:
     plan = selected_static().plan
     check_head_sizes(WHO, spec, plan)
     shorter = replace(spec, head_size=plan.key_channels, head_size_v=plan.value_channels)
-    if plan.is_coded:
+    if plan.is_quantized:
         # Codes and their scales are one packed run of bytes to vLLM.
         size = plan.layout.token_bytes
         shorter = replace(shorter, dtype=torch.uint8, state_content_bytes=size)

@@ -36,7 +36,7 @@ def check_static_cache(
             f"{who}: keys and queries are {dtype}, plan.itemsize is {plan.itemsize}; "
             "expected bfloat16 or float16 with 2, float32 with 4"
         )
-    stored = torch.uint8 if plan.is_coded else dtype
+    stored = torch.uint8 if plan.is_quantized else dtype
     width = plan.layout.token_bytes // stored.itemsize
     if kv_cache.dtype != stored or kv_cache.dim() != 4:
         raise ValueError(

@@ -5,7 +5,7 @@ Pure data. A report is a dict of plain values, since it crosses processes as msg
     {"counters": {name: increase since the last report},
      "gauges": {name: {kind, or "" for none: value}},
      "shares": [[observations of each bucket], [sum of each bucket's observations]],
-     "settled": {request: whether it stays dense}}
+     "resolved": {request: whether it stays dense}}
 
 The last goes no further than the scheduler.
 
@@ -67,12 +67,12 @@ GAUGES = {
     ),
 }
 SHARE_METRIC = Metric(
-    "Share of the key channels' scores that the kept channels have, per choice, layer and KV head, "
-    "on the rank that reports."
+    "Share of the key channels' scores that the kept channels have, per selection, layer and KV "
+    "head, on the rank that reports."
 )
 
 #: Upper ends of the buckets of shares. Keeping channels at random keeps about as much mass as
-#: channels; a useful choice is above that, and a good one close to 1.
+#: channels; a useful selection is above that, and a good one close to 1.
 SHARE_EDGES = (
     *(0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9),
     *(0.925, 0.95, 0.97, 0.98, 0.99, 0.995, 0.999, 1.0),

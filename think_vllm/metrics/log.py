@@ -17,7 +17,7 @@ class CompactionLog:
     def reset(self) -> None:
         """Forget all reports."""
         self._sums: dict[str, float] = {}
-        self._choices, self._share = 0.0, 0.0
+        self._selections, self._share = 0.0, 0.0
 
     def observe(self, transfer_stats_data: Report) -> None:
         """Add a report."""
@@ -25,7 +25,7 @@ class CompactionLog:
             self._sums[name] = self._sums.get(name, 0) + more
         if "shares" in transfer_stats_data:
             counts, sums = transfer_stats_data["shares"]
-            self._choices, self._share = self._choices + sum(counts), self._share + sum(sums)
+            self._selections, self._share = self._selections + sum(counts), self._share + sum(sums)
 
     def log(self, log_fn: Callable[..., None] = logger.info) -> None:
         """Write the line, unless nothing happened."""
@@ -36,8 +36,8 @@ class CompactionLog:
             phrases.append(f"{spans:.0f} spans, {freed / 2**20:.1f} MiB freed")
         if seconds := self._sums.get(SECONDS):
             phrases.append(f"{seconds:.3f} s")
-        if self._choices:
-            kept = self._share / self._choices
+        if self._selections:
+            kept = self._share / self._selections
             phrases.append(f"{100 * kept:.1f} % of the score mass kept (mean)")
         if hit := self._sums.get(HITS):
             phrases.append(f"{hit:.0f} tokens hit thin")

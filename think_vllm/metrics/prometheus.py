@@ -29,7 +29,7 @@ class ThinkPromMetrics(KVConnectorPromMetrics):
         labelnames: Of vLLM's metrics.
         per_engine_labelvalues: Their values, by the number of the engine.
         times_compaction: Whether ranks report seconds.
-        has_choices: Whether channels are chosen.
+        has_selections: Whether channels are selected.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class ThinkPromMetrics(KVConnectorPromMetrics):
         per_engine_labelvalues: dict[int, list[object]],
         *,
         times_compaction: bool,
-        has_choices: bool,
+        has_selections: bool,
     ) -> None:
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
         self._labelvalues = per_engine_labelvalues
@@ -62,7 +62,7 @@ class ThinkPromMetrics(KVConnectorPromMetrics):
             for name, metric in GAUGES.items()
         }
         self._share = None
-        if has_choices:
+        if has_selections:
             self._share = metric_types[Histogram](
                 name=PREFIX + SHARE,
                 documentation=SHARE_METRIC.help,

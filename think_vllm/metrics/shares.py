@@ -1,4 +1,4 @@
-"""Shares of score mass that choices of channels keep, counted where the scores are.
+"""Shares of score mass that selections of channels keep, counted where the scores are.
 
 Source: ThinK, arXiv 2407.21018, section 3.2: a channel's score is the norm of its observed
 queries times the norm of its keys, here the root of the product of their mean squares. With

@@ -129,26 +129,26 @@ class BlockPlan(ChannelPlan):
 
     @property
     def selection_window(self) -> int:
-        """Last prompt tokens that choose channels, or tokens to keep."""
+        """Last prompt tokens that select channels, or tokens to keep."""
         return self.config.kv_observation_window if self.prunes or self.config.evicts else 0
 
     @property
     def observation_window(self) -> int:
-        """Last prompt tokens that choose channels; 0 if there is nothing to choose."""
+        """Last prompt tokens that select channels; 0 if there is nothing to select."""
         return self.config.kv_observation_window if self.prunes else 0
 
     @property
-    def evicting_window(self) -> int | None:
-        """Last prompt tokens that choose tokens to keep; None for the whole prompt."""
+    def eviction_window(self) -> int | None:
+        """Last prompt tokens that select tokens to keep; None for the whole prompt."""
         return self.config.kv_observation_window if self.config.kv_evict == "snapkv" else None
 
     @property
-    def guards(self) -> bool:
+    def limits_loss(self) -> bool:
         """Whether requests whose keys would lose too much stay dense."""
-        return self.config.guards and self.prunes_keys
+        return self.config.limits_loss and self.prunes_keys
 
     @property
-    def chooses_per_span(self) -> bool:
+    def selects_per_span(self) -> bool:
         """Whether each span of a prompt has key channels of its own."""
         return self.prunes_keys and self.config.kv_channel_tables == "span"
 

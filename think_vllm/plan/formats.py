@@ -13,7 +13,7 @@ GROUP_SIZES = (32, 64, 128)
 FP8_MAX = 448.0
 
 
-class Coding(Enum):
+class Encoding(Enum):
     """How a matrix is stored; the value is the number of bits, 0 for the cache's own dtype."""
 
     PLAIN = 0
@@ -31,7 +31,7 @@ class Coding(Enum):
     @property
     def is_integer(self) -> bool:
         """Whether codes are integers with scales and zero points per group."""
-        return self in (Coding.INT4, Coding.INT2)
+        return self in (Encoding.INT4, Encoding.INT2)
 
     def element_bits(self, itemsize: int) -> int:
         """Bits of one element in a cache whose own elements have ``itemsize`` bytes."""
@@ -49,8 +49,8 @@ class BlockFormat:
     """
 
     name: str
-    keys: Coding
-    values: Coding
+    keys: Encoding
+    values: Encoding
 
     @property
     def has_groups(self) -> bool:
@@ -61,10 +61,10 @@ class BlockFormat:
 FORMATS = {
     format.name: format
     for format in (
-        BlockFormat("none", Coding.PLAIN, Coding.PLAIN),
-        BlockFormat("fp8", Coding.FP8, Coding.FP8),
-        BlockFormat("kivi4", Coding.INT4, Coding.INT4),
-        BlockFormat("k4v2", Coding.INT4, Coding.INT2),
-        BlockFormat("kivi2", Coding.INT2, Coding.INT2),
+        BlockFormat("none", Encoding.PLAIN, Encoding.PLAIN),
+        BlockFormat("fp8", Encoding.FP8, Encoding.FP8),
+        BlockFormat("kivi4", Encoding.INT4, Encoding.INT4),
+        BlockFormat("k4v2", Encoding.INT4, Encoding.INT2),
+        BlockFormat("kivi2", Encoding.INT2, Encoding.INT2),
     )
 }

@@ -51,7 +51,7 @@ from enum import Enum
 from functools import cached_property
 
 from think_vllm.errors import ThinkError
-from think_vllm.plan.formats import FORMATS, BlockFormat, Coding
+from think_vllm.plan.formats import FORMATS, BlockFormat, Encoding
 from think_vllm.plan.matrix_layout import MatrixLayout, align_up
 
 #: A channel number is one byte in a table.
@@ -164,7 +164,7 @@ class ThinLayout:
         """Keys ``[C, t]``."""
         return MatrixLayout(
             self.format.keys, self.key_channels, self.block_tokens, self.group, self.itemsize, 0,
-            has_zeros=self.format.keys is Coding.FP8,
+            has_zero_points=self.format.keys is Encoding.FP8,
         )  # fmt: skip
 
     @property
@@ -209,7 +209,7 @@ class ThinLayout:
         """Bytes of the run up to the end of its contents, padding between parts included."""
         if not self.has_value_table:
             return self.value_table_offset
-        bits = self.values.coding.element_bits(self.itemsize)
+        bits = self.values.encoding.element_bits(self.itemsize)
         read = align_up(self.value_columns, VECTOR_COLUMNS) * bits // 8
         last_row = self.values.offset + (self.block_tokens - 1) * self.values.row_bytes
         return max(self.value_table_offset + self.value_columns, last_row + read)

@@ -25,7 +25,7 @@ channels.
 
 from dataclasses import dataclass
 
-from think_vllm.plan.formats import Coding
+from think_vllm.plan.formats import Encoding
 
 #: Parts start on a multiple of this, so that vector loads never straddle an element.
 ALIGN_BYTES = 16
@@ -43,52 +43,52 @@ class MatrixLayout:
     """Byte offsets of a matrix, plain or quantized, inside a run.
 
     Args:
-        coding: How its elements are stored.
+        encoding: How its elements are stored.
         rows: ``R``.
         columns: ``X``.
         group: Elements of a row that share a scale, for integer encodings.
         itemsize: Bytes of an element of the cache.
         offset: Byte at which its codes start, a multiple of 16.
-        has_zeros: For fp8, whether every row has a zero point.
+        has_zero_points: For fp8, whether every row has a zero point.
     """
 
-    coding: Coding
+    encoding: Encoding
     rows: int
     columns: int
     group: int
     itemsize: int
     offset: int
-    has_zeros: bool = False
+    has_zero_points: bool = False
 
     @property
     def row_bytes(self) -> int:
         """Bytes of a row of codes."""
-        return -(-self.columns * self.coding.element_bits(self.itemsize) // 8)
+        return -(-self.columns * self.encoding.element_bits(self.itemsize) // 8)
 
     @property
     def unit_columns(self) -> int:
         """Columns of a unit, if quantized."""
-        return 32 // self.coding.value
+        return 32 // self.encoding.value
 
     @property
     def code_bytes(self) -> int:
         """Bytes of the codes, in either order."""
         rows = self.rows * self.row_bytes
-        if self.coding is Coding.PLAIN:
+        if self.encoding is Encoding.PLAIN:
             return rows
         return max(rows, -(-self.columns // self.unit_columns) * -(-self.rows // 2) * UNIT_BYTES)
 
     @property
     def groups(self) -> int:
         """``G``: groups of a row; 0 if the encoding has none."""
-        return -(-self.columns // self.group) if self.coding.is_integer else 0
+        return -(-self.columns // self.group) if self.encoding.is_integer else 0
 
     @property
     def content_bytes(self) -> int:
         """Bytes of codes, scales and zero points, without the padding between them."""
         scales = 4 * self.groups * self.rows
-        if self.coding is Coding.FP8:
-            scales = 4 + (2 * self.rows if self.has_zeros else 0)
+        if self.encoding is Encoding.FP8:
+            scales = 4 + (2 * self.rows if self.has_zero_points else 0)
         return self.rows * self.row_bytes + scales
 
     @property
@@ -97,16 +97,20 @@ class MatrixLayout:
         return align_up(self.offset + self.code_bytes)
 
     @property
-    def zeros_offset(self) -> int:
+    def zero_points_offset(self) -> int:
         """Byte at which the zero points start, if there are any: behind the scales."""
-        scales = 4 if self.coding is Coding.FP8 else 2 * self.groups * self.rows
+        scales = 4 if self.encoding is Encoding.FP8 else 2 * self.groups * self.rows
         return align_up(self.scales_offset + scales)
 
     @property
     def end(self) -> int:
         """First byte behind the matrix."""
-        if self.coding is Coding.PLAIN:
+        if self.encoding is Encoding.PLAIN:
             return self.offset + self.rows * self.row_bytes
-        if self.coding is Coding.FP8:
-            return self.zeros_offset + 2 * self.rows if self.has_zeros else self.scales_offset + 4
-        return self.zeros_offset + 2 * self.groups * self.rows
+        if self.encoding is Encoding.FP8:
+            return (
+                self.zero_points_offset + 2 * self.rows
+                if self.has_zero_points
+                else self.scales_offset + 4
+            )
+        return self.zero_points_offset + 2 * self.groups * self.rows

@@ -70,8 +70,8 @@ def _check_together(config: ThinkConfig) -> None:
     _check_selection(config, given)
     _check_eviction(config, given)
     _check_choice(config, given)
-    if config.guards:
-        _check_guard(config, given)
+    if config.limits_loss:
+        _check_loss_limit(config, given)
     if config.kv_prune_prefill and config.kv_prefix_cache == "dense":
         raise ThinkError(
             "--kv-prune-prefill prunes prompts while they are computed, so there are no exact "
@@ -91,7 +91,7 @@ def _check_together(config: ThinkConfig) -> None:
         )
 
 
-def _check_guard(config: ThinkConfig, given: list[str]) -> None:
+def _check_loss_limit(config: ThinkConfig, given: list[str]) -> None:
     """Reject what a limit on lost score mass cannot be combined with."""
     who = f"--kv-prune-max-loss {config.kv_prune_max_loss:g}"
     if not config.kv_channel_prune:
@@ -178,7 +178,7 @@ def _check_eviction(config: ThinkConfig, given: list[str]) -> None:
 
 
 def _check_choice(config: ThinkConfig, given: list[str]) -> None:
-    """Reject ways to choose channels where there is nothing to choose that way."""
+    """Reject ways to select channels where there is nothing to select that way."""
     select, tables = f"--kv-select {config.kv_select}", "--kv-channel-tables span"
     pruned = max(config.kv_channel_prune, config.kv_value_prune) > 0
     if not pruned and (asked := [x for x in ("kv_select", "kv_channel_tables") if x in given]):

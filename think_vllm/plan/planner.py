@@ -1,4 +1,4 @@
-"""Choose how many dense blocks become how many thin ones, and how many channels they keep.
+"""Select how many dense blocks become how many thin ones, and how many channels they keep.
 
 A span of ``span_blocks`` dense blocks becomes ``thin_blocks`` thin ones. Block counts are
 whole numbers, so not every ratio is worth its exact share: the planner looks through all
@@ -9,15 +9,15 @@ dense tail included.
 import math
 from collections.abc import Iterator, Sequence
 
-from think_vllm.errors import WAY_OUT, ThinkError
+from think_vllm.errors import REMEDY, ThinkError
 from think_vllm.plan.block_plan import BlockPlan, span_rule
-from think_vllm.plan.formats import GROUP_SIZES, Coding
+from think_vllm.plan.formats import GROUP_SIZES, Encoding
 from think_vllm.plan.layout import MAX_HEAD_SIZE, max_key_channels
 from think_vllm.plan.settings import ThinkConfig
 
 __all__ = ["BlockPlan", "plan_blocks", "pruned_channels"]
 
-#: Block sizes that the planner may choose from when the user names none.
+#: Block sizes that the planner may select from when the user names none.
 BLOCK_SIZES = (16, 32, 48, 64, 80, 96, 112, 128)
 #: Spans longer than this would leave too much of a context dense.
 MAX_SPAN_BLOCKS = 32
@@ -71,18 +71,18 @@ def plan_blocks(
         raise ThinkError(
             f"thin KV blocks: the model's head size is {head_size}; "
             f"channel tables hold one byte per channel, so at most {MAX_HEAD_SIZE} is possible. "
-            f"{WAY_OUT}"
+            f"{REMEDY}"
         )
     if config.evicts:
         # Thin spans that hold what one prompt asked for are of no use to another.
         config = config.model_copy(update={"kv_prefix_cache": "dense"})
     elif not _shrinks(config, head_size):
         return None
-    if config.guards:
+    if config.limits_loss:
         # Prompts are compacted a step after their end, as there.
         config = config.model_copy(update={"kv_prefix_cache": "dense"})
     for name, value, remedy in (
-        ("the model's head size", head_size, WAY_OUT),
+        ("the model's head size", head_size, REMEDY),
         ("--block-size", block_size, "Leave it out for the best one"),
     ):
         if value is not None and (value < 1 or value % SIZE_MULTIPLE):
@@ -165,7 +165,7 @@ def _spans(
 ) -> Iterator[BlockPlan]:
     """All spans that free a block, with as many of the wanted key channels as fit."""
     keys = config.format.keys
-    multiple, rows = token_multiple(keys), 1 if keys is Coding.PLAIN else 2
+    multiple, rows = token_multiple(keys), 1 if keys is Encoding.PLAIN else 2
     for span_blocks in range(2, min(MAX_SPAN_BLOCKS, MAX_SPAN_TOKENS // block_size) + 1):
         span_tokens = span_blocks * block_size
         for thin_blocks in range(1, span_blocks):
@@ -192,9 +192,9 @@ def _spans(
             )
 
 
-def token_multiple(keys: Coding) -> int:
+def token_multiple(keys: Encoding) -> int:
     """Tokens of which a thin block holds a whole multiple."""
-    return TOKEN_ALIGNMENT if keys is Coding.PLAIN else max(2 * TOKEN_ALIGNMENT, 32 // keys.value)
+    return TOKEN_ALIGNMENT if keys is Encoding.PLAIN else max(2 * TOKEN_ALIGNMENT, 32 // keys.value)
 
 
 def _best(candidates: Sequence[BlockPlan]) -> BlockPlan:
@@ -253,7 +253,7 @@ def _no_plan(
                 f"{MAX_SPAN_BLOCKS} blocks; the smallest ratio that does is {percent / 100}, "
                 f"or leave {'the flags' if len(asked) > 1 else 'the flag'} out"
             )
-    return f"{who}: no plan fits. {WAY_OUT}"
+    return f"{who}: no plan fits. {REMEDY}"
 
 
 def fit_budget(candidates: Sequence[BlockPlan]) -> list[BlockPlan]:

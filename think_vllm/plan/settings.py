@@ -131,12 +131,12 @@ class ThinkConfig(BaseModel):
     def allows_prefix_caching(self) -> bool:
         """Whether a prompt's beginning may come from the prefix cache.
 
-        Not with h2o, which adds up all queries of a prompt: it would choose by half of them.
+        Not with h2o, which adds up all queries of a prompt: it would select by half of them.
         """
         return self.kv_evict != "h2o"
 
     @property
-    def guards(self) -> bool:
+    def limits_loss(self) -> bool:
         """Whether requests that would lose too much stay dense."""
         return self.kv_prune_max_loss < 1.0
 

@@ -232,7 +232,7 @@ class RowLimits:
             recent[row], budget[row] = other.recent_window, _budget(other)
         return cls(recent, budget)
 
-    def choose(self, which: IntArray) -> RowLimits:
+    def select(self, which: IntArray) -> RowLimits:
         """Limits of the chosen rows."""
         return RowLimits(self.recent_window[which], self.budget_spans[which])
 

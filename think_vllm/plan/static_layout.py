@@ -31,25 +31,25 @@ class StaticLayout:
         value_channels: Kept value channels.
         block_size: Tokens of a block.
         itemsize: Bytes of an element of the model's dtype.
-        is_coded: Whether keys and values are e4m3 codes, with a scale each for every token.
+        is_quantized: Whether keys and values are e4m3 codes, with a scale each for every token.
     """
 
     key_channels: int
     value_channels: int
     block_size: int
     itemsize: int
-    is_coded: bool = False
+    is_quantized: bool = False
 
     @property
     def stored_itemsize(self) -> int:
         """Bytes of a key or value of one channel."""
-        return 1 if self.is_coded else self.itemsize
+        return 1 if self.is_quantized else self.itemsize
 
     @property
     def token_bytes(self) -> int:
         """Bytes of one token in one KV head."""
         channels = self.key_channels + self.value_channels
-        return channels * self.stored_itemsize + (8 if self.is_coded else 0)
+        return channels * self.stored_itemsize + (8 if self.is_quantized else 0)
 
     @property
     def keys_offset(self) -> int:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import cached_property
 
-from think_vllm.errors import WAY_OUT, ThinkError
+from think_vllm.errors import REMEDY, ThinkError
 from think_vllm.plan.block_plan import ChannelPlan
 from think_vllm.plan.layout import MAX_HEAD_SIZE
 from think_vllm.plan.planner import SIZE_MULTIPLE, pruned_channels
@@ -31,16 +31,20 @@ class StaticPlan(ChannelPlan):
     def layout(self) -> StaticLayout:
         """Byte layout of a block."""
         return StaticLayout(
-            self.key_channels, self.value_channels, self.block_size, self.itemsize, self.is_coded
+            self.key_channels,
+            self.value_channels,
+            self.block_size,
+            self.itemsize,
+            self.is_quantized,
         )
 
     @property
-    def is_coded(self) -> bool:
+    def is_quantized(self) -> bool:
         """Whether keys and values are stored in fp8."""
         return self.config.kv_quant == "fp8"
 
     @property
-    def chooses_per_span(self) -> bool:
+    def selects_per_span(self) -> bool:
         """Whether each span has channels of its own: there are no spans."""
         return False
 
@@ -85,10 +89,10 @@ def plan_static(
     if head_size > MAX_HEAD_SIZE:
         raise ThinkError(
             f"--kv-select static: the model's head size is {head_size}; at most {MAX_HEAD_SIZE} is "
-            f"possible. {WAY_OUT}"
+            f"possible. {REMEDY}"
         )
     for name, value, remedy in (
-        ("the model's head size", head_size, WAY_OUT),
+        ("the model's head size", head_size, REMEDY),
         ("--block-size", block_size, f"Leave it out for {BLOCK_SIZE}"),
     ):
         if value is not None and (value < 1 or value % SIZE_MULTIPLE):

@@ -3,7 +3,7 @@
 from typing import Any
 
 from think_vllm.plan.block_plan import ChannelPlan
-from think_vllm.plan.formats import Coding
+from think_vllm.plan.formats import Encoding
 from think_vllm.plan.planner import BlockPlan, plan_blocks
 from think_vllm.plan.settings import ThinkConfig
 from think_vllm.plan.static_plan import StaticPlan
@@ -19,10 +19,10 @@ COUNTED_DENSE = (
 )
 
 _ENCODINGS = {
-    Coding.PLAIN: "as computed",
-    Coding.FP8: "fp8",
-    Coding.INT4: "4-bit",
-    Coding.INT2: "2-bit",
+    Encoding.PLAIN: "as computed",
+    Encoding.FP8: "fp8",
+    Encoding.INT4: "4-bit",
+    Encoding.INT2: "2-bit",
 }
 
 
@@ -62,7 +62,7 @@ def static_summary(plan: StaticPlan, prefix_caching: bool) -> list[str]:
     return [
         f"{_channels(plan)}, the same ones for all tokens of a model "
         f"({plan.config.kv_channel_tables_file}); {_encodings(plan)}"
-        f"{' with scales of each token' if plan.is_coded else ''}",
+        f"{' with scales of each token' if plan.is_quantized else ''}",
         f"blocks of {plan.block_size} tokens hold kept channels alone, from the first token on: "
         f"nothing is compacted{', and prefixes are shared exactly' if prefix_caching else ''}",
         f"bytes per token and KV head: {dense} dense, {pruned} pruned: "
@@ -152,7 +152,7 @@ def plan_fields(plan: BlockPlan, prefix_caching: bool) -> dict[str, Any]:
         "prune_decode": plan.rule.prune_decode,
         "prune_prefill": plan.rule.prune_prefill,
         "prefix_cache": plan.config.kv_prefix_cache if prefix_caching else None,
-        "max_loss": plan.config.kv_prune_max_loss if plan.guards else None,
+        "max_loss": plan.config.kv_prune_max_loss if plan.limits_loss else None,
         "plan_context": plan.config.kv_plan_context,
         "select": plan.config.kv_select if plan.prunes else None,
         "channel_tables": plan.config.kv_channel_tables if plan.prunes_keys else None,
@@ -197,7 +197,7 @@ def _eviction(plan: BlockPlan) -> list[str]:
 
 
 def _guard(plan: BlockPlan) -> list[str]:
-    if not plan.guards:
+    if not plan.limits_loss:
         return []
     return [
         f"requests whose pruned key channels have more than {plan.config.kv_prune_max_loss:g} of "
@@ -211,7 +211,7 @@ def _channels(plan: BlockPlan | StaticPlan) -> str:
         kept = f"{plan.key_channels} of {plan.head_size}"
         keys = f"key channels {kept} {_ratios(plan.actual_ratio, plan.requested_ratio)}"
         keys += "" if plan.config.kv_select == "think" else f" by {plan.config.kv_select}"
-        keys += " for each span" if plan.chooses_per_span else ""
+        keys += " for each span" if plan.selects_per_span else ""
     if not plan.prunes_values:
         return keys
     kept = f"{plan.value_channels} of {plan.head_size}"

@@ -19,7 +19,7 @@ from typing import Any
 
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
-from think_vllm.errors import WAY_OUT
+from think_vllm.errors import REMEDY
 from think_vllm.metrics.catalog import SpanCounts
 from think_vllm.plan.spans import SpanRule
 from think_vllm.scheduler.prefix import find_thin_prefix, limits_of
@@ -38,14 +38,14 @@ class ThinKVCacheManager(FullAttentionManager):
         self._private: dict[str, list[int]] = {}
         self._publisher = Publisher(self.block_pool, self.kv_cache_group_id, kv_cache_spec)
         self.counts = SpanCounts()
-        self.rules = RequestRules(kv_cache_spec.guarded)
+        self.rules = RequestRules(kv_cache_spec.limits_loss)
 
-    def settle(self, request: Any, dense: bool) -> None:
+    def resolve(self, request: Any, dense: bool) -> None:
         """Receive whether a request whose prompt has ended stays dense, before its next step."""
-        self.rules.settle(request, dense)
+        self.rules.resolve(request, dense)
         state = self._states.get(request.request_id)
         if state is not None:
-            state.rule, state.settled = self.rules.find(request.request_id, self.rule)
+            state.rule, state.resolved = self.rules.find(request.request_id, self.rule)
             state.next_free = state.next_compaction = 0
 
     # -- Admission ---------------------------------------------------------------------------
@@ -63,7 +63,7 @@ class ThinKVCacheManager(FullAttentionManager):
     ) -> tuple[tuple[list[Any], ...], int]:
         """Find the longest cached prefix, as thin spans and dense blocks behind, or dense alone.
 
-        The observation window is left to be computed: its queries choose the channels. Of
+        The observation window is left to be computed: its queries select the channels. Of
         equally long prefixes the dense one is taken, which is exact.
         """
         limit = max(0, max_length + 1 - max(1, kv_cache_spec.observation_window))
@@ -223,7 +223,7 @@ class ThinKVCacheManager(FullAttentionManager):
             raise NotImplementedError(
                 f"think-vllm: the prompt of request {request_id} grew from {state.prompt_len} to "
                 f"{num_prompt_tokens} tokens (streaming input); thin KV blocks do not support "
-                f"sessions. {WAY_OUT}"
+                f"sessions. {REMEDY}"
             )
         rule = state.rule
         freeable = rule.freeable_spans(
@@ -277,7 +277,7 @@ class ThinKVCacheManager(FullAttentionManager):
         return state
 
     def _check_settled(self, state: RequestState, spans: int, request_id: str) -> None:
-        if spans and not state.settled:
+        if spans and not state.resolved:
             raise RuntimeError(
                 f"think-vllm: spans of request {request_id} are due, and its worker has not said "
                 "whether it stays dense"

@@ -6,7 +6,7 @@ its own, so dense and thin forms of the same tokens never meet. A third name spa
 blocks that were computed over thin ones: their keys and values are approximate, and must not
 continue an exact prefix.
 
-A span's thin blocks share one choice of channels. Two requests choose differently, so blocks of
+A span's thin blocks share one choice of channels. Two requests select differently, so blocks of
 two versions must never be mixed: at most one version of a span is in the cache.
 """
 

@@ -7,7 +7,7 @@ from typing import Any
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from think_vllm.hooks.kv_cache import register_spec
-from think_vllm.hooks.scheduler import Receivers, watch_scheduler
+from think_vllm.hooks.scheduler import Receivers, hook_scheduler
 from think_vllm.plan.request import request_override
 from think_vllm.scheduler.manager import ThinKVCacheManager
 from think_vllm.scheduler.prefix import LimitedHashes
@@ -21,7 +21,7 @@ def register(spec: type[Any]) -> None:
         spec: ``ThinKVCacheSpec``.
     """
     register_spec(spec, ThinKVCacheManager, base=FullAttentionSpec)
-    watch_scheduler(Receivers(register_request, settle_requests, engine_report))
+    hook_scheduler(Receivers(register_request, resolve_requests, engine_report))
 
 
 def register_request(managers: Iterable[Any], request: Any) -> None:
@@ -41,22 +41,22 @@ def register_request(managers: Iterable[Any], request: Any) -> None:
         request.block_hashes = LimitedHashes(request.block_hashes, sys.maxsize, max_thin_spans=0)
 
 
-def settle_requests(scheduler: Any, verdicts: Mapping[str, bool]) -> None:
+def resolve_requests(scheduler: Any, decisions: Mapping[str, bool]) -> None:
     """Report to block managers what the worker decided about requests whose prompts have ended.
 
     Args:
         scheduler: vLLM's.
-        verdicts: Whether each stays dense.
+        decisions: Whether each stays dense.
     """
     managers = scheduler.kv_cache_manager.coordinator.single_type_managers
-    for name, dense in verdicts.items():
+    for name, dense in decisions.items():
         request = scheduler.requests.get(name)
         if request is not None:  # else it has ended with its prompt
-            settle_request(managers, request, dense)
+            resolve_request(managers, request, dense)
 
 
-def settle_request(managers: Iterable[Any], request: Any, dense: bool) -> None:
-    """As ``settle_requests``, of one request."""
+def resolve_request(managers: Iterable[Any], request: Any, dense: bool) -> None:
+    """As ``resolve_requests``, of one request."""
     for manager in managers:
         if isinstance(manager, ThinKVCacheManager):
-            manager.settle(request, dense)
+            manager.resolve(request, dense)

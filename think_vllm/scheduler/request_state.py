@@ -14,7 +14,7 @@ class RequestState:
 
     Args:
         rule: When its spans are thin.
-        settled: Whether its worker has said that it may be compacted, or that it stays dense.
+        resolved: Whether its worker has said that it may be compacted, or that it stays dense.
         request: vLLM's own; None until its first step is scheduled, or without prefix caching.
         prompt_len: Tokens of its prompt; None until known.
         cached_spans: Leading spans that came thin from the prefix cache.
@@ -28,7 +28,7 @@ class RequestState:
     """
 
     rule: SpanRule
-    settled: bool = True
+    resolved: bool = True
     request: Any = None
     prompt_len: int | None = None
     cached_spans: int = 0
@@ -47,14 +47,14 @@ class RequestRules:
     They are kept for as long as vLLM's scheduler has the request.
 
     Args:
-        guarded: Whether workers decide at a prompt's end if its request stays dense.
+        limits_loss: Whether workers decide at a prompt's end if its request stays dense.
     """
 
-    def __init__(self, guarded: bool) -> None:
-        self._guarded = guarded
+    def __init__(self, limits_loss: bool) -> None:
+        self._limits_loss = limits_loss
         self._requests: WeakValueDictionary[str, Any] = WeakValueDictionary()
         #: Whether requests stay dense that have been asked what they would lose.
-        self._verdicts: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+        self._decisions: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -63,10 +63,10 @@ class RequestRules:
         """Receive a request that has an override."""
         self._requests[request.request_id] = request
 
-    def settle(self, request: Any, dense: bool) -> None:
+    def resolve(self, request: Any, dense: bool) -> None:
         """Receive whether a request whose prompt has ended stays dense."""
         self._requests[request.request_id] = request
-        self._verdicts[request] = dense
+        self._decisions[request] = dense
 
     def find(self, request_id: str, rule: SpanRule) -> tuple[SpanRule, bool]:
         """The rule of a request, and whether it is known for good.
@@ -77,8 +77,8 @@ class RequestRules:
         """
         request = self._requests.get(request_id)
         if request is None:
-            return rule, not self._guarded
-        if self._verdicts.get(request):
+            return rule, not self._limits_loss
+        if self._decisions.get(request):
             return dense_rule(rule), True
         own = request_override(rule, request.sampling_params.extra_args) or rule
-        return own, not self._guarded or own.stays_dense or request in self._verdicts
+        return own, not self._limits_loss or own.stays_dense or request in self._decisions

@@ -1,4 +1,4 @@
-"""Choose the channels that a layer keeps, by what a policy scores them.
+"""Select the channels that a layer keeps, by what a policy scores them.
 
 Plain torch, for both backends and for prompts whose tokens are evicted.
 """
@@ -7,19 +7,19 @@ from dataclasses import dataclass
 
 import torch
 
+from think_vllm.metrics.rank import rank_report
 from think_vllm.metrics.shares import kept_shares
-from think_vllm.metrics.worker import rank_report
 from think_vllm.plan.planner import BlockPlan
 from think_vllm.worker.policies import POLICIES, LayerHeads
 
 
 @dataclass(frozen=True)
-class Choice:
+class ChannelSelection:
     """Channels that are kept, of ``n`` prompts or spans.
 
     Args:
         channels: ``[n, Hk, K]`` uint8, as compaction takes them.
-        scores: ``[n, Hk, D]`` float32. Of key channels; None if nobody counts them.
+        scores: ``[n, Hk, D]`` float32. Of key channels; None if they have no mass to count.
         keys: ``C``, how many of the channels are of keys.
     """
 
@@ -34,7 +34,7 @@ class Choice:
         scores, channels = self.scores, self.channels[:, :, : self.keys]
         if which is not None:
             scores, channels = scores[which], channels[which]
-        rank_report().add_choice(scores, channels)
+        rank_report().add_selection(scores, channels)
 
     def kept_shares(self) -> torch.Tensor:
         """Share of the score mass that is kept: ``[n, Hk]`` float64.
@@ -47,7 +47,7 @@ class Choice:
         return kept_shares(self.scores, self.channels[:, :, : self.keys])
 
 
-class Chooser:
+class ChannelSelector:
     """Chooses channels of one layer.
 
     Args:
@@ -62,7 +62,7 @@ class Chooser:
 
     @property
     def uses_keys(self) -> bool:
-        """Whether ``choose`` needs the energy of keys."""
+        """Whether ``select`` needs the energy of keys."""
         return self._plan.prunes_keys and self._policy.uses_keys
 
     def sources(self, query: torch.Tensor, output: torch.Tensor) -> list[torch.Tensor]:
@@ -70,8 +70,8 @@ class Chooser:
         wanted = ((query, self._sees_queries), (output, self._sees_outputs))
         return [source for source, is_wanted in wanted if is_wanted]
 
-    def choose(self, windows: torch.Tensor, keys: torch.Tensor | None) -> Choice:
-        """Choose channels.
+    def select(self, windows: torch.Tensor, keys: torch.Tensor | None) -> ChannelSelection:
+        """Select channels.
 
         Args:
             windows: ``[n, S, Hk, D]`` float32. Energy of the observation window, for each of its
@@ -84,12 +84,12 @@ class Chooser:
         plan, nothing = self._plan, windows.new_empty(0)
         if windows.shape[1] != self._sees_queries + self._sees_outputs:
             raise ValueError(
-                f"choose: windows is {tuple(windows.shape)}; expected [n, "
+                f"select: windows is {tuple(windows.shape)}; expected [n, "
                 f"{self._sees_queries + self._sees_outputs}, Hk, D], one of each source"
             )
         if keys is None and self.uses_keys:
             raise ValueError(
-                f"choose: keys is None; --kv-select {plan.config.kv_select} needs their energy"
+                f"select: keys is None; --kv-select {plan.config.kv_select} needs their energy"
             )
         size = (windows.shape[0], *windows.shape[2:])
         scores = None
@@ -107,7 +107,7 @@ class Chooser:
             scored = self._policy.score_values(outputs).expand(size)
             values = top_channels(scored, plan.value_channels)
             channels = torch.cat([channels, values], dim=2)
-        return Choice(channels, scores, plan.key_channels)
+        return ChannelSelection(channels, scores, plan.key_channels)
 
 
 def count_sources(plan: BlockPlan) -> int:

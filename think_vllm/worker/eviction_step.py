@@ -1,4 +1,4 @@
-"""What eviction has to do in a step: whose queries are watched, and whose prompts are packed.
+"""What eviction does in a step: whose attention is accumulated, whose prompts are repacked.
 
 Numpy only, like ``step.py``. Prompts within the budget appear nowhere here.
 """
@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from think_vllm.plan.spans import SpanRule
-from think_vllm.worker.step import Int64Array, Prefill, Wave
+from think_vllm.worker.step import DecodePass, Int64Array, Prefill
 
 
 @dataclass(frozen=True)
-class Watched:
+class Accumulation:
     """Queries of a prompt whose attention says which of its old tokens are kept.
 
     Args:
@@ -43,8 +43,8 @@ class Watched:
 
 
 @dataclass(frozen=True)
-class Pack:
-    """A prompt whose old tokens are packed before any query past it attends.
+class Repack:
+    """A prompt whose old tokens are repacked before any query past it attends.
 
     Args:
         request: Id of the request.
@@ -61,15 +61,15 @@ class Pack:
     num_spans: int
 
 
-def watch(
+def find_accumulations(
     rule: SpanRule,
     window: int | None,
     prefill: Prefill | None,
     prompt_lens: Int64Array,
     evicted: Int64Array,
     requests: Sequence[str],
-) -> list[Watched]:
-    """Find the queries of a step that choose tokens.
+) -> list[Accumulation]:
+    """Find the queries of a step that select tokens.
 
     Args:
         rule: When spans are thin.
@@ -86,56 +86,56 @@ def watch(
         row, end = int(prefill.request[i]), int(prefill.seq_len[i])
         prompt_len = int(prompt_lens[row])
         start = end - int(prefill.num_tokens[i])
-        chosen = 0 if window is None else max(0, prompt_len - window)
-        if end > chosen:
+        selected = 0 if window is None else max(0, prompt_len - window)
+        if end > selected:
             first = int(prefill.first_token[i])
             found.append(
-                Watched(
+                Accumulation(
                     request=requests[row],
                     row=row,
-                    begin=first + max(start, chosen) - start,
+                    begin=first + max(start, selected) - start,
                     end=first + end - start,
-                    position=max(start, chosen),
+                    position=max(start, selected),
                     prompt_len=prompt_len,
                     kept_spans=rule.prompt_spans(prompt_len) - int(evicted[row]),
-                    starts=start <= chosen,
+                    starts=start <= selected,
                 )
             )
     return found
 
 
-def take_packs(
+def take_repacks(
     rule: SpanRule,
-    wave: Wave,
+    decode: DecodePass,
     prompt_lens: Int64Array,
     evicted: Int64Array,
     requests: Sequence[str],
-) -> list[Pack]:
-    """Take the spans of prompts that are packed out of a wave's due spans.
+) -> list[Repack]:
+    """Take the spans of prompts that are repacked out of a pass's due spans.
 
     Args:
         rule: When spans are thin.
-        wave: Its due spans are all compacted otherwise. Changed.
+        decode: The pass. Its due spans are all compacted otherwise. Changed.
         prompt_lens: int64 [n]. Tokens of each row's prompt.
         evicted: int64 [n]. Empty spans of each row.
         requests: [n]. Id of each row's request.
     """
-    if rule.budget_spans is None or not wave.due_request:
+    if rule.budget_spans is None or not decode.due_request:
         return []
-    row, span = np.array(wave.due_request), np.array(wave.due_span)
+    row, span = np.array(decode.due_request), np.array(decode.due_span)
     # Rows with empty spans have the rule's recent window.
-    packed = (evicted[row] > 0) & (span < rule.prompt_spans_array(prompt_lens[row]))
-    rest = np.flatnonzero(~packed)
-    wave.due_request = [wave.due_request[i] for i in rest]
-    wave.due_span = [wave.due_span[i] for i in rest]
-    wave.due_kept = [wave.due_kept[i] for i in rest]
+    repacked = (evicted[row] > 0) & (span < rule.prompt_spans_array(prompt_lens[row]))
+    rest = np.flatnonzero(~repacked)
+    decode.due_request = [decode.due_request[i] for i in rest]
+    decode.due_span = [decode.due_span[i] for i in rest]
+    decode.due_kept = [decode.due_kept[i] for i in rest]
     return [
-        Pack(
+        Repack(
             request=requests[i],
             row=int(i),
             prompt_len=int(prompt_lens[i]),
             first_span=int(evicted[i]),
             num_spans=rule.prompt_spans(int(prompt_lens[i])) - int(evicted[i]),
         )
-        for i in np.unique(row[packed])
+        for i in np.unique(row[repacked])
     ]

@@ -8,20 +8,20 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from think_vllm.plan.planner import BlockPlan
-from think_vllm.worker.builder import ThinkMetadata
-from think_vllm.worker.channel_selection import Chooser
+from think_vllm.worker.channel_selection import ChannelSelector
+from think_vllm.worker.device import AttentionKernels, Kernels
 from think_vllm.worker.evictor import Evictor
 from think_vllm.worker.heads import RankHeads
-from think_vllm.worker.kernels import AttentionKernels, Kernels
-from think_vllm.worker.loss_guard import loss_guard
+from think_vllm.worker.loss_limit import loss_limit
+from think_vllm.worker.metadata_builder import ThinkMetadata
 from think_vllm.worker.state import GroupState
 from think_vllm.worker.step_tensors import (
     Chunks,
     DueSpans,
-    EndedTensors,
+    FinishedTensors,
     Observed,
+    PassTensors,
     Rows,
-    WaveTensors,
 )
 from think_vllm.worker.tokens import put_back
 
@@ -113,12 +113,12 @@ class ThinkLayer(AttentionLayer[Kernels]):
         self.plan = plan
         self.evictor = Evictor(kernels) if plan.config.evicts else None
         self._heads = heads
-        self._chooser: Chooser | None = None
+        self._selector: ChannelSelector | None = None
 
     def name(self, layer_name: str) -> None:
         """Say whose heads they are."""
-        if self._chooser is None:
-            self._chooser = Chooser(self.plan, self._heads.of_layer(layer_name))
+        if self._selector is None:
+            self._selector = ChannelSelector(self.plan, self._heads.of_layer(layer_name))
 
     def run(
         self,
@@ -138,35 +138,35 @@ class ThinkLayer(AttentionLayer[Kernels]):
             self.attend_chunks(layer, query, key, value, kv_cache, table, chunks, output)
         # Only steps of prompts and of resumed requests have state to see to here.
         index = metadata.state.index[layer.layer_name]
-        for watched, observed, ended in (
-            (tensors.watched, tensors.observed, tensors.prompt_ends),
-            ([], tensors.chunk_observed, tensors.chunk_ends),
+        for accumulations, observed, ended in (
+            (tensors.accumulations, tensors.observed, tensors.finished_prompts),
+            ([], tensors.chunk_observed, tensors.finished_chunks),
         ):
             energy = None
             if observed is not None:
                 energy = self._observe(query, output, observed, metadata.state.energy[index])
-            if watched or ended is not None:
+            if accumulations or ended is not None:
                 with self.kernels.measure():
-                    if watched:
-                        self._watch(query, kv_cache, metadata, energy)
+                    if accumulations:
+                        self._accumulate(query, kv_cache, metadata, energy)
                     if ended is not None:
                         self._end(kv_cache, metadata, ended, energy, index)
-        for wave in tensors.waves:
-            if wave.packs or wave.due is not None:
+        for decode in tensors.passes:
+            if decode.repacks or decode.due is not None:
                 with self.kernels.measure():
-                    if wave.packs:
-                        self.pack(kv_cache, metadata.block_table, wave, metadata.state, index)
-                    if wave.due is not None:
-                        self._compact(kv_cache, metadata, index, wave.due)
-            if wave.rows is not None:
-                rows = wave.rows
-                table, longest = metadata.wave_table, metadata.max_context
+                    if decode.repacks:
+                        self.repack(kv_cache, metadata.block_table, decode, metadata.state, index)
+                    if decode.due is not None:
+                        self._compact(kv_cache, metadata, index, decode.due)
+            if decode.rows is not None:
+                rows = decode.rows
+                table, longest = metadata.decode_table, metadata.max_context
                 self.attend_rows(query, kv_cache, table, rows, output, longest)
-            for chunks in wave.chunks:
-                table = metadata.wave_table
+            for chunks in decode.chunks:
+                table = metadata.decode_table
                 self.attend_chunks(layer, query, key, value, kv_cache, table, chunks, output)
 
-    def _watch(
+    def _accumulate(
         self,
         query: torch.Tensor,
         kv_cache: torch.Tensor,
@@ -180,28 +180,30 @@ class ThinkLayer(AttentionLayer[Kernels]):
             # A sum stands for the mean over the window: the order of channels is the same.
             ended = dict(zip(tensors.ended_rows, energy.transpose(0, 1), strict=True))
         table = metadata.block_table
-        self.evictor.watch(query, kv_cache, table, tensors.watched, ended, metadata.known)
+        self.evictor.accumulate(
+            query, kv_cache, table, tensors.accumulations, ended, metadata.known
+        )
 
-    def pack(
+    def repack(
         self,
         kv_cache: torch.Tensor,
         block_table: torch.Tensor,
-        wave: WaveTensors,
+        decode: PassTensors,
         state: GroupState,
         index: int,
     ) -> None:
-        """Pack what is kept of prompts, and keep their channels for spans that fall due later.
+        """Repack what is kept of prompts, and keep their channels for spans that fall due later.
 
         Args:
             kv_cache: [num_blocks, Hk, N, 2 * D]. Written.
             block_table: int32 [num_reqs, width].
-            wave: With the prompts.
+            decode: The pass, with the prompts.
             state: Of the layers. Written.
             index: Of this layer.
         """
         assert self.evictor is not None
-        chosen = self.evictor.pack(kv_cache, block_table, wave.packs, self._chooser)
-        for slot, channels in zip(wave.pack_slots, chosen, strict=True):
+        selected = self.evictor.repack(kv_cache, block_table, decode.repacks, self._selector)
+        for slot, channels in zip(decode.repack_slots, selected, strict=True):
             if channels is not None:
                 state.channels[index, slot] = channels
 
@@ -209,8 +211,8 @@ class ThinkLayer(AttentionLayer[Kernels]):
         self, query: torch.Tensor, output: torch.Tensor, observed: Observed, kept: torch.Tensor
     ) -> torch.Tensor:
         """Add up observation windows; return the complete ones, float32 [S, n, Hk, D]."""
-        assert self._chooser is not None
-        sources = self._chooser.sources(query, output)
+        assert self._selector is not None
+        sources = self._selector.sources(query, output)
         energy = kept.new_zeros(len(sources), observed.begin.numel(), *kept.shape[2:])
         if observed.resumed is not None:
             energy[:, observed.resumed.index] = kept[observed.resumed.slot].transpose(0, 1)
@@ -224,20 +226,20 @@ class ThinkLayer(AttentionLayer[Kernels]):
         self,
         kv_cache: torch.Tensor,
         metadata: ThinkMetadata,
-        ended: EndedTensors,
+        ended: FinishedTensors,
         energy: torch.Tensor | None,
         index: int,
     ) -> None:
-        """Choose the channels of prompts or chunks that end here, and compact their spans."""
+        """Select the channels of prompts or chunks that end here, and compact their spans."""
         channels = None
         if energy is not None:
-            channels = self._choose_channels(kv_cache, metadata, ended, energy)
+            channels = self._select_channels(kv_cache, metadata, ended, energy)
             if ended.kept is not None:
                 metadata.state.channels[index, ended.kept.slot] = channels[ended.kept.index]
             for slot, begin, count in ended.tables:
                 tables = metadata.state.tables.setdefault(slot, {})
                 tables[index] = channels[begin : begin + count]
-            channels = channels[ended.span_choice]
+            channels = channels[ended.span_selection]
         self.kernels.compact_spans(
             kv_cache,
             metadata.block_table,
@@ -247,21 +249,21 @@ class ThinkLayer(AttentionLayer[Kernels]):
             metadata.workspace,
         )
 
-    def _choose_channels(
+    def _select_channels(
         self,
         kv_cache: torch.Tensor,
         metadata: ThinkMetadata,
-        ended: EndedTensors,
+        ended: FinishedTensors,
         energy: torch.Tensor,
     ) -> torch.Tensor:
         """Channels that are kept from here on: uint8 [m, Hk, K]."""
-        assert self._chooser is not None
+        assert self._selector is not None
         # A sum stands for the mean over the window: the order of channels is the same.
         windows = energy.transpose(0, 1)
         if ended.window is not None:
             windows = windows[ended.window]
         keys = None
-        if self._chooser.uses_keys:
+        if self._selector.uses_keys:
             keys = self.kernels.key_energy(
                 kv_cache,
                 metadata.block_table,
@@ -270,11 +272,11 @@ class ThinkLayer(AttentionLayer[Kernels]):
                 ended.first_block,
                 ended.max_tokens,
             )
-        choice = self._chooser.choose(windows, keys)
-        choice.report(ended.final)
+        selection = self._selector.select(windows, keys)
+        selection.report(ended.final)
         if ended.names:
-            loss_guard().add(ended.names, choice.kept_shares())
-        return choice.channels
+            loss_limit().add(ended.names, selection.kept_shares())
+        return selection.channels
 
     def _compact(
         self, kv_cache: torch.Tensor, metadata: ThinkMetadata, index: int, due: DueSpans

@@ -30,7 +30,7 @@ class RequestSlots:
         Args:
             request: Its id.
             known: Ids of the requests that the runner still knows. Others' numbers may be given
-                away; a preempted request is known or not, and begins anew in either case.
+                away; a preempted request is known or not, and begins again in either case.
         """
         if request not in self._slots:
             if not self._free:
@@ -100,7 +100,7 @@ class GroupState:
             dtype=torch.float32,
             device=device,
         )
-        #: Channels that prompts' ends have chosen: uint8 [layers, requests, Hk, K].
+        #: Channels that prompts' ends have selected: uint8 [layers, requests, Hk, K].
         self.channels = torch.zeros(
             layers, num_requests, num_kv_heads, kept_channels, dtype=torch.uint8, device=device
         )

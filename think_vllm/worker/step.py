@@ -1,17 +1,17 @@
 """One step's work, sorted: what has to happen to the batch, and in which order.
 
-Numpy only, knows neither vLLM nor the device; ``step_builder.py`` does the sorting. In every layer,
+Numpy only, knows neither vLLM nor the device; ``step_sorter.py`` does the sorting. In every layer,
 after the new keys and values have been stored densely, a forward pass runs
 
 1. ``prefill``: prompt queries attend, as a rule to dense blocks only;
 2. ``observations``: queries of the observation window are added to their request's energy;
-3. ``ends``: prompts that end here choose their channels and are compacted; with
-   ``prune_prefill``, so are the chunks of prompts that go on, each by its own last queries;
-4. ``waves``: queries past the prompt attend to thin and dense blocks, each wave after the
+3. ``finished_prompts``: prompts that end here select their channels and are compacted; with
+   ``prune_prefill``, so are ``finished_chunks`` of prompts that go on, each by its last queries;
+4. ``passes``: queries past the prompt attend to thin and dense blocks, each pass after the
    spans that became due for it have been compacted.
 
-A step has one wave, except when a preempted request recomputes generated tokens: a chunk
-that crosses the end of its prompt, or several due positions, needs one wave per position at
+A step has one pass, except when a preempted request recomputes generated tokens: a chunk
+that crosses the end of its prompt, or several due positions, needs one pass per position at
 which a span becomes thin. So every query sees exactly the blocks that it saw the first time.
 """
 
@@ -44,8 +44,8 @@ class Prefill:
     seq_len: Int64Array
     thin_spans: Int64Array
 
-    def choose(self, which: npt.NDArray[np.bool_]) -> "Prefill":
-        """The chosen requests alone."""
+    def select(self, which: npt.NDArray[np.bool_]) -> "Prefill":
+        """The selected requests alone."""
         return Prefill(
             self.request[which],
             self.first_token[which],
@@ -83,16 +83,16 @@ class Observation:
 
 
 @dataclass(frozen=True)
-class Choices:
-    """Choices of channels where prompts or chunks end, end by end.
+class Selections:
+    """Selections of channels where prompts or chunks end, one after the other.
 
     Args:
-        end: int64 [m]. Which end chooses.
+        end: int64 [m]. Which of them selects.
         first_block: int64 [m]. First dense block whose keys count.
         num_tokens: int64 [m]. Tokens up to the last one whose key counts.
-        begin: int64 [n]. First choice of each end.
-        count: int64 [n]. Its choices. The last one holds for spans that fall due later.
-        of_span: int64 [t]. Choice of each of ``Ends.spans()``.
+        begin: int64 [n]. First selection of each.
+        count: int64 [n]. Its selections. The last one holds for spans that fall due later.
+        of_span: int64 [t]. Selection of each of ``Finished.spans()``.
     """
 
     end: Int64Array
@@ -104,7 +104,7 @@ class Choices:
 
 
 @dataclass(frozen=True)
-class Ends:
+class Finished:
     """Prompts that end in this step, or chunks of prompts, and what is compacted then.
 
     Args:
@@ -113,9 +113,9 @@ class Ends:
         num_tokens: int64 [n]. Tokens up to the end.
         first_span: int64 [n]. First span that is dense; those before it are thin.
         num_spans: int64 [n]. Spans to compact.
-        num_observed: int64 [n]. Queries that choose the channels.
+        num_observed: int64 [n]. Queries that select the channels.
         keeps: bool [n]. Whether the channels are kept for spans that fall due later.
-        packed: bool [n]. Whether tokens are evicted, so that channels are chosen once more, for
+        repacked: bool [n]. Whether tokens are evicted, so that channels are selected once more, for
             those that are kept.
     """
 
@@ -126,26 +126,26 @@ class Ends:
     num_spans: Int64Array
     num_observed: Int64Array
     keeps: npt.NDArray[np.bool_]
-    packed: npt.NDArray[np.bool_]
+    repacked: npt.NDArray[np.bool_]
 
     def spans(self) -> tuple[Int64Array, Int64Array]:
         """Each span to compact: its index into ``request``, and the span."""
         which = np.repeat(np.arange(self.request.size), self.num_spans)
         return which, self.first_span[which] + count_up(self.num_spans)
 
-    def choices(self, rule: SpanRule, per_span: bool) -> Choices:
-        """What channels are chosen over.
+    def selections(self, rule: SpanRule, per_span: bool) -> Selections:
+        """What channels are selected over.
 
         Args:
             rule: When spans are thin.
-            per_span: Whether every span is a choice of its own. An end without spans chooses over
-                all keys that are dense, and so do all ends if this is not set.
+            per_span: Whether every span is a selection of its own. A prompt or chunk without spans
+                selects over all keys that are dense, and so do all if this is not set.
         """
         which, _ = self.spans()
         spans = np.zeros_like(self.num_spans)
         if per_span:
             spans = self.num_spans
-            if rule.delay_prompt:  # they are compacted in the next step, and chosen for now
+            if rule.delay_prompt:  # they are compacted in the next step, and selected for now
                 old = rule.prompt_spans_array(self.num_tokens)
                 spans = np.maximum(0, old - self.first_span)
         count = np.maximum(1, spans)
@@ -153,7 +153,7 @@ class Ends:
         end = np.repeat(np.arange(count.size), count)
         span = self.first_span[end] + count_up(count)
         all_tokens = self.num_tokens[end]
-        return Choices(
+        return Selections(
             end=end,
             first_block=span * rule.span_blocks,
             num_tokens=np.where(spans[end] > 0, (span + 1) * rule.span_tokens, all_tokens),
@@ -164,7 +164,7 @@ class Ends:
 
 
 @dataclass
-class Wave:
+class DecodePass:
     """Queries past their prompts that can attend at once.
 
     Args:
@@ -193,9 +193,9 @@ class Step:
 
     prefill: Prefill | None
     observations: list[Observation]
-    prompt_ends: Ends | None
-    chunk_ends: Ends | None
-    waves: list[Wave]
+    finished_prompts: Finished | None
+    finished_chunks: Finished | None
+    passes: list[DecodePass]
 
 
 def count_up(counts: Int64Array) -> Int64Array:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from think_vllm.worker.eviction_step import Pack, Watched
+from think_vllm.worker.eviction_step import Accumulation, Repack
 from think_vllm.worker.tokens import Tokens
 
 
@@ -73,24 +73,24 @@ class Observed:
 
 
 @dataclass(frozen=True)
-class EndedTensors:
+class FinishedTensors:
     """Prompts, or chunks of prompts, that end in this step, and the spans compacted then.
 
     Args:
-        request: int32 [m]. Row of the block table, for each choice of channels.
+        request: int32 [m]. Row of the block table, for each selection of channels.
         num_tokens: int32 [m]. Tokens up to the last one whose key counts.
         first_block: int32 [m]. First dense block whose keys count.
         max_tokens: Most tokens whose keys count.
         window: int32 [m]. Which of the windows that end here; None if that is one each, in order.
-        kept: Choices that are kept for spans that fall due later; None for none.
-        tables: Choices that are kept apart, one for each span of a prompt that the next step
+        kept: Selections that are kept for spans that fall due later; None for none.
+        tables: Selections that are kept apart, one for each span of a prompt that the next step
             compacts: where, the first of them, and how many.
-        span_choice: int32 [t]. By which choice each span is compacted.
+        span_selection: int32 [t]. By which selection each span is compacted.
         span_request: int32 [t]. Row of the block table.
         span: int32 [t]. Spans to compact.
-        final: int32 [c]. Which choices are for good; others are made once more when what is kept
-            of their tokens is packed. None for all.
-        names: Id of each choice's request, where the loss limit asks for it.
+        final: int32 [c]. Which selections are for good; others are made once more when what is kept
+            of their tokens is repacked. None for all.
+        names: Id of each selection's request, where the loss limit asks for it.
     """
 
     request: torch.Tensor
@@ -100,7 +100,7 @@ class EndedTensors:
     window: torch.Tensor | None
     kept: Slots | None
     tables: list[tuple[int, int, int]]
-    span_choice: torch.Tensor
+    span_selection: torch.Tensor
     span_request: torch.Tensor
     span: torch.Tensor
     final: torch.Tensor | None = None
@@ -142,22 +142,22 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class WaveTensors:
+class PassTensors:
     """Queries past their prompts that attend after the same compactions.
 
     Args:
         due: What is compacted first; None for nothing.
         rows: Those of requests that have one; None for none.
         chunks: Those of resumed requests that have several, those that see thin spans apart.
-        packs: Prompts that are packed before that.
-        pack_slots: Where the channels of each are kept.
+        repacks: Prompts that are repacked before that.
+        repack_slots: Where the channels of each are kept.
     """
 
     due: DueSpans | None
     rows: Rows | None
     chunks: list[Chunks]
-    packs: list[Pack] = field(default_factory=list)
-    pack_slots: list[int] = field(default_factory=list)
+    repacks: list[Repack] = field(default_factory=list)
+    repack_slots: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -167,26 +167,26 @@ class StepTensors:
     Args:
         prompts: Prompt queries.
         observed: Observation windows of prompts.
-        prompt_ends: Prompts that end; None for none.
+        finished_prompts: Prompts that end; None for none.
         chunk_observed: Last queries of chunks that end.
-        chunk_ends: Chunks that end, of prompts that go on; None for none.
-        waves: Queries past their prompts.
-        watched: Prompt queries that choose tokens.
+        finished_chunks: Chunks that end, of prompts that go on; None for none.
+        passes: Queries past their prompts.
+        accumulations: Prompt queries that select tokens.
         ended_rows: Row of the batch of each observation window that is complete.
     """
 
     prompts: list[Chunks]
     observed: Observed | None
-    prompt_ends: EndedTensors | None
+    finished_prompts: FinishedTensors | None
     chunk_observed: Observed | None
-    chunk_ends: EndedTensors | None
-    waves: list[WaveTensors]
-    watched: list[Watched] = field(default_factory=list)
+    finished_chunks: FinishedTensors | None
+    passes: list[PassTensors]
+    accumulations: list[Accumulation] = field(default_factory=list)
     ended_rows: list[int] = field(default_factory=list)
 
     def chunks(self) -> list[Chunks]:
         """All of its queries that attend several per request."""
-        return [*self.prompts, *itertools.chain(*(wave.chunks for wave in self.waves))]
+        return [*self.prompts, *itertools.chain(*(decode.chunks for decode in self.passes))]
 
     def prepare(
         self, prompt: Callable[[Chunks], Any], resumed: Callable[[Chunks], Any]
@@ -201,5 +201,5 @@ class StepTensors:
         def add(chunks: list[Chunks], make: Callable[[Chunks], Any]) -> list[Chunks]:
             return [replace(part, prepared=make(part)) for part in chunks]
 
-        waves = [replace(wave, chunks=add(wave.chunks, resumed)) for wave in self.waves]
-        return replace(self, prompts=add(self.prompts, prompt), waves=waves)
+        passes = [replace(decode, chunks=add(decode.chunks, resumed)) for decode in self.passes]
+        return replace(self, prompts=add(self.prompts, prompt), passes=passes)

@@ -11,16 +11,24 @@ import numpy.typing as npt
 import torch
 
 from think_vllm.plan.spans import SpanRule
-from think_vllm.worker.step import Choices, Ends, Int64Array, Observation, Prefill, Step, Wave
+from think_vllm.worker.step import (
+    DecodePass,
+    Finished,
+    Int64Array,
+    Observation,
+    Prefill,
+    Selections,
+    Step,
+)
 from think_vllm.worker.step_tensors import (
     Chunks,
     DueSpans,
-    EndedTensors,
+    FinishedTensors,
     Observed,
+    PassTensors,
     Rows,
     Slots,
     StepTensors,
-    WaveTensors,
 )
 from think_vllm.worker.tokens import token_range
 
@@ -49,7 +57,7 @@ def write_step(
     step: Step,
     slots: StepSlots,
     rule: SpanRule,
-    chooses_per_span: bool = False,
+    selects_per_span: bool = False,
     evicted: Int64Array | None = None,
     names: Sequence[str] | None = None,
 ) -> StepTensors:
@@ -59,26 +67,26 @@ def write_step(
         step: Of ``sort_step``.
         slots: Where its requests' state is kept.
         rule: What a span is.
-        chooses_per_span: Whether each span of a prompt has channels of its own.
+        selects_per_span: Whether each span of a prompt has channels of its own.
         evicted: int64 [num_reqs]. Empty spans of each request, which count as thin; None for none.
         names: [num_reqs]. Ids of the requests, where the loss limit asks for those of prompts that
             end.
     """
-    chunks, chunk_windows = step.chunk_ends, []
+    chunks, chunk_windows = step.finished_chunks, []
     if chunks is not None and chunks.num_observed.any():
         chunk_windows = chunks.observations
     return StepTensors(
         prompts=_prompt_chunks(step.prefill),
         observed=_observed(step.observations, slots),
-        prompt_ends=_ended(step.prompt_ends, slots, rule, chooses_per_span, names),
+        finished_prompts=_ended(step.finished_prompts, slots, rule, selects_per_span, names),
         # These windows begin and end here, whatever is kept of their prompts' windows.
         chunk_observed=_observed(chunk_windows, StepSlots()),
-        chunk_ends=_ended(chunks, slots, rule, chooses_per_span),
-        waves=[_wave_tensors(wave, slots, evicted) for wave in step.waves],
+        finished_chunks=_ended(chunks, slots, rule, selects_per_span),
+        passes=[_pass_tensors(decode, slots, evicted) for decode in step.passes],
     )
 
 
-def keeps_channels(ends: Ends) -> npt.NDArray[np.bool_]:
+def keeps_channels(ends: Finished) -> npt.NDArray[np.bool_]:
     """Whose channels are kept: bool [n].
 
     A span that falls due later takes them from there, also where it inherits them from the span
@@ -88,14 +96,14 @@ def keeps_channels(ends: Ends) -> npt.NDArray[np.bool_]:
     return kept
 
 
-def due_spans(wave: Wave, slots: StepSlots) -> DueSpans | None:
-    """Write a wave's due spans in tensors, still on the host."""
-    if not wave.due_request:
+def due_spans(decode: DecodePass, slots: StepSlots) -> DueSpans | None:
+    """Write a pass's due spans in tensors, still on the host."""
+    if not decode.due_request:
         return None
-    rows, kept = wave.due_request, wave.due_kept
+    rows, kept = decode.due_request, decode.due_kept
     return DueSpans(
         request=_ints(rows),
-        span=_ints(wave.due_span),
+        span=_ints(decode.due_span),
         slot=_ints([slots.requests.get(row, 0) for row in rows]),
         # Spans of a request are neighbours, and if one of these has a table, all of them do.
         tables=[
@@ -112,13 +120,13 @@ def _less(thin_spans: torch.Tensor | None, empty: torch.Tensor) -> torch.Tensor 
 
 
 def skip_evicted(
-    rule: SpanRule, wave: WaveTensors, evicted: Int64Array, row_entries: int
-) -> WaveTensors:
+    rule: SpanRule, decode: PassTensors, evicted: Int64Array, row_entries: int
+) -> PassTensors:
     """Let queries past their prompts begin behind the empty spans, still on the host.
 
     Args:
         rule: What a span is.
-        wave: With rows of the block table.
+        decode: The pass, with rows of the block table.
         evicted: int64 [num_reqs]. Empty spans of each request.
         row_entries: Entries from one row of the block table to the next.
 
@@ -136,25 +144,25 @@ def skip_evicted(
         )
 
     return replace(
-        wave,
-        rows=None if wave.rows is None else skip(wave.rows),
-        chunks=[skip(chunks) for chunks in wave.chunks],
+        decode,
+        rows=None if decode.rows is None else skip(decode.rows),
+        chunks=[skip(chunks) for chunks in decode.chunks],
     )
 
 
-def keep_dense(waves: list[Wave], evicted: Int64Array) -> None:
+def keep_dense(passes: list[DecodePass], evicted: Int64Array) -> None:
     """Let spans stay dense that would take as many blocks once they are thin.
 
-    Thin blocks that nothing was pruned or coded of would hold the same elements in another form,
-    which FlashAttention cannot read.
+    Thin blocks that nothing was pruned or quantized of would hold the same elements in another
+    form, which FlashAttention cannot read.
 
     Args:
-        waves: Without packs. Changed: nothing is due, and only empty spans count as thin.
+        passes: Without repacks. Changed: nothing is due, and only empty spans count as thin.
         evicted: int64 [num_reqs]. Empty spans of each request.
     """
-    for wave in waves:
-        wave.due_request, wave.due_span, wave.due_kept = [], [], []
-        wave.thin_spans = np.minimum(wave.thin_spans, evicted[wave.request])
+    for decode in passes:
+        decode.due_request, decode.due_span, decode.due_kept = [], [], []
+        decode.thin_spans = np.minimum(decode.thin_spans, evicted[decode.request])
 
 
 def _prompt_chunks(prefill: Prefill | None) -> list[Chunks]:
@@ -164,7 +172,7 @@ def _prompt_chunks(prefill: Prefill | None) -> list[Chunks]:
     fresh = prefill.seq_len == prefill.num_tokens
     thin = prefill.thin_spans > 0
     return [
-        write_chunks(prefill.choose(which), is_fresh)
+        write_chunks(prefill.select(which), is_fresh)
         for is_fresh, which in ((True, fresh), (False, ~fresh & ~thin), (False, thin))
         if which.any()
     ]
@@ -211,12 +219,12 @@ def _cut(requests: list[int], slots: dict[int, int]) -> Slots | None:
 
 
 def _ended(
-    ends: Ends | None,
+    ends: Finished | None,
     slots: StepSlots,
     rule: SpanRule,
-    chooses_per_span: bool,
+    selects_per_span: bool,
     names: Sequence[str] | None = None,
-) -> EndedTensors | None:
+) -> FinishedTensors | None:
     """Write ends in tensors; None if there is nothing to keep and nothing to compact."""
     if ends is None:
         return None
@@ -224,79 +232,81 @@ def _ended(
     if not index.size:
         return None
     which, span = ends.spans()
-    choices = ends.choices(rule, chooses_per_span)
+    selections = ends.selections(rule, selects_per_span)
     kept, tables = None, []
     if slots.requests:
         given = [slots.requests[int(i)] for i in ends.request[index]]
-        kept = Slots(_ints((choices.begin + choices.count - 1)[index]), _ints(given))
-        if chooses_per_span and rule.delay_prompt:
-            parts = zip(given, choices.begin[index], choices.count[index], strict=True)
+        kept = Slots(_ints((selections.begin + selections.count - 1)[index]), _ints(given))
+        if selects_per_span and rule.delay_prompt:
+            parts = zip(given, selections.begin[index], selections.count[index], strict=True)
             tables = [(slot, int(begin), int(count)) for slot, begin, count in parts]
-    return EndedTensors(
-        request=_ints(ends.request[choices.end]),
-        num_tokens=_ints(choices.num_tokens),
-        first_block=_ints(choices.first_block),
-        max_tokens=int((choices.num_tokens - choices.first_block * rule.block_size).max()),
-        window=_ints(choices.end) if chooses_per_span else None,
+    return FinishedTensors(
+        request=_ints(ends.request[selections.end]),
+        num_tokens=_ints(selections.num_tokens),
+        first_block=_ints(selections.first_block),
+        max_tokens=int((selections.num_tokens - selections.first_block * rule.block_size).max()),
+        window=_ints(selections.end) if selects_per_span else None,
         kept=kept,
         tables=tables,
-        span_choice=_ints(choices.of_span),
+        span_selection=_ints(selections.of_span),
         span_request=_ints(ends.request[which]),
         span=_ints(span),
-        final=_final(ends, choices),
-        names=[] if names is None else [names[row] for row in ends.request[choices.end]],
+        final=_final(ends, selections),
+        names=[] if names is None else [names[row] for row in ends.request[selections.end]],
     )
 
 
-def _final(ends: Ends, choices: Choices) -> torch.Tensor | None:
-    packed = ends.packed[choices.end]
-    return _ints(np.flatnonzero(~packed)) if packed.any() else None
+def _final(ends: Finished, selections: Selections) -> torch.Tensor | None:
+    repacked = ends.repacked[selections.end]
+    return _ints(np.flatnonzero(~repacked)) if repacked.any() else None
 
 
-def _wave_tensors(wave: Wave, slots: StepSlots, evicted: Int64Array | None) -> WaveTensors:
-    # Rows of one wave come request by request, each in token order.
-    _, first, count = np.unique(wave.request, return_index=True, return_counts=True)
+def _pass_tensors(decode: DecodePass, slots: StepSlots, evicted: Int64Array | None) -> PassTensors:
+    # Rows of one pass come request by request, each in token order.
+    _, first, count = np.unique(decode.request, return_index=True, return_counts=True)
     single = first[count == 1]
-    single = single[np.argsort(wave.token[single])]
+    single = single[np.argsort(decode.token[single])]
     rows = None
     if single.size:
         rows = Rows(
-            tokens=token_range(wave.token[single], torch.int32),
-            request=_ints(wave.request[single]),
-            seq_len=_ints(wave.seq_len[single]),
-            thin_spans=_ints(wave.thin_spans[single]),
+            tokens=token_range(decode.token[single], torch.int32),
+            request=_ints(decode.request[single]),
+            seq_len=_ints(decode.seq_len[single]),
+            thin_spans=_ints(decode.thin_spans[single]),
         )
     first, count = first[count > 1], count[count > 1]
-    thin = wave.thin_spans[first]
+    thin = decode.thin_spans[first]
     if evicted is not None:
-        thin = thin - evicted[wave.request[first]]
-    return WaveTensors(
-        due_spans(wave, slots),
+        thin = thin - evicted[decode.request[first]]
+    return PassTensors(
+        due_spans(decode, slots),
         rows,
         [
-            _resumed_chunks(wave, first[which], count[which], sees_thin)
+            _resumed_chunks(decode, first[which], count[which], sees_thin)
             for sees_thin, which in ((False, thin == 0), (True, thin > 0))
             if which.any()
         ],
     )
 
 
-def _resumed_chunks(wave: Wave, first: Int64Array, count: Int64Array, sees_thin: bool) -> Chunks:
-    order = np.argsort(wave.token[first])
+def _resumed_chunks(
+    decode: DecodePass, first: Int64Array, count: Int64Array, sees_thin: bool
+) -> Chunks:
+    order = np.argsort(decode.token[first])
     first, count = first[order], count[order]
     last = first + count - 1
     return Chunks(
         fresh=False,
         tokens=token_range(
-            np.concatenate([wave.token[i : j + 1] for i, j in zip(first, last, strict=True)]),
+            np.concatenate([decode.token[i : j + 1] for i, j in zip(first, last, strict=True)]),
             torch.int32,
         ),
         starts=_ints(np.concatenate(([0], np.cumsum(count)))),
-        seq_len=_ints(wave.seq_len[last]),
-        request=_ints(wave.request[last]),
-        thin_spans=_ints(wave.thin_spans[last]) if sees_thin else None,
+        seq_len=_ints(decode.seq_len[last]),
+        request=_ints(decode.request[last]),
+        thin_spans=_ints(decode.thin_spans[last]) if sees_thin else None,
         max_query_len=int(count.max()),
-        max_seq_len=int(wave.seq_len[last].max()),
+        max_seq_len=int(decode.seq_len[last].max()),
     )
 
 

@@ -1,10 +1,10 @@
-"""Choose the old tokens of a prompt that each KV head keeps, and pack them.
+"""Select the old tokens of a prompt that each KV head keeps, and repack them.
 
 Plain torch, for CPUs and GPUs alike: it runs once at the end of a prompt (h2o: once a chunk), not
 while decoding. ``reference/eviction.py`` says what is right, and cites the papers. Knows blocks,
 not vLLM.
 
-A prompt that keeps fewer tokens than it has is packed in its last old spans; see ``spans.py``.
+A prompt that keeps fewer tokens than it has is repacked in its last old spans; see ``spans.py``.
 """
 
 import torch
@@ -76,12 +76,12 @@ def add_attention(
     held = TILE_SCORES if query.device.type == "cpu" else GPU_TILE_SCORES
     tile = max(1, held // (group * seen))
     for head in range(num_kv_heads):
-        chosen = slice(head * group, (head + 1) * group)
+        selected = slice(head * group, (head + 1) * group)
         key = keys[blocks, head].transpose(0, 1).reshape(head_size, -1).float()
         for begin in range(0, count, tile):
             end = min(begin + tile, count)
-            last = first + end  # nobody in the tile sees what lies behind
-            queries = query[begin:end, chosen].reshape(-1, head_size).float()
+            last = first + end  # no query of the tile sees what lies behind
+            queries = query[begin:end, selected].reshape(-1, head_size).float()
             scores = (queries @ key[:, :last]).mul_(scale)
             if logits_soft_cap > 0:
                 scores.div_(logits_soft_cap).tanh_().mul_(logits_soft_cap)
@@ -89,7 +89,7 @@ def add_attention(
             hidden = position[None, :last] > position[first + begin : last, None]
             scores.masked_fill_(hidden[:, None], -torch.inf)
             if sinks is not None:
-                column = sinks[chosen].float().view(1, group, 1).expand(end - begin, group, 1)
+                column = sinks[selected].float().view(1, group, 1).expand(end - begin, group, 1)
                 scores = torch.cat([scores, column], dim=2)
             weights = torch.softmax(scores, dim=2)[:, :, :last]
             sums[head, :last] += weights.sum(dim=(0, 1)) / group
@@ -102,7 +102,7 @@ def pool(sums: torch.Tensor, num_tokens: int) -> torch.Tensor:
     )[0]
 
 
-def choose_tokens(scores: torch.Tensor, count: int) -> torch.Tensor:
+def select_tokens(scores: torch.Tensor, count: int) -> torch.Tensor:
     """Keep each head's tokens with the highest scores.
 
     Args:
@@ -116,7 +116,7 @@ def choose_tokens(scores: torch.Tensor, count: int) -> torch.Tensor:
         ValueError: If there are not as many.
     """
     if not 0 < count <= scores.shape[1]:
-        raise ValueError(f"choose_tokens: count is {count}; expected 1 to {scores.shape[1]}")
+        raise ValueError(f"select_tokens: count is {count}; expected 1 to {scores.shape[1]}")
     ranked = torch.argsort(scores, dim=1, descending=True, stable=True)
     return ranked[:, :count].sort(dim=1).values
 
@@ -145,12 +145,12 @@ def gather_tokens(
     block, slot = blocks[tokens // size], tokens % size
     head = torch.arange(num_heads, device=tokens.device)[:, None]
     keys, values = split_runs(kv_cache, plan, form)
-    packed = kv_cache.new_empty(count // size, num_heads, size, 2 * plan.head_size)
-    packed_keys, packed_values = split_runs(packed, plan, form)
+    repacked = kv_cache.new_empty(count // size, num_heads, size, 2 * plan.head_size)
+    packed_keys, packed_values = split_runs(repacked, plan, form)
     shape = (num_heads, count // size, size, plan.head_size)
     packed_keys.copy_(keys[block, head, :, slot].view(shape).permute(1, 0, 3, 2))
     packed_values.copy_(values[block, head, slot].view(shape).transpose(0, 1))
-    return packed
+    return repacked
 
 
 def table_of_entries(block_table: torch.Tensor) -> torch.Tensor:

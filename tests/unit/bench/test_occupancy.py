@@ -24,7 +24,7 @@ def test_programs(capability: int, registers: int, shared: int, warps: int, prog
     assert held.programs == programs
 
 
-def test_impossible_programs_are_refused() -> None:
+def test_impossible_programs_are_rejected() -> None:
     with pytest.raises(ValueError, match="0 registers"):
         occupancy(MULTIPROCESSORS[90], 0, 0, 4)
 

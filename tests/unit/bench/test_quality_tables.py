@@ -172,7 +172,7 @@ def test_report_replaces_only_its_section(tmp_path: Path) -> None:
     assert not replace_section(document, "x")
 
 
-def test_results_of_other_questions_are_refused(tmp_path: Path) -> None:
+def test_results_of_other_questions_are_rejected(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     results({}).save(path)
     with pytest.raises(SystemExit, match="samples is 40, now 41"):

@@ -1,4 +1,4 @@
-"""YAML files of arguments: false is false, and what vanishes in vLLM is refused or meant."""
+"""YAML files of arguments: false is false, and what vanishes in vLLM is rejected or meant."""
 
 import argparse
 from pathlib import Path
@@ -45,13 +45,13 @@ def settings_of(path: Path, text: str) -> dict[str, object]:
         ("no-kv-prune-decode:", "no-kv-prune-decode is None; write `kv-prune-decode: true`"),
     ],
 )
-def test_values_of_another_kind_are_refused(tmp_path: Path, line: str, message: str) -> None:
+def test_values_of_another_kind_are_rejected(tmp_path: Path, line: str, message: str) -> None:
     path = tmp_path / "serve.yaml"
     settings = settings_of(path, line)
-    with pytest.raises(ThinkError) as refused:
+    with pytest.raises(ThinkError) as rejected:
         check_settings("serve.yaml", settings)
-    assert str(refused.value).startswith("serve.yaml: ")
-    assert message in str(refused.value)
+    assert str(rejected.value).startswith("serve.yaml: ")
+    assert message in str(rejected.value)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_false_is_said_to_those_who_know_how(tmp_path: Path) -> None:
         ("- a list", "holds no settings; write lines like"),
     ],
 )
-def test_what_vllm_would_drop_is_refused(
+def test_what_vllm_would_drop_is_rejected(
     tmp_path: Path, line: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "serve.yaml"

@@ -47,7 +47,7 @@ def test_left_out_is_silent_where_it_is_loaded(environment: dict[str, str]) -> N
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
-def test_our_options_are_refused_where_it_is_not_loaded(
+def test_our_options_are_rejected_where_it_is_not_loaded(
     arguments: list[str], named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "serve_it.yaml"
@@ -56,9 +56,9 @@ def test_our_options_are_refused_where_it_is_not_loaded(
     arguments = [word.replace("FILE", str(path)) for word in arguments]
     arguments = [word.replace("FOLDER", str(tmp_path)) for word in arguments]
     monkeypatch.setenv(VARIABLE, "other")
-    with pytest.raises(ThinkError) as refused:
+    with pytest.raises(ThinkError) as rejected:
         check_loaded(arguments)
-    assert str(refused.value).startswith(f"{named} is an option of think-vllm, and {VARIABLE} is")
+    assert str(rejected.value).startswith(f"{named} is an option of think-vllm, and {VARIABLE} is")
     monkeypatch.setenv(VARIABLE, "other,think_vllm")
     check_loaded(arguments)
 

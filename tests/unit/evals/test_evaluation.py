@@ -282,7 +282,7 @@ def test_server_that_says_no_length_needs_one(tmp_path, capsys):
     assert "give --lengths TOKENS" in capsys.readouterr().err
 
 
-def test_plots_without_matplotlib_are_refused_before_anything_runs(tmp_path, capsys, monkeypatch):
+def test_plots_without_matplotlib_are_rejected_before_anything_runs(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with FakeApi(read_recall) as api:
         assert main(["eval", "--base-url", api.url, "--out", str(tmp_path)]) == 2

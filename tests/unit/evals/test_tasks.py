@@ -79,7 +79,7 @@ def test_recall_asks_for_a_record_stated_once(name):
         assert records == (1 if name == "recall-needle" else question.length // 20)
 
 
-def test_recall_refuses_other_tokenizers():
+def test_recall_rejects_other_tokenizers():
     frame = replace(FRAME, count=lambda text: len(text) // 2)
     with pytest.raises(ThinkError, match="this is not the bundled model"):
         make(["recall-needle"], lengths=(4000,), frame=frame)
@@ -101,7 +101,7 @@ def test_multi_key_distracts_with_other_keys():
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_too_short_a_length_is_refused(name):
+def test_too_short_a_length_is_rejected(name):
     with pytest.raises(ThinkError, match=r"--lengths .*is too short for it"):
         make([name], lengths=(11,))
 

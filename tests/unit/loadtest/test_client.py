@@ -44,7 +44,7 @@ def test_a_chat_answer_may_be_null_a_completion_may_not() -> None:
 def test_errors_say_what_the_server_said(monkeypatch: pytest.MonkeyPatch) -> None:
     with FakeApi(lambda _: 400) as api:
         client = client_of(api.url)
-        with pytest.raises(RequestError, match=r'HTTP 400: \{"error": "refused"\}'):
+        with pytest.raises(RequestError, match=r'HTTP 400: \{"error": "rejected"\}'):
             client.complete("m", "a", 1, chat=False, extra={})
         with pytest.raises(RequestError, match=r"HTTP 404: \{\}"):
             client.get("/nothing")
@@ -65,5 +65,5 @@ def test_models_are_those_of_the_server() -> None:
 
 def test_models_of_no_server() -> None:
     url = f"http://127.0.0.1:{free_port()}"
-    with pytest.raises(ThinkError, match=f"test: --base-url {url}: no OpenAI-compatible.*refused"):
+    with pytest.raises(ThinkError, match=f"test: --base-url {url}: no OpenAI-compatible.*rejected"):
         client_of(url).models()

@@ -1,4 +1,4 @@
-"""Scenarios: the ones that come along, and what is refused."""
+"""Scenarios: the ones that come along, and what is rejected."""
 
 from pathlib import Path
 

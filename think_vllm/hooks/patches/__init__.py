@@ -4,8 +4,8 @@
 ``tests/plugin/test_patches.py`` holds it against the installed vLLM and against our own code.
 """
 
-from think_vllm.hooks.patch import Patch
 from think_vllm.hooks.patches import front_end, metrics, scheduler, worker
+from think_vllm.hooks.patches.patch import Patch
 
 PATCHES: tuple[Patch, ...] = (
     *front_end.PATCHES,

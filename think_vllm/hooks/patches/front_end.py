@@ -1,7 +1,7 @@
 """Flags, configs and requests: what the server's process touches."""
 
 from think_vllm.hooks.moved import PLACES
-from think_vllm.hooks.patch import Kind, Patch, Role
+from think_vllm.hooks.patches.patch import Kind, Patch, Role
 
 PATCHES = (
     Patch(
@@ -55,7 +55,7 @@ PATCHES = (
         Kind.SET,
         "hooks.backend",
         "it is part of the key by which vLLM caches the choice of a backend",
-        "plugins can choose the backend of an engine",
+        "plugins can select the backend of an engine",
         members=("backend_per_kind",),
     ),
     Patch(
@@ -64,7 +64,7 @@ PATCHES = (
         "hooks.backend",
         "its cache knows our backends for thin and for static blocks by one name, so an engine "
         "would get that of an earlier one of its process",
-        "the cache's key holds additional_config, or plugins can choose the backend of an engine",
+        "the cache's key holds additional_config, or plugins can select the backend of an engine",
     ),
     Patch(
         "vllm.config:CacheConfig.user_specified_block_size",

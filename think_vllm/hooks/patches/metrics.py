@@ -4,7 +4,7 @@ A report goes the way that vLLM made for those of KV connectors, which thin bloc
 rank, scheduler, API server. It stays in ``kv_connector_stats`` all along, as a plain dict.
 """
 
-from think_vllm.hooks.patch import Kind, Patch, Role
+from think_vllm.hooks.patches.patch import Kind, Patch, Role
 from think_vllm.hooks.patches.worker import RUNNER_V1, RUNNER_V2
 
 _UNTIL = "block managers and attention backends can report statistics"

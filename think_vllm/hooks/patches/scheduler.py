@@ -1,6 +1,6 @@
 """The block manager, and the requests that it has to know."""
 
-from think_vllm.hooks.patch import Kind, Patch, Role
+from think_vllm.hooks.patches.patch import Kind, Patch, Role
 
 PATCHES = (
     Patch(
@@ -35,7 +35,7 @@ PATCHES = (
         Kind.CALLED,
         "hooks.kv_cache",
         "thin blocks are cached under keys of their own",
-        "block managers can choose the keys of their blocks",
+        "block managers can select the keys of their blocks",
         parameters=("self", "block_hash_with_group_id", "block", "num_tokens"),
     ),
     Patch(

@@ -1,6 +1,6 @@
 """Steps, layers and kernels."""
 
-from think_vllm.hooks.patch import Kind, Patch, Role
+from think_vllm.hooks.patches.patch import Kind, Patch, Role
 
 RUNNER_V1 = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 RUNNER_V2 = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
@@ -22,7 +22,7 @@ PATCHES = (
     Patch(
         f"{RUNNER_V1}._determine_batch_execution_and_padding",
         Kind.WRAPPED,
-        "hooks.model_runner:_watch_v1",
+        "hooks.model_runner:_observe_v1",
         "builders need a step's requests, prompt lengths and cached thin spans; and batches with "
         "the last token of a prompt must run without a full graph, as channels are chosen after it",
         f"{_METADATA}, and backends can reject a batch for full CUDA graphs",
@@ -41,7 +41,7 @@ PATCHES = (
     Patch(
         f"{RUNNER_V2}.gather_batch_req_state",
         Kind.WRAPPED,
-        "hooks.model_runner:_watch_v2",
+        "hooks.model_runner:_observe_v2",
         "as with V1's _determine_batch_execution_and_padding",
         f"{_METADATA}, and backends can reject a batch for full CUDA graphs",
         role=Role.WORKER_V2,

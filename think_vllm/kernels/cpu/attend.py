@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit, prange
 
-from think_vllm.kernels.cpu.coded import add_matrix
 from think_vllm.kernels.cpu.compiling import kernel
 from think_vllm.kernels.cpu.elements import element_to_float32, float32_to_element
+from think_vllm.kernels.cpu.products import add_matrix
 from think_vllm.kernels.cpu.softmax import LOWEST, cap_row, exp, exp_row, row_max
 from think_vllm.kernels.cpu.splits import (
     find_blocks,
@@ -120,14 +120,14 @@ def _work(
         )
         if thin:
             _score_thin(cache, keys, begin, count, scratch, shape, sizes)
-            _soften(count, cap, head, scratch, partials, sizes)
+            _apply_soft_cap(count, cap, head, scratch, partials, sizes)
             if shape.value_channels_offset >= 0:
                 sum_kept_values(cache, values, begin, count, start, scratch, partials, shape, sizes)
             else:
                 sum_thin_values(cache, values, count, start, scratch, partials, shape, sizes)
         else:
             _score_dense(cache, count, scratch, shape, sizes)
-            _soften(count, cap, head, scratch, partials, sizes)
+            _apply_soft_cap(count, cap, head, scratch, partials, sizes)
             sum_dense_values(cache, count, start, scratch, partials, shape, sizes)
         if fetch_add(counters, 1 + row * shape.kv_heads + kv_head) == end - first - 1:
             _combine(first, end, row, kv_head, inputs.sinks, partials, out, shape, sizes)
@@ -198,7 +198,9 @@ def _score_dense(cache: Any, count: int, scratch: Any, shape: Any, sizes: Any) -
 
 
 @njit
-def _soften(count: int, cap: Any, first_head: int, scratch: Any, partials: Any, sizes: Any) -> None:
+def _apply_soft_cap(
+    count: int, cap: Any, first_head: int, scratch: Any, partials: Any, sizes: Any
+) -> None:
     """Scores -> weights that have yet to be divided by their sum."""
     for head in range(sizes.group):
         start = head * sizes.split_columns

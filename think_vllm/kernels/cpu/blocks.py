@@ -1,6 +1,6 @@
-"""Blocks as kernels see them: flat views of a cache, sizes, strides, and coded matrices.
+"""Blocks as kernels see them: flat views of a cache, sizes, strides, and quantized matrices.
 
-The class of a matrix is a compile-time tag: kernels pick the code for a coding by it.
+The class of a matrix is a compile-time tag: kernels pick the code for an encoding by it.
 """
 
 from typing import Any, NamedTuple
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from think_vllm.kernels.cpu.elements import flat_elements
-from think_vllm.plan.formats import Coding
+from think_vllm.plan.formats import Encoding
 from think_vllm.plan.matrix_layout import MatrixLayout
 from think_vllm.plan.planner import BlockPlan
 
@@ -144,17 +144,21 @@ def view_blocks(kv_cache: torch.Tensor, block_table: torch.Tensor, plan: BlockPl
 
 
 def _matrix(layout: MatrixLayout) -> Matrix:
-    if layout.coding is Coding.PLAIN:
+    if layout.encoding is Encoding.PLAIN:
         return PlainMatrix(layout.offset // layout.itemsize, layout.columns)
-    if layout.coding is Coding.FP8:
-        coded = (layout.offset, layout.row_bytes, layout.scales_offset // 4)
-        return Fp8Keys(*coded, layout.zeros_offset // 2) if layout.has_zeros else Fp8Matrix(*coded)
-    kind = Int4Matrix if layout.coding is Coding.INT4 else Int2Matrix
+    if layout.encoding is Encoding.FP8:
+        quantized = (layout.offset, layout.row_bytes, layout.scales_offset // 4)
+        return (
+            Fp8Keys(*quantized, layout.zero_points_offset // 2)
+            if layout.has_zero_points
+            else Fp8Matrix(*quantized)
+        )
+    kind = Int4Matrix if layout.encoding is Encoding.INT4 else Int2Matrix
     return kind(
         offset=layout.offset,
         row_stride=layout.row_bytes,
         scales=layout.scales_offset // 2,
-        zeros=layout.zeros_offset // 2,
+        zeros=layout.zero_points_offset // 2,
         rows=layout.rows,
         group=layout.group,
     )

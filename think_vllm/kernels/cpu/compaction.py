@@ -26,7 +26,7 @@ def compact_spans(
 ) -> None:
     """Rewrite spans in place: dense blocks become thin ones in the span's first blocks.
 
-    Plain elements are moved, never converted; other codings follow ``reference/quantization.py``
+    Plain elements are moved, never converted; other encodings follow ``reference/quantization.py``
     to the bit. Bytes that the thin layout leaves unused keep what they held.
 
     Args:

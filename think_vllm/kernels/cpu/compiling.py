@@ -85,7 +85,7 @@ class _Implementation(CompileResultCacheImpl):
 
 
 class _Cache(FunctionCache):
-    """A kernel's cache on disk. What cannot be kept there is compiled anew at every start.
+    """A kernel's cache on disk. What cannot be kept there is compiled again at every start.
 
     numba reads where it writes. Here kernels are loaded also from the folders that it would prefer
     but cannot write to: those of a read-only image, compiled when it was built.

@@ -1,7 +1,7 @@
 """Decode attention over thin and dense blocks (flash-decoding form).
 
 The context of a row is cut into splits of whole blocks, all thin or all dense. One item is a
-split of one KV head: scores of all its blocks, one softmax, outputs. Whoever finishes the last
+split of one KV head: scores of all its blocks, one softmax, outputs. The thread that ends the last
 split of a (row, KV head) combines its splits. Splits depend on the row alone, so neither the
 batch nor the number of threads changes a result by a single bit.
 """

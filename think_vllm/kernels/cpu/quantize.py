@@ -1,4 +1,4 @@
-"""Writing coded matrices: the rules of ``kernels/reference/quantization.py``, to the bit.
+"""Writing quantized matrices: the rules of ``kernels/reference/quantization.py``, to the bit.
 
 No fast-math anywhere here: float32 operations in the reference's order give its bits.
 """
@@ -59,7 +59,7 @@ def put_matrix(
     Args:
         cache: The ``Cache``. Written.
         run: Offset of the run, in elements.
-        matrix: Where in the run, and how coded.
+        matrix: Where in the run, and how quantized.
         itemsize: Bytes of an element.
         source: Flat elements; holds ``[num_rows, columns]``.
         source_at: Offset of its first element.

@@ -127,7 +127,7 @@ def _view(
     plan: StaticPlan,
     width: int,
 ) -> tuple[Cache, BlockShape, Matrix, Matrix]:
-    """What the kernel is told of the blocks; see ``blocks.Blocks``.
+    """What the kernel is given of the blocks; see ``blocks.Blocks``.
 
     Its head size is that of what it reads and writes: gathered queries and kept values.
     """
@@ -152,7 +152,7 @@ def _view(
         channels_offset=-1,
         value_channels_offset=-1,
     )
-    if plan.is_coded:
+    if plan.is_quantized:
         keys = Fp8Columns(layout.keys_offset, plan.block_size, layout.key_scales_offset // 4)
         return cache, shape, keys, Fp8Rows(0, plan.value_channels, layout.value_scales_offset // 4)
     plain = PlainMatrix(layout.keys_offset // plan.itemsize, plan.block_size)

@@ -14,7 +14,7 @@ class StaticParts:
     Args:
         keys: ``[B, Hk, C, N]``.
         values: ``[B, Hk, N, V]``.
-        key_scales: float32 ``[B, Hk, N]``; without elements unless keys are coded.
+        key_scales: float32 ``[B, Hk, N]``; without elements unless keys are quantized.
         value_scales: As ``key_scales``.
     """
 
@@ -31,7 +31,7 @@ def static_parts(kv_cache: torch.Tensor, plan: StaticPlan) -> StaticParts:
     end = layout.key_scales_offset // kv_cache.itemsize
     scales = runs[..., end:]
     of_keys = of_values = scales
-    if plan.is_coded:
+    if plan.is_quantized:
         half = layout.value_scales_offset - layout.key_scales_offset
         of_keys, of_values = (
             part.view(torch.float32) for part in (scales[..., :half], scales[..., half:])

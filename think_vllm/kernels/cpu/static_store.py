@@ -34,14 +34,14 @@ def read_back(part: torch.Tensor, kept: torch.Tensor, plan: StaticPlan) -> torch
     Args:
         part: ``[tokens, Hk, D]``. Keys or values.
         kept: ``[Hk, n]`` int64. Their kept channels.
-        plan: Whether they are coded.
+        plan: Whether they are quantized.
 
     Returns:
         ``[tokens, Hk, D]`` in the dtype of ``part``.
     """
     index = kept.expand(part.shape[0], *kept.shape)
     gathered = part.gather(2, index)
-    if plan.is_coded:
+    if plan.is_quantized:
         codes, scale = quantize_tokens(gathered)
         floats = codes.view(torch.float8_e4m3fn).float() * scale[..., None]
         gathered = floats.to(part.dtype)
@@ -92,7 +92,7 @@ def store_static(
     parts = static_parts(kv_cache, plan)
     kept_keys = gather_channels(key, channels.keys) if plan.prunes_keys else key
     kept_values = gather_channels(value, channels.values) if plan.prunes_values else value
-    if plan.is_coded:
+    if plan.is_quantized:
         kept_keys, scales = quantize_tokens(kept_keys)
         parts.key_scales[block, :, place] = scales
         kept_values, scales = quantize_tokens(kept_values)

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from think_vllm.kernels.cpu.coded import add_matrix
+from think_vllm.kernels.cpu.products import add_matrix
 from think_vllm.kernels.cpu.splits import whole_lanes
 from think_vllm.kernels.cpu.tiles import add_products
 

@@ -47,7 +47,7 @@ def _start_threads() -> None:
     imported, long before us, so it is corrected where it is kept.
     """
     if parallel._is_initialized:
-        return  # somebody else has started numba; its number stands
+        return  # other code has started numba; its number stands
     threads = torch.get_num_threads()
     numba.config.NUMBA_NUM_THREADS = threads
     parallel.NUM_THREADS = threads

@@ -1,4 +1,4 @@
-"""Vector IR that loads a stretch of a row and converts it to float32, one loader per coding.
+"""Vector IR that loads a stretch of a row and converts it to float32, one loader per encoding.
 
 LLVM does not find these forms from scalar loops. It lowers them to whatever vectors the CPU
 has; with AVX-512 each loader is a load and one to three operations per vector.

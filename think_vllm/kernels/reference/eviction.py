@@ -2,7 +2,7 @@
 
 Sources: SnapKV, arXiv 2404.14469, section 4 (attention of the prompt's last queries, pooled along
 the prompt); H2O, arXiv 2306.14048, section 4 (attention of all queries, accumulated). Differs:
-tokens are chosen per KV head, by the mean over the query heads that share it, as kvpress does;
+tokens are selected per KV head, by the mean over the query heads that share it, as kvpress does;
 pooling is an average (SnapKV's code offers that and the maximum).
 """
 
@@ -66,7 +66,7 @@ def pool_ref(sums: torch.Tensor, num_tokens: int) -> torch.Tensor:
     return pooled
 
 
-def choose_tokens_ref(scores: torch.Tensor, count: int) -> torch.Tensor:
+def select_tokens_ref(scores: torch.Tensor, count: int) -> torch.Tensor:
     """Keep each head's tokens with the highest scores.
 
     Args:

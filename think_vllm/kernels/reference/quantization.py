@@ -1,15 +1,15 @@
-"""Coding matrices of keys and values, in plain torch. The rules that every kernel keeps to.
+"""Encoding matrices of keys and values, in plain torch. The rules that every kernel keeps to.
 
 All arithmetic is float32, in the order written here, so that kernels can be bit-exact. A NaN or
 an infinity in a group (fp8: in a matrix) turns that whole group into NaN when it is read: the
-request that owns it shows that its model is broken, and nobody else notices.
+request that owns it shows that its model is broken, and no other request notices.
 """
 
 from dataclasses import dataclass
 
 import torch
 
-from think_vllm.plan.formats import FP8_MAX, Coding
+from think_vllm.plan.formats import FP8_MAX, Encoding
 from think_vllm.plan.layout import BlockForm
 from think_vllm.plan.matrix_layout import MatrixLayout
 
@@ -24,7 +24,7 @@ ZERO_BITS = 15
 
 @dataclass(frozen=True)
 class Quantized:
-    """A coded matrix.
+    """A quantized matrix.
 
     Args:
         codes: ``[R, X]`` uint8, one code per byte; for fp8 the bits of float8 e4m3.
@@ -69,15 +69,15 @@ def _integer_mean(steps: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     return (steps * weights).sum(dim=1).div(weights.sum(dim=1), rounding_mode="floor")
 
 
-def quantize_fp8(matrix: torch.Tensor, has_zeros: bool = False) -> Quantized:
+def quantize_fp8(matrix: torch.Tensor, has_zero_points: bool = False) -> Quantized:
     """Code ``[R, X]`` in float8 e4m3 with one scale: its largest magnitude becomes 448.
 
     A code is the nearest one, ties to even; the error is at most 2 ** -4 of the element, or
     2 ** -10 scales for elements below 2 ** -6 scales. Matrices below 5e-36 become zero. With
-    ``has_zeros`` that goes for what is left of the elements when their row's zero is taken away.
+    ``has_zero_points`` that goes for what is left of the elements without their row's zero point.
     """
     elements = matrix.float()
-    zeros = fp8_zeros(elements) if has_zeros else None
+    zeros = fp8_zeros(elements) if has_zero_points else None
     if zeros is not None:
         elements = elements - zeros.float()[:, None]
     scale = elements.abs().amax() / FP8_MAX
@@ -118,7 +118,7 @@ def quantize_integer(matrix: torch.Tensor, bits: int, group: int) -> Quantized:
 
 
 def dequantize(quantized: Quantized, group: int) -> torch.Tensor:
-    """``[R, X]`` float64: what a coded matrix stands for, without further rounding."""
+    """``[R, X]`` float64: what a quantized matrix stands for, without further rounding."""
     scales = quantized.scales.double()
     if quantized.scales.dim() == 0:
         elements = quantized.codes.view(torch.float8_e4m3fn).double() * scales
@@ -148,17 +148,17 @@ def unpack(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
 
 
 def code_and_back(
-    matrix: torch.Tensor, coding: Coding, group: int, has_zeros: bool = False
+    matrix: torch.Tensor, encoding: Encoding, group: int, has_zero_points: bool = False
 ) -> torch.Tensor:
-    """What becomes of ``[R, X]`` when it is coded and read again, float64.
+    """What becomes of ``[R, X]`` when it is quantized and read again, float64.
 
-    ``has_zeros`` is about fp8: keys of thin blocks have zeros there, nothing else has.
+    ``has_zero_points`` is about fp8: keys of thin blocks have zeros there, nothing else has.
     """
-    if coding is Coding.PLAIN:
+    if encoding is Encoding.PLAIN:
         return matrix.double()
-    if coding is Coding.FP8:
-        return dequantize(quantize_fp8(matrix, has_zeros), group)
-    return dequantize(quantize_integer(matrix, coding.value, group), group)
+    if encoding is Encoding.FP8:
+        return dequantize(quantize_fp8(matrix, has_zero_points), group)
+    return dequantize(quantize_integer(matrix, encoding.value, group), group)
 
 
 def to_units(codes: torch.Tensor) -> torch.Tensor:
@@ -176,7 +176,7 @@ def from_units(units: torch.Tensor) -> torch.Tensor:
 
 def _read_codes(run: torch.Tensor, layout: MatrixLayout, form: BlockForm) -> torch.Tensor:
     """Codes of a matrix in rows, uint8 ``[R, row_bytes]``; a copy of whole units for GPUs."""
-    if form is BlockForm.CPU or layout.coding is Coding.PLAIN:
+    if form is BlockForm.CPU or layout.encoding is Encoding.PLAIN:
         return run[layout.offset :][: layout.rows * layout.row_bytes].view(layout.rows, -1)
     return from_units(run[layout.offset :][: layout.code_bytes].view(-1, layout.rows // 2, 8))
 
@@ -197,13 +197,13 @@ def write_matrix(
         form: For what.
     """
     rows, columns = matrix.shape
-    coding = layout.coding
+    encoding = layout.encoding
     codes = _read_codes(run, layout, form)
-    if coding is Coding.PLAIN:
+    if encoding is Encoding.PLAIN:
         codes.view(matrix.dtype)[:rows, :columns] = matrix
         return
-    if coding is Coding.FP8:
-        quantized = quantize_fp8(matrix, layout.has_zeros)
+    if encoding is Encoding.FP8:
+        quantized = quantize_fp8(matrix, layout.has_zero_points)
         codes[:rows, :columns] = quantized.codes
         _put_units(run, codes, layout, form)
         scale = run[layout.scales_offset : layout.scales_offset + 4]
@@ -211,8 +211,8 @@ def write_matrix(
         if quantized.zeros is not None:
             _fp8_zeros(run, layout)[:rows] = quantized.zeros
         return
-    quantized = quantize_integer(matrix, coding.value, layout.group)
-    packed = pack(quantized.codes, coding.value)
+    quantized = quantize_integer(matrix, encoding.value, layout.group)
+    packed = pack(quantized.codes, encoding.value)
     codes[:rows, : packed.shape[1]] = packed
     _put_units(run, codes, layout, form)
     scales, zeros = _factors(run, layout, form)
@@ -247,18 +247,18 @@ def read_matrix(
         dtype: Of the cache.
         form: For what the run is laid out.
     """
-    coding = layout.coding
+    encoding = layout.encoding
     codes = _read_codes(run, layout, form)
-    if coding is Coding.PLAIN:
+    if encoding is Encoding.PLAIN:
         return codes.view(dtype)[:rows, :columns].double()
-    if coding is Coding.FP8:
+    if encoding is Encoding.FP8:
         scale = run[layout.scales_offset : layout.scales_offset + 4].clone().view(torch.float32)
-        zeros = _fp8_zeros(run, layout)[:rows] if layout.has_zeros else None
+        zeros = _fp8_zeros(run, layout)[:rows] if layout.has_zero_points else None
         return dequantize(Quantized(codes[:rows, :columns].clone(), scale[0], zeros), layout.group)
     scales, zeros = _factors(run, layout, form)
     groups = -(-columns // layout.group)
     quantized = Quantized(
-        unpack(codes[:rows], coding.value, columns),
+        unpack(codes[:rows], encoding.value, columns),
         scales[:groups, :rows],
         zeros[:groups, :rows],
     )
@@ -267,7 +267,7 @@ def read_matrix(
 
 def _fp8_zeros(run: torch.Tensor, layout: MatrixLayout) -> torch.Tensor:
     """Zeros of an fp8 matrix, ``[R]`` float16, a view."""
-    return run[layout.zeros_offset : layout.end].view(torch.float16)
+    return run[layout.zero_points_offset : layout.end].view(torch.float16)
 
 
 def _factors(
@@ -277,7 +277,7 @@ def _factors(
     groups, rows = layout.groups, layout.rows
     numbers = run[layout.scales_offset : layout.end].view(torch.float16)
     if form is BlockForm.CPU:
-        zeros = numbers[(layout.zeros_offset - layout.scales_offset) // 2 :]
+        zeros = numbers[(layout.zero_points_offset - layout.scales_offset) // 2 :]
         return numbers[: groups * rows].view(groups, rows), zeros.view(groups, rows)
     pairs = numbers[: 2 * groups * rows].view(groups, rows // 2, 2, 2)
     return pairs[:, :, 0].reshape(groups, rows), pairs[:, :, 1].reshape(groups, rows)

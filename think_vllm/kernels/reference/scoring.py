@@ -9,7 +9,7 @@ The paper outlines the same for values, and its authors' code has none of it. Th
 what channel ``i`` adds to the outputs of the observed queries,
 ``||softmax(Q_obs K^T) V[:, i]||_F``, again squared, averaged, and averaged over a group. A query's
 row of that product is its attention output, which the forward pass has made anyway. So value
-channels are scored by ``query_energy_ref`` of the outputs in place of the queries, and nobody forms
+channels are scored by ``query_energy_ref`` of the outputs in place of the queries, and none forms
 the weights a second time; ``value_energy_ref`` is the long way. What a prompt saw pruned, behind a
 thin prefix, is missing from its outputs, and so from its scores.
 """

@@ -36,7 +36,7 @@ def read_run(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Read keys ``[C, N]`` and values ``[N, V]`` of one run, float64."""
     keys, values, scales = run_parts(kv_cache, block, head, plan)
-    if not plan.is_coded:
+    if not plan.is_quantized:
         return keys.double(), values.double()
     of_keys, of_values = scales.double()
     keys, values = (codes.view(torch.float8_e4m3fn).double() for codes in (keys, values))
@@ -71,7 +71,7 @@ def store_static_ref(
             keys, values, scales = run_parts(kv_cache, block, head, plan)
             stored_key = key[token, head, list(kept_keys[head])]
             stored_value = value[token, head, list(kept_values[head])]
-            if plan.is_coded:
+            if plan.is_quantized:
                 of_key, of_value = (quantize_fp8(x[None]) for x in (stored_key, stored_value))
                 scales[:, place] = torch.stack([of_key.scales, of_value.scales])
                 stored_key, stored_value = of_key.codes[0], of_value.codes[0]

@@ -9,7 +9,6 @@ import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadataBuilder
 
-from think_vllm.worker.builder import ThinkMetadata, ThinkMetadataBuilder
 from think_vllm.worker.cpu.dense import dense_isa
 from think_vllm.worker.cpu.prompts import (
     CachePrompts,
@@ -19,8 +18,9 @@ from think_vllm.worker.cpu.prompts import (
     each_query,
 )
 from think_vllm.worker.cpu.warmup import warm_up
-from think_vllm.worker.step import Int64Array, Wave
-from think_vllm.worker.step_tensors import Chunks, Rows, StepTensors, WaveTensors
+from think_vllm.worker.metadata_builder import ThinkMetadata, ThinkMetadataBuilder
+from think_vllm.worker.step import DecodePass, Int64Array
+from think_vllm.worker.step_tensors import Chunks, PassTensors, Rows, StepTensors
 from think_vllm.worker.step_writer import StepSlots, due_spans, skip_evicted
 
 
@@ -59,21 +59,21 @@ class ThinkCPUMetadataBuilder(ThinkMetadataBuilder):
     def build_decode(
         self,
         common: CommonAttentionMetadata,
-        wave: Wave,
-        packing: WaveTensors,
+        decode: DecodePass,
+        repacking: PassTensors,
         slots: StepSlots,
         evicted: Int64Array,
     ) -> ThinkMetadata:
         """Rows as vLLM has them; layers compact what is due."""
-        count = wave.thin_spans.size
+        count = decode.thin_spans.size
         rows = Rows(
             tokens=slice(0, count),
             request=self._every_row[:count],
             seq_len=common.seq_lens[:count],
-            thin_spans=torch.from_numpy(wave.thin_spans.astype(np.int32)),
+            thin_spans=torch.from_numpy(decode.thin_spans.astype(np.int32)),
         )
-        due = due_spans(wave, slots)
-        tensors = WaveTensors(due, rows, [], packing.packs, packing.pack_slots)
+        due = due_spans(decode, slots)
+        tensors = PassTensors(due, rows, [], repacking.repacks, repacking.repack_slots)
         if self.plan.config.evicts:
             stride = common.block_table_tensor.stride(0)
             tensors = skip_evicted(self.plan.rule, tensors, evicted, stride)

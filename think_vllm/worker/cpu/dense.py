@@ -5,7 +5,7 @@ import functools
 import torch
 from vllm import _custom_ops as ops
 
-from think_vllm.errors import WAY_OUT, ThinkError
+from think_vllm.errors import REMEDY, ThinkError
 
 
 @functools.cache
@@ -49,7 +49,7 @@ def dense_isa(dtype: torch.dtype, head_size: int, block_size: int) -> str:
     if not (channel_major and token_major):
         raise ThinkError(
             f"thin KV blocks: vLLM's CPU kernels ({isa}) lay out {dtype} blocks on this "
-            f"machine in a way that thin blocks cannot be made from. {WAY_OUT}"
+            f"machine in a way that thin blocks cannot be made from. {REMEDY}"
         )
     return isa
 

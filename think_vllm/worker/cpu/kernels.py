@@ -12,13 +12,13 @@ import torch
 from think_vllm.kernels.cpu.compaction import compact_spans
 from think_vllm.kernels.cpu.decode import DecodeRows, decode_attention
 from think_vllm.kernels.cpu.scoring import add_query_energy, key_energy
-from think_vllm.metrics.worker import rank_report
+from think_vllm.metrics.rank import rank_report
 from think_vllm.plan.layout import BlockForm
 from think_vllm.plan.planner import BlockPlan
-from think_vllm.worker.builder import ThinkMetadata
 from think_vllm.worker.cpu.dense import clear_tail
 from think_vllm.worker.cpu.prompts import CachePrompts, ScratchPrompts
-from think_vllm.worker.kernels import Kernels
+from think_vllm.worker.device import Kernels
+from think_vllm.worker.metadata_builder import ThinkMetadata
 from think_vllm.worker.step_tensors import Chunks, Rows
 
 #: vLLM's ``CPUAttentionBackendImpl.forward`` of a layer.

@@ -8,7 +8,7 @@ import torch
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
 from think_vllm.worker.layer import AttentionLayer
-from think_vllm.worker.refusals import refuse_options
+from think_vllm.worker.layer_support import reject_options
 
 
 class CPULayerImpl(CPUAttentionBackendImpl):
@@ -23,7 +23,7 @@ class CPULayerImpl(CPUAttentionBackendImpl):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        refuse_options(
+        reject_options(
             self.who,
             (
                 (self.alibi_slopes, "ALiBi position biases"),

@@ -72,7 +72,7 @@ class PromptScratch:
     def store(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """Store the placed prompts' keys and values, ``[num_tokens, Hk, D]``, in their order."""
         # The kernel reads whole blocks and gives what lies beyond a prompt the weight zero,
-        # which leaves a NaN a NaN: memory of nobody, or of another prompt.
+        # which leaves a NaN a NaN: unused memory, or another prompt's.
         self._blocks[self._last] = 0
         num_blocks, num_kv_heads, block_size, width = self._blocks.shape
         halves = self._blocks.view(num_blocks, num_kv_heads, 2 * block_size, width // 2)

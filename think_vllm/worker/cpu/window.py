@@ -13,12 +13,12 @@ from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import MultipleOf
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 
-from think_vllm.errors import WAY_OUT, ThinkError
+from think_vllm.errors import REMEDY, ThinkError
 from think_vllm.hooks.engine import remember_plan
 
 
 class WindowCPUImpl(CPUAttentionBackendImpl):
-    """vLLM's attention, in blocks that hold nothing of whoever had them before."""
+    """vLLM's attention, in blocks that hold nothing of requests that had them before."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -31,7 +31,7 @@ class WindowCPUImpl(CPUAttentionBackendImpl):
             raise ThinkError(
                 f"thin KV blocks: a sliding-window layer has {self.num_kv_heads} KV heads of size "
                 f"{self.head_size}, a full one {full_heads} of size {full_size}; models whose "
-                f"heads differ are not supported. {WAY_OUT}"
+                f"heads differ are not supported. {REMEDY}"
             )
 
     def do_kv_cache_update(

@@ -54,7 +54,7 @@ class CustomCUDABackend(AttentionBackend):
 
     @classmethod
     def supports_kv_connector(cls) -> bool:
-        """Nobody else can read a thin block."""
+        """No other backend can read a thin block."""
         return False
 
     @classmethod

@@ -16,12 +16,12 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 
 from csrc_triton.compact import compact_spans, compact_workspace
-from think_vllm.worker.builder import ThinkMetadata, ThinkMetadataBuilder
 from think_vllm.worker.cuda.decode_batch import DecodeBatch
 from think_vllm.worker.cuda.metadata import to_device, with_pages
 from think_vllm.worker.cuda.warmup import warm_up_layers
-from think_vllm.worker.step import Int64Array, Wave
-from think_vllm.worker.step_tensors import DueSpans, StepTensors, WaveTensors
+from think_vllm.worker.metadata_builder import ThinkMetadata, ThinkMetadataBuilder
+from think_vllm.worker.step import DecodePass, Int64Array
+from think_vllm.worker.step_tensors import DueSpans, PassTensors, StepTensors
 from think_vllm.worker.step_writer import StepSlots, due_spans
 
 
@@ -59,22 +59,22 @@ class ThinkCUDAMetadataBuilder(ThinkMetadataBuilder):
     def prepare(self, common: CommonAttentionMetadata, tensors: StepTensors) -> ThinkMetadata:
         """Send a step that is no decode batch, and cut the block table to what it attends to."""
         metadata = self.metadata(common, to_device(tensors, self.device))
-        tables = metadata.block_table, metadata.wave_table
+        tables = metadata.block_table, metadata.decode_table
         pages = with_pages(metadata.tensors, *tables, self.plan.block_size)
         return replace(metadata, tensors=pages)
 
     def build_decode(
         self,
         common: CommonAttentionMetadata,
-        wave: Wave,
-        packing: WaveTensors,
+        decode: DecodePass,
+        repacking: PassTensors,
         slots: StepSlots,
         evicted: Int64Array,
     ) -> ThinkMetadata:
-        """Pack prompts and compact spans ahead of the batch, which may be a graph."""
-        self._pack(common.block_table_tensor, packing)
-        self._compact(common.block_table_tensor, due_spans(wave, slots))
-        return self._decode(common, wave.thin_spans, evicted)
+        """Repack prompts and compact spans ahead of the batch, which may be a graph."""
+        self._repack(common.block_table_tensor, repacking)
+        self._compact(common.block_table_tensor, due_spans(decode, slots))
+        return self._decode(common, decode.thin_spans, evicted)
 
     def _decode(
         self, common: CommonAttentionMetadata, thin_spans: Int64Array, evicted: Int64Array
@@ -82,17 +82,17 @@ class ThinkCUDAMetadataBuilder(ThinkMetadataBuilder):
         """One query per request, padding rows behind them."""
         stride = common.block_table_tensor.stride(0)
         rows = self._batch.rows(common.seq_lens[: common.num_reqs], thin_spans, evicted, stride)
-        wave = WaveTensors(None, rows, [])
-        return self.metadata(common, StepTensors([], None, None, None, None, [wave]))
+        decode = PassTensors(None, rows, [])
+        return self.metadata(common, StepTensors([], None, None, None, None, [decode]))
 
-    def _pack(self, block_table: torch.Tensor, wave: WaveTensors) -> None:
-        """Pack what is kept of prompts in all layers, ahead of a graph."""
-        if not wave.packs:
+    def _repack(self, block_table: torch.Tensor, decode: PassTensors) -> None:
+        """Repack what is kept of prompts in all layers, ahead of a graph."""
+        if not decode.repacks:
             return
         context = self.vllm_config.compilation_config.static_forward_context
         for name, index in self.state.index.items():
             layer = context[name]
-            layer.impl.attention.pack(layer.kv_cache, block_table, wave, self.state, index)
+            layer.impl.attention.repack(layer.kv_cache, block_table, decode, self.state, index)
 
     def _compact(self, block_table: torch.Tensor, due: DueSpans | None) -> None:
         """Compact due spans in all layers, in one launch."""

@@ -9,11 +9,11 @@ from vllm.config import get_current_vllm_config
 
 from csrc_triton.store import store_dense
 from think_vllm.hooks.engine import remember_plan
-from think_vllm.worker.builder import ThinkMetadata
 from think_vllm.worker.cuda.kernels import CUDAKernels
 from think_vllm.worker.cuda.layer import CUDALayerImpl
 from think_vllm.worker.heads import rank_heads
 from think_vllm.worker.layer import ThinkLayer
+from think_vllm.worker.metadata_builder import ThinkMetadata
 
 
 class ThinkCUDAImpl(CUDALayerImpl[ThinkMetadata]):

@@ -13,9 +13,9 @@ from csrc_triton.scores import add_query_energy, key_energy
 from csrc_triton.store import clear_tails
 from think_vllm.plan.layout import BlockForm
 from think_vllm.plan.planner import BlockPlan
-from think_vllm.worker.builder import ThinkMetadata
 from think_vllm.worker.cuda.flash import flash_pages, flash_prompts, load_flash
-from think_vllm.worker.kernels import Kernels
+from think_vllm.worker.device import Kernels
+from think_vllm.worker.metadata_builder import ThinkMetadata
 from think_vllm.worker.step_tensors import Chunks, Rows
 
 
@@ -32,7 +32,7 @@ class CUDAKernels(Kernels):
         """Clear what lies behind contexts that FlashAttention reads from the cache."""
         reads_pages = any(chunks.prepared is not None for chunks in metadata.tensors.chunks())
         if self._flash is not None and reads_pages:
-            # All tokens of the step are stored: what lies behind them is nobody's.
+            # All tokens of the step are stored: what lies behind them is unused.
             clear_tails(kv_cache, metadata.block_table, metadata.seq_len, self.plan)
 
     def attend_chunks(

@@ -8,7 +8,7 @@ import torch
 from vllm.v1.attention.backend import AttentionImpl
 
 from think_vllm.worker.layer import AttentionLayer
-from think_vllm.worker.refusals import refuse_options
+from think_vllm.worker.layer_support import reject_options
 
 #: Values of ``--kv-cache-dtype`` that leave keys and values as computed.
 PLAIN_DTYPES = ("auto", "bfloat16", "float16")
@@ -40,7 +40,7 @@ class CUDALayerImpl(AttentionImpl[T]):
         **others: Any,
     ) -> None:
         others = {name: value for name, value in others.items() if value is not None}
-        refuse_options(
+        reject_options(
             self.who,
             (
                 (alibi_slopes, "ALiBi position biases"),

@@ -22,7 +22,7 @@ _ALIGN = 4
 
 
 def with_pages(
-    tensors: StepTensors, block_table: torch.Tensor, wave_table: torch.Tensor, block_size: int
+    tensors: StepTensors, block_table: torch.Tensor, decode_table: torch.Tensor, block_size: int
 ) -> StepTensors:
     """Prepare chunks that FlashAttention can read from the cache: their blocks, int32 [n, width].
 
@@ -31,7 +31,7 @@ def with_pages(
     Args:
         tensors: On the device.
         block_table: int32 [num_reqs, width]. Of prompt queries.
-        wave_table: int32 [rows, width]. Of queries past their prompts: the same, or
+        decode_table: int32 [rows, width]. Of queries past their prompts: the same, or
             ``table_of_entries`` of it.
         block_size: Tokens of a block.
     """
@@ -42,7 +42,7 @@ def with_pages(
         return _rows(table, chunks.request, chunks.max_seq_len, block_size)
 
     return tensors.prepare(
-        lambda chunks: pages(chunks, block_table), lambda chunks: pages(chunks, wave_table)
+        lambda chunks: pages(chunks, block_table), lambda chunks: pages(chunks, decode_table)
     )
 
 
@@ -57,13 +57,13 @@ def _rows(
     width = needed + -(-_FLASH_TILE // block_size)
     if needed <= table.shape[1]:
         return table[:, :width].index_select(0, request)
-    # A row begins at every entry. Nobody reads what is behind a request's own entries.
+    # A row begins at every entry. Nothing reads what is behind a request's own entries.
     entries = request[:, None] + torch.arange(width, dtype=torch.int32, device=table.device)
     return table.flatten()[entries.clamp_(max=table.shape[0] - 1)]
 
 
 def to_device(parts: T, device: torch.device) -> T:
-    """Send all tensors of nested dataclasses in one copy that nobody waits for."""
+    """Send all tensors of nested dataclasses in one copy, without waiting for it."""
     found = list(_tensors(parts))
     if not found:
         return parts

@@ -124,7 +124,7 @@ def warm_up_static(
         device: The GPU.
         logits_soft_cap: Of the layers; attention with one is another kernel.
     """
-    stored = torch.uint8 if plan.is_coded else dtype
+    stored = torch.uint8 if plan.is_quantized else dtype
     width = plan.layout.token_bytes // stored.itemsize
     kv_cache = torch.zeros(1, heads[1], plan.block_size, width, dtype=stored, device=device)
     table = torch.zeros(1, 1, dtype=torch.int32, device=device)

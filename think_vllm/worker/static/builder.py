@@ -10,7 +10,7 @@ from vllm.v1.attention.backend import AttentionMetadataBuilder
 
 from think_vllm.hooks.static_engine import StaticEngine, selected_static
 from think_vllm.kernels.static_cache import StaticChannels
-from think_vllm.metrics.worker import begin_report
+from think_vllm.metrics.rank import begin_report
 from think_vllm.worker.heads import rank_heads
 from think_vllm.worker.policies import LayerHeads
 from think_vllm.worker.step_tensors import Chunks, Rows

@@ -180,17 +180,17 @@ class StaticCPUMetadataBuilder(StaticMetadataBuilder):
         )
         chunks = None
         if (is_fresh & used).any():
-            chunks = write_chunks(step.choose(is_fresh & used), fresh=True)
+            chunks = write_chunks(step.select(is_fresh & used), fresh=True)
             chunks = replace(chunks, prepared=self._scratch.build(common, chunks))
         rows = None
         if (~is_fresh & used).any():
-            rows = each_query(write_chunks(step.choose(~is_fresh & used), fresh=False))
+            rows = each_query(write_chunks(step.select(~is_fresh & used), fresh=False))
         return StaticMetadata(common.block_table_tensor, chunks, rows, common.max_seq_len)
 
     def _warm_up(self, impl: StaticCPUImpl) -> None:
         """Compile the kernel, or load it from numba's cache."""
         plan, heads = self.plan, impl.num_kv_heads
-        stored = torch.uint8 if plan.is_coded else self._dtype
+        stored = torch.uint8 if plan.is_quantized else self._dtype
         width = plan.layout.token_bytes // stored.itemsize
         kv_cache = torch.zeros(1, heads, plan.block_size, width, dtype=stored)
         query = torch.zeros(1, impl.num_heads, plan.head_size, dtype=self._dtype)

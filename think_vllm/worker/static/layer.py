@@ -14,7 +14,7 @@ import torch
 
 from think_vllm.kernels.static_cache import StaticChannels
 from think_vllm.plan.static_plan import StaticPlan
-from think_vllm.worker.kernels import AttentionKernels
+from think_vllm.worker.device import AttentionKernels
 from think_vllm.worker.layer import AttentionLayer
 from think_vllm.worker.static.builder import StaticMetadata
 

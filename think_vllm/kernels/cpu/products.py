@@ -1,4 +1,4 @@
-"""Products with coded matrices. Nothing is dequantized: scales and zeros are folded into factors.
+"""Products with quantized matrices. Nothing is dequantized: factors hold scales and zeros.
 
 With ``element = zero[g, r] + code * scale[g, r]`` and the centred ``m = (code - middle) / unit``
 that the loaders of ``vectors.py`` give, ``unit = 2 ** bits`` and ``middle = (unit - 1) / 2``,
@@ -66,7 +66,7 @@ def add_matrix(
         cache: The ``Cache``.
         run: Offset of the matrix's run, in elements.
         following: Offset of the run that is read next, for prefetching.
-        matrix: Where in the run, and how coded.
+        matrix: Where in the run, and how quantized.
         itemsize: Bytes of an element.
         num_rows: At least 1.
         heads: Query heads of the group.

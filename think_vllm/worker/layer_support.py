@@ -3,14 +3,14 @@
 from collections.abc import Iterable
 from typing import Any
 
-from think_vllm.errors import WAY_OUT, ThinkError
+from think_vllm.errors import REMEDY, ThinkError
 
 
-def refuse_options(who: str, options: Iterable[tuple[Any, str]]) -> None:
-    """Refuse a layer with an option that is not supported.
+def reject_options(who: str, options: Iterable[tuple[Any, str]]) -> None:
+    """Reject a layer with an option that is not supported.
 
     Args:
-        who: Refuses.
+        who: Rejects.
         options: Values with their names; those that are None were not asked for.
 
     Raises:
@@ -19,5 +19,5 @@ def refuse_options(who: str, options: Iterable[tuple[Any, str]]) -> None:
     for value, name in options:
         if value is not None:
             raise ThinkError(
-                f"{who}: an attention layer has {name}, which is not supported. {WAY_OUT}"
+                f"{who}: an attention layer has {name}, which is not supported. {REMEDY}"
             )

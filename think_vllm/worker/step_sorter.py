@@ -9,13 +9,13 @@ import numpy.typing as npt
 
 from think_vllm.plan.spans import RowLimits, SpanRule
 from think_vllm.worker.step import (
-    Ends,
+    DecodePass,
+    Finished,
     Int32Array,
     Int64Array,
     Observation,
     Prefill,
     Step,
-    Wave,
     count_up,
 )
 
@@ -42,19 +42,19 @@ class _Batch:
         return RowLimits.of(self.rule, self.own, self.seq_len.size)
 
     def limits_of(self, which: Int64Array) -> RowLimits | None:
-        """Limits of the chosen requests, None if all have the rule's."""
-        return None if self.limits is None else self.limits.choose(which)
+        """Limits of the selected requests, None if all have the rule's."""
+        return None if self.limits is None else self.limits.select(which)
 
     def rule_of(self, request: int) -> SpanRule:
         """A request's rule."""
         return self.own.get(request, self.rule)
 
     @cached_property
-    def chooses(self) -> npt.NDArray[np.bool_]:
-        """Requests whose prompts choose channels: all but those that stay dense."""
-        chooses = np.ones(self.seq_len.size, np.bool_)
-        chooses[[row for row, rule in self.own.items() if rule.stays_dense]] = False
-        return chooses
+    def selects(self) -> npt.NDArray[np.bool_]:
+        """Requests whose prompts select channels: all but those that stay dense."""
+        selects = np.ones(self.seq_len.size, np.bool_)
+        selects[[row for row, rule in self.own.items() if rule.stays_dense]] = False
+        return selects
 
     @cached_property
     def dense_from(self) -> Int64Array:
@@ -96,7 +96,7 @@ def sort_step(
 
     Args:
         rule: When spans are thin.
-        observation_window: Last prompt queries that choose channels.
+        observation_window: Last prompt queries that select channels.
         query_start: int64 [n + 1]. Start of each request's queries in the step's tokens.
         seq_len: int64 [n]. Tokens of each request after this step.
         prompt_len: int64 [n]. Tokens of each request's prompt.
@@ -114,7 +114,7 @@ def sort_step(
         rule, observation_window, query_start, computed, seq_len, prompt_len, cached, own or {}
     )
     if np.all(computed >= prompt_len) and np.all(num_queries == 1):
-        return Step(None, [], None, None, [_decode_wave(batch)])
+        return Step(None, [], None, None, [_single_pass(batch)])
 
     in_prompt = np.flatnonzero((computed < prompt_len) & (num_queries > 0))
     prefill = None
@@ -133,7 +133,7 @@ def sort_step(
         observations,
         _end_prompts(batch, prefill, observations),
         _end_chunks(batch, prefill) if rule.prune_prefill else None,
-        _waves(batch),
+        _passes(batch),
     )
 
 
@@ -176,7 +176,7 @@ def _observe(batch: _Batch, prefill: Prefill | None) -> list[Observation]:
         start = int(batch.computed[request])
         length = int(batch.prompt_len[request])
         window_start = max(0, length - batch.window)
-        if end <= window_start or not batch.chooses[request]:
+        if end <= window_start or not batch.selects[request]:
             continue
         observed_from = max(start, window_start)
         found.append(
@@ -193,32 +193,32 @@ def _observe(batch: _Batch, prefill: Prefill | None) -> list[Observation]:
 
 def _end_prompts(
     batch: _Batch, prefill: Prefill | None, observations: list[Observation]
-) -> Ends | None:
+) -> Finished | None:
     if prefill is None:
         return None
     rule = batch.rule
     ends = prefill.request[prefill.seq_len == batch.prompt_len[prefill.request]]
-    ends = ends[batch.chooses[ends]]
+    ends = ends[batch.selects[ends]]
     if not ends.size:
         return None
     lengths = batch.prompt_len[ends]
     first, last = batch.dense_from[ends], batch.thin_at(lengths, ends)
     later = last > batch.cached[ends]
-    # Channels of packed tokens are chosen when they are packed.
-    packed = rule.evicted_spans_array(lengths, batch.limits_of(ends)) > 0
-    return Ends(
+    # Channels of repacked tokens are selected when they are repacked.
+    repacked = rule.evicted_spans_array(lengths, batch.limits_of(ends)) > 0
+    return Finished(
         observations=[seen for seen in observations if seen.keep_position is None],
         request=ends,
         num_tokens=lengths,
         first_span=first,
         num_spans=np.zeros_like(first) if rule.delay_prompt else last - first,
         num_observed=np.minimum(lengths, batch.window),
-        keeps=np.where(later, rule.delay_prompt & ~packed, rule.prune_decode),
-        packed=packed,
+        keeps=np.where(later, rule.delay_prompt & ~repacked, rule.prune_decode),
+        repacked=repacked,
     )
 
 
-def _end_chunks(batch: _Batch, prefill: Prefill | None) -> Ends | None:
+def _end_chunks(batch: _Batch, prefill: Prefill | None) -> Finished | None:
     """Chunks of prompts that go on, if spans fell due in them."""
     if prefill is None:
         return None
@@ -230,7 +230,7 @@ def _end_chunks(batch: _Batch, prefill: Prefill | None) -> Ends | None:
         return None
     ends = prefill.first_token[which] + prefill.num_tokens[which]
     observed = np.minimum(prefill.num_tokens[which], batch.window)
-    return Ends(
+    return Finished(
         observations=[
             Observation(int(prefill.request[i]), int(end - count), int(end), None, None)
             for i, end, count in zip(which, ends, observed, strict=True)
@@ -241,11 +241,11 @@ def _end_chunks(batch: _Batch, prefill: Prefill | None) -> Ends | None:
         num_spans=(last - first)[which],
         num_observed=observed,
         keeps=np.zeros(which.size, np.bool_),
-        packed=np.zeros(which.size, np.bool_),
+        repacked=np.zeros(which.size, np.bool_),
     )
 
 
-def _decode_wave(batch: _Batch) -> Wave:
+def _single_pass(batch: _Batch) -> DecodePass:
     """One query per request, all of them past their prompts."""
     rule, position = batch.rule, batch.computed
     thin = batch.thin_spans(position, position)
@@ -256,7 +256,7 @@ def _decode_wave(batch: _Batch) -> Wave:
     count = thin - before
     due = np.repeat(np.arange(count.size), count)
     span = before[due] + count_up(count)
-    return Wave(
+    return DecodePass(
         due_request=due.tolist(),
         due_span=span.tolist(),
         due_kept=[batch.is_kept(*item) for item in zip(due.tolist(), span.tolist(), strict=True)],
@@ -267,9 +267,9 @@ def _decode_wave(batch: _Batch) -> Wave:
     )
 
 
-def _waves(batch: _Batch) -> list[Wave]:
+def _passes(batch: _Batch) -> list[DecodePass]:
     parts: list[list[tuple[Int64Array, ...]]] = []
-    waves: list[Wave] = []
+    passes: list[DecodePass] = []
     for request in np.flatnonzero(batch.seq_len > np.maximum(batch.computed, batch.prompt_len)):
         start, length = int(batch.computed[request]), int(batch.prompt_len[request])
         cached, rule = int(batch.cached[request]), batch.rule_of(int(request))
@@ -277,28 +277,28 @@ def _waves(batch: _Batch) -> list[Wave]:
         lengths = np.full(position.size, length)
         thin = rule.thin_spans_array(lengths, position, lengths, np.full_like(lengths, cached))
         before = rule.spans_before_decode(length, int(position[0]), cached)
-        # Past the first, one position makes at most one span due: thin - thin[0] numbers waves.
+        # Past the first, one position makes at most one span due: thin - thin[0] numbers passes.
         number = thin - thin[0]
-        for wave in range(int(number[-1]) + 1):
-            if wave == len(waves):
-                waves.append(Wave())
+        for index in range(int(number[-1]) + 1):
+            if index == len(passes):
+                passes.append(DecodePass())
                 parts.append([])
-            chosen = np.flatnonzero(number == wave)
-            for span in range(before, int(thin[chosen[0]])):
-                waves[wave].due_request.append(int(request))
-                waves[wave].due_span.append(span)
-                waves[wave].due_kept.append(batch.is_kept(int(request), span))
-            before = int(thin[chosen[0]])
-            parts[wave].append(
+            selected = np.flatnonzero(number == index)
+            for span in range(before, int(thin[selected[0]])):
+                passes[index].due_request.append(int(request))
+                passes[index].due_span.append(span)
+                passes[index].due_kept.append(batch.is_kept(int(request), span))
+            before = int(thin[selected[0]])
+            parts[index].append(
                 (
-                    batch.query_start[request] + position[chosen] - start,
-                    np.full(chosen.size, request),
-                    position[chosen] + 1,
-                    thin[chosen],
+                    batch.query_start[request] + position[selected] - start,
+                    np.full(selected.size, request),
+                    position[selected] + 1,
+                    thin[selected],
                 )
             )
-    for filled, rows in zip(waves, parts, strict=True):
+    for filled, rows in zip(passes, parts, strict=True):
         filled.token, filled.request, filled.seq_len, filled.thin_spans = (
             np.concatenate(column) for column in zip(*rows, strict=True)
         )
-    return waves
+    return passes

@@ -1,10 +1,10 @@
-"""Models that cannot be served are refused by their configuration, with the reason."""
+"""Models that cannot be served are rejected by their configuration, with the reason."""
 
 from pathlib import Path
 
 import pytest
 
-from tests.plugin.test_refusals import SMALL, refused
+from tests.plugin.test_rejections import SMALL, rejected
 from tests.support.models import make_config
 
 HEADS = {**SMALL, "num_key_value_heads": 2, "head_dim": 64}
@@ -154,7 +154,7 @@ HEADS = {**SMALL, "num_key_value_heads": 2, "head_dim": 64}
         "alibi",
     ],
 )
-def test_models_are_refused(
+def test_models_are_rejected(
     tmp_path: Path,
     model_type: str,
     settings: dict[str, object],
@@ -162,7 +162,7 @@ def test_models_are_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     model = make_config(tmp_path, model_type, **settings)
-    assert message in refused(capsys, model, "--kv-channel-prune", "0.5")
+    assert message in rejected(capsys, model, "--kv-channel-prune", "0.5")
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_models_are_refused(
     ],
     ids=["one-group", "cuda"],
 )
-def test_windows_are_refused_where_they_have_no_group_of_their_own(
+def test_windows_are_rejected_where_they_have_no_group_of_their_own(
     tmp_path: Path,
     cpu: bool,
     arguments: list[str],
@@ -185,4 +185,4 @@ def test_windows_are_refused_where_they_have_no_group_of_their_own(
     monkeypatch.setattr("think_vllm.hooks.engine_support.check_device", lambda vllm_config: None)
     shape = {**HEADS, "architectures": ["Gemma2ForCausalLM"]}
     model = make_config(tmp_path, "gemma2", **shape)
-    assert message in refused(capsys, model, "--kv-channel-prune", "0.5", *arguments)
+    assert message in rejected(capsys, model, "--kv-channel-prune", "0.5", *arguments)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.triton.lives import Life
-from think_vllm.metrics.worker import begin_report, take_report
+from think_vllm.metrics.rank import begin_report, take_report
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What cannot be served is refused before anything starts, in one line that names the way out."""
+"""What cannot be served is rejected before anything starts, in one line that names the remedy."""
 
 import argparse
 import json
@@ -25,7 +25,7 @@ SMALL = {
 }
 
 
-def refuse(model: Path, *arguments: str) -> None:
+def reject(model: Path, *arguments: str) -> None:
     """Go as far as a server does before it starts its engine."""
     register()
     parser: argparse.ArgumentParser = moved("make_arg_parser")(FlexibleArgumentParser())
@@ -34,10 +34,10 @@ def refuse(model: Path, *arguments: str) -> None:
     AsyncEngineArgs.from_cli_args(namespace).create_engine_config()
 
 
-def refused(capsys: pytest.CaptureFixture[str], model: Path, *arguments: str) -> str:
+def rejected(capsys: pytest.CaptureFixture[str], model: Path, *arguments: str) -> str:
     """Return the one line that says why."""
     with pytest.raises(SystemExit) as ended:
-        refuse(model, *arguments)
+        reject(model, *arguments)
     assert ended.value.code == 2
     lines = [x for x in capsys.readouterr().err.splitlines() if "think-vllm: error:" in x]
     assert len(lines) == 1
@@ -112,10 +112,10 @@ def refused(capsys: pytest.CaptureFixture[str], model: Path, *arguments: str) ->
     ],
     ids=lambda value: " ".join(value[2:4]) if isinstance(value, list) else None,
 )
-def test_engine_options_are_refused(
+def test_engine_options_are_rejected(
     recall_model: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert message in refused(capsys, recall_model, *arguments)
+    assert message in rejected(capsys, recall_model, *arguments)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_engine_options_are_refused(
     ],
     ids=str,
 )
-def test_settings_in_the_wrong_place_are_refused(
+def test_settings_in_the_wrong_place_are_rejected(
     recall_model: Path,
     additional: dict[str, object],
     named: str,
@@ -153,7 +153,7 @@ def test_settings_in_the_wrong_place_are_refused(
         f'below "think": write {{"think": {{"{named}": ...}}}}, or give --{named.replace("_", "-")}'
     )
     with pytest.raises(SystemExit) as ended:
-        refuse(recall_model, "--additional-config", json.dumps(additional))
+        reject(recall_model, "--additional-config", json.dumps(additional))
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
     # And of an engine that no command line made.
@@ -178,7 +178,7 @@ def test_settings_in_the_wrong_place_are_refused(
         ('{"think": {"kv_channel_prune": 0.5, "kv_evict_budget": true}}', [], "such as `1024`"),
     ],
 )
-def test_settings_of_another_kind_are_refused(
+def test_settings_of_another_kind_are_rejected(
     recall_model: Path,
     additional: str,
     flags: list[str],
@@ -186,7 +186,7 @@ def test_settings_of_another_kind_are_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        refuse(recall_model, "--additional-config", additional, *flags)
+        reject(recall_model, "--additional-config", additional, *flags)
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
 
@@ -206,7 +206,7 @@ def test_settings_of_another_kind_are_refused(
 def test_settings_of_others_are_left_alone(
     recall_model: Path, additional: dict[str, object]
 ) -> None:
-    refuse(recall_model, "--additional-config", json.dumps(additional))
+    reject(recall_model, "--additional-config", json.dumps(additional))
 
 
 FP8_SCHEME = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor"}
@@ -231,11 +231,11 @@ MODELOPT = {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": []}
             ["--kv-channel-prune", "0.5"],
             "kv_cache_quant_algo=FP8",
         ),
-        # The user's wish for a quantized cache changes nothing about the way out.
+        # The user's wish for a quantized cache changes nothing about the remedy.
         (COMPRESSED, ["--kv-quant", "fp8", "--kv-cache-dtype", "fp8"], "kv_cache_scheme="),
     ],
 )
-def test_cache_types_of_checkpoints_are_refused(
+def test_cache_types_of_checkpoints_are_rejected(
     tmp_path: Path,
     quantization: dict[str, object],
     flags: list[str],
@@ -246,11 +246,11 @@ def test_cache_types_of_checkpoints_are_refused(
     model = make_config(
         tmp_path, "llama", **SMALL, **shape, dtype="bfloat16", quantization_config=quantization
     )
-    line = refused(capsys, model, *flags)
+    line = rejected(capsys, model, *flags)
     assert f"the checkpoint {model} sets ({named}" in line
     assert "give --kv-cache-dtype bfloat16" in line
     at = flags.index("--kv-cache-dtype") if "--kv-cache-dtype" in flags else len(flags)
-    refuse(model, *flags[:at], "--kv-cache-dtype", "bfloat16")
+    reject(model, *flags[:at], "--kv-cache-dtype", "bfloat16")
 
 
 @pytest.mark.parametrize("said", ["bfloat16", "torch.bfloat16", "auto", None])
@@ -262,7 +262,7 @@ def test_checkpoints_that_keep_keys_as_computed_are_served(
     model = make_config(
         tmp_path, "llama", **SMALL, **shape, dtype="bfloat16", quantization_config=quantization
     )
-    refuse(model, "--kv-channel-prune", "0.5")
+    reject(model, "--kv-channel-prune", "0.5")
 
 
 @pytest.mark.parametrize(
@@ -274,7 +274,7 @@ def test_checkpoints_that_keep_keys_as_computed_are_served(
     ],
     ids=["80-kivi4", "64-groups-128", "72-fp8"],
 )
-def test_head_sizes_are_refused(
+def test_head_sizes_are_rejected(
     tmp_path: Path,
     head_dim: int,
     arguments: list[str],
@@ -283,7 +283,7 @@ def test_head_sizes_are_refused(
 ) -> None:
     shape = {"head_dim": head_dim, "num_key_value_heads": 2, "architectures": ["LlamaForCausalLM"]}
     model = make_config(tmp_path, "llama", **SMALL, **shape)
-    assert message in refused(capsys, model, "--kv-quant", *arguments)
+    assert message in rejected(capsys, model, "--kv-quant", *arguments)
 
 
 def test_offline_engines_get_an_exception_with_the_same_words(

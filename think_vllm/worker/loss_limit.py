@@ -1,7 +1,7 @@
 """Whether a prompt that has ended would lose too much score mass, so that its request stays dense.
 
-The layers of one rank say what their choices of channels keep; once the step is over, the mean over
-layers and heads decides, once and for all. Nothing of the prompt has been compacted by then.
+The layers of one rank say what their selections of channels keep; once the step is over, the mean
+over layers and heads decides, once and for all. Nothing of the prompt has been compacted by then.
 """
 
 from collections.abc import Sequence
@@ -10,10 +10,10 @@ import torch
 
 from think_vllm.hooks import model_runner
 
-_guard: "LossGuard | None" = None
+_loss_limit: "LossLimit | None" = None
 
 
-class LossGuard:
+class LossLimit:
     """Decides for the requests of one rank.
 
     Args:
@@ -32,7 +32,7 @@ class LossGuard:
             shares: float64 [n, Hk]. Of the score mass; see ``kept_shares``.
         """
         for name, kept in zip(names, shares, strict=True):
-            if not model_runner.is_settled(name):  # it resumes: what was decided stays so
+            if not model_runner.is_resolved(name):  # it resumes: what was decided stays so
                 self._shares.setdefault(name, []).append(kept)
 
     def take(self) -> dict[str, bool]:
@@ -41,36 +41,36 @@ class LossGuard:
         Returns:
             Whether each stays dense; one whose scores are no numbers does.
         """
-        verdicts = {
+        decisions = {
             name: not 1.0 - float(torch.stack(kept).mean()) <= self._max_loss
             for name, kept in self._shares.items()
         }
         self._shares.clear()
-        return verdicts
+        return decisions
 
 
-def begin_guard(max_loss: float | None) -> None:
+def begin_loss_limit(max_loss: float | None) -> None:
     """Decide for an engine from now on; None for one without a limit."""
-    global _guard
-    _guard = None if max_loss is None else LossGuard(max_loss)
+    global _loss_limit
+    _loss_limit = None if max_loss is None else LossLimit(max_loss)
 
 
-def loss_guard() -> LossGuard:
-    """The guard of this process's rank.
+def loss_limit() -> LossLimit:
+    """The limit of this process's rank.
 
     Raises:
         RuntimeError: If its engine has no limit.
     """
-    if _guard is None:
-        raise RuntimeError("think-vllm: loss_guard() for an engine without --kv-prune-max-loss")
-    return _guard
+    if _loss_limit is None:
+        raise RuntimeError("think-vllm: loss_limit() for an engine without --kv-prune-max-loss")
+    return _loss_limit
 
 
-def take_verdicts() -> dict[str, bool]:
+def take_decisions() -> dict[str, bool]:
     """Decide for prompts that ended in this step, and tell this rank's builder."""
-    if _guard is None:
+    if _loss_limit is None:
         return {}
-    verdicts = _guard.take()
-    if verdicts:
-        model_runner.settle(verdicts)
-    return verdicts
+    decisions = _loss_limit.take()
+    if decisions:
+        model_runner.resolve(decisions)
+    return decisions

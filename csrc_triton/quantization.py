@@ -1,7 +1,7 @@
-"""Writing coded matrices: the rules of ``kernels/reference/quantization.py``, to the bit.
+"""Writing quantized matrices: the rules of ``kernels/reference/quantization.py``, to the bit.
 
 A GPU and Triton's interpreter give the same bits because divisions are IEEE's, nothing is rounded
-but by IEEE's rules, and every NaN that is stored is written as bits. Whoever uses this compiles
+but by IEEE's rules, and every NaN that is stored is written as bits. Kernels that use this compile
 with ``enable_fp_fusion=False``: a product and a sum fused into one rounding would differ.
 Elements travel as raw bits, sign-extended to int32, so plain ones are moved and never converted.
 """
@@ -209,7 +209,7 @@ def put_tile(
 
     Args:
         run: Byte pointer to the run.
-        bits: Elements ``[R, X]``; for integer codings ``X = GROUP``, a group of each row.
+        bits: Elements ``[R, X]``; for integer encodings ``X = GROUP``, a group of each row.
         rows: Row numbers ``[R]``.
         columns: Column numbers ``[X]``, ascending by 1.
         row_mask: Rows that hold something.

@@ -1,7 +1,7 @@
 """Prepare one step: what every layer of a group shares.
 
 Everything is decided on the host, from lengths that vLLM has there: exact ones, since drafted
-tokens are refused. Nothing here waits for the device.
+tokens are rejected. Nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from think_vllm.hooks.engine import selected_engine
 from think_vllm.hooks.kv_cache_spec import ThinKVCacheSpec
 from think_vllm.plan.spans import RowLimits
 from think_vllm.worker.channel_selection import count_sources
-from think_vllm.worker.eviction_step import Pack, take_packs, watch
-from think_vllm.worker.loss_guard import begin_guard, take_verdicts
+from think_vllm.worker.eviction_step import Repack, find_accumulations, take_repacks
+from think_vllm.worker.loss_limit import begin_loss_limit, take_decisions
 from think_vllm.worker.state import GroupState
 from think_vllm.worker.steady_step import steady_spans
-from think_vllm.worker.step import Int64Array, Prefill, Step, Wave
-from think_vllm.worker.step_builder import leading_thin_spans, sort_step
-from think_vllm.worker.step_tensors import StepTensors, WaveTensors
+from think_vllm.worker.step import DecodePass, Int64Array, Prefill, Step
+from think_vllm.worker.step_sorter import leading_thin_spans, sort_step
+from think_vllm.worker.step_tensors import PassTensors, StepTensors
 from think_vllm.worker.step_writer import (
     StepSlots,
     keep_dense,
@@ -51,7 +51,7 @@ class ThinkMetadata:
         max_context: Tokens of the longest context, at most.
         state: What layers remember of requests.
         tensors: The sorted step.
-        wave_table: The block table that rows of queries past their prompts are of.
+        decode_table: The block table that rows of queries past their prompts are of.
         seq_len: int32 [num_reqs]. Tokens of each request at the end of the step.
         workspace: For compaction, if the device's kernel needs one.
         known: Ids of the requests that the runner knows.
@@ -61,7 +61,7 @@ class ThinkMetadata:
     max_context: int
     state: GroupState
     tensors: StepTensors
-    wave_table: torch.Tensor
+    decode_table: torch.Tensor
     seq_len: torch.Tensor
     workspace: torch.Tensor | None = None
     known: Container[str] = ()
@@ -86,9 +86,9 @@ class ThinkMetadataBuilder(AttentionMetadataBuilder[ThinkMetadata]):
         count_cached = None
         if engine.thin_prefixes and vllm_config.cache_config.enable_prefix_caching:
             count_cached = partial(leading_thin_spans, self.plan.rule)
-        model_runner.watch_runner(vllm_config, self.plan.rule, count_cached)
-        metrics.watch_runner(vllm_config, take_verdicts if self.plan.guards else None)
-        begin_guard(self.plan.config.kv_prune_max_loss if self.plan.guards else None)
+        model_runner.hook_runner(vllm_config, self.plan.rule, count_cached)
+        metrics.hook_runner(vllm_config, take_decisions if self.plan.limits_loss else None)
+        begin_loss_limit(self.plan.config.kv_prune_max_loss if self.plan.limits_loss else None)
         self.state = GroupState(
             layer_names,
             kv_cache_spec.num_kv_heads,
@@ -115,7 +115,7 @@ class ThinkMetadataBuilder(AttentionMetadataBuilder[ThinkMetadata]):
         if rows is None:
             self.forget_batch()
             step = _dummy_step(query_start)
-            tensors = write_step(step, StepSlots(), self.plan.rule, self.plan.chooses_per_span)
+            tensors = write_step(step, StepSlots(), self.plan.rule, self.plan.selects_per_span)
             return self.prepare(common, tensors)
         # Those of an earlier step have been read.
         for slot in self._read_tables:
@@ -127,10 +127,12 @@ class ThinkMetadataBuilder(AttentionMetadataBuilder[ThinkMetadata]):
         if common.max_query_len == 1 and query_start[count] == count:
             spans = steady_spans(rule, rows, seq_len[:count], limits)
             if spans is not None:
-                wave = Wave(request=np.arange(count), thin_spans=spans)
+                decode = DecodePass(request=np.arange(count), thin_spans=spans)
                 if not rule.shrinks:
-                    keep_dense([wave], evicted)
-                return self.build_decode(common, wave, _packing([], NO_SLOTS), NO_SLOTS, evicted)
+                    keep_dense([decode], evicted)
+                return self.build_decode(
+                    common, decode, _repacking([], NO_SLOTS), NO_SLOTS, evicted
+                )
         step = sort_step(
             rule,
             self.plan.observation_window,
@@ -140,26 +142,26 @@ class ThinkMetadataBuilder(AttentionMetadataBuilder[ThinkMetadata]):
             rows.cached_spans,
             rows.own,
         )
-        packs = [
-            take_packs(rule, wave, rows.prompt_lens, evicted, rows.request_ids)
-            for wave in step.waves
+        repacks = [
+            take_repacks(rule, decode, rows.prompt_lens, evicted, rows.request_ids)
+            for decode in step.passes
         ]
         if not rule.shrinks:
-            keep_dense(step.waves, evicted)
-        slots = self._find_slots(step, rows, packs)
+            keep_dense(step.passes, evicted)
+        slots = self._find_slots(step, rows, repacks)
         if _is_decode(step, count, query_start):
-            (wave,) = step.waves
-            return self.build_decode(common, wave, _packing(packs[0], slots), slots, evicted)
+            (decode,) = step.passes
+            return self.build_decode(common, decode, _repacking(repacks[0], slots), slots, evicted)
         tensors = write_step(
             step,
             slots,
             rule,
-            self.plan.chooses_per_span,
+            self.plan.selects_per_span,
             evicted,
-            rows.request_ids if self.plan.guards else None,
+            rows.request_ids if self.plan.limits_loss else None,
         )
         if self.plan.config.evicts:
-            tensors = self._evict(common, step, slots, rows, packs, tensors, evicted)
+            tensors = self._evict(common, step, slots, rows, repacks, tensors, evicted)
         return replace(self.prepare(common, tensors), known=rows.known)
 
     def forget_batch(self) -> None:
@@ -178,8 +180,8 @@ class ThinkMetadataBuilder(AttentionMetadataBuilder[ThinkMetadata]):
     def build_decode(
         self,
         common: CommonAttentionMetadata,
-        wave: Wave,
-        packing: WaveTensors,
+        decode: DecodePass,
+        repacking: PassTensors,
         slots: StepSlots,
         evicted: Int64Array,
     ) -> ThinkMetadata:
@@ -187,8 +189,8 @@ class ThinkMetadataBuilder(AttentionMetadataBuilder[ThinkMetadata]):
 
         Args:
             common: The batch, perhaps with padding rows behind it.
-            wave: Its only one.
-            packing: The prompts that are packed first.
+            decode: Its only pass.
+            repacking: The prompts that are repacked first.
             slots: Where requests' state is kept.
             evicted: int64 [num_reqs]. Empty spans of each request.
         """
@@ -202,7 +204,7 @@ class ThinkMetadataBuilder(AttentionMetadataBuilder[ThinkMetadata]):
         """
         table = common.block_table_tensor
         return ThinkMetadata(
-            wave_table=table_of_entries(table) if self.plan.config.evicts else table,
+            decode_table=table_of_entries(table) if self.plan.config.evicts else table,
             block_table=table,
             max_context=common.max_seq_len,
             state=self.state,
@@ -217,25 +219,25 @@ class ThinkMetadataBuilder(AttentionMetadataBuilder[ThinkMetadata]):
         step: Step,
         slots: StepSlots,
         rows: model_runner.StepRows,
-        packs: Sequence[list[Pack]],
+        repacks: Sequence[list[Repack]],
         tensors: StepTensors,
         evicted: Int64Array,
     ) -> StepTensors:
         """Add what eviction has to do in a step, still on the host."""
         rule = self.plan.rule
         stride = common.block_table_tensor.stride(0)
-        ends = step.prompt_ends
-        waves = []
-        for wave, packed in zip(tensors.waves, packs, strict=True):
-            packing = _packing(packed, slots)
-            wave = replace(wave, packs=packing.packs, pack_slots=packing.pack_slots)
-            waves.append(skip_evicted(rule, wave, evicted, stride))
+        ends = step.finished_prompts
+        passes = []
+        for decode, repacked in zip(tensors.passes, repacks, strict=True):
+            repacking = _repacking(repacked, slots)
+            decode = replace(decode, repacks=repacking.repacks, repack_slots=repacking.repack_slots)
+            passes.append(skip_evicted(rule, decode, evicted, stride))
         return replace(
             tensors,
-            waves=waves,
-            watched=watch(
+            passes=passes,
+            accumulations=find_accumulations(
                 rule,
-                self.plan.evicting_window,
+                self.plan.eviction_window,
                 step.prefill,
                 rows.prompt_lens,
                 evicted,
@@ -245,7 +247,7 @@ class ThinkMetadataBuilder(AttentionMetadataBuilder[ThinkMetadata]):
         )
 
     def _find_slots(
-        self, step: Step, rows: model_runner.StepRows, packs: Sequence[list[Pack]]
+        self, step: Step, rows: model_runner.StepRows, repacks: Sequence[list[Repack]]
     ) -> StepSlots:
         slots = StepSlots()
         if not self.plan.prunes:
@@ -254,32 +256,36 @@ class ThinkMetadataBuilder(AttentionMetadataBuilder[ThinkMetadata]):
         for seen in step.observations:
             row, name = seen.request, ids[seen.request]
             if seen.resume_position is not None:
-                # Whoever goes on gets it back below; layers read all of these before they write.
+                # What goes on gets it back below; layers read all of these before they write.
                 slots.resumed[row] = state.windows.release(name)
             if seen.keep_position is not None:
                 slots.kept[row] = state.windows.give(name, known)
-        for ends in (step.prompt_ends, step.chunk_ends):
+        for ends in (step.finished_prompts, step.finished_chunks):
             if ends is not None:
                 for row in ends.request[keeps_channels(ends)].tolist():
                     slots.requests[row] = state.requests.give(ids[row], known)
                     state.tables.pop(slots.requests[row], None)
-        for wave, packed in zip(step.waves, packs, strict=True):
-            for pack in packed:
-                slots.requests[pack.row] = state.requests.give(pack.request, known)
-            for row, span, kept in zip(wave.due_request, wave.due_span, wave.due_kept, strict=True):
+        for decode, repacked in zip(step.passes, repacks, strict=True):
+            for repack in repacked:
+                slots.requests[repack.row] = state.requests.give(repack.request, known)
+            for row, span, kept in zip(
+                decode.due_request, decode.due_span, decode.due_kept, strict=True
+            ):
                 slots.requests[row] = state.requests.get(ids[row])
-                # Spans of a prompt have a choice each; what fills later has one for all.
+                # Spans of a prompt have a selection each; what fills later has one for all.
                 prompt_spans = self.plan.rule.prompt_spans(int(rows.prompt_lens[row]))
-                if self.plan.chooses_per_span and kept and span < prompt_spans:
+                if self.plan.selects_per_span and kept and span < prompt_spans:
                     slots.tables.add(row)
                     self._read_tables.add(slots.requests[row])
         state.grow()
         return slots
 
 
-def _packing(packs: list[Pack], slots: StepSlots) -> WaveTensors:
-    """The packs of a wave, and where their channels are kept."""
-    return WaveTensors(None, None, [], packs, [slots.requests.get(pack.row, 0) for pack in packs])
+def _repacking(repacks: list[Repack], slots: StepSlots) -> PassTensors:
+    """The repacks of a pass, and where their channels are kept."""
+    return PassTensors(
+        None, None, [], repacks, [slots.requests.get(repack.row, 0) for repack in repacks]
+    )
 
 
 def _is_decode(step: Step, count: int, query_start: Int64Array) -> bool:

@@ -1,6 +1,6 @@
 """Which token is chosen: penalties, biases, thresholds and grammars, in the middle of compaction.
 
-On coded blocks, and with prompts in chunks. The reference says which token has to be chosen,
+On quantized blocks, and with prompts in chunks. The reference says which token has to be chosen,
 or which ones may be.
 """
 

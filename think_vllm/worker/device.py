@@ -17,7 +17,7 @@ from think_vllm.plan.layout import BlockForm
 from think_vllm.plan.planner import BlockPlan
 
 if TYPE_CHECKING:
-    from think_vllm.worker.builder import ThinkMetadata
+    from think_vllm.worker.metadata_builder import ThinkMetadata
     from think_vllm.worker.step_tensors import Chunks, Rows
 
 

@@ -27,13 +27,13 @@ class RankReport:
         """Count time spent on compaction."""
         self._seconds += seconds
 
-    def add_choice(self, energies: torch.Tensor, channels: torch.Tensor) -> None:
-        """Count a layer's choices of channels; see ``kept_shares``. Keeps what it is given."""
+    def add_selection(self, energies: torch.Tensor, channels: torch.Tensor) -> None:
+        """Count a layer's selections of channels; see ``kept_shares``. Keeps what it is given."""
         self._waiting.append((energies, channels))
         if len(self._waiting) == MAX_WAITING:
-            self._count_choices()
+            self._count_selections()
 
-    def _count_choices(self) -> None:
+    def _count_selections(self) -> None:
         if self._shares is None:
             self._shares = ShareHistogram(self._waiting[0][0].device)
         energies, channels = (torch.cat(layers) for layers in zip(*self._waiting, strict=True))
@@ -47,7 +47,7 @@ class RankReport:
             report["counters"] = {SECONDS: self._seconds}
             self._seconds = 0.0
         if self._waiting:
-            self._count_choices()
+            self._count_selections()
         shares = None if self._shares is None else self._shares.take()
         if shares is not None:
             report["shares"] = shares
