@@ -44,48 +44,30 @@ THREADS_PER_WARP = 32
 
 
 class AotCase(NamedTuple):
-    """One way to compile a kernel.
+    """One way to compile a kernel."""
 
-    Args:
-        kernel: The ``triton.jit`` function.
-        signature: Type of each run-time argument, such as ``*u8`` or ``i32``; ``:16`` behind it
-            promises a multiple of 16, as Triton finds out by itself when it launches. It counts for
-            nothing where the kernel is declared not to need it (``launch.kernel``).
-        constants: Value of each ``tl.constexpr`` argument.
-        options: Keywords of the launch, such as ``num_warps``.
-    """
-
-    kernel: Any
+    kernel: Any  # the ``triton.jit`` function
+    #: Type of each run-time argument, such as ``*u8`` or ``i32``; ``:16`` behind it promises a
+    #: multiple of 16, as Triton finds out by itself when it launches. It counts for nothing where
+    #: the kernel is declared not to need it (``launch.kernel``).
     signature: dict[str, str]
-    constants: dict[str, Any]
-    options: dict[str, Any]
+    constants: dict[str, Any]  # value of each ``tl.constexpr`` argument
+    options: dict[str, Any]  # keywords of the launch, such as ``num_warps``
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a kernel takes on a GPU.
+    """What a kernel takes on a GPU."""
 
-    Args:
-        name: Of the kernel.
-        capability: Compute capability, such as 90.
-        registers: Of a thread.
-        spill_bytes: Stores and loads of a thread, in its code, of what did not fit.
-        stack_bytes: Of a thread.
-        shared_bytes: Of a program.
-        warps: Of a program.
-        ptx: The code before the assembler.
-        fp_fusion: Whether the assembler may make one instruction of a product and a sum.
-    """
-
-    name: str
-    capability: int
-    registers: int
-    spill_bytes: int
-    stack_bytes: int
-    shared_bytes: int
-    warps: int
-    ptx: str
-    fp_fusion: bool
+    name: str  # of the kernel
+    capability: int  # compute capability, such as 90
+    registers: int  # of a thread
+    spill_bytes: int  # stores and loads of a thread, in its code, of what did not fit
+    stack_bytes: int  # of a thread
+    shared_bytes: int  # of a program
+    warps: int  # of a program
+    ptx: str  # the code before the assembler
+    fp_fusion: bool  # whether the assembler may make one instruction of a product and a sum
 
 
 def cases(

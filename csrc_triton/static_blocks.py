@@ -21,14 +21,10 @@ class ChannelOrder(NamedTuple):
 
     Kernels read the first ones to gather, and scatter by all of them, so that pruned channels of
     an output become zeros in the same store.
-
-    Args:
-        keys: int32 ``[Hk, D]``.
-        values: int32 ``[Hk, D]``.
     """
 
-    keys: torch.Tensor
-    values: torch.Tensor
+    keys: torch.Tensor  # int32 ``[Hk, D]``
+    values: torch.Tensor  # int32 ``[Hk, D]``
 
 
 def order_channels(channels: StaticChannels, head_size: int, device: torch.device) -> ChannelOrder:

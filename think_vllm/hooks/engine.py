@@ -37,18 +37,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Engine:
-    """An engine with thin blocks.
+    """An engine with thin blocks."""
 
-    Args:
-        config: The settings.
-        layers: Attention layers of its model by kind.
-        plan: Of blocks that become thin; None if none does.
-        static: Of blocks that are narrow from the first token on; None if none is.
-    """
-
-    config: ThinkConfig
-    layers: AttentionLayers
-    plan: BlockPlan | None = None
+    config: ThinkConfig  # the settings
+    layers: AttentionLayers  # attention layers of its model by kind
+    plan: BlockPlan | None = None  # of blocks that become thin; None if none does
+    #: Of blocks that are narrow from the first token on; None if none is.
     static: StaticPlan | None = None
 
     def summary(self, prefix_caching: bool) -> list[str]:
@@ -161,17 +155,11 @@ def _describe(
 
 @dataclass(frozen=True)
 class EnginePlan:
-    """The plan of an engine, for its KV cache specs.
+    """The plan of an engine, for its KV cache specs."""
 
-    Args:
-        plan: How its blocks are pruned and quantized.
-        thin_prefixes: Whether prefix caching keeps thin spans.
-        in_flight_tokens: Tokens that are scheduled before the first of them has been processed,
-            at most.
-    """
-
-    plan: BlockPlan
-    thin_prefixes: bool
+    plan: BlockPlan  # how its blocks are pruned and quantized
+    thin_prefixes: bool  # whether prefix caching keeps thin spans
+    #: Tokens that are scheduled before the first of them has been processed, at most.
     in_flight_tokens: int
 
 

@@ -33,20 +33,14 @@ _resolved: set[str] = set()
 
 @dataclass(frozen=True)
 class StepRows:
-    """Requests of the step that a model runner prepares, row by row.
+    """Requests of the step that a model runner prepares, row by row."""
 
-    Args:
-        request_ids: Of each row without padding.
-        prompt_lens: int64 [n]. Tokens of each row's prompt.
-        cached_spans: int64 [n]. Leading spans of each that came thin from the prefix cache.
-        known: Ids of all requests that the runner still knows.
-        own: Rules of the rows whose requests override that of the engine.
-    """
-
-    request_ids: Sequence[str]
-    prompt_lens: npt.NDArray[np.int64]
+    request_ids: Sequence[str]  # of each row without padding
+    prompt_lens: npt.NDArray[np.int64]  # int64 [n]. Tokens of each row's prompt
+    #: int64 [n]. Leading spans of each that came thin from the prefix cache.
     cached_spans: npt.NDArray[np.int64]
-    known: Container[str]
+    known: Container[str]  # ids of all requests that the runner still knows
+    #: Rules of the rows whose requests override that of the engine.
     own: Mapping[int, SpanRule] = field(default_factory=dict)
 
 

@@ -16,19 +16,12 @@ FULL, WINDOW = ("full_attention", "attention"), "sliding_attention"
 
 @dataclass(frozen=True)
 class AttentionLayers:
-    """How many layers of which kind a model has, as its configuration says.
+    """How many layers of which kind a model has, as its configuration says."""
 
-    Args:
-        full: Layers that attend to the whole context; their old blocks become thin.
-        window: Layers that attend to a sliding window; they stay vLLM's.
-        window_tokens: Of the sliding window, 0 without one.
-        others: Names of kinds that are neither.
-    """
-
-    full: int
-    window: int
-    window_tokens: int
-    others: tuple[str, ...] = ()
+    full: int  # layers that attend to the whole context; their old blocks become thin
+    window: int  # layers that attend to a sliding window; they stay vLLM's
+    window_tokens: int  # of the sliding window, 0 without one
+    others: tuple[str, ...] = ()  # names of kinds that are neither
 
     @property
     def groups(self) -> tuple[int, int, int]:

@@ -12,17 +12,14 @@ from think_vllm.hooks.patches.patch import Role
 
 @dataclass(frozen=True)
 class Receivers:
-    """What a scheduler of an engine with thin blocks calls.
+    """What a scheduler of an engine with thin blocks calls."""
 
-    Args:
-        register_request: Receives the engine's block managers and a request that has settings of
-            its own, before it is queued.
-        resolve: Receives a scheduler, and whether requests whose prompts have ended stay dense.
-        engine_report: Makes the report of a scheduler; None if it has nothing to report.
-    """
-
+    #: Receives the engine's block managers and a request that has settings of its own, before it is
+    #: queued.
     register_request: Callable[[Iterable[Any], Any], None]
+    #: Receives a scheduler, and whether requests whose prompts have ended stay dense.
     resolve: Callable[[Any, Mapping[str, bool]], None]
+    #: Makes the report of a scheduler; None if it has nothing to report.
     engine_report: Callable[[Any], Any]
 
 

@@ -23,15 +23,10 @@ WHO = "--kv-select static"
 
 @dataclass(frozen=True)
 class StaticEngine:
-    """Static channels of an engine, for its layers.
+    """Static channels of an engine, for its layers."""
 
-    Args:
-        plan: How many channels go.
-        tables: Which ones.
-    """
-
-    plan: StaticPlan
-    tables: ChannelTables
+    plan: StaticPlan  # how many channels go
+    tables: ChannelTables  # which ones
 
 
 _selected: StaticEngine | None = None

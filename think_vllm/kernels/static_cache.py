@@ -12,15 +12,10 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 @dataclass(frozen=True)
 class StaticChannels:
-    """Kept channels of a layer.
+    """Kept channels of a layer."""
 
-    Args:
-        keys: ``[Hk, C]`` int64, ascending per head.
-        values: ``[Hk, V]`` int64, ascending per head.
-    """
-
-    keys: torch.Tensor
-    values: torch.Tensor
+    keys: torch.Tensor  # ``[Hk, C]`` int64, ascending per head
+    values: torch.Tensor  # ``[Hk, V]`` int64, ascending per head
 
 
 def check_static_cache(

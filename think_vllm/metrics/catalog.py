@@ -22,15 +22,10 @@ Report = dict[str, Any]
 
 
 class Metric(NamedTuple):
-    """A metric.
+    """A metric."""
 
-    Args:
-        help: Text of the exposition.
-        kinds: Values of its label ``kind``; none if it has no such label.
-    """
-
-    help: str
-    kinds: tuple[str, ...] = ()
+    help: str  # text of the exposition
+    kinds: tuple[str, ...] = ()  # values of its label ``kind``; none if it has no such label
 
 
 SPANS, BLOCKS, BYTES = "spans_compacted", "blocks_freed", "freed_bytes"
@@ -81,14 +76,8 @@ SHARE_EDGES = (
 
 @dataclass(slots=True)
 class SpanCounts:
-    """Counts of one block manager, which has a group of layers.
+    """Counts of one block manager, which has a group of layers."""
 
-    Args:
-        spans: Spans that became thin, and whose other blocks running requests gave back.
-        blocks: Those blocks.
-        hit_tokens: Tokens of thin spans that admitted requests found in the prefix cache.
-    """
-
-    spans: int = 0
-    blocks: int = 0
-    hit_tokens: int = 0
+    spans: int = 0  # spans that became thin, and whose other blocks running requests gave back
+    blocks: int = 0  # those blocks
+    hit_tokens: int = 0  # tokens of thin spans that admitted requests found in the prefix cache

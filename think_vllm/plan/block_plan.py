@@ -11,19 +11,12 @@ from think_vllm.plan.spans import SpanRule
 
 @dataclass(frozen=True)
 class ChannelPlan:
-    """How many channels of a head are kept.
+    """How many channels of a head are kept."""
 
-    Args:
-        config: What was asked for.
-        head_size: Channels of a key head.
-        key_channels: Kept key channels.
-        value_channels: Kept value channels.
-    """
-
-    config: ThinkConfig
-    head_size: int
-    key_channels: int
-    value_channels: int
+    config: ThinkConfig  # what was asked for
+    head_size: int  # channels of a key head
+    key_channels: int  # kept key channels
+    value_channels: int  # kept value channels
 
     @property
     def format(self) -> BlockFormat:
@@ -86,17 +79,11 @@ def span_rule(config: ThinkConfig, block_size: int, span_blocks: int, thin_block
 
 @dataclass(frozen=True)
 class BlockPlan(ChannelPlan):
-    """How the KV blocks of one model are pruned and quantized; see ``ChannelPlan``, too.
+    """How the KV blocks of one model are pruned and quantized; see ``ChannelPlan``, too."""
 
-    Args:
-        rule: Which blocks are compacted together, and when.
-        thin_block_tokens: Tokens of a thin block (the last one of a span may hold fewer).
-        itemsize: Bytes of a cache element.
-    """
-
-    rule: SpanRule
-    thin_block_tokens: int
-    itemsize: int
+    rule: SpanRule  # which blocks are compacted together, and when
+    thin_block_tokens: int  # tokens of a thin block (the last one of a span may hold fewer)
+    itemsize: int  # bytes of a cache element
 
     @property
     def block_size(self) -> int:

@@ -8,38 +8,23 @@ from think_vllm.plan.static_plan import StaticPlan
 
 @dataclass(frozen=True)
 class PoolShape:
-    """A pool of blocks and who shares it.
+    """A pool of blocks and who shares it."""
 
-    Args:
-        num_blocks: Blocks that requests can have; the null block is none of them.
-        full_groups: Groups of full-attention layers, whose old blocks become thin.
-        window_groups: Groups of sliding-window layers.
-        window_tokens: Of the window, 0 without one.
-    """
-
-    num_blocks: int
-    full_groups: int = 1
-    window_groups: int = 0
-    window_tokens: int = 0
+    num_blocks: int  # blocks that requests can have; the null block is none of them
+    full_groups: int = 1  # groups of full-attention layers, whose old blocks become thin
+    window_groups: int = 0  # groups of sliding-window layers
+    window_tokens: int = 0  # of the window, 0 without one
 
 
 @dataclass(frozen=True)
 class PoolCapacity:
-    """What such a pool holds of requests of one length.
+    """What such a pool holds of requests of one length."""
 
-    Args:
-        plain_tokens: Tokens of as many requests as fit, all dense.
-        thin_tokens: As planned.
-        plain_requests: Whole requests, all dense.
-        thin_requests: As planned.
-        multiple: Requests that fit where one dense one does, on average.
-    """
-
-    plain_tokens: int
-    thin_tokens: int
-    plain_requests: int
-    thin_requests: int
-    multiple: float
+    plain_tokens: int  # tokens of as many requests as fit, all dense
+    thin_tokens: int  # as planned
+    plain_requests: int  # whole requests, all dense
+    thin_requests: int  # as planned
+    multiple: float  # requests that fit where one dense one does, on average
 
 
 def pool_capacity(plan: BlockPlan, pool: PoolShape, context_len: int) -> PoolCapacity:

@@ -40,17 +40,11 @@ class Encoding(Enum):
 
 @dataclass(frozen=True)
 class BlockFormat:
-    """Encodings of a thin block.
+    """Encodings of a thin block."""
 
-    Args:
-        name: Value of ``--kv-quant``.
-        keys: Encoding of keys. Integers: per channel, over groups of tokens.
-        values: Encoding of values. Integers: per token, over groups of channels.
-    """
-
-    name: str
-    keys: Encoding
-    values: Encoding
+    name: str  # value of ``--kv-quant``
+    keys: Encoding  # encoding of keys. Integers: per channel, over groups of tokens
+    values: Encoding  # encoding of values. Integers: per token, over groups of channels
 
     @property
     def has_groups(self) -> bool:

@@ -71,19 +71,12 @@ class BlockForm(Enum):
 
 @dataclass(frozen=True)
 class DenseLayout:
-    """Where a dense block has its keys and values.
+    """Where a dense block has its keys and values."""
 
-    Args:
-        head_size: Channels of a key and of a value.
-        block_size: Tokens of a block.
-        itemsize: Bytes of an element.
-        form: Which of the two forms it has.
-    """
-
-    head_size: int
-    block_size: int
-    itemsize: int
-    form: BlockForm = BlockForm.CPU
+    head_size: int  # channels of a key and of a value
+    block_size: int  # tokens of a block
+    itemsize: int  # bytes of an element
+    form: BlockForm = BlockForm.CPU  # which of the two forms it has
 
     @property
     def run_bytes(self) -> int:
@@ -115,28 +108,18 @@ class DenseLayout:
 class ThinLayout:
     """Byte offsets inside the run of a thin block.
 
-    Args:
-        head_size: Channels of a key and of a value before pruning.
-        key_channels: Kept key channels.
-        block_tokens: Tokens that the thin block holds.
-        block_size: Tokens that the same bytes hold densely.
-        itemsize: Bytes of an element of the cache.
-        format: How keys and values are stored.
-        group: Elements that share a scale, for integer encodings.
-        value_channels: Kept value channels; None for all.
-
     Raises:
         ThinkError: If the contents do not fit the run.
     """
 
-    head_size: int
-    key_channels: int
-    block_tokens: int
-    block_size: int
-    itemsize: int
-    format: BlockFormat = FORMATS["none"]
-    group: int = 32
-    value_channels: int | None = None
+    head_size: int  # channels of a key and of a value before pruning
+    key_channels: int  # kept key channels
+    block_tokens: int  # tokens that the thin block holds
+    block_size: int  # tokens that the same bytes hold densely
+    itemsize: int  # bytes of an element of the cache
+    format: BlockFormat = FORMATS["none"]  # how keys and values are stored
+    group: int = 32  # elements that share a scale, for integer encodings
+    value_channels: int | None = None  # kept value channels; None for all
 
     def __post_init__(self) -> None:
         for name in ("key_channels", "value_columns"):

@@ -40,25 +40,15 @@ def align_up(num_bytes: int, alignment: int = ALIGN_BYTES) -> int:
 
 @dataclass(frozen=True)
 class MatrixLayout:
-    """Byte offsets of a matrix, plain or quantized, inside a run.
+    """Byte offsets of a matrix, plain or quantized, inside a run."""
 
-    Args:
-        encoding: How its elements are stored.
-        rows: ``R``.
-        columns: ``X``.
-        group: Elements of a row that share a scale, for integer encodings.
-        itemsize: Bytes of an element of the cache.
-        offset: Byte at which its codes start, a multiple of 16.
-        has_zero_points: For fp8, whether every row has a zero point.
-    """
-
-    encoding: Encoding
-    rows: int
-    columns: int
-    group: int
-    itemsize: int
-    offset: int
-    has_zero_points: bool = False
+    encoding: Encoding  # how its elements are stored
+    rows: int  # ``R``
+    columns: int  # ``X``
+    group: int  # elements of a row that share a scale, for integer encodings
+    itemsize: int  # bytes of an element of the cache
+    offset: int  # byte at which its codes start, a multiple of 16
+    has_zero_points: bool = False  # for fp8, whether every row has a zero point
 
     @property
     def row_bytes(self) -> int:

@@ -41,27 +41,16 @@ ENDLESS = 1 << 40
 
 @dataclass(frozen=True)
 class SpanRule:
-    """Which spans are thin, for which queries.
+    """Which spans are thin, for which queries."""
 
-    Args:
-        block_size: Tokens of a dense block.
-        span_blocks: Dense blocks of a span before compaction.
-        thin_blocks: Blocks of a span after compaction.
-        recent_window: Most recent tokens that always stay dense.
-        prune_decode: Whether spans that fill while decoding are compacted too.
-        prune_prefill: Whether spans are compacted at the end of each chunk of a prompt.
-        delay_prompt: Whether a prompt's spans are compacted one step after its end.
-        budget_spans: Spans that a prompt keeps at most; None for all.
-    """
-
-    block_size: int
-    span_blocks: int
-    thin_blocks: int
-    recent_window: int
-    prune_decode: bool
-    prune_prefill: bool = False
-    delay_prompt: bool = False
-    budget_spans: int | None = None
+    block_size: int  # tokens of a dense block
+    span_blocks: int  # dense blocks of a span before compaction
+    thin_blocks: int  # blocks of a span after compaction
+    recent_window: int  # most recent tokens that always stay dense
+    prune_decode: bool  # whether spans that fill while decoding are compacted too
+    prune_prefill: bool = False  # whether spans are compacted at the end of each chunk of a prompt
+    delay_prompt: bool = False  # whether a prompt's spans are compacted one step after its end
+    budget_spans: int | None = None  # spans that a prompt keeps at most; None for all
 
     @property
     def span_tokens(self) -> int:
@@ -205,15 +194,10 @@ class SpanRule:
 
 @dataclass(frozen=True)
 class RowLimits:
-    """Limits of the rows of a batch, some of which have rules of their own.
+    """Limits of the rows of a batch, some of which have rules of their own."""
 
-    Args:
-        recent_window: int64 [n]. Most recent tokens of each that stay dense.
-        budget_spans: int64 [n]. Spans that each one's prompt keeps at most.
-    """
-
-    recent_window: IntArray
-    budget_spans: IntArray
+    recent_window: IntArray  # int64 [n]. Most recent tokens of each that stay dense
+    budget_spans: IntArray  # int64 [n]. Spans that each one's prompt keeps at most
 
     @classmethod
     def of(cls, rule: SpanRule, own: Mapping[int, SpanRule], rows: int) -> RowLimits | None:

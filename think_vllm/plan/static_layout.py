@@ -24,20 +24,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class StaticLayout:
-    """Byte offsets inside the run of a static block.
+    """Byte offsets inside the run of a static block."""
 
-    Args:
-        key_channels: Kept key channels.
-        value_channels: Kept value channels.
-        block_size: Tokens of a block.
-        itemsize: Bytes of an element of the model's dtype.
-        is_quantized: Whether keys and values are e4m3 codes, with a scale each for every token.
-    """
-
-    key_channels: int
-    value_channels: int
-    block_size: int
-    itemsize: int
+    key_channels: int  # kept key channels
+    value_channels: int  # kept value channels
+    block_size: int  # tokens of a block
+    itemsize: int  # bytes of an element of the model's dtype
+    #: Whether keys and values are e4m3 codes, with a scale each for every token.
     is_quantized: bool = False
 
     @property

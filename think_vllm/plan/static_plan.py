@@ -17,15 +17,10 @@ BLOCK_SIZE = 128
 
 @dataclass(frozen=True)
 class StaticPlan(ChannelPlan):
-    """How the KV blocks of one model are pruned from the first token on; see ``ChannelPlan``, too.
+    """How the KV blocks of one model are pruned from the first token on; see ``ChannelPlan``."""
 
-    Args:
-        block_size: Tokens of a block.
-        itemsize: Bytes of a cache element.
-    """
-
-    block_size: int
-    itemsize: int
+    block_size: int  # tokens of a block
+    itemsize: int  # bytes of a cache element
 
     @cached_property
     def layout(self) -> StaticLayout:

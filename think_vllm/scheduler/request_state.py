@@ -10,35 +10,22 @@ from think_vllm.plan.spans import SpanRule
 
 @dataclass(slots=True)
 class RequestState:
-    """One request, from its admission until it ends or is preempted.
+    """One request, from its admission until it ends or is preempted."""
 
-    Args:
-        rule: When its spans are thin.
-        resolved: Whether its worker has said that it may be compacted, or that it stays dense.
-        request: vLLM's own; None until its first step is scheduled, or without prefix caching.
-        prompt_len: Tokens of its prompt; None until known.
-        cached_spans: Leading spans that came thin from the prefix cache.
-        freed_spans: Spans that have freed blocks, or came without them.
-        published: Rows that the prefix cache has been offered.
-        published_spans: Thin spans that it has been offered.
-        uncached_spans: Spans whose dense form must not be offered any more.
-        next_free: Processed tokens before which no further block comes free.
-        next_compaction: Scheduled tokens before which no further span is compacted.
-        scheduled: Tokens that will have been computed after the step that is being scheduled.
-    """
-
-    rule: SpanRule
+    rule: SpanRule  # when its spans are thin
+    #: Whether its worker has said that it may be compacted, or that it stays dense.
     resolved: bool = True
+    #: VLLM's own; None until its first step is scheduled, or without prefix caching.
     request: Any = None
-    prompt_len: int | None = None
-    cached_spans: int = 0
-    freed_spans: int = 0
-    published: int = 0
-    published_spans: int = 0
-    uncached_spans: int = 0
-    next_free: int = 0
-    next_compaction: int = 0
-    scheduled: int = 0
+    prompt_len: int | None = None  # tokens of its prompt; None until known
+    cached_spans: int = 0  # leading spans that came thin from the prefix cache
+    freed_spans: int = 0  # spans that have freed blocks, or came without them
+    published: int = 0  # rows that the prefix cache has been offered
+    published_spans: int = 0  # thin spans that it has been offered
+    uncached_spans: int = 0  # spans whose dense form must not be offered any more
+    next_free: int = 0  # processed tokens before which no further block comes free
+    next_compaction: int = 0  # scheduled tokens before which no further span is compacted
+    scheduled: int = 0  # tokens that will have been computed after the step that is being scheduled
 
 
 class RequestRules:

@@ -15,17 +15,12 @@ from think_vllm.worker.policies import POLICIES, LayerHeads
 
 @dataclass(frozen=True)
 class ChannelSelection:
-    """Channels that are kept, of ``n`` prompts or spans.
+    """Channels that are kept, of ``n`` prompts or spans."""
 
-    Args:
-        channels: ``[n, Hk, K]`` uint8, as compaction takes them.
-        scores: ``[n, Hk, D]`` float32. Of key channels; None if they have no mass to count.
-        keys: ``C``, how many of the channels are of keys.
-    """
-
-    channels: torch.Tensor
+    channels: torch.Tensor  # ``[n, Hk, K]`` uint8, as compaction takes them
+    #: ``[n, Hk, D]`` float32. Of key channels; None if they have no mass to count.
     scores: torch.Tensor | None
-    keys: int
+    keys: int  # ``C``, how many of the channels are of keys
 
     def report(self, which: torch.Tensor | None = None) -> None:
         """Count what share of the scores is kept; only of ``which``, unless that is None."""

@@ -14,27 +14,16 @@ from think_vllm.worker.step import DecodePass, Int64Array, Prefill
 
 @dataclass(frozen=True)
 class Accumulation:
-    """Queries of a prompt whose attention says which of its old tokens are kept.
+    """Queries of a prompt whose attention says which of its old tokens are kept."""
 
-    Args:
-        request: Id of the request.
-        row: Row of the batch.
-        begin: First of the queries, as an index into the step's tokens.
-        end: One past the last.
-        position: Of the first query in the prompt.
-        prompt_len: Tokens of the prompt.
-        kept_spans: Spans that hold what is kept of it.
-        starts: Whether no earlier step has had any of them.
-    """
-
-    request: str
-    row: int
-    begin: int
-    end: int
-    position: int
-    prompt_len: int
-    kept_spans: int
-    starts: bool
+    request: str  # id of the request
+    row: int  # row of the batch
+    begin: int  # first of the queries, as an index into the step's tokens
+    end: int  # one past the last
+    position: int  # of the first query in the prompt
+    prompt_len: int  # tokens of the prompt
+    kept_spans: int  # spans that hold what is kept of it
+    starts: bool  # whether no earlier step has had any of them
 
     @property
     def ends(self) -> bool:
@@ -44,21 +33,13 @@ class Accumulation:
 
 @dataclass(frozen=True)
 class Repack:
-    """A prompt whose old tokens are repacked before any query past it attends.
+    """A prompt whose old tokens are repacked before any query past it attends."""
 
-    Args:
-        request: Id of the request.
-        row: Row of the batch.
-        prompt_len: Tokens of the prompt.
-        first_span: First span that holds kept tokens; those before it are left empty.
-        num_spans: Spans that hold kept tokens.
-    """
-
-    request: str
-    row: int
-    prompt_len: int
-    first_span: int
-    num_spans: int
+    request: str  # id of the request
+    row: int  # row of the batch
+    prompt_len: int  # tokens of the prompt
+    first_span: int  # first span that holds kept tokens; those before it are left empty
+    num_spans: int  # spans that hold kept tokens
 
 
 def find_accumulations(

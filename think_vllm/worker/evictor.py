@@ -17,15 +17,11 @@ from think_vllm.worker.token_selection import add_attention, gather_tokens, pool
 
 @dataclass(frozen=True)
 class Kept:
-    """What is kept of a prompt that has ended.
+    """What is kept of a prompt that has ended."""
 
-    Args:
-        tokens: int64 [Hk, count]. Each head's old tokens.
-        energy: float32 [S, Hk, D]. Of the observation window, for each source of the layer's
-            ``ChannelSelector``; None if nothing is pruned.
-    """
-
-    tokens: torch.Tensor
+    tokens: torch.Tensor  # int64 [Hk, count]. Each head's old tokens
+    #: float32 [S, Hk, D]. Of the observation window, for each source of the layer's
+    #: ``ChannelSelector``; None if nothing is pruned.
     energy: torch.Tensor | None
 
 

@@ -44,27 +44,16 @@ NO_SLOTS = StepSlots()
 
 @dataclass(frozen=True)
 class ThinkMetadata:
-    """One step, shared by the layers of a group.
+    """One step, shared by the layers of a group."""
 
-    Args:
-        block_table: int32 [num_reqs, width]. Blocks of each request.
-        max_context: Tokens of the longest context, at most.
-        state: What layers remember of requests.
-        tensors: The sorted step.
-        decode_table: The block table that rows of queries past their prompts are of.
-        seq_len: int32 [num_reqs]. Tokens of each request at the end of the step.
-        workspace: For compaction, if the device's kernel needs one.
-        known: Ids of the requests that the runner knows.
-    """
-
-    block_table: torch.Tensor
-    max_context: int
-    state: GroupState
-    tensors: StepTensors
-    decode_table: torch.Tensor
-    seq_len: torch.Tensor
-    workspace: torch.Tensor | None = None
-    known: Container[str] = ()
+    block_table: torch.Tensor  # int32 [num_reqs, width]. Blocks of each request
+    max_context: int  # tokens of the longest context, at most
+    state: GroupState  # what layers remember of requests
+    tensors: StepTensors  # the sorted step
+    decode_table: torch.Tensor  # the block table that rows of queries past their prompts are of
+    seq_len: torch.Tensor  # int32 [num_reqs]. Tokens of each request at the end of the step
+    workspace: torch.Tensor | None = None  # for compaction, if the device's kernel needs one
+    known: Container[str] = ()  # ids of the requests that the runner knows
 
 
 class ThinkMetadataBuilder(AttentionMetadataBuilder[ThinkMetadata]):

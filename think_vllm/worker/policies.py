@@ -17,21 +17,13 @@ from think_vllm.plan.settings import ThinkConfig
 
 @dataclass(frozen=True)
 class LayerHeads:
-    """The KV heads that a rank has of one layer.
+    """The KV heads that a rank has of one layer."""
 
-    Args:
-        layer: Number of the layer in the model.
-        first: Number of the first head among the layer's, over all ranks.
-        count: ``Hk``, heads of this rank.
-        head_size: ``D``.
-        seed: vLLM's ``--seed``.
-    """
-
-    layer: int
-    first: int
-    count: int
-    head_size: int
-    seed: int = 0
+    layer: int  # number of the layer in the model
+    first: int  # number of the first head among the layer's, over all ranks
+    count: int  # ``Hk``, heads of this rank
+    head_size: int  # ``D``
+    seed: int = 0  # vLLM's ``--seed``
 
 
 #: By their names in ``--kv-select``.

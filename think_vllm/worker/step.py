@@ -28,21 +28,14 @@ Int64Array = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Prefill:
-    """Prompt queries of a step.
+    """Prompt queries of a step."""
 
-    Args:
-        request: int64 [n]. Row of the batch.
-        first_token: int64 [n]. The request's first query, as an index into the step's tokens.
-        num_tokens: int64 [n]. How many of its queries are prompt queries.
-        seq_len: int64 [n]. Tokens that the last of them attends to, itself included.
-        thin_spans: int64 [n]. Spans that they see thin.
-    """
-
-    request: Int64Array
+    request: Int64Array  # int64 [n]. Row of the batch
+    #: int64 [n]. The request's first query, as an index into the step's tokens.
     first_token: Int64Array
-    num_tokens: Int64Array
-    seq_len: Int64Array
-    thin_spans: Int64Array
+    num_tokens: Int64Array  # int64 [n]. How many of its queries are prompt queries
+    seq_len: Int64Array  # int64 [n]. Tokens that the last of them attends to, itself included
+    thin_spans: Int64Array  # int64 [n]. Spans that they see thin
 
     def select(self, which: npt.NDArray[np.bool_]) -> "Prefill":
         """The selected requests alone."""
@@ -64,68 +57,45 @@ class Prefill:
 
 @dataclass(frozen=True)
 class Observation:
-    """Queries of one request that lie in its observation window.
+    """Queries of one request that lie in its observation window."""
 
-    Args:
-        request: Row of the batch.
-        begin: First of them, as an index into the step's tokens.
-        end: One past the last.
-        resume_position: Position whose block keeps the energy of the window's earlier
-            queries, None if there are none.
-        keep_position: Position whose block shall keep the energy, None if the window ends here.
-    """
-
-    request: int
-    begin: int
-    end: int
+    request: int  # row of the batch
+    begin: int  # first of them, as an index into the step's tokens
+    end: int  # one past the last
+    #: Position whose block keeps the energy of the window's earlier queries, None if there are
+    #: none.
     resume_position: int | None
+    #: Position whose block shall keep the energy, None if the window ends here.
     keep_position: int | None
 
 
 @dataclass(frozen=True)
 class Selections:
-    """Selections of channels where prompts or chunks end, one after the other.
+    """Selections of channels where prompts or chunks end, one after the other."""
 
-    Args:
-        end: int64 [m]. Which of them selects.
-        first_block: int64 [m]. First dense block whose keys count.
-        num_tokens: int64 [m]. Tokens up to the last one whose key counts.
-        begin: int64 [n]. First selection of each.
-        count: int64 [n]. Its selections. The last one holds for spans that fall due later.
-        of_span: int64 [t]. Selection of each of ``Finished.spans()``.
-    """
-
-    end: Int64Array
-    first_block: Int64Array
-    num_tokens: Int64Array
-    begin: Int64Array
-    count: Int64Array
-    of_span: Int64Array
+    end: Int64Array  # int64 [m]. Which of them selects
+    first_block: Int64Array  # int64 [m]. First dense block whose keys count
+    num_tokens: Int64Array  # int64 [m]. Tokens up to the last one whose key counts
+    begin: Int64Array  # int64 [n]. First selection of each
+    count: Int64Array  # int64 [n]. Its selections. The last one holds for spans that fall due later
+    of_span: Int64Array  # int64 [t]. Selection of each of ``Finished.spans()``
 
 
 @dataclass(frozen=True)
 class Finished:
-    """Prompts that end in this step, or chunks of prompts, and what is compacted then.
+    """Prompts that end in this step, or chunks of prompts, and what is compacted then."""
 
-    Args:
-        observations: Their last queries; for prompts, in the step's ``observations``.
-        request: int64 [n]. Row of the batch, in the order of the observations that end.
-        num_tokens: int64 [n]. Tokens up to the end.
-        first_span: int64 [n]. First span that is dense; those before it are thin.
-        num_spans: int64 [n]. Spans to compact.
-        num_observed: int64 [n]. Queries that select the channels.
-        keeps: bool [n]. Whether the channels are kept for spans that fall due later.
-        repacked: bool [n]. Whether tokens are evicted, so that channels are selected once more, for
-            those that are kept.
-    """
-
+    #: Their last queries; for prompts, in the step's ``observations``.
     observations: list[Observation]
-    request: Int64Array
-    num_tokens: Int64Array
-    first_span: Int64Array
-    num_spans: Int64Array
-    num_observed: Int64Array
+    request: Int64Array  # int64 [n]. Row of the batch, in the order of the observations that end
+    num_tokens: Int64Array  # int64 [n]. Tokens up to the end
+    first_span: Int64Array  # int64 [n]. First span that is dense; those before it are thin
+    num_spans: Int64Array  # int64 [n]. Spans to compact
+    num_observed: Int64Array  # int64 [n]. Queries that select the channels
+    #: bool [n]. Whether the channels are kept for spans that fall due later.
     keeps: npt.NDArray[np.bool_]
+    #: bool [n]. Whether tokens are evicted, so that channels are selected once more, for those that
+    #: are kept.
     repacked: npt.NDArray[np.bool_]
 
     def spans(self) -> tuple[Int64Array, Int64Array]:
@@ -165,25 +135,21 @@ class Finished:
 
 @dataclass
 class DecodePass:
-    """Queries past their prompts that can attend at once.
+    """Queries past their prompts that can attend at once."""
 
-    Args:
-        due_request: Rows of the batch whose span ``due_span`` is compacted first.
-        due_span: That span, ascending within a request.
-        due_kept: Whether its channels were kept at the prompt's end; else the span before it has
-            them in its table.
-        token: Queries, as indices into the step's tokens.
-        request: Their rows of the batch.
-        seq_len: Tokens that each attends to, itself included.
-        thin_spans: Spans that each sees thin.
-    """
-
+    #: Rows of the batch whose span ``due_span`` is compacted first.
     due_request: list[int] = field(default_factory=list)
-    due_span: list[int] = field(default_factory=list)
+    due_span: list[int] = field(default_factory=list)  # that span, ascending within a request
+    #: Whether its channels were kept at the prompt's end; else the span before it has them in its
+    #: table.
     due_kept: list[bool] = field(default_factory=list)
+    #: Queries, as indices into the step's tokens.
     token: Int64Array = field(default_factory=lambda: np.zeros(0, np.int64))
+    #: Their rows of the batch.
     request: Int64Array = field(default_factory=lambda: np.zeros(0, np.int64))
+    #: Tokens that each attends to, itself included.
     seq_len: Int64Array = field(default_factory=lambda: np.zeros(0, np.int64))
+    #: Spans that each sees thin.
     thin_spans: Int64Array = field(default_factory=lambda: np.zeros(0, np.int64))
 
 

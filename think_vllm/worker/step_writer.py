@@ -37,19 +37,14 @@ Q = TypeVar("Q", Rows, Chunks)
 
 @dataclass(frozen=True)
 class StepSlots:
-    """Where the state of a step's requests is kept, by row of the batch.
+    """Where the state of a step's requests is kept, by row of the batch."""
 
-    Args:
-        resumed: Of windows that an earlier step has begun.
-        kept: Of windows that a later step goes on with.
-        requests: Of channels, for ends that keep some and requests with due spans; empty if
-            nothing is pruned.
-        tables: Rows with due spans whose channels are kept apart.
-    """
-
+    #: Of windows that an earlier step has begun.
     resumed: dict[int, int] = field(default_factory=dict)
-    kept: dict[int, int] = field(default_factory=dict)
+    kept: dict[int, int] = field(default_factory=dict)  # of windows that a later step goes on with
+    #: Of channels, for ends that keep some and requests with due spans; empty if nothing is pruned.
     requests: dict[int, int] = field(default_factory=dict)
+    #: Rows with due spans whose channels are kept apart.
     tables: set[int] = field(default_factory=set)
 
 

@@ -32,32 +32,20 @@ class Role(Enum):
 
 @dataclass(frozen=True)
 class Patch:
-    """A private name of vLLM, or one that is replaced or set from outside.
+    """A private name of vLLM, or one that is replaced or set from outside."""
 
-    Args:
-        target: ``module:Class.attribute``; ``"new | old"`` where releases differ.
-        kind: What is done with it.
-        where: Our wrapper as ``module:function``, else our module or package; both below
-            ``think_vllm``.
-        why: What it is needed for.
-        until: The change of vLLM that ends it; None if it is meant to stay.
-        role: Which processes install it; None for what is not wrapped.
-        device: ``"cpu"`` or ``"cuda"`` if only that one needs it.
-        parameters: All parameters of a function, in order; None for anything else.
-        members: Other attributes of the class that are used with it.
-        engines_only: Whether the wrapper runs only for objects whose ``vllm_config`` asks for thin
-            blocks.
-    """
-
-    target: str
-    kind: Kind
+    target: str  # ``module:Class.attribute``; ``"new | old"`` where releases differ
+    kind: Kind  # what is done with it
+    #: Our wrapper as ``module:function``, else our module or package; both below ``think_vllm``.
     where: str
-    why: str
-    until: str | None
-    role: Role | None = None
-    device: str | None = None
+    why: str  # what it is needed for
+    until: str | None  # the change of vLLM that ends it; None if it is meant to stay
+    role: Role | None = None  # which processes install it; None for what is not wrapped
+    device: str | None = None  # ``"cpu"`` or ``"cuda"`` if only that one needs it
+    #: All parameters of a function, in order; None for anything else.
     parameters: tuple[str, ...] | None = None
-    members: tuple[str, ...] = ()
+    members: tuple[str, ...] = ()  # other attributes of the class that are used with it
+    #: Whether the wrapper runs only for objects whose ``vllm_config`` asks for thin blocks.
     engines_only: bool = False
 
     @property

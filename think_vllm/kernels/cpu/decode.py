@@ -27,16 +27,13 @@ SPLIT_TOKENS = 512
 
 @dataclass(frozen=True)
 class DecodeRows:
-    """Query tokens of a batch, one per row.
+    """Query tokens of a batch, one per row."""
 
-    Args:
-        request: ``[R]`` int32. Row of the block table that the query belongs to.
-        seq_len: ``[R]`` int32. Tokens it attends to, its own included; 0 for padding.
-        thin_spans: ``[R]`` int32. Spans at the start of its context that are thin.
-    """
-
+    #: ``[R]`` int32. Row of the block table that the query belongs to.
     request: npt.NDArray[np.int32]
+    #: ``[R]`` int32. Tokens it attends to, its own included; 0 for padding.
     seq_len: npt.NDArray[np.int32]
+    #: ``[R]`` int32. Spans at the start of its context that are thin.
     thin_spans: npt.NDArray[np.int32]
 
 

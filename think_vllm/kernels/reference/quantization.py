@@ -24,17 +24,11 @@ ZERO_BITS = 15
 
 @dataclass(frozen=True)
 class Quantized:
-    """A quantized matrix.
+    """A quantized matrix."""
 
-    Args:
-        codes: ``[R, X]`` uint8, one code per byte; for fp8 the bits of float8 e4m3.
-        scales: ``[G, R]`` float16; for fp8 ``[]`` float32.
-        zeros: ``[G, R]`` float16; for fp8 ``[R]``, or None.
-    """
-
-    codes: torch.Tensor
-    scales: torch.Tensor
-    zeros: torch.Tensor | None
+    codes: torch.Tensor  # ``[R, X]`` uint8, one code per byte; for fp8 the bits of float8 e4m3
+    scales: torch.Tensor  # ``[G, R]`` float16; for fp8 ``[]`` float32
+    zeros: torch.Tensor | None  # ``[G, R]`` float16; for fp8 ``[R]``, or None
 
 
 def fp8_zeros(elements: torch.Tensor) -> torch.Tensor:

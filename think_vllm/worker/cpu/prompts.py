@@ -17,28 +17,18 @@ from think_vllm.worker.step_tensors import Chunks, Rows
 
 @dataclass(frozen=True)
 class ScratchPrompts:
-    """Prompts that start in a step, which attend to scratch blocks.
+    """Prompts that start in a step, which attend to scratch blocks."""
 
-    Args:
-        metadata: vLLM's own.
-        scratch: The blocks, where layers store the prompts' keys and values.
-    """
-
-    metadata: CPUAttentionMetadata
-    scratch: PromptScratch
+    metadata: CPUAttentionMetadata  # vLLM's own
+    scratch: PromptScratch  # the blocks, where layers store the prompts' keys and values
 
 
 @dataclass(frozen=True)
 class CachePrompts:
-    """Prompts that attend to dense blocks of the cache.
+    """Prompts that attend to dense blocks of the cache."""
 
-    Args:
-        metadata: vLLM's own.
-        tails: The block of each prompt's last query and the tokens stored in it, unless it is
-            full.
-    """
-
-    metadata: CPUAttentionMetadata
+    metadata: CPUAttentionMetadata  # vLLM's own
+    #: The block of each prompt's last query and the tokens stored in it, unless it is full.
     tails: list[tuple[int, int]]
 
 

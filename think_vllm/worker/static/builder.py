@@ -18,19 +18,12 @@ from think_vllm.worker.step_tensors import Chunks, Rows
 
 @dataclass(frozen=True)
 class StaticMetadata:
-    """One step, shared by all layers.
+    """One step, shared by all layers."""
 
-    Args:
-        block_table: int32 [num_reqs, width]. Blocks of each request.
-        chunks: Queries of requests that have several; None for none.
-        rows: All other queries, None for none.
-        max_context: Tokens of the longest context, at most.
-    """
-
-    block_table: torch.Tensor
-    chunks: Chunks | None
-    rows: Rows | None
-    max_context: int
+    block_table: torch.Tensor  # int32 [num_reqs, width]. Blocks of each request
+    chunks: Chunks | None  # queries of requests that have several; None for none
+    rows: Rows | None  # all other queries, None for none
+    max_context: int  # tokens of the longest context, at most
 
 
 class StaticMetadataBuilder(AttentionMetadataBuilder[StaticMetadata]):
