@@ -1,14 +1,14 @@
 """What a device brings to a layer: the form of its dense blocks, and kernels over blocks.
 
-Layers, metadata builders and eviction (``layer.py``, ``builder.py``, ``evictor.py``) are the same
-on all devices. A new device is a subclass of ``Kernels``, and one of the metadata builder for what
-it prepares once for all layers.
+Layers, metadata builders and eviction are the same on all devices. A new device is a subclass of
+``Kernels``, and one of the metadata builder for what it prepares once for all layers.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +19,18 @@ from think_vllm.plan.planner import BlockPlan
 if TYPE_CHECKING:
     from think_vllm.worker.metadata_builder import ThinkMetadata
     from think_vllm.worker.step_tensors import Chunks, Rows
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """vLLM's call of one layer in a step."""
+
+    layer: Any  # vLLM's attention layer
+    query: torch.Tensor  # [num_tokens, Hq, D]
+    key: torch.Tensor  # [num_tokens, Hk, D]. Stored in the cache before
+    value: torch.Tensor  # [num_tokens, Hk, D]. As ``key``
+    kv_cache: torch.Tensor  # of the layer
+    output: torch.Tensor  # [num_tokens, Hq, D]. Written for every query of the step
 
 
 class AttentionKernels(ABC):
@@ -41,27 +53,15 @@ class AttentionKernels(ABC):
 
     @abstractmethod
     def attend_chunks(
-        self,
-        layer: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        block_table: torch.Tensor,
-        chunks: Chunks,
-        out: torch.Tensor,
+        self, call: LayerCall, table: torch.Tensor, chunks: Chunks, out: torch.Tensor
     ) -> None:
         """Attend causally with several queries per request.
 
         Args:
-            layer: vLLM's attention layer.
-            query: [tokens, Hq, D]. Of the chunks alone, as is ``out``.
-            key: [num_tokens, Hk, D]. Of the whole step; stored in the cache as well.
-            value: [num_tokens, Hk, D]. As ``key``.
-            kv_cache: The layer's.
-            block_table: That ``chunks.request`` is of.
-            chunks: Whose queries they are.
-            out: [tokens, Hq, D]. Written.
+            call: Of the layer, for the whole step.
+            table: int32 [num_reqs, width]. That ``chunks.request`` is of.
+            chunks: Which queries of the step attend.
+            out: [tokens, Hq, D]. Of the chunks alone. Written.
         """
 
     @abstractmethod

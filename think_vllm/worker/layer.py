@@ -9,7 +9,7 @@ import torch
 
 from think_vllm.plan.planner import BlockPlan
 from think_vllm.worker.channel_selection import ChannelSelector
-from think_vllm.worker.device import AttentionKernels, Kernels
+from think_vllm.worker.device import AttentionKernels, Kernels, LayerCall
 from think_vllm.worker.evictor import Evictor
 from think_vllm.worker.heads import RankHeads
 from think_vllm.worker.loss_limit import loss_limit
@@ -42,61 +42,29 @@ class AttentionLayer(ABC, Generic[K]):
         """Say which layer it is. The first forward pass knows, vLLM's own at start-up."""
 
     @abstractmethod
-    def run(
-        self,
-        layer: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        metadata: Any,
-        output: torch.Tensor,
-    ) -> None:
+    def run(self, call: LayerCall, metadata: Any) -> None:
         """Attend.
 
         Args:
-            layer: vLLM's attention layer.
-            query: [num_tokens, Hq, D].
-            key: [num_tokens, Hk, D]. Stored before this call.
-            value: [num_tokens, Hk, D]. As ``key``.
-            kv_cache: Of the layer.
+            call: Its output is written.
             metadata: Of this step.
-            output: [num_tokens, Hq, D]. Written for every query of the step.
         """
 
-    def attend_chunks(
-        self,
-        layer: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        block_table: torch.Tensor,
-        chunks: Chunks,
-        output: torch.Tensor,
-    ) -> None:
+    def attend_chunks(self, call: LayerCall, table: torch.Tensor, chunks: Chunks) -> None:
         """Attend with requests that have several queries each; see ``AttentionKernels``."""
         where = chunks.tokens
-        answer = output[where]  # a view for a slice, a copy for indices
-        self.kernels.attend_chunks(
-            layer, query[where], key, value, kv_cache, block_table, chunks, answer
-        )
-        put_back(output, where, answer)
+        answer = call.output[where]  # a view for a slice, a copy for indices
+        self.kernels.attend_chunks(call, table, chunks, answer)
+        put_back(call.output, where, answer)
 
     def attend_rows(
-        self,
-        query: torch.Tensor,
-        kv_cache: torch.Tensor,
-        block_table: torch.Tensor,
-        rows: Rows,
-        output: torch.Tensor,
-        max_context: int,
+        self, call: LayerCall, table: torch.Tensor, rows: Rows, max_context: int
     ) -> None:
         """Attend with single queries; see ``AttentionKernels``."""
-        where = rows.tokens
-        answer = output[where]
-        self.kernels.attend_rows(query[where], kv_cache, block_table, rows, answer, max_context)
-        put_back(output, where, answer)
+        where, cache = rows.tokens, call.kv_cache
+        answer = call.output[where]
+        self.kernels.attend_rows(call.query[where], cache, table, rows, answer, max_context)
+        put_back(call.output, where, answer)
 
 
 class ThinkLayer(AttentionLayer[Kernels]):
@@ -120,35 +88,25 @@ class ThinkLayer(AttentionLayer[Kernels]):
         if self._selector is None:
             self._selector = ChannelSelector(self.plan, self._heads.of_layer(layer_name))
 
-    def run(
-        self,
-        layer: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        metadata: ThinkMetadata,
-        output: torch.Tensor,
-    ) -> None:
+    def run(self, call: LayerCall, metadata: ThinkMetadata) -> None:
         """Attend, and compact what has become old; keys and values are stored densely before."""
-        tensors = metadata.tensors
+        tensors, kv_cache = metadata.tensors, call.kv_cache
         self.kernels.begin_step(kv_cache, metadata)
         for chunks in tensors.prompts:
-            table = metadata.block_table
-            self.attend_chunks(layer, query, key, value, kv_cache, table, chunks, output)
+            self.attend_chunks(call, metadata.block_table, chunks)
         # Only steps of prompts and of resumed requests have state to see to here.
-        index = metadata.state.index[layer.layer_name]
+        index = metadata.state.index[call.layer.layer_name]
         for accumulations, observed, ended in (
             (tensors.accumulations, tensors.observed, tensors.finished_prompts),
             ([], tensors.chunk_observed, tensors.finished_chunks),
         ):
             energy = None
             if observed is not None:
-                energy = self._observe(query, output, observed, metadata.state.energy[index])
+                energy = self._observe(call, observed, metadata.state.energy[index])
             if accumulations or ended is not None:
                 with self.kernels.measure():
                     if accumulations:
-                        self._accumulate(query, kv_cache, metadata, energy)
+                        self._accumulate(call, metadata, energy)
                     if ended is not None:
                         self._end(kv_cache, metadata, ended, energy, index)
         for decode in tensors.passes:
@@ -159,19 +117,13 @@ class ThinkLayer(AttentionLayer[Kernels]):
                     if decode.due is not None:
                         self._compact(kv_cache, metadata, index, decode.due)
             if decode.rows is not None:
-                rows = decode.rows
-                table, longest = metadata.decode_table, metadata.max_context
-                self.attend_rows(query, kv_cache, table, rows, output, longest)
+                longest = metadata.max_context
+                self.attend_rows(call, metadata.decode_table, decode.rows, longest)
             for chunks in decode.chunks:
-                table = metadata.decode_table
-                self.attend_chunks(layer, query, key, value, kv_cache, table, chunks, output)
+                self.attend_chunks(call, metadata.decode_table, chunks)
 
     def _accumulate(
-        self,
-        query: torch.Tensor,
-        kv_cache: torch.Tensor,
-        metadata: ThinkMetadata,
-        energy: torch.Tensor | None,
+        self, call: LayerCall, metadata: ThinkMetadata, energy: torch.Tensor | None
     ) -> None:
         """Let the evictor see prompt queries, and the observation windows that end here."""
         assert self.evictor is not None
@@ -179,9 +131,13 @@ class ThinkLayer(AttentionLayer[Kernels]):
         if energy is not None:
             # A sum stands for the mean over the window: the order of channels is the same.
             ended = dict(zip(tensors.ended_rows, energy.transpose(0, 1), strict=True))
-        table = metadata.block_table
         self.evictor.accumulate(
-            query, kv_cache, table, tensors.accumulations, ended, metadata.known
+            call.query,
+            call.kv_cache,
+            metadata.block_table,
+            tensors.accumulations,
+            ended,
+            metadata.known,
         )
 
     def repack(
@@ -207,12 +163,10 @@ class ThinkLayer(AttentionLayer[Kernels]):
             if channels is not None:
                 state.channels[index, slot] = channels
 
-    def _observe(
-        self, query: torch.Tensor, output: torch.Tensor, observed: Observed, kept: torch.Tensor
-    ) -> torch.Tensor:
+    def _observe(self, call: LayerCall, observed: Observed, kept: torch.Tensor) -> torch.Tensor:
         """Add up observation windows; return the complete ones, float32 [S, n, Hk, D]."""
         assert self._selector is not None
-        sources = self._selector.sources(query, output)
+        sources = self._selector.sources(call.query, call.output)
         energy = kept.new_zeros(len(sources), observed.begin.numel(), *kept.shape[2:])
         if observed.resumed is not None:
             energy[:, observed.resumed.index] = kept[observed.resumed.slot].transpose(0, 1)

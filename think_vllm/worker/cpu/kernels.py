@@ -17,7 +17,7 @@ from think_vllm.plan.layout import BlockForm
 from think_vllm.plan.planner import BlockPlan
 from think_vllm.worker.cpu.dense import clear_tail
 from think_vllm.worker.cpu.prompts import CachePrompts, ScratchPrompts
-from think_vllm.worker.device import Kernels
+from think_vllm.worker.device import Kernels, LayerCall
 from think_vllm.worker.metadata_builder import ThinkMetadata
 from think_vllm.worker.step_tensors import Chunks, Rows
 
@@ -61,27 +61,19 @@ class CPUKernels(Kernels):
                     clear_tail(kv_cache, block, held)
 
     def attend_chunks(
-        self,
-        layer: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        block_table: torch.Tensor,
-        chunks: Chunks,
-        out: torch.Tensor,
+        self, call: LayerCall, table: torch.Tensor, chunks: Chunks, out: torch.Tensor
     ) -> None:
         """Attend by vLLM's kernel where the builder has prepared that; else query by query."""
-        prepared = chunks.prepared
+        query, prepared = call.query[chunks.tokens], chunks.prepared
         if isinstance(prepared, Rows):
-            self.attend_rows(query, kv_cache, block_table, prepared, out, chunks.max_seq_len)
+            self.attend_rows(query, call.kv_cache, table, prepared, out, chunks.max_seq_len)
             return
         assert self._prompt_attention is not None
-        key, value = key[chunks.tokens], value[chunks.tokens]
+        key, value, kv_cache = call.key[chunks.tokens], call.value[chunks.tokens], call.kv_cache
         if isinstance(prepared, ScratchPrompts):
             prepared.scratch.store(key, value)
             kv_cache = prepared.scratch.blocks
-        self._prompt_attention(layer, query, key, value, kv_cache, prepared.metadata, out)
+        self._prompt_attention(call.layer, query, key, value, kv_cache, prepared.metadata, out)
 
     def attend_rows(
         self,

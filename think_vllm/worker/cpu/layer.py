@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
+from think_vllm.worker.device import LayerCall
 from think_vllm.worker.layer import AttentionLayer
 from think_vllm.worker.layer_support import reject_options
 
@@ -47,5 +48,6 @@ class CPULayerImpl(CPUAttentionBackendImpl):
         """Attend: see ``AttentionLayer.run``. Without metadata, vLLM profiles."""
         self.attention.name(layer.layer_name)
         if attn_metadata is not None:
-            self.attention.run(layer, query, key, value, kv_cache, attn_metadata, output)
+            call = LayerCall(layer, query, key, value, kv_cache, output)
+            self.attention.run(call, attn_metadata)
         return output

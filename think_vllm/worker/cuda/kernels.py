@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from csrc_triton.compact import compact_spans
@@ -14,7 +12,7 @@ from csrc_triton.store import clear_tails
 from think_vllm.plan.layout import BlockForm
 from think_vllm.plan.planner import BlockPlan
 from think_vllm.worker.cuda.flash import flash_pages, flash_prompts, load_flash
-from think_vllm.worker.device import Kernels
+from think_vllm.worker.device import Kernels, LayerCall
 from think_vllm.worker.metadata_builder import ThinkMetadata
 from think_vllm.worker.step_tensors import Chunks, Rows
 
@@ -36,23 +34,16 @@ class CUDAKernels(Kernels):
             clear_tails(kv_cache, metadata.block_table, metadata.seq_len, self.plan)
 
     def attend_chunks(
-        self,
-        layer: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        block_table: torch.Tensor,
-        chunks: Chunks,
-        out: torch.Tensor,
+        self, call: LayerCall, table: torch.Tensor, chunks: Chunks, out: torch.Tensor
     ) -> None:
         """Attend by FlashAttention, but where thin spans are seen."""
+        query = call.query[chunks.tokens]
         if chunks.fresh and self._flash is not None:
             flash_prompts(
                 self._flash,
                 query,
-                key[chunks.tokens],
-                value[chunks.tokens],
+                call.key[chunks.tokens],
+                call.value[chunks.tokens],
                 chunks.starts,
                 chunks.max_query_len,
                 self.scale,
@@ -63,7 +54,7 @@ class CUDAKernels(Kernels):
             flash_pages(
                 self._flash,
                 query,
-                kv_cache,
+                call.kv_cache,
                 chunks.prepared,
                 chunks.starts,
                 chunks.seq_len,
@@ -76,8 +67,8 @@ class CUDAKernels(Kernels):
         else:
             context_attention(
                 query,
-                kv_cache,
-                block_table,
+                call.kv_cache,
+                table,
                 chunks.starts,
                 chunks.seq_len,
                 chunks.request,

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import torch
 from vllm.v1.attention.backend import AttentionImpl
 
+from think_vllm.worker.device import LayerCall
 from think_vllm.worker.layer import AttentionLayer
 from think_vllm.worker.layer_support import reject_options
 
@@ -84,5 +85,6 @@ class CUDALayerImpl(AttentionImpl[T]):
         self.attention.name(layer.layer_name)
         if attn_metadata is None:
             return output.fill_(0)
-        self.attention.run(layer, query, key, value, kv_cache, attn_metadata, output)
+        call = LayerCall(layer, query, key, value, kv_cache, output)
+        self.attention.run(call, attn_metadata)
         return output

@@ -25,6 +25,7 @@ from think_vllm.worker.cpu.backend import CustomCPUBackend
 from think_vllm.worker.cpu.kernels import PromptAttention
 from think_vllm.worker.cpu.layer import CPULayerImpl
 from think_vllm.worker.cpu.prompts import ScratchBuilder, each_query
+from think_vllm.worker.device import LayerCall
 from think_vllm.worker.static.builder import StaticMetadata, StaticMetadataBuilder
 from think_vllm.worker.static.layer import StaticKernels, StaticLayer
 from think_vllm.worker.step import Prefill
@@ -68,24 +69,17 @@ class StaticCPUKernels(StaticKernels):
         store_static(key, value, kv_cache, slot_mapping, self.channels, self.plan)
 
     def attend_chunks(
-        self,
-        layer: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        block_table: torch.Tensor,
-        chunks: Chunks,
-        out: torch.Tensor,
+        self, call: LayerCall, table: torch.Tensor, chunks: Chunks, out: torch.Tensor
     ) -> None:
         """Attend to what the step has stored, in scratch blocks."""
-        keys = read_back(key[chunks.tokens], self.channels.keys, self.plan)
-        values = read_back(value[chunks.tokens], self.channels.values, self.plan)
+        query = call.query[chunks.tokens]
+        keys = read_back(call.key[chunks.tokens], self.channels.keys, self.plan)
+        values = read_back(call.value[chunks.tokens], self.channels.values, self.plan)
         scratch = chunks.prepared.scratch
         scratch.store(keys, values)
         # vLLM's kernel takes its form of blocks from the metadata.
         metadata = chunks.prepared.metadata
-        self._prompt_attention(layer, query, keys, values, scratch.blocks, metadata, out)
+        self._prompt_attention(call.layer, query, keys, values, scratch.blocks, metadata, out)
 
     def attend_rows(
         self,

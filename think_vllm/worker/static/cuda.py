@@ -29,6 +29,7 @@ from think_vllm.plan.static_plan import StaticPlan
 from think_vllm.worker.cuda.backend import CustomCUDABackend
 from think_vllm.worker.cuda.layer import CUDALayerImpl
 from think_vllm.worker.cuda.warmup import warm_up_static_layers
+from think_vllm.worker.device import LayerCall
 from think_vllm.worker.static.builder import StaticMetadata, StaticMetadataBuilder
 from think_vllm.worker.static.layer import StaticKernels, StaticLayer
 from think_vllm.worker.step_tensors import Chunks, Rows
@@ -62,21 +63,13 @@ class StaticCUDAKernels(StaticKernels):
         store_static(key, value, kv_cache, slot_mapping, self.order, self.plan)
 
     def attend_chunks(
-        self,
-        layer: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        block_table: torch.Tensor,
-        chunks: Chunks,
-        out: torch.Tensor,
+        self, call: LayerCall, table: torch.Tensor, chunks: Chunks, out: torch.Tensor
     ) -> None:
         """See ``static_context``; the first request that has a chunk is ``chunks.prepared``."""
         static_context(
-            query,
-            kv_cache,
-            block_table,
+            call.query[chunks.tokens],
+            call.kv_cache,
+            table,
             chunks.starts,
             chunks.seq_len,
             chunks.prepared,

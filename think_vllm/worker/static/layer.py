@@ -8,13 +8,12 @@ among them.
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
 
 import torch
 
 from think_vllm.kernels.static_cache import StaticChannels
 from think_vllm.plan.static_plan import StaticPlan
-from think_vllm.worker.device import AttentionKernels
+from think_vllm.worker.device import AttentionKernels, LayerCall
 from think_vllm.worker.layer import AttentionLayer
 from think_vllm.worker.static.builder import StaticMetadata
 
@@ -64,19 +63,10 @@ class StaticKernels(AttentionKernels):
 class StaticLayer(AttentionLayer[StaticKernels]):
     """What a step does in one layer."""
 
-    def run(
-        self,
-        layer: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        metadata: StaticMetadata,
-        output: torch.Tensor,
-    ) -> None:
+    def run(self, call: LayerCall, metadata: StaticMetadata) -> None:
         """Attend to pruned keys and values alone."""
         table = metadata.block_table
         if metadata.chunks is not None:
-            self.attend_chunks(layer, query, key, value, kv_cache, table, metadata.chunks, output)
+            self.attend_chunks(call, table, metadata.chunks)
         if metadata.rows is not None:
-            self.attend_rows(query, kv_cache, table, metadata.rows, output, metadata.max_context)
+            self.attend_rows(call, table, metadata.rows, metadata.max_context)
