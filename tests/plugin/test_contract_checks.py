@@ -2,22 +2,14 @@
 
 import ast
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.conftest import REPOSITORY
 from tests.support import source
-from tests.support.contract import (
-    check_accepts,
-    check_base,
-    check_defaults,
-    check_members,
-    check_parameters,
-    check_source,
-)
+from tests.support.contract import check, rows
 from think_vllm.hooks.patches import PATCHES
 
 
@@ -79,7 +71,6 @@ class Base:
 """,
     "moved": "from vllm.things import Thing as Old",
 }
-THING = "things:Thing"
 
 
 @pytest.fixture(autouse=True)
@@ -98,54 +89,60 @@ def small_vllm(tmp_path: Path) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("check", "expected", "changed", "message"),
+    ("use", "pieces"),
     [
-        (
-            check_parameters,
-            ["self", "count", "at"],
-            ["self", "count"],
-            r"takes \(self, count, at\)",
-        ),
-        (check_accepts, ["at"], ["where"], "no longer takes where"),
-        (check_defaults, {"at": 0}, {"at": 1}, "has the defaults"),
+        ("things:Thing.take(self, count, at=0)", []),
+        ("things:Thing.take(..., at)", []),
+        ("base:Base.make(size, rows=())", []),
+        ("things:Thing(..., name, size, rows)", []),
+        ("things:Thing{size, rows, take, make, KIND, name, width, total}", []),
+        ("things:Thing extends base:Base", []),
+        ("things:Thing.take", ["self.size -= count", "self.rows.add( | self.rows.append("]),
     ],
-    ids=["parameters", "accepts", "defaults"],
 )
-def test_changed_signature_is_named(
-    check: Callable[..., None], expected: Any, changed: Any, message: str
-) -> None:
-    check("ours.py", f"{THING}.take", expected)
+def test_what_is_there_is_found(use: str, pieces: list[str]) -> None:
+    check("ours.py", use, pieces)
+
+
+@pytest.mark.parametrize(
+    ("use", "pieces", "message"),
+    [
+        ("things:Thing.take(self, count)", [], r"takes \(self, count, at=0\)"),
+        ("things:Thing.take(self, count, at=1)", [], r"takes \(self, count, at=0\)"),
+        ("things:Thing.take(..., where)", [], "no longer takes where"),
+        ("things:Thing{size, height}", [], "Thing no longer has height"),
+        ("things:Thing{size, depth}", [], "Thing no longer has depth"),
+        ("base:Base extends things:Thing", [], "base:Base is no things:Thing"),
+        (
+            "things:Thing.take",
+            ["self.rows.append(", "self.size -= count"],
+            "'self.size -= count' where it was, ",
+        ),
+        ("things:Thing.take", ["self.size = 0"], "no longer has 'self.size = 0', "),
+    ],
+)
+def test_what_has_changed_is_named(use: str, pieces: list[str], message: str) -> None:
     with pytest.raises(AssertionError, match=rf"{message}.*ours.py"):
-        check("ours.py", f"{THING}.take", changed)
+        check("ours.py", use, pieces)
 
 
-def test_parameters_are_counted_as_inspect_does() -> None:
-    check_parameters("ours.py", f"{THING}.make", ["size", "rows"])
-    check_defaults("ours.py", f"{THING}.make", {"rows": ()})
-    check_accepts("ours.py", THING, ["name", "size", "rows"])
-
-
-def test_members_are_those_of_bases_and_constructors_too() -> None:
-    check_members("ours.py", THING, {"size", "rows", "take", "make", "KIND", "name"})
-    check_members("ours.py", THING, {"width", "total"})
-    for absent in ("height", "depth"):
-        with pytest.raises(AssertionError, match=rf"Thing no longer has {absent}.*ours.py"):
-            check_members("ours.py", THING, {"size", absent})
-
-
-def test_changed_base_is_named() -> None:
-    check_base("ours.py", THING, "base:Base")
-    with pytest.raises(AssertionError, match=r"base:Base is no things:Thing.*ours.py"):
-        check_base("ours.py", "base:Base", THING)
-
-
-def test_changed_source_is_named() -> None:
-    take = f"{THING}.take"
-    check_source("ours.py", take, "self.size -= count", ("self.rows.add(", "self.rows.append("))
-    with pytest.raises(AssertionError, match=r"'self.size -= count' where it was, .*ours.py"):
-        check_source("ours.py", take, "self.rows.append(", "self.size -= count")
-    with pytest.raises(AssertionError, match=r"no longer has 'self.size = 0', .*ours.py"):
-        check_source("ours.py", take, "self.size = 0")
+def test_rows_of_a_table_name_file_and_class() -> None:
+    table = """
+a.py
+    things:Thing{size}
+    # A comment.
+    .take(self, \
+        count)
+b.py
+    .make
+        cls(
+        rows
+"""
+    assert [row.values for row in rows(table)] == [
+        ("a.py", "things:Thing{size}", []),
+        ("a.py", "things:Thing.take(self, count)", []),
+        ("b.py", "things:Thing.make", ["cls(", "rows"]),
+    ]
 
 
 @pytest.mark.parametrize(
