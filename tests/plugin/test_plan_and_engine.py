@@ -122,12 +122,7 @@ STATIC_FLAGS: dict[str, list[str]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _inspect_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let vLLM look at a model's class in this process: another one takes 10 seconds a family."""
-    monkeypatch.setattr(
-        "vllm.model_executor.models.registry._run_in_subprocess", lambda look: look()
-    )
+pytestmark = pytest.mark.usefixtures("inspect_here")
 
 
 def make_family(path: Path, name: str) -> Path:

@@ -1,9 +1,12 @@
 """Plans: what they save, and what is rejected."""
 
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.plans import make_plan
 from think_vllm.errors import ThinkError
 from think_vllm.plan.formats import FORMATS, GROUP_SIZES
 from think_vllm.plan.planner import (
@@ -30,14 +33,9 @@ def make(
     itemsize: int = 2,
     value_ratio: float = 0.0,
 ) -> BlockPlan:
-    settings = {
-        "kv_channel_prune": ratio,
-        "kv_value_prune": value_ratio,
-        "kv_quant": quant,
-        "kv_quant_group": group,
-    }
-    config = ThinkConfig.model_validate(settings)
-    plan = plan_blocks(config, head_size, itemsize, block_size)
+    settings = {"kv_channel_prune": ratio, "kv_value_prune": value_ratio}
+    settings |= {"kv_quant": quant, "kv_quant_group": group}
+    plan = plan_blocks(ThinkConfig.model_validate(settings), head_size, itemsize, block_size)
     assert plan is not None
     return plan
 
@@ -56,11 +54,9 @@ def test_plans_for_short_requests_save_more_there() -> None:
     # Span tokens, and multiples at 1k and 32k tokens.
     seen = {}
     for context in (1024, 8192):
-        config = ThinkConfig(kv_channel_prune=0.5, kv_quant="k4v2", kv_plan_context=context)
-        plan = plan_blocks(config, 128, 2)
-        assert plan is not None
+        plan = make_plan(kv_channel_prune=0.5, kv_quant="k4v2", kv_plan_context=context)
         # A worker that plans again for the chosen block size comes to the same.
-        assert plan_blocks(config, 128, 2, plan.block_size) == plan
+        assert plan_blocks(plan.config, 128, 2, plan.block_size) == plan
         seen[context] = plan
     assert (seen[1024].span_tokens, seen[8192].span_tokens) == (80, 176)
     assert seen[1024].effective_multiple(1024) > 1.05 * seen[8192].effective_multiple(1024)
@@ -173,14 +169,8 @@ def test_plan_blocks_holds_for_all_formats(
     quant: str, percent: int, head_size: int, itemsize: int, group: int, value_percent: int
 ) -> None:
     ratio = percent / 100
-    config = ThinkConfig.model_validate(
-        {
-            "kv_channel_prune": ratio,
-            "kv_value_prune": value_percent / 100,
-            "kv_quant": quant,
-            "kv_quant_group": group,
-        }
-    )
+    settings = {"kv_channel_prune": ratio, "kv_value_prune": value_percent / 100}
+    config = ThinkConfig.model_validate(settings | {"kv_quant": quant, "kv_quant_group": group})
     try:
         plan = plan_blocks(config, head_size, itemsize)
     except ThinkError:
@@ -247,50 +237,34 @@ def test_plan_blocks_prunes_nothing_that_was_not_asked_for(ratio: float, quant: 
     assert (plan.key_channels, plan.prunes, plan.layout.has_table) == (128, False, False)
 
 
-@pytest.mark.parametrize("percent", [4, 5.5, 6.999, 7])
-def test_plan_blocks_names_the_smallest_ratio_that_frees_a_block(percent: float) -> None:
-    with pytest.raises(ThinkError, match=r"smallest ratio that does is 0\.08,"):
-        make(percent / 100)
+def test_plan_blocks_takes_the_smallest_ratio_that_frees_a_block() -> None:
     assert make(0.08).capacity_multiple > 1
 
 
-def test_plan_blocks_names_the_smallest_ratio_of_values() -> None:
-    with pytest.raises(
-        ThinkError, match=r"--kv-value-prune 0\.05 .* that does is 0\.\d+, or leave"
-    ):
-        make(0.0, value_ratio=0.05)
-
-
-def test_plan_blocks_rejects_a_block_size_that_no_plan_fits() -> None:
-    with pytest.raises(ThinkError, match="--block-size 16 tokens frees a block; use --block-size"):
-        make(0.3, block_size=16)
-    with pytest.raises(
-        ThinkError, match=r"--kv-quant fp8 at head size 128: .* use --block-size 16"
-    ):
-        make(0.0, block_size=1024, quant="fp8")
-
-
-def test_plan_blocks_rejects_a_head_size_beyond_one_byte() -> None:
-    with pytest.raises(ThinkError, match="head size is 320"):
-        make(0.5, head_size=320)
-
-
 @pytest.mark.parametrize(
-    ("head_size", "quant", "group", "message"),
+    ("ratio", "changes", "message"),
     [
-        (80, "kivi4", 32, "--kv-quant kivi4: .* 80; .* multiple of 32. Use --kv-quant fp8, or"),
-        (112, "kivi2", 32, "--kv-quant kivi2: .* 112; .* multiple of 32"),
-        (64, "k4v2", 128, "head size is 64, .*-group 128; use --kv-quant-group 32 or 64$"),
-        (96, "kivi4", 64, "head size is 96, .*-group 64; use --kv-quant-group 32$"),
-        (72, "fp8", 32, "head size is 72; .* multiple of 16. Serve this model without"),
-        (8, "fp8", 32, "head size is 8; .* multiple of 16"),
+        (0.04, {}, r"smallest ratio that does is 0\.08,"),
+        (0.06999, {}, r"smallest ratio that does is 0\.08,"),
+        (0.07, {}, r"smallest ratio that does is 0\.08,"),
+        (0.0, {"value_ratio": 0.05}, r"--kv-value-prune 0\.05 .* that does is 0\.\d+, or leave"),
+        (0.3, {"block_size": 16}, "--block-size 16 tokens frees a block; use --block-size"),
+        (0.0, {"block_size": 1024, "quant": "fp8"}, "fp8 at head size 128: .* --block-size 16"),
+        (0.5, {"head_size": 320}, "head size is 320"),
+        (0.5, {"block_size": 40}, "--block-size is 40; the kernels need a multiple of 16"),
+        (0.5, {"block_size": 0}, "the kernels need a multiple of 16"),
+        (0.5, {"head_size": 72}, "the kernels need a multiple of 16"),
+        (0.0, {"head_size": 80, "quant": "kivi4"}, "80; .* of 32. Use --kv-quant fp8, or"),
+        (0.0, {"head_size": 112, "quant": "kivi2"}, "kivi2: .* 112; .* multiple of 32"),
+        (0.0, {"head_size": 64, "quant": "k4v2", "group": 128}, "64, .*; use .*-group 32 or 64$"),
+        (0.0, {"head_size": 96, "quant": "kivi4", "group": 64}, "-group 64; use .*-group 32$"),
+        (0.0, {"head_size": 72, "quant": "fp8"}, "72; .* of 16. Serve this model without"),
+        (0.0, {"head_size": 8, "quant": "fp8"}, "head size is 8; .* multiple of 16"),
     ],
 )
-def test_plan_blocks_rejects_head_sizes_that_a_format_cannot_take(
-    head_size: int, quant: str, group: int, message: str
-) -> None:
+def test_plan_blocks_rejects(ratio: float, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ThinkError, match=message):
-        make(0.0, head_size, quant=quant, group=group)
+        make(ratio, **changes)
 
 
 @pytest.mark.parametrize("head_size", [16, 80, 112, 240])
@@ -299,22 +273,10 @@ def test_plan_blocks_takes_any_head_size_in_fp8(head_size: int) -> None:
     assert make(0.0, head_size, quant="fp8", group=128).capacity_multiple > 1.8
 
 
-@pytest.mark.parametrize(("head_size", "block_size"), [(128, 40), (128, 0), (72, None)])
-def test_plan_blocks_rejects_sizes_that_kernels_cannot_take(
-    head_size: int, block_size: int | None
-) -> None:
-    with pytest.raises(ThinkError, match="the kernels need a multiple of 16"):
-        make(0.5, head_size, block_size)
-
-
 @pytest.mark.parametrize("window", [0, 7, 1000])
 @pytest.mark.parametrize("quant", ["none", "k4v2"])
 def test_plan_blocks_does_not_depend_on_the_windows(quant: str, window: int) -> None:
-    config = ThinkConfig.model_validate(
-        {"kv_channel_prune": 0.4, "kv_quant": quant, "kv_recent_window": window}
-    )
-    plan = plan_blocks(config, 128, 2)
-    assert plan is not None
+    plan = make_plan(kv_channel_prune=0.4, kv_quant=quant, kv_recent_window=window)
     assert shape(plan) == shape(make(0.4, quant=quant))
 
 

@@ -7,15 +7,14 @@ import pytest
 from tests.support.plans import make_plan
 from think_vllm.plan.summary import context_hint, never_thin, plan_fields, plan_summary
 
+KEYS = "key channels 63 of 128 (pruned: 0.508, requested 0.5)"
+VALUES = "key channels all 128, value channels 88 of 128 (pruned: 0.312, requested 0.3)"
+
 
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        (
-            {"kv_channel_prune": 0.5},
-            "key channels 63 of 128 (pruned: 0.508, requested 0.5); keys and values as computed",
-        ),
-        ({"kv_quant": "fp8"}, "key channels all 128; keys and values fp8"),
+        ({"kv_channel_prune": 0.5}, f"{KEYS}; keys and values as computed"),
         (
             {"kv_quant": "kivi4", "kv_quant_group": 64},
             "key channels all 128; keys and values 4-bit in groups of 64 (kivi4)",
@@ -26,24 +25,17 @@ from think_vllm.plan.summary import context_hint, never_thin, plan_fields, plan_
             "groups of 32 (k4v2)",
         ),
         (
-            {"kv_value_prune": 0.3, "kv_quant": "fp8"},
-            "key channels all 128, value channels 88 of 128 (pruned: 0.312, requested 0.3); keys "
-            "and values fp8",
-        ),
-        (
             {"kv_channel_prune": 0.5, "kv_value_prune": 0.5},
-            "key channels 63 of 128 (pruned: 0.508, requested 0.5), value channels 64 of 128 "
-            "(pruned: 0.500, requested 0.5); keys and values as computed",
+            f"{KEYS}, value channels 64 of 128 (pruned: 0.500, requested 0.5); keys and values as "
+            "computed",
         ),
         (
             {"kv_channel_prune": 0.5, "kv_select": "key-norm", "kv_channel_tables": "span"},
-            "key channels 63 of 128 (pruned: 0.508, requested 0.5) by key-norm for each span; keys "
-            "and values as computed",
+            f"{KEYS} by key-norm for each span; keys and values as computed",
         ),
         (
             {"kv_value_prune": 0.3, "kv_quant": "fp8", "kv_select": "random"},
-            "key channels all 128, value channels 88 of 128 (pruned: 0.312, requested 0.3) by "
-            "random; keys and values fp8",
+            f"{VALUES} by random; keys and values fp8",
         ),
     ],
 )
@@ -64,25 +56,17 @@ def test_plan_summary_says_what_it_is_worth() -> None:
 @pytest.mark.parametrize(
     ("settings", "caching", "expected"),
     [
-        ({"kv_channel_prune": 0.5}, True, "decoded spans compacted too, prefixes cached thin)"),
-        (
-            {"kv_channel_prune": 0.5, "kv_prefix_cache": "dense"},
-            True,
-            "decoded spans compacted too, prefixes cached as dense copies)",
-        ),
-        ({"kv_channel_prune": 0.5}, False, "decoded spans compacted too)"),
-        ({"kv_channel_prune": 0.5, "kv_prefix_cache": "dense"}, False, "compacted too)"),
-        (
-            {"kv_channel_prune": 0.5, "kv_prune_prefill": True},
-            False,
-            "at the end of every chunk of a prompt)",
-        ),
+        ({}, True, "decoded spans compacted too, prefixes cached thin)"),
+        ({"kv_prefix_cache": "dense"}, True, "compacted too, prefixes cached as dense copies)"),
+        ({}, False, "decoded spans compacted too)"),
+        ({"kv_prefix_cache": "dense"}, False, "compacted too)"),
+        ({"kv_prune_prefill": True}, False, "at the end of every chunk of a prompt)"),
     ],
 )
 def test_plan_summary_speaks_of_prefixes_where_they_are_cached(
     settings: dict[str, object], caching: bool, expected: str
 ) -> None:
-    plan = make_plan(**settings)
+    plan = make_plan(kv_channel_prune=0.5, **settings)
     assert plan_summary(plan, caching)[1].endswith(expected)
     cached = settings.get("kv_prefix_cache", "thin") if caching else None
     assert plan_fields(plan, caching)["prefix_cache"] == cached
@@ -95,10 +79,7 @@ def test_plan_summary_speaks_of_prefixes_where_they_are_cached(
         ({"kv_channel_prune": 0.5, "kv_recent_window": 4096}, "4096 recent tokens"),
         ({"kv_channel_prune": 0.5, "kv_prune_decode": False}, "shrink once"),
         ({"kv_quant": "kivi2", "kv_prune_prefill": True}, "shrink once"),
-        (
-            {"kv_evict": "snapkv", "kv_evict_budget": 2048},
-            "old tokens are kept (--kv-evict-budget)",
-        ),
+        ({"kv_evict": "snapkv", "kv_evict_budget": 2048}, "are kept (--kv-evict-budget)"),
         ({"kv_evict": "h2o", "kv_channel_prune": 0.5}, "shrink once"),
     ],
 )
@@ -128,8 +109,7 @@ def test_context_hint_is_given_where_it_pays() -> None:
 @pytest.mark.parametrize(
     ("settings", "group"),
     [
-        ({"kv_channel_prune": 0.5}, None),
-        ({"kv_quant": "fp8"}, None),
+        ({"kv_quant": "fp8", "kv_channel_prune": 0.5}, None),
         ({"kv_quant": "kivi2"}, 32),
         ({"kv_quant": "kivi2", "kv_quant_group": 128}, 128),
         ({"kv_value_prune": 0.5}, None),
