@@ -3,95 +3,65 @@
 See ``test_vllm_contract.py``; what fails here concerns ``think_vllm/scheduler/manager.py``.
 """
 
-from typing import Any
+from unittest.mock import Mock, call
 
 import pytest
 import torch
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.kv_cache_manager import KVCacheManager
-from vllm.v1.core.kv_cache_utils import (
-    get_request_block_hasher,
-    init_none_hash,
-    make_block_hash_with_group_id,
-)
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
+from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.request import Request, RequestStatus
 
-BLOCK = 4
-NUM_BLOCKS = 20
+from tests.support import block_engine
+from tests.support.block_engine import BLOCK, make_hasher
+
 PROMPT = 10
+#: Methods of a manager whose calls are recorded.
+RECORDED = (
+    *("remove_skipped_blocks", "get_num_blocks_to_allocate", "add_local_computed_blocks"),
+    *("allocate_new_blocks", "cache_blocks", "find_longest_cache_hit", "pop_blocks_for_free"),
+)
 
 
 def make_manager(caching: bool) -> KVCacheManager:
     spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=8, dtype=torch.float32)
-    groups = [KVCacheGroupSpec(["layer"], spec)]
-    return KVCacheManager(
-        KVCacheConfig(num_blocks=NUM_BLOCKS, kv_cache_tensors=[], kv_cache_groups=groups),
-        max_model_len=64,
-        scheduler_block_size=BLOCK,
-        hash_block_size=BLOCK,
-        enable_caching=caching,
-    )
-
-
-def hash_tokens(value: Any) -> bytes:
-    return repr(value).encode()
+    return block_engine.make_manager([spec], caching)
 
 
 def make_request(name: str) -> Request:
-    init_none_hash(hash_tokens)
-    hasher = get_request_block_hasher(BLOCK, hash_tokens)
     params = SamplingParams(max_tokens=9)
-    return Request(name, list(range(PROMPT)), params, None, block_hasher=hasher)
+    return Request(name, list(range(PROMPT)), params, None, block_hasher=make_hasher(BLOCK))
 
 
-class Recorder:
-    """Writes down which methods of a manager are called, and with what."""
+def record(manager: KVCacheManager, monkeypatch: pytest.MonkeyPatch) -> Mock:
+    """Record which methods of a manager are called, and with what."""
+    (single,) = manager.coordinator.single_type_managers
+    calls = Mock()
+    for name in RECORDED:
+        calls.attach_mock(Mock(wraps=getattr(single, name)), name)
+        monkeypatch.setattr(single, name, getattr(calls, name))
+    return calls
 
-    NAMES = (
-        "remove_skipped_blocks",
-        "get_num_blocks_to_allocate",
-        "add_local_computed_blocks",
-        "allocate_new_blocks",
-        "cache_blocks",
-        "find_longest_cache_hit",
-        "pop_blocks_for_free",
-        "take_pending_cow_copies",
-    )
 
-    def __init__(self, manager: KVCacheManager, monkeypatch: pytest.MonkeyPatch) -> None:
-        (self.manager,) = manager.coordinator.single_type_managers
-        self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
-        for name in self.NAMES:
-            monkeypatch.setattr(self.manager, name, self._record(name), raising=True)
-
-    def _record(self, name: str) -> Any:
-        original = getattr(self.manager, name)
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            self.calls.append((name, args, kwargs))
-            return original(*args, **kwargs)
-
-        return call
-
-    def take(self) -> list[str]:
-        """Names of the calls since the last one."""
-        names = [name for name, _, _ in self.calls]
-        self.calls.clear()
-        return names
+def take(calls: Mock) -> list[str]:
+    """Names of the calls since the last time."""
+    names = [name for name, _, _ in calls.mock_calls]
+    calls.reset_mock()
+    return names
 
 
 def test_allocate_slots_frees_before_it_counts_and_allocates(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     manager = make_manager(caching=True)
-    recorder = Recorder(manager, monkeypatch)
+    calls = record(manager, monkeypatch)
     request = make_request("first")
     blocks, computed, _ = manager.get_computed_blocks(request)
     assert computed == 0
-    assert recorder.take() == ["find_longest_cache_hit"]
+    assert take(calls) == ["find_longest_cache_hit"]
     assert manager.allocate_slots(request, PROMPT, computed, blocks) is not None
-    assert recorder.take() == [
+    assert take(calls) == [
         "remove_skipped_blocks",
         "get_num_blocks_to_allocate",
         "allocate_new_blocks",
@@ -102,8 +72,9 @@ def test_allocate_slots_frees_before_it_counts_and_allocates(
     blocks, computed, _ = manager.get_computed_blocks(second)
     assert computed == 2 * BLOCK
     assert manager.allocate_slots(second, PROMPT - computed, computed, blocks) is not None
-    names = [name for name, _, _ in recorder.calls]
-    assert names == [
+    hit = calls.add_local_computed_blocks.mock_calls
+    assert hit == [call("second", blocks.blocks[0], computed, 0)]
+    assert take(calls) == [
         "find_longest_cache_hit",
         "remove_skipped_blocks",
         "get_num_blocks_to_allocate",
@@ -111,47 +82,44 @@ def test_allocate_slots_frees_before_it_counts_and_allocates(
         "allocate_new_blocks",
         "cache_blocks",
     ]
-    _, args, kwargs = recorder.calls[3]
-    assert (args, kwargs) == (("second", blocks.blocks[0], computed, 0), {})
 
 
 def test_blocks_are_freed_on_the_basis_of_processed_tokens(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     manager = make_manager(caching=False)
-    recorder = Recorder(manager, monkeypatch)
+    calls = record(manager, monkeypatch)
     request = make_request("a")
     manager.allocate_slots(request, 6)
     request.num_computed_tokens, request.num_in_flight_tokens = 6, 4
-    recorder.take()
+    take(calls)
     manager.allocate_slots(request, 4)
-    name, args, kwargs = recorder.calls[0]
-    assert name == "remove_skipped_blocks"
-    assert (args, kwargs) in [
-        (("a", 2), {"num_prompt_tokens": PROMPT}),
-        (("a", 2, PROMPT), {}),
+    assert calls.mock_calls[0] in [
+        call.remove_skipped_blocks("a", 2, num_prompt_tokens=PROMPT),
+        call.remove_skipped_blocks("a", 2, PROMPT),
     ], "scheduler/manager.py frees what the steps in flight do not read"
     # Not cached, so nothing is hashed.
-    assert "cache_blocks" not in recorder.take()
+    assert "cache_blocks" not in take(calls)
 
 
 def test_freeing_a_request_takes_all_of_its_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     manager = make_manager(caching=False)
     free = manager.block_pool.get_num_free_blocks()
-    recorder = Recorder(manager, monkeypatch)
+    calls = record(manager, monkeypatch)
     request = make_request("a")
     manager.allocate_slots(request, PROMPT)
     assert manager.block_pool.get_num_free_blocks() == free - 3
-    recorder.take()
+    take(calls)
     manager.free(request)
-    assert recorder.take() == ["pop_blocks_for_free"]
+    assert take(calls) == ["pop_blocks_for_free"]
     assert manager.block_pool.get_num_free_blocks() == free
     # As async scheduling does it: the blocks go back later.
     manager.allocate_slots(request, PROMPT)
     blocks = manager.pop_blocks_for_free(request)
     assert len(blocks) == 3
     assert manager.block_pool.get_num_free_blocks() == free - 3
-    assert not recorder.manager.req_to_blocks.get("a")
+    (single,) = manager.coordinator.single_type_managers
+    assert not single.req_to_blocks.get("a")
 
 
 def test_a_removed_range_becomes_the_null_block_and_stays_in_place() -> None:

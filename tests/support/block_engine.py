@@ -7,6 +7,7 @@ A block never given back makes a count short; for what else the model notices se
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
@@ -25,6 +26,11 @@ NUM_BLOCKS = 40
 MAX_LEN = 100
 
 init_none_hash(sha256)
+
+
+def make_hasher(tokens: int) -> Any:
+    """What makes a hash of every so many tokens of a request."""
+    return get_request_block_hasher(tokens, sha256)
 
 
 def make_manager(
@@ -104,7 +110,7 @@ class Engine:
         self.hits: dict[str, int] = {}
         #: Whether requests stay dense, of those that were asked what they would lose.
         self.decisions: dict[str, bool] = {}
-        self.hasher = get_request_block_hasher(hashed, sha256)
+        self.hasher = make_hasher(hashed)
 
     @property
     def free_blocks(self) -> int:

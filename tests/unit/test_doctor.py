@@ -14,12 +14,8 @@ from think_vllm.tools.doctor.probe import ProbeJob, ProbeResult, make_prompts
 
 
 def result(logprobs: list[list[float]], likeliest: list[list[int]]) -> ProbeResult:
-    return ProbeResult(
-        prompts=[[1, 2], [3]],
-        tokens=[[7, 8, 9], [7, 7, 7]],
-        logprobs=logprobs,
-        likeliest=likeliest,
-    )
+    tokens = [[7, 8, 9], [7, 7, 7]]
+    return ProbeResult(prompts=[[1, 2], [3]], tokens=tokens, logprobs=logprobs, likeliest=likeliest)
 
 
 DENSE = result([[-1.0, -0.5, -0.5], [-2.0, -0.1, -0.2]], [[7, 8, 9], [7, 7, 7]])
@@ -56,17 +52,9 @@ def test_other_tokens_are_no_comparison() -> None:
 
 
 def job(**settings: object) -> ProbeJob:
-    fields = {
-        "arguments": [],
-        "model": "m",
-        "dense": True,
-        "num_prompts": 3,
-        "prompt_tokens": 200,
-        "new_tokens": 1,
-        "out": "x",
-        **settings,
-    }
-    return ProbeJob.model_validate(fields)
+    fields = {"arguments": [], "model": "m", "dense": True, "out": "x"}
+    fields |= {"num_prompts": 3, "prompt_tokens": 200, "new_tokens": 1}
+    return ProbeJob.model_validate(fields | settings)
 
 
 @pytest.mark.parametrize("pieces", [1, 3], ids=["words", "three-tokens-a-word"])

@@ -42,7 +42,7 @@ def test_plain_thin_layout_has_the_bytes_counted_by_hand(
 @pytest.mark.parametrize(
     ("layout", "keys", "values", "used"),
     [
-        # keys: codes, scale, zeros, end; values have no zeros. The worked example of layout.py:
+        # fp8: codes, scale, zeros of keys, end. The worked example of layout.py:
         # 62 * 128 = 7,936; 62 * 2 = 124; 128 * 128 = 16,384; table 62
         (
             ThinLayout(128, 62, 128, 48, 2, FORMATS["fp8"]),
@@ -64,24 +64,7 @@ def test_plain_thin_layout_has_the_bytes_counted_by_hand(
             (720, 2_000, 2_004),
             2_035,
         ),
-    ],
-    ids=["n48", "all-channels", "padded"],
-)
-def test_fp8_thin_layout_has_the_bytes_counted_by_hand(
-    layout: ThinLayout, keys: tuple[int, ...], values: tuple[int, ...], used: int
-) -> None:
-    def offsets(matrix: MatrixLayout) -> tuple[int, ...]:
-        zeros = (matrix.zero_points_offset,) if matrix.has_zero_points else ()
-        return matrix.offset, matrix.scales_offset, *zeros, matrix.end
-
-    assert (offsets(layout.keys), offsets(layout.values)) == (keys, values)
-    assert (layout.table_offset, layout.used_bytes) == (values[-1], used)
-
-
-@pytest.mark.parametrize(
-    ("layout", "keys", "values", "used"),
-    [
-        # keys and values: codes, scales, zeros, end.
+        # Integers: codes, scales, zeros, end.
         # Keys 74 rows of 32 B, 2 groups: 296 B of scales, padded; values 64 rows of 64 B, 4 groups
         (
             ThinLayout(128, 74, 64, 16, 2, FORMATS["kivi4"], 32),
@@ -119,13 +102,15 @@ def test_fp8_thin_layout_has_the_bytes_counted_by_hand(
             7_448,
         ),
     ],
-    ids=["kivi4", "k4v2", "kivi2", "kivi2-g128", "fp32-kivi4-g64"],
+    ids=["fp8", "fp8-all", "fp8-padded", "kivi4", "k4v2", "kivi2", "kivi2-g128", "fp32-kivi4-g64"],
 )
-def test_integer_thin_layout_has_the_bytes_counted_by_hand(
+def test_coded_thin_layout_has_the_bytes_counted_by_hand(
     layout: ThinLayout, keys: tuple[int, ...], values: tuple[int, ...], used: int
 ) -> None:
     def offsets(matrix: MatrixLayout) -> tuple[int, ...]:
-        return matrix.offset, matrix.scales_offset, matrix.zero_points_offset, matrix.end
+        has_zero_points = matrix.encoding.is_integer or matrix.has_zero_points
+        zeros = (matrix.zero_points_offset,) if has_zero_points else ()
+        return matrix.offset, matrix.scales_offset, *zeros, matrix.end
 
     assert (offsets(layout.keys), offsets(layout.values)) == (keys, values)
     assert (layout.table_offset, layout.used_bytes) == (values[-1], used)
@@ -252,21 +237,6 @@ def test_max_key_channels_is_the_largest_that_fits(
     for more in {channels + 1, head_size} if channels < head_size else ():
         with pytest.raises(ThinkError):
             ThinLayout(head_size, more, *rest)
-
-
-@pytest.mark.parametrize("itemsize", [2, 4])
-@pytest.mark.parametrize("block_size", [16, 48, 128])
-@pytest.mark.parametrize("head_size", [64, 80, 128, 256])
-def test_max_key_channels_of_plain_blocks_at_every_length(
-    head_size: int, block_size: int, itemsize: int
-) -> None:
-    for tokens in range(block_size + 4, 2 * block_size, 4):
-        channels = max_key_channels(head_size, tokens, block_size, itemsize)
-        assert channels < head_size
-        if channels:
-            ThinLayout(head_size, channels, tokens, block_size, itemsize)
-        with pytest.raises(ThinkError):
-            ThinLayout(head_size, channels + 1, tokens, block_size, itemsize)
 
 
 def test_max_key_channels_keeps_all_where_only_the_table_would_not_fit() -> None:

@@ -181,16 +181,6 @@ def test_shorter_requests_fit_where_longer_ones_do(
     assert most == sorted(most)
 
 
-def test_manager_holds_what_the_plan_says() -> None:
-    spec = make_spec()  # 3 blocks of 4 tokens become 2; 5 recent tokens stay dense
-    engine = Engine(spec, lag=0)
-    engine.arrive(prompt_len=41, max_tokens=8)
-    engine.step(41)  # the prompt; (41 - 5) // 12 = 3 spans are thin afterwards
-    engine.step(1)  # the next allocation frees their tails
-    held = NUM_BLOCKS - 1 - engine.free_blocks
-    assert held == 11 - 3
-
-
 @pytest.mark.parametrize("spans", [(3, 2), (1, 1)])
 def test_manager_gives_all_blocks_of_evicted_spans_back(spans: tuple[int, int]) -> None:
     span_blocks, thin_blocks = spans

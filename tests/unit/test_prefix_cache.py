@@ -4,11 +4,10 @@ from typing import Any
 
 import pytest
 from vllm.sampling_params import SamplingParams
-from vllm.utils.hashing import sha256
-from vllm.v1.core.kv_cache_utils import BlockHashListWithBlockSize, get_request_block_hasher
+from vllm.v1.core.kv_cache_utils import BlockHashListWithBlockSize
 from vllm.v1.request import Request
 
-from tests.support.block_engine import BLOCK, NUM_BLOCKS, Engine, make_manager
+from tests.support.block_engine import BLOCK, NUM_BLOCKS, Engine, make_hasher, make_manager
 from tests.support.block_worker import Thin, make_spec
 from tests.unit.test_manager import WINDOW
 from think_vllm.hooks import kv_cache
@@ -113,17 +112,6 @@ def test_observation_window_is_never_hit() -> None:
     assert engine.hits[engine.name(again)] == 36  # of 47: at most 48 - 9 tokens, in whole blocks
 
 
-def test_a_preempted_request_does_not_hit_its_own_thin_spans() -> None:
-    engine = make_engine()
-    request = engine.arrive(60, 20, None)
-    for _ in range(5):
-        engine.step(60)
-    engine.preempt(0)
-    engine.finish()
-    assert engine.hits[engine.name(request)] < SPAN * 4
-    assert engine.worker.rows[engine.name(request)].exact
-
-
 def test_a_request_that_hit_thin_spans_hits_them_again_after_preemption() -> None:
     engine = make_engine()
     serve(engine, 60, 2, tenant=1)
@@ -153,14 +141,6 @@ def test_one_version_of_a_span_is_cached() -> None:
     )
 
 
-def share_heads(self: Any, rows: Any) -> list[int]:
-    return []
-
-
-def keep_cached(self: Any, state: Any, rows: Any, num_spans: int) -> None:
-    return None
-
-
 def mix_versions(
     pool: Any, block_hash: Any, blocks: Any, tokens: int, group: int, rule: Any
 ) -> None:
@@ -179,8 +159,8 @@ def mix_versions(
 @pytest.mark.parametrize(
     ("owner", "name", "broken"),
     [
-        (ThinKVCacheManager, "_held_leading_blocks", share_heads),
-        (Publisher, "uncache", keep_cached),
+        (ThinKVCacheManager, "_held_leading_blocks", lambda *_: []),
+        (Publisher, "uncache", lambda *_: None),
         (publisher_module, "cache_thin", mix_versions),
     ],
     ids=["shares heads", "leaves heads cached", "mixes versions"],
@@ -266,9 +246,8 @@ def test_limits_hold_through_a_view_of_the_hashes(
     pool.hash_block_size = hashed
     tokens = list(range(64))
     request = Request(
-        "r", tokens, SamplingParams(max_tokens=1), None,
-        block_hasher=get_request_block_hasher(hashed, sha256),
-    )  # fmt: skip
+        "r", tokens, SamplingParams(max_tokens=1), None, block_hasher=make_hasher(hashed)
+    )
     # Five thin spans, and dense blocks: the first alone, and those that thin spans cut off.
     rows = pool.get_new_blocks(15)
     state = RequestState(rule=spec.rule, request=request)

@@ -235,7 +235,7 @@ def ends_of(prompts: list[int], first_spans: list[int], rule: SpanRule) -> Finis
 
 
 @pytest.mark.parametrize("delayed", [False, True])
-def test_choices_of_each_span(delayed: bool) -> None:
+def test_choices_of_spans_and_of_whole_prompts(delayed: bool) -> None:
     # Spans of 12 tokens in 3 blocks, behind a recent window of 4.
     rule = SpanRule(4, 3, 2, 4, True, delay_prompt=delayed)
     # Three spans; none; two, one of which came thin; one that came thin.
@@ -248,15 +248,9 @@ def test_choices_of_each_span(delayed: bool) -> None:
     assert found.count.tolist() == [3, 1, 1, 1]
     # Spans that this step compacts, of both prompts that have any.
     assert found.of_span.tolist() == ([] if delayed else [0, 1, 2, 4])
-
-
-@pytest.mark.parametrize("delayed", [False, True])
-def test_choices_of_whole_prompts(delayed: bool) -> None:
-    rule = SpanRule(4, 3, 2, 4, True, delay_prompt=delayed)
-    ends = ends_of([43, 15, 28, 16], [0, 0, 1, 1], rule)
-    found = ends.selections(rule, per_span=False)
-    assert found.end.tolist() == found.begin.tolist() == [0, 1, 2, 3]
-    assert found.first_block.tolist() == [0, 0, 3, 3]
-    assert found.num_tokens.tolist() == [43, 15, 28, 16]
-    assert found.count.tolist() == [1, 1, 1, 1]
-    assert found.of_span.tolist() == ([] if delayed else [0, 0, 0, 2])
+    whole = ends.selections(rule, per_span=False)
+    assert whole.end.tolist() == whole.begin.tolist() == [0, 1, 2, 3]
+    assert whole.first_block.tolist() == [0, 0, 3, 3]
+    assert whole.num_tokens.tolist() == [43, 15, 28, 16]
+    assert whole.count.tolist() == [1, 1, 1, 1]
+    assert whole.of_span.tolist() == ([] if delayed else [0, 0, 0, 2])

@@ -1,23 +1,17 @@
 """Sliding-window layers beside thin ones: groups of layers, one pool of blocks, clean blocks."""
 
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from vllm.sampling_params import SamplingParams
-from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_manager import KVCacheManager
-from vllm.v1.core.kv_cache_utils import (
-    BlockHashListWithBlockSize,
-    get_request_block_hasher,
-    init_none_hash,
-)
 from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
 from vllm.v1.kv_cache_interface import KVCacheConfig, SlidingWindowSpec
 from vllm.v1.request import Request
 
+from tests.support.block_engine import make_hasher
 from tests.support.block_worker import make_spec
 from tests.support.contract import planning
 from think_vllm.hooks.model_support import AttentionLayers, attention_layers, window_summary
@@ -93,12 +87,10 @@ def test_resumed_requests_hit_no_more_than_they_may(unit: int, max_tokens: int |
     # --prefix-match-unit is for models with several groups of layers.
     dense = make_spec(thin_prefixes=False, recent_window=1000)
     manager = make_manager({"full": dense, "window": SLIDING}, unit)
-    init_none_hash(sha256)
 
     def request(name: str) -> Request:
-        hasher = get_request_block_hasher(unit, sha256)
         params = SamplingParams(max_tokens=9)
-        return Request(name, list(range(30)), params, None, block_hasher=hasher)
+        return Request(name, list(range(30)), params, None, block_hasher=make_hasher(unit))
 
     first = request("first")
     assert manager.allocate_slots(first, 30) is not None
@@ -111,20 +103,6 @@ def test_resumed_requests_hit_no_more_than_they_may(unit: int, max_tokens: int |
     _, computed, *_ = manager.get_computed_blocks(second)
     limit = 29 if max_tokens is None else max_tokens
     assert computed == limit // BLOCK * BLOCK
-
-
-def test_limits_hold_through_a_view_of_finer_hashes() -> None:
-    pool = make_manager({"full": THIN, "window": SLIDING}, 2).block_pool
-    found: list[int] = []
-    with pytest.MonkeyPatch.context() as patch:
-        # As if everything were cached.
-        patch.setattr(pool, "get_cached_block", lambda key, groups: found.append(key) or [key])
-        hashes = LimitedHashes(range(20), max_tokens=9, max_thin_spans=0)
-        view = BlockHashListWithBlockSize(hashes, 2, BLOCK)
-        arguments = (39, [0], pool, replace(THIN, thin_prefixes=False), False, BLOCK)
-        _, length = ThinKVCacheManager.find_longest_cache_hit(view, *arguments)
-    assert length == 8
-    assert found == [1, 3]
 
 
 def test_begun_blocks_are_cleared_unless_they_are_filled() -> None:

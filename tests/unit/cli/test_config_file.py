@@ -131,12 +131,8 @@ def test_what_vllm_would_drop_is_rejected(
 
 
 def test_a_file_named_behind_a_sign_is_read() -> None:
-    assert split_config(["m", "--config=a=b.yaml", "--x=1"]) == [
-        "m",
-        "--config",
-        "a=b.yaml",
-        "--x=1",
-    ]
+    words = split_config(["m", "--config=a=b.yaml", "--x=1"])
+    assert words == ["m", "--config", "a=b.yaml", "--x=1"]
 
 
 def test_only_our_options_are_touched_in_vllms_own_program(

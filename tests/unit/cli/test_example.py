@@ -29,41 +29,35 @@ def command(arguments: Any, environment: dict[str, str] | None = None) -> list[s
     return [*words, json.loads(body)["model"]]
 
 
+SSL = {"ssl_keyfile": "k", "ssl_certfile": "c"}
+
+
 @pytest.mark.parametrize(
-    ("given", "words"),
+    ("given", "options", "server"),
     [
-        ({}, ["http://localhost:8000/v1/completions"]),
-        ({"port": 8123}, ["http://localhost:8123/v1/completions"]),
-        ({"host": "127.0.0.1"}, ["http://127.0.0.1:8000/v1/completions"]),
-        ({"host": "::1"}, ["http://[::1]:8000/v1/completions"]),
-        ({"host": "0.0.0.0"}, ["http://127.0.0.1:8000/v1/completions"]),
-        ({"host": "::"}, ["http://[::1]:8000/v1/completions"]),
-        ({"host": "gpu-1"}, ["http://gpu-1:8000/v1/completions"]),
-        (
-            {"uds": "/tmp/a b.sock", "host": "::1"},
-            ["--unix-socket", "/tmp/a b.sock", "http://localhost/v1/completions"],
-        ),
-        (
-            {"ssl_keyfile": "k", "ssl_certfile": "c"},
-            ["-k", "https://localhost:8000/v1/completions"],
-        ),
-        (
-            {"ssl_keyfile": "k", "ssl_certfile": "c", "uds": "/tmp/s"},
-            ["-k", "--unix-socket", "/tmp/s", "https://localhost/v1/completions"],
-        ),
-        ({"ssl_certfile": "c"}, ["-k", "https://localhost:8000/v1/completions"]),
-        (
-            {"ssl_keyfile": "k", "ssl_certfile": "c", "ssl_cert_reqs": 1},
-            ["-k", "https://localhost:8000/v1/completions"],
-        ),
-        ({"root_path": "/behind/a/proxy"}, ["http://localhost:8000/v1/completions"]),
+        ({}, [], "http://localhost:8000"),
+        ({"port": 8123}, [], "http://localhost:8123"),
+        ({"host": "127.0.0.1"}, [], "http://127.0.0.1:8000"),
+        ({"host": "::1"}, [], "http://[::1]:8000"),
+        ({"host": "0.0.0.0"}, [], "http://127.0.0.1:8000"),
+        ({"host": "::"}, [], "http://[::1]:8000"),
+        ({"host": "gpu-1"}, [], "http://gpu-1:8000"),
+        ({"uds": "/a b.sock", "host": "::1"}, ["--unix-socket", "/a b.sock"], "http://localhost"),
+        (SSL, ["-k"], "https://localhost:8000"),
+        ({**SSL, "uds": "/tmp/s"}, ["-k", "--unix-socket", "/tmp/s"], "https://localhost"),
+        ({"ssl_certfile": "c"}, ["-k"], "https://localhost:8000"),
+        ({**SSL, "ssl_cert_reqs": 1}, ["-k"], "https://localhost:8000"),
+        ({"root_path": "/behind/a/proxy"}, [], "http://localhost:8000"),
     ],
     ids=str,
 )
-def test_line_reaches_the_server(model: Path, given: dict[str, Any], words: list[str]) -> None:
+def test_line_reaches_the_server(
+    model: Path, given: dict[str, Any], options: list[str], server: str
+) -> None:
     found = command(serve_arguments(str(model), **given))
     json_type = ["-H", "Content-Type: application/json"]
-    assert found == ["curl", "-s", *words, *json_type, "-d", str(model)]
+    url = f"{server}/v1/completions"
+    assert found == ["curl", "-s", *options, url, *json_type, "-d", str(model)]
 
 
 @pytest.mark.parametrize(
