@@ -84,9 +84,7 @@ def test_allocate_slots_frees_before_it_counts_and_allocates(
     ]
 
 
-def test_blocks_are_freed_on_the_basis_of_processed_tokens(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_blocks_are_freed_on_the_basis_of_processed_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     manager = make_manager(caching=False)
     calls = record(manager, monkeypatch)
     request = make_request("a")

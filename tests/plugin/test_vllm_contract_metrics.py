@@ -6,10 +6,7 @@ from typing import Any
 
 import pytest
 from vllm.config import KVTransferConfig
-from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
-    KVConnectorProm,
-    KVConnectorStats,
-)
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorProm, KVConnectorStats
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.metrics import ray_wrappers
 from vllm.v1.outputs import KVConnectorOutput

@@ -94,10 +94,7 @@ LENGTHS = st.tuples(st.integers(1, 1500), st.integers(1, 1500), st.integers(0, 4
 
 
 @settings(max_examples=200, deadline=None)
-@given(
-    requests=st.lists(LENGTHS, min_size=1, max_size=6),
-    dense=st.sets(st.integers(0, 5)),
-)
+@given(requests=st.lists(LENGTHS, min_size=1, max_size=6), dense=st.sets(st.integers(0, 5)))
 def test_decode_step_is_built_alike(requests: list[tuple[int, int, int]], dense: set[int]) -> None:
     dense = {row for row in dense if row < len(requests)}
     requests = [(*r[:2], 0) if row in dense else r for row, r in enumerate(requests)]

@@ -8,12 +8,7 @@ from hypothesis import strategies as st
 
 from think_vllm.errors import ThinkError
 from think_vllm.plan.formats import FORMATS, GROUP_SIZES, Encoding
-from think_vllm.plan.layout import (
-    BlockForm,
-    DenseLayout,
-    ThinLayout,
-    max_key_channels,
-)
+from think_vllm.plan.layout import BlockForm, DenseLayout, ThinLayout, max_key_channels
 from think_vllm.plan.matrix_layout import ALIGN_BYTES, MatrixLayout
 from think_vllm.plan.static_layout import StaticLayout
 
