@@ -90,19 +90,13 @@ def test_batch_invariance_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
         engine_support.check_device(config())
 
 
-def test_the_cpu_backend_imports_neither_triton_nor_its_kernels() -> None:
-    code = """
+IMPORTS_ON_CPUS = """
 import sys
 import think_vllm.worker.cpu.backend
 ours = [m for m in sys.modules if m.startswith(("csrc_triton", "think_vllm.worker.cuda"))]
 assert not ours, ours
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-
-
-def test_the_cuda_backend_imports_no_kernels_for_cpus() -> None:
-    code = """
+IMPORTS_ON_GPUS = """
 import sys
 import think_vllm.worker.cuda.backend as backend
 import think_vllm.worker.static.cuda as static
@@ -110,5 +104,9 @@ assert backend.ThinkCUDABackend.get_name() == static.StaticCUDABackend.get_name(
 theirs = [m for m in sys.modules if m.startswith(("think_vllm.kernels.cpu", "numba"))]
 assert not theirs, theirs
 """
+
+
+@pytest.mark.parametrize("code", [IMPORTS_ON_CPUS, IMPORTS_ON_GPUS], ids=["cpu", "cuda"])
+def test_backends_import_no_kernels_of_the_other_device(code: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
