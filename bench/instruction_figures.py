@@ -11,39 +11,23 @@ from bench.support.markdown import table
 
 @dataclass(frozen=True)
 class Figures:
-    """What was counted of one format on one GPU.
+    """What was counted of one format on one GPU."""
 
-    Args:
-        format: Of the blocks.
-        capability: Compute capability, such as 90.
-        instructions: Warp instructions per token and KV head, by kind.
-        bytes: Per token and KV head: codes, scales and channel table.
-        tokens: That one iteration of the loop covers.
-        loads: Opcode of each load in the loop, how often an iteration runs it.
-        code_load_bits: Bits that a thread moves with each load of codes or elements, how often.
-        lines: Instructions of an iteration per innermost source line, most first.
-        other_loops: Instructions of further innermost loops over thin blocks, not counted.
-        registers: Of a thread.
-        spill_bytes: Of a thread.
-        shared_bytes: Of a program.
-        warps: Of a program.
-        occupancy: Programs that a multiprocessor holds, by limit.
-    """
-
-    format: str
-    capability: int
-    instructions: dict[str, float]
-    bytes: float
-    tokens: int
-    loads: dict[str, int]
+    format: str  # of the blocks
+    capability: int  # compute capability, such as 90
+    instructions: dict[str, float]  # warp instructions per token and KV head, by kind
+    bytes: float  # per token and KV head: codes, scales and channel table
+    tokens: int  # that one iteration of the loop covers
+    loads: dict[str, int]  # opcode of each load in the loop, how often an iteration runs it
+    #: Bits that a thread moves with each load of codes or elements, how often.
     code_load_bits: dict[int, int]
-    lines: dict[str, int]
-    other_loops: list[int]
-    registers: int
-    spill_bytes: int
-    shared_bytes: int
-    warps: int
-    occupancy: Occupancy
+    lines: dict[str, int]  # instructions of an iteration per innermost source line, most first
+    other_loops: list[int]  # instructions of further innermost loops over thin blocks, not counted
+    registers: int  # of a thread
+    spill_bytes: int  # of a thread
+    shared_bytes: int  # of a program
+    warps: int  # of a program
+    occupancy: Occupancy  # programs that a multiprocessor holds, by limit
 
     @property
     def total(self) -> float:

@@ -13,28 +13,17 @@ SHARED_RESERVED = 1024
 
 @dataclass(frozen=True)
 class Multiprocessor:
-    """One multiprocessor of a GPU, and its share of the memory's bandwidth.
+    """One multiprocessor of a GPU, and its share of the memory's bandwidth."""
 
-    Args:
-        name: Of the GPU whose clock and bandwidth these are.
-        registers: Of 32 bits.
-        shared_bytes: Of all its programs together.
-        threads: Most that are resident.
-        programs: Most that are resident, whatever they take.
-        count: Multiprocessors of the GPU.
-        clock: Cycles per second under load, assumed.
-        bandwidth: Bytes per second that a copy reaches on the GPU, assumed.
-        issue: Warp instructions a cycle that code of this kind reaches, of 4 at most, assumed.
-    """
-
-    name: str
-    registers: int
-    shared_bytes: int
-    threads: int
-    programs: int
-    count: int
-    clock: float
-    bandwidth: float
+    name: str  # of the GPU whose clock and bandwidth these are
+    registers: int  # of 32 bits
+    shared_bytes: int  # of all its programs together
+    threads: int  # most that are resident
+    programs: int  # most that are resident, whatever they take
+    count: int  # multiprocessors of the GPU
+    clock: float  # cycles per second under load, assumed
+    bandwidth: float  # bytes per second that a copy reaches on the GPU, assumed
+    #: Warp instructions a cycle that code of this kind reaches, of 4 at most, assumed.
     issue: float = 2.0
 
     @property

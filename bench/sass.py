@@ -63,23 +63,14 @@ _WIDTHS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 
 
 @dataclass(frozen=True)
 class Instruction:
-    """One machine instruction.
+    """One machine instruction."""
 
-    Args:
-        address: Bytes from the start of the kernel.
-        opcode: With its modifiers, such as ``LDG.E.128``.
-        operands: As printed.
-        predicate: Register that decides whether it runs, with ``!`` if negated; empty for none.
-        line: Source line that the text attributes it to, None without line information.
-        target: Index of the instruction that a branch goes to; None for everything else.
-    """
-
-    address: int
-    opcode: str
-    operands: str
-    predicate: str
-    line: int | None
-    target: int | None
+    address: int  # bytes from the start of the kernel
+    opcode: str  # with its modifiers, such as ``LDG.E.128``
+    operands: str  # as printed
+    predicate: str  # register that decides whether it runs, with ``!`` if negated; empty for none
+    line: int | None  # source line that the text attributes it to, None without line information
+    target: int | None  # index of the instruction that a branch goes to; None for everything else
 
     @property
     def base(self) -> str:
@@ -98,15 +89,10 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Loop:
-    """A natural loop: whatever runs between entering at ``header`` and going back there.
+    """A natural loop: whatever runs between entering at ``header`` and going back there."""
 
-    Args:
-        header: Index of its first instruction.
-        body: Indices of all its instructions, those of inner loops included.
-    """
-
-    header: int
-    body: frozenset[int]
+    header: int  # index of its first instruction
+    body: frozenset[int]  # indices of all its instructions, those of inner loops included
 
 
 def parse(text: str) -> list[Instruction]:

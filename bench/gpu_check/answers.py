@@ -37,17 +37,11 @@ RESULT = "RESULT "
 
 @dataclass(frozen=True)
 class Case:
-    """One way to serve.
+    """One way to serve."""
 
-    Args:
-        think: Our settings; empty for plain vLLM.
-        runner: Model runner, 1 or 2; None for vLLM's choice.
-        arguments: Of ``LLM``.
-    """
-
-    think: dict[str, Any] = field(default_factory=dict)
-    runner: int | None = None
-    arguments: dict[str, Any] = field(default_factory=dict)
+    think: dict[str, Any] = field(default_factory=dict)  # our settings; empty for plain vLLM
+    runner: int | None = None  # model runner, 1 or 2; None for vLLM's choice
+    arguments: dict[str, Any] = field(default_factory=dict)  # of ``LLM``
 
 
 def pruned(quant: str, **more: Any) -> dict[str, Any]:

@@ -28,48 +28,29 @@ TAIL_LINES = 25
 
 @dataclass(frozen=True)
 class Section:
-    """One thing to find out.
+    """One thing to find out."""
 
-    Args:
-        name: Of its files.
-        limit_s: Most seconds that it may take.
-        command: Program and arguments, in which ``{out}`` stands for the folder of results.
-        needs: A program without which the section is not run; empty for none.
-        environment: Variables for the command, on top of ours.
-    """
-
-    name: str
-    limit_s: float
+    name: str  # of its files
+    limit_s: float  # most seconds that it may take
+    #: Program and arguments, in which ``{out}`` stands for the folder of results.
     command: tuple[str, ...]
-    needs: str = ""
-    environment: tuple[tuple[str, str], ...] = ()
+    needs: str = ""  # a program without which the section is not run; empty for none
+    environment: tuple[tuple[str, str], ...] = ()  # variables for the command, on top of ours
 
 
 @dataclass(frozen=True)
 class Ended:
-    """What became of a section.
+    """What became of a section."""
 
-    Args:
-        name: Of the section.
-        status: ``PASSED``, ``FAILED``, ``TIMED_OUT`` or ``NOT_RUN``.
-        why: Of what was not run, or could not be started.
-        returncode: None unless the command ended by itself.
-        seconds: That it took.
-        limit_s: That it had.
-        command: As it was run.
-        output: File of its output, in the folder of results.
-        figures: Files that it left there, by name.
-    """
-
-    name: str
-    status: str
-    why: str
-    returncode: int | None
-    seconds: float
-    limit_s: float
-    command: list[str]
-    output: str
-    figures: list[str]
+    name: str  # of the section
+    status: str  # ``PASSED``, ``FAILED``, ``TIMED_OUT`` or ``NOT_RUN``
+    why: str  # of what was not run, or could not be started
+    returncode: int | None  # None unless the command ended by itself
+    seconds: float  # that it took
+    limit_s: float  # that it had
+    command: list[str]  # as it was run
+    output: str  # file of its output, in the folder of results
+    figures: list[str]  # files that it left there, by name
 
 
 def run_section(section: Section, out: Path, left_s: float) -> Ended:

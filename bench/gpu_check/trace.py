@@ -10,16 +10,12 @@ import numpy as np
 
 @dataclass
 class Trace:
-    """One run.
+    """One run."""
 
-    Args:
-        start: When all requests were sent, in seconds of any clock.
-        tokens: For each request, the time of each step that gave it tokens, and how many.
-        running: For each step its time, and how many requests were running.
-    """
-
-    start: float
+    start: float  # when all requests were sent, in seconds of any clock
+    #: For each request, the time of each step that gave it tokens, and how many.
     tokens: dict[str, list[tuple[float, int]]] = field(default_factory=dict)
+    #: For each step its time, and how many requests were running.
     running: list[tuple[float, int]] = field(default_factory=list)
 
     def add(self, request: str, time: float, count: int) -> None:

@@ -37,25 +37,17 @@ PLANNED = {"kv_plan_context": 512}
 
 @dataclass(frozen=True)
 class Configuration:
-    """One engine.
+    """One engine."""
 
-    Args:
-        name: Unique; ``dense`` is what others are compared with.
-        group: The table it belongs to.
-        settings: Of ``ThinkConfig``; none for an engine without thin blocks.
-        ways: How it is asked.
-        labels: What the tables of channels say of it.
-        arguments: Further ones of the engine.
-        hits: Whether each prompt follows one of the same text that asks for another record, so
-            that it finds a prefix whose channels that one has chosen.
-    """
-
-    name: str
-    group: str
+    name: str  # unique; ``dense`` is what others are compared with
+    group: str  # the table it belongs to
+    #: Of ``ThinkConfig``; none for an engine without thin blocks.
     settings: Mapping[str, Any] = field(default_factory=dict)
-    ways: tuple[str, ...] = WAYS[:1]
-    labels: Mapping[str, Any] = field(default_factory=dict)
-    arguments: tuple[str, ...] = ()
+    ways: tuple[str, ...] = WAYS[:1]  # how it is asked
+    labels: Mapping[str, Any] = field(default_factory=dict)  # what the tables of channels say of it
+    arguments: tuple[str, ...] = ()  # further ones of the engine
+    #: Whether each prompt follows one of the same text that asks for another record, so that it
+    #: finds a prefix whose channels that one has chosen.
     hits: bool = False
 
 

@@ -29,32 +29,20 @@ _IDS = {word: index for index, word in enumerate(VOCABULARY)}
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt and the answer to be led along.
+    """A prompt and the answer to be led along."""
 
-    Args:
-        length: The size it belongs to, as in `SIZES`.
-        prompt: Token ids.
-        answer: Token ids, `ANSWER_TOKENS`.
-        counted: Those of the answer that count.
-    """
-
-    length: int
-    prompt: tuple[int, ...]
-    answer: tuple[int, ...]
-    counted: slice
+    length: int  # the size it belongs to, as in `SIZES`
+    prompt: tuple[int, ...]  # token ids
+    answer: tuple[int, ...]  # token ids, `ANSWER_TOKENS`
+    counted: slice  # those of the answer that count
 
 
 @dataclass(frozen=True)
 class Answer:
-    """How one question was answered.
+    """How one question was answered."""
 
-    Args:
-        right: Whether every digit that counts was the likeliest token.
-        logprob: Mean log-probability of these digits; nats.
-    """
-
-    right: bool
-    logprob: float
+    right: bool  # whether every digit that counts was the likeliest token
+    logprob: float  # mean log-probability of these digits; nats
 
 
 def questions(way: str, seed: int, samples: int) -> Iterator[Question]:

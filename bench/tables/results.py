@@ -25,21 +25,13 @@ class Answers(_Record):
 
 
 class Against(NamedTuple):
-    """A configuration against another on the same questions.
+    """A configuration against another on the same questions."""
 
-    Args:
-        better: Questions that it alone answered right.
-        worse: Questions that the other alone answered right.
-        logprob: Mean difference of the log-probability of right digits; nats a digit.
-        low: Lower end of its 95 % interval; None where all differences are the same.
-        high: Upper end.
-    """
-
-    better: int
-    worse: int
-    logprob: float
-    low: float | None
-    high: float | None
+    better: int  # questions that it alone answered right
+    worse: int  # questions that the other alone answered right
+    logprob: float  # mean difference of the log-probability of right digits; nats a digit
+    low: float | None  # lower end of its 95 % interval; None where all differences are the same
+    high: float | None  # upper end
 
 
 class Figures(_Record):

@@ -23,15 +23,10 @@ _IDS = {word: index for index, word in enumerate(VOCABULARY)}
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences of one length.
+    """Sequences of one length."""
 
-    Attributes:
-        tokens: [batch, length] int64. Token ids, each row starting with ``<s>``.
-        is_answer: [batch, length] bool. True on the digits that answer a question.
-    """
-
-    tokens: torch.Tensor
-    is_answer: torch.Tensor
+    tokens: torch.Tensor  # [batch, length] int64. Token ids, each row starting with ``<s>``
+    is_answer: torch.Tensor  # [batch, length] bool. True on the digits that answer a question
 
 
 class _Writer:

@@ -32,23 +32,14 @@ _LOG_EVERY_STEPS = 20
 
 @dataclass(frozen=True)
 class Phase:
-    """One context length of the curriculum.
+    """One context length of the curriculum."""
 
-    Attributes:
-        length: Tokens per sequence.
-        max_records: Largest number of records in a sequence.
-        filler: Share of filler sentences.
-        batch: Sequences per step.
-        min_steps: Steps before the phase may end.
-        max_steps: Steps after which it ends.
-    """
-
-    length: int
-    max_records: int
-    filler: float
-    batch: int
-    min_steps: int
-    max_steps: int
+    length: int  # tokens per sequence
+    max_records: int  # largest number of records in a sequence
+    filler: float  # share of filler sentences
+    batch: int  # sequences per step
+    min_steps: int  # steps before the phase may end
+    max_steps: int  # steps after which it ends
 
 
 @dataclass(frozen=True)

@@ -24,17 +24,12 @@ _LONGEST_HEADER = 256
 
 @dataclass
 class Stripped:
-    """A library without the machine code of other GPUs.
+    """A library without the machine code of other GPUs."""
 
-    Args:
-        data: As long as before.
-        kept: Bytes of entries that stay, by compute capability.
-        zeroed: Bytes of the others.
-    """
-
-    data: bytes
+    data: bytes  # as long as before
+    #: Bytes of entries that stay, by compute capability.
     kept: Counter[int] = field(default_factory=Counter)
-    zeroed: Counter[int] = field(default_factory=Counter)
+    zeroed: Counter[int] = field(default_factory=Counter)  # bytes of the others
 
 
 def strip(data: bytes, keep: Collection[int]) -> Stripped:

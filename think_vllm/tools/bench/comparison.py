@@ -22,26 +22,17 @@ Key = tuple[str, str, LoadPoint]
 
 @dataclass(frozen=True)
 class Row:
-    """One server under one load, all rounds together.
+    """One server under one load, all rounds together."""
 
-    Args:
-        server: Its label.
-        scenario: Its name.
-        point: The load.
-        figures: Medians over the rounds, each figure by itself; requests are summed.
-        slowest: Output tokens/s of the slowest round.
-        fastest: Of the fastest.
-        ratios: Multiples of plain vLLM's figures, by name; empty without one to compare with.
-        of_fp8_cache: Output tokens/s as a multiple of vLLM's own fp8 cache; None without one.
-    """
-
-    server: str
-    scenario: str
-    point: LoadPoint
-    figures: Figures
-    slowest: float
-    fastest: float
+    server: str  # its label
+    scenario: str  # its name
+    point: LoadPoint  # the load
+    figures: Figures  # medians over the rounds, each figure by itself; requests are summed
+    slowest: float  # output tokens/s of the slowest round
+    fastest: float  # of the fastest
+    #: Multiples of plain vLLM's figures, by name; empty without one to compare with.
     ratios: dict[str, float]
+    #: Output tokens/s as a multiple of vLLM's own fp8 cache; None without one.
     of_fp8_cache: float | None
 
     @property

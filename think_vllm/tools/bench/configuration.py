@@ -40,40 +40,24 @@ OWN_FLAGS = ("--host", "--port", "--uds", "--model", "--config", "--served-model
 
 @dataclass(frozen=True)
 class Configuration:
-    """One server to be measured.
+    """One server to be measured."""
 
-    Args:
-        label: How reports call it.
-        kind: What it is compared as.
-        flags: Those that make it differ from the others.
-    """
-
-    label: str
-    kind: Kind
-    flags: tuple[str, ...] = ()
+    label: str  # how reports call it
+    kind: Kind  # what it is compared as
+    flags: tuple[str, ...] = ()  # those that make it differ from the others
 
 
 @dataclass(frozen=True)
 class Engine:
-    """What vLLM makes of a configuration.
+    """What vLLM makes of a configuration."""
 
-    Args:
-        max_model_len: Tokens of the longest request.
-        dtype: Of the model.
-        settings: Of thin blocks; None without.
-        plan: Of thin blocks; None without.
-        prefix_caching: Whether prefixes are cached.
-        windowed: Whether some layers have a sliding window, of which the plan does not speak.
-        static: Of static pruning, whose blocks are as many as dense ones and smaller; None
-            without.
-    """
-
-    max_model_len: int
-    dtype: str
-    settings: ThinkConfig | None
-    plan: BlockPlan | None
-    prefix_caching: bool
-    windowed: bool
+    max_model_len: int  # tokens of the longest request
+    dtype: str  # of the model
+    settings: ThinkConfig | None  # of thin blocks; None without
+    plan: BlockPlan | None  # of thin blocks; None without
+    prefix_caching: bool  # whether prefixes are cached
+    windowed: bool  # whether some layers have a sliding window, of which the plan does not speak
+    #: Of static pruning, whose blocks are as many as dense ones and smaller; None without.
     static: StaticPlan | None = None
 
     def blocks_for(self, num_tokens: int, block_size: int) -> int | None:

@@ -28,52 +28,33 @@ PREFIX_QUERIES = "vllm:prefix_cache_queries_total"
 
 @dataclass(frozen=True)
 class Cache:
-    """KV cache of a server, all engines together.
+    """KV cache of a server, all engines together."""
 
-    Args:
-        num_blocks: Blocks, vLLM's null block included.
-        block_size: Tokens of a dense one.
-        dtype: vLLM's ``cache_dtype``.
-    """
-
-    num_blocks: int
-    block_size: int
-    dtype: str
+    num_blocks: int  # blocks, vLLM's null block included
+    block_size: int  # tokens of a dense one
+    dtype: str  # vLLM's ``cache_dtype``
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One look at the gauges.
+    """One look at the gauges."""
 
-    Args:
-        running: Requests.
-        waiting: Requests.
-        cache_use: Share of the blocks in use.
-    """
-
-    running: float
-    waiting: float
-    cache_use: float
+    running: float  # requests
+    waiting: float  # requests
+    cache_use: float  # share of the blocks in use
 
 
 @dataclass(frozen=True)
 class Occupancy:
-    """Figures of a load's samples.
+    """Figures of a load's samples."""
 
-    Args:
-        running_mean: Requests that ran, while any did.
-        running_waiting: The same while others waited, from when the cache was first nearly full;
-            None if that never was.
-        running_peak: Most that ran.
-        cache_use_mean: Share of the blocks in use, of the samples that count above.
-        cache_use_peak: Most.
-    """
-
-    running_mean: float
+    running_mean: float  # requests that ran, while any did
+    #: The same while others waited, from when the cache was first nearly full; None if that never
+    #: was.
     running_waiting: float | None
-    running_peak: float
-    cache_use_mean: float
-    cache_use_peak: float
+    running_peak: float  # most that ran
+    cache_use_mean: float  # share of the blocks in use, of the samples that count above
+    cache_use_peak: float  # most
 
 
 class Metrics:

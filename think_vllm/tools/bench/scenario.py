@@ -19,16 +19,11 @@ MAX_TOKENS = 1_000_000
 
 @dataclass(frozen=True)
 class LoadPoint:
-    """One load: requests that are kept in flight, or sent per second.
+    """One load: requests that are kept in flight, or sent per second."""
 
-    Args:
-        num_prompts: Requests in all.
-        concurrency: Requests in flight at most; None if they are sent at a rate.
-        request_rate: Requests sent per second on average; None if concurrency limits them.
-    """
-
-    num_prompts: int
-    concurrency: int | None = None
+    num_prompts: int  # requests in all
+    concurrency: int | None = None  # requests in flight at most; None if they are sent at a rate
+    #: Requests sent per second on average; None if concurrency limits them.
     request_rate: float | None = None
 
     def __str__(self) -> str:

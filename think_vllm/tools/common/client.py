@@ -24,17 +24,11 @@ class RequestError(OSError):
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model of a server.
+    """A model of a server."""
 
-    Args:
-        name: Name that requests carry.
-        root: Name or directory it was loaded from; None if the server does not say.
-        max_model_len: Tokens of a request; None if the server does not say.
-    """
-
-    name: str
-    root: str | None
-    max_model_len: int | None
+    name: str  # name that requests carry
+    root: str | None  # name or directory it was loaded from; None if the server does not say
+    max_model_len: int | None  # tokens of a request; None if the server does not say
 
 
 class Client:

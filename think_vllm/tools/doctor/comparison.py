@@ -8,20 +8,14 @@ from think_vllm.tools.doctor.probe import ProbeResult
 
 @dataclass(frozen=True)
 class Comparison:
-    """Over all tokens but the first of each prompt, which sees the prompt dense in both.
+    """Over all tokens but the first of each prompt, which sees the prompt dense in both."""
 
-    Args:
-        tokens: How many were compared.
-        mean_difference: Mean of ``log p_dense(token) - log p_thin(token)``, in nats: the tokens are
-            the dense engine's greedy choice, so this is the logarithm of the perplexities' ratio.
-        largest_difference: Largest absolute difference of a token, in nats.
-        agreement: Share of steps whose likeliest token is the same.
-    """
-
-    tokens: int
+    tokens: int  # how many were compared
+    #: Mean of ``log p_dense(token) - log p_thin(token)``, in nats: the tokens are the dense
+    #: engine's greedy choice, so this is the logarithm of the perplexities' ratio.
     mean_difference: float
-    largest_difference: float
-    agreement: float
+    largest_difference: float  # largest absolute difference of a token, in nats
+    agreement: float  # share of steps whose likeliest token is the same
 
     @property
     def perplexity_change(self) -> float:

@@ -32,23 +32,14 @@ LOG_LINES = 25
 
 @dataclass(frozen=True)
 class Generation:
-    """How much to generate, and what is still a go.
+    """How much to generate, and what is still a go."""
 
-    Args:
-        text: File to cut prompts from, None for recall prompts.
-        num_prompts: Prompts, answered together.
-        prompt_tokens: Of each prompt.
-        new_tokens: Of each answer.
-        max_perplexity_change: Largest relative change of perplexity on the dense answers.
-        min_agreement: Least share of steps whose likeliest token is the same.
-    """
-
-    text: Path | None
-    num_prompts: int
-    prompt_tokens: int
-    new_tokens: int
-    max_perplexity_change: float
-    min_agreement: float
+    text: Path | None  # file to cut prompts from, None for recall prompts
+    num_prompts: int  # prompts, answered together
+    prompt_tokens: int  # of each prompt
+    new_tokens: int  # of each answer
+    max_perplexity_change: float  # largest relative change of perplexity on the dense answers
+    min_agreement: float  # least share of steps whose likeliest token is the same
 
 
 class Examination:

@@ -15,17 +15,11 @@ class Level(Enum):
 
 @dataclass(frozen=True)
 class Finding:
-    """The result of one check.
+    """The result of one check."""
 
-    Args:
-        level: Whether it stands in the way.
-        subject: A word or two.
-        text: A sentence; with the remedy if it is bad.
-    """
-
-    level: Level
-    subject: str
-    text: str
+    level: Level  # whether it stands in the way
+    subject: str  # a word or two
+    text: str  # a sentence; with the remedy if it is bad
 
     def __str__(self) -> str:
         """A line of a report."""

@@ -21,49 +21,29 @@ MAX_RECORDS = 96
 
 
 class ProbeJob(BaseModel):
-    """One generation.
+    """One generation."""
 
-    Attributes:
-        arguments: Of `vllm serve`, without the model.
-        model: Name or directory.
-        dense: Leave the flags for thin blocks out.
-        text: File to cut prompts from, or None to draw recall prompts.
-        prompts: Token ids, or None to make them.
-        num_prompts: How many to make.
-        prompt_tokens: Longest prompt to make.
-        new_tokens: Tokens to generate for each prompt.
-        forced: Tokens to follow for each prompt, or None to generate greedily.
-        out: File for the result.
-    """
-
-    arguments: list[str]
-    model: str
-    dense: bool
-    text: Path | None = None
-    prompts: list[list[int]] | None = None
-    num_prompts: int
-    prompt_tokens: int
-    new_tokens: int
+    arguments: list[str]  # of `vllm serve`, without the model
+    model: str  # name or directory
+    dense: bool  # leave the flags for thin blocks out
+    text: Path | None = None  # file to cut prompts from, or None to draw recall prompts
+    prompts: list[list[int]] | None = None  # token ids, or None to make them
+    num_prompts: int  # how many to make
+    prompt_tokens: int  # longest prompt to make
+    new_tokens: int  # tokens to generate for each prompt
+    #: Tokens to follow for each prompt, or None to generate greedily.
     forced: list[list[int]] | None = None
-    out: Path
+    out: Path  # file for the result
 
 
 class ProbeResult(BaseModel):
-    """Results; one entry a prompt, and in it one a token.
+    """Results; one entry a prompt, and in it one a token."""
 
-    Attributes:
-        prompts: Token ids of the prompts.
-        tokens: Generated, or followed.
-        logprobs: Of the tokens.
-        likeliest: The token that would have been chosen.
-        cached_tokens: Of each prompt, found in the prefix cache.
-    """
-
-    prompts: list[list[int]]
-    tokens: list[list[int]]
-    logprobs: list[list[float]]
-    likeliest: list[list[int]]
-    cached_tokens: list[int] = []
+    prompts: list[list[int]]  # token ids of the prompts
+    tokens: list[list[int]]  # generated, or followed
+    logprobs: list[list[float]]  # of the tokens
+    likeliest: list[list[int]]  # the token that would have been chosen
+    cached_tokens: list[int] = []  # of each prompt, found in the prefix cache
 
 
 def make_prompts(job: ProbeJob, encode: Callable[[str], list[int]]) -> list[list[int]]:

@@ -29,34 +29,21 @@ INSTALL = "pip install 'lm-eval[api,ruler,longbench]'"
 
 @dataclass(frozen=True)
 class HarnessLine:
-    """One metric of a task.
+    """One metric of a task."""
 
-    Args:
-        task: Its name there.
-        metric: Its name there, with the filter of answers.
-        estimate: Value, and 1.96 standard errors on either side if it has some.
-        generates: Whether the task generates text.
-    """
-
-    task: str
-    metric: str
-    estimate: Estimate
-    generates: bool
+    task: str  # its name there
+    metric: str  # its name there, with the filter of answers
+    estimate: Estimate  # value, and 1.96 standard errors on either side if it has some
+    generates: bool  # whether the task generates text
 
 
 @dataclass(frozen=True)
 class HarnessTable:
-    """Its results on one server.
+    """Its results on one server."""
 
-    Args:
-        label: The server's.
-        command: What was run.
-        lines: Its metrics.
-    """
-
-    label: str
-    command: str
-    lines: list[HarnessLine]
+    label: str  # the server's
+    command: str  # what was run
+    lines: list[HarnessLine]  # its metrics
 
 
 def find_harness() -> str:

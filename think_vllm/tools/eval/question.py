@@ -11,29 +11,18 @@ QUESTION_MARK = "?"
 
 @dataclass(frozen=True)
 class Question:
-    """One prompt with its right answers.
+    """One prompt with its right answers."""
 
-    Args:
-        task: Name of the task, a row of the tables.
-        number: Of the question in its cell, from 0.
-        prompt: Text that is sent.
-        answers: What is right, all of it wanted.
-        metric: How text is scored: ``recall`` or ``all``, see `score`.
-        max_tokens: Tokens that may be generated.
-        length: Tokens of prompt and answer that the prompt fills.
-        depth: Share of the text before the fact that is asked for, 0 to 1; None without one.
-        prompt_tokens: Tokens of the prompt as it is served.
-    """
-
-    task: str
-    number: int
-    prompt: str
-    answers: tuple[str, ...]
-    metric: Literal["recall", "all"]
-    max_tokens: int
-    length: int
+    task: str  # name of the task, a row of the tables
+    number: int  # of the question in its cell, from 0
+    prompt: str  # text that is sent
+    answers: tuple[str, ...]  # what is right, all of it wanted
+    metric: Literal["recall", "all"]  # how text is scored: ``recall`` or ``all``, see `score`
+    max_tokens: int  # tokens that may be generated
+    length: int  # tokens of prompt and answer that the prompt fills
+    #: Share of the text before the fact that is asked for, 0 to 1; None without one.
     depth: float | None
-    prompt_tokens: int
+    prompt_tokens: int  # tokens of the prompt as it is served
 
     @property
     def is_binary(self) -> bool:

@@ -80,15 +80,10 @@ MAX_FILLER_TOKENS: Final = 10
 
 @dataclass(frozen=True)
 class Record:
-    """One fact to remember.
+    """One fact to remember."""
 
-    Attributes:
-        key: A word of `KEYS`.
-        code: Four digits separated by blanks, e.g. ``"4 9 2 1"``.
-    """
-
-    key: str
-    code: str
+    key: str  # a word of `KEYS`
+    code: str  # four digits separated by blanks, e.g. ``"4 9 2 1"``
 
     @property
     def statement(self) -> str:
@@ -103,16 +98,12 @@ class Record:
 
 @dataclass(frozen=True)
 class RecallSample:
-    """A prompt and the only right continuation.
+    """A prompt and the only right continuation."""
 
-    Attributes:
-        prompt: Records and filler, ending with the question; without the leading ``<s>``, which
-            the tokenizer adds.
-        answer: The four digits separated by blanks, e.g. ``"4 9 2 1"``.
-    """
-
+    #: Records and filler, ending with the question; without the leading ``<s>``, which the
+    #: tokenizer adds.
     prompt: str
-    answer: str
+    answer: str  # the four digits separated by blanks, e.g. ``"4 9 2 1"``
 
     @property
     def num_prompt_tokens(self) -> int:

@@ -18,23 +18,14 @@ _LOG_INTERVAL_S = 30.0
 
 @dataclass(frozen=True)
 class Result:
-    """A question, its answer, and what that is worth.
+    """A question, its answer, and what that is worth."""
 
-    Args:
-        question: What was asked.
-        text: The answer; empty if the request failed.
-        finish_reason: Why generation stopped, as the server says.
-        error: Why the request failed; None if it did not.
-        seconds: From sending to the end of the answer.
-        score: 0 to 1; None if the request failed.
-    """
-
-    question: Question
-    text: str
-    finish_reason: str | None
-    error: str | None
-    seconds: float
-    score: float | None
+    question: Question  # what was asked
+    text: str  # the answer; empty if the request failed
+    finish_reason: str | None  # why generation stopped, as the server says
+    error: str | None  # why the request failed; None if it did not
+    seconds: float  # from sending to the end of the answer
+    score: float | None  # 0 to 1; None if the request failed
 
 
 def ask_all(

@@ -12,37 +12,23 @@ RESAMPLES = 10_000
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure with its 95 % interval.
+    """A figure with its 95 % interval."""
 
-    Args:
-        value: The figure.
-        low: Lower end; None where the data say nothing about it.
-        high: Upper end.
-        method: Of the interval.
-    """
-
-    value: float
-    low: float | None
-    high: float | None
-    method: str
+    value: float  # the figure
+    low: float | None  # lower end; None where the data say nothing about it
+    high: float | None  # upper end
+    method: str  # of the interval
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Second minus first on the questions that both answered.
+    """Second minus first on the questions that both answered."""
 
-    Args:
-        pairs: Number of these.
-        estimate: Mean difference with its interval.
-        better: Questions that the second answered better.
-        worse: Questions that it answered worse.
-        p_value: Exact McNemar test of right or wrong answers; sign test of others (the same sum).
-    """
-
-    pairs: int
-    estimate: Estimate
-    better: int
-    worse: int
+    pairs: int  # number of these
+    estimate: Estimate  # mean difference with its interval
+    better: int  # questions that the second answered better
+    worse: int  # questions that it answered worse
+    #: Exact McNemar test of right or wrong answers; sign test of others (the same sum).
     p_value: float
 
 

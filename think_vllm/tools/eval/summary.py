@@ -14,65 +14,38 @@ TOO_HARD = 0.2
 
 @dataclass(frozen=True)
 class Run:
-    """One server's answers.
+    """One server's answers."""
 
-    Args:
-        label: What the reports call it.
-        url: Where it was; None if it was started here.
-        flags: Flags that it was started with; None if they are unknown.
-        model: Name of its model.
-        max_model_len: Tokens of a request; None if it does not say.
-        version: Of the server; None if it does not say.
-        settings: Those of thin blocks; None if it does not say.
-        results: Its answers, in the order of the questions.
-    """
-
-    label: str
-    url: str | None
-    flags: tuple[str, ...] | None
-    model: str
-    max_model_len: int | None
-    version: str | None
-    settings: dict[str, Any] | None
-    results: list[Result]
+    label: str  # what the reports call it
+    url: str | None  # where it was; None if it was started here
+    flags: tuple[str, ...] | None  # flags that it was started with; None if they are unknown
+    model: str  # name of its model
+    max_model_len: int | None  # tokens of a request; None if it does not say
+    version: str | None  # of the server; None if it does not say
+    settings: dict[str, Any] | None  # those of thin blocks; None if it does not say
+    results: list[Result]  # its answers, in the order of the questions
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One server's answers to some questions.
+    """One server's answers to some questions."""
 
-    Args:
-        label: The server's.
-        asked: Number of questions.
-        failed: Requests without an answer.
-        cut_off: Answers that ran into the limit of tokens.
-        mean: Mean score of the answers; None without any.
-        difference: To the first server; None for that one.
-    """
-
-    label: str
-    asked: int
-    failed: int
-    cut_off: int
-    mean: Estimate | None
-    difference: Difference | None
+    label: str  # the server's
+    asked: int  # number of questions
+    failed: int  # requests without an answer
+    cut_off: int  # answers that ran into the limit of tokens
+    mean: Estimate | None  # mean score of the answers; None without any
+    difference: Difference | None  # to the first server; None for that one
 
 
 @dataclass(frozen=True)
 class Group:
-    """The same questions on every server.
+    """The same questions on every server."""
 
-    Args:
-        task: Theirs.
-        length: Theirs; None for all.
-        depth: Theirs; None for all.
-        figures: One for each server.
-    """
-
-    task: str
-    length: int | None
-    depth: float | None
-    figures: list[Figure]
+    task: str  # theirs
+    length: int | None  # theirs; None for all
+    depth: float | None  # theirs; None for all
+    figures: list[Figure]  # one for each server
 
     @property
     def is_too_hard(self) -> bool:

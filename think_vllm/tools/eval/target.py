@@ -12,17 +12,11 @@ PLAIN = "plain"
 
 @dataclass(frozen=True)
 class Target:
-    """A server to evaluate.
+    """A server to evaluate."""
 
-    Args:
-        label: What reports call it.
-        url: Of a running server; None for one to start.
-        flags: Of a server to start; None where they are unknown.
-    """
-
-    label: str
-    url: str | None
-    flags: tuple[str, ...] | None
+    label: str  # what reports call it
+    url: str | None  # of a running server; None for one to start
+    flags: tuple[str, ...] | None  # of a server to start; None where they are unknown
 
 
 def targets_of(options: Options) -> list[Target]:

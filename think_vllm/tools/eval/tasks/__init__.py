@@ -15,17 +15,11 @@ from think_vllm.tools.eval.tasks.records import recall, recall_keys, recall_need
 
 @dataclass(frozen=True)
 class Task:
-    """A kind of question.
+    """A kind of question."""
 
-    Args:
-        make: Draws one that fits a frame.
-        has_depth: Whether it is asked at every depth.
-        english: Whether it is in English; otherwise in the words of the bundled model.
-    """
-
-    make: Callable[[random.Random, Frame], Question]
-    has_depth: bool
-    english: bool
+    make: Callable[[random.Random, Frame], Question]  # draws one that fits a frame
+    has_depth: bool  # whether it is asked at every depth
+    english: bool  # whether it is in English; otherwise in the words of the bundled model
 
     @property
     def summary(self) -> str:

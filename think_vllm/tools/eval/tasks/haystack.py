@@ -16,23 +16,16 @@ _FIRST_TRY = 16
 
 @dataclass(frozen=True)
 class Frame:
-    """What a prompt has to fit.
+    """What a prompt has to fit."""
 
-    Args:
-        length: Tokens of prompt and answer together.
-        depth: Share of the text before the fact that is asked for; None where the task chooses.
-        count: Tokens of a prompt as it is served.
-        chat: Whether it is a chat message, which takes no beginning of an answer.
-        max_tokens: Tokens of an answer, in place of the task's; None for the task's.
-        sentences: Of a text to hide facts in; empty for generated ones.
-    """
-
-    length: int
+    length: int  # tokens of prompt and answer together
+    #: Share of the text before the fact that is asked for; None where the task chooses.
     depth: float | None
-    count: Callable[[str], int]
-    chat: bool = False
+    count: Callable[[str], int]  # tokens of a prompt as it is served
+    chat: bool = False  # whether it is a chat message, which takes no beginning of an answer
+    #: Tokens of an answer, in place of the task's; None for the task's.
     max_tokens: int | None = None
-    sentences: tuple[str, ...] = ()
+    sentences: tuple[str, ...] = ()  # of a text to hide facts in; empty for generated ones
 
     def answer_tokens(self, usual: int) -> int:
         """Tokens that an answer may have."""
