@@ -17,6 +17,7 @@ import logging
 import random
 import time
 from functools import partial
+from itertools import product
 from typing import Any
 from unittest.mock import patch
 
@@ -35,6 +36,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
+from bench.support.markdown import table
 from bench.support.repository import BUNDLED
 from bench.support.turns import take_turns, timed
 from think_vllm.hooks import model_runner
@@ -130,36 +132,28 @@ class Steps:
         return scheduled - start + time.thread_time() - resumed
 
 
-def measure_scheduler(options: argparse.Namespace) -> None:
-    """Print a table of steps of the scheduler."""
-    print("| format | requests | manager | median us | mean us | median ratio | mean ratio |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    for name in options.only:
-        for requests in options.requests:
-            config = make_config(SETTINGS[name], requests, options.prefix_caching)
-            config.cache_config.enable_prefix_caching = options.prefix_caching
-            plan = remember_plan(config)
-            dense = dense_spec(config, plan.block_size)
-            plain_config = make_config(None, requests, options.prefix_caching)
-            base = f"plain, blocks of {plan.block_size}"
-            runs = {
-                base: Steps(plain_config, dense, requests).run,
-                "thin": Steps(config, thin_spec(dense), requests).run,
-            }
-            if plan.block_size != VLLM_BLOCK_SIZE:
-                usual = dense_spec(config, VLLM_BLOCK_SIZE)
-                usual_config = make_config(None, requests, options.prefix_caching)
-                runs[f"plain, blocks of {VLLM_BLOCK_SIZE}"] = Steps(
-                    usual_config, usual, requests
-                ).run
-            times = take_turns(runs, options.steps)
-            for manager in runs:
-                median, mean = times.median(manager), times.mean(manager)
-                print(
-                    f"| {name} | {requests} | {manager} | {1e6 * median:.1f} | {1e6 * mean:.1f} "
-                    f"| {times.ratio(manager, base):.3f} | {mean / times.mean(base):.3f} |",
-                    flush=True,
-                )
+def measure_scheduler(options: argparse.Namespace) -> str:
+    """A table of steps of the scheduler."""
+    rows = []
+    for name, requests in product(options.only, options.requests):
+        config = make_config(SETTINGS[name], requests, options.prefix_caching)
+        config.cache_config.enable_prefix_caching = options.prefix_caching
+        plan = remember_plan(config)
+        thin = thin_spec(dense_spec(config, plan.block_size))
+        runs = {"thin": Steps(config, thin, requests).run}
+        for block_size in {plan.block_size, VLLM_BLOCK_SIZE}:
+            config = make_config(None, requests, options.prefix_caching)
+            steps = Steps(config, dense_spec(config, block_size), requests)
+            runs[f"plain, blocks of {block_size}"] = steps.run
+        times = take_turns(runs, options.steps)
+        base = f"plain, blocks of {plan.block_size}"
+        for manager in runs:
+            median, mean = times.median(manager), times.mean(manager)
+            us = (f"{1e6 * median:.1f}", f"{1e6 * mean:.1f}")
+            ratios = (times.ratio(manager, base), mean / times.mean(base))
+            rows.append([name, requests, manager, *us, *(f"{ratio:.3f}" for ratio in ratios)])
+    header = ("format", "requests", "manager", "median us", "mean us", "median ratio", "mean ratio")
+    return table(header, rows)
 
 
 def thin_spec(dense: FullAttentionSpec) -> FullAttentionSpec:
@@ -170,11 +164,10 @@ def thin_spec(dense: FullAttentionSpec) -> FullAttentionSpec:
     return ThinKVCacheSpec.from_dense(dense, selected_engine())
 
 
-def decode_step(context: int, requests: int, block_size: int) -> Any:
+def decode_step(context: int, requests: int, block_size: int) -> CommonAttentionMetadata:
     """What a model runner hands to a builder: one query per request, behind ``context`` tokens."""
     starts = torch.arange(requests + 1, dtype=torch.int32)
     lengths = torch.full((requests,), context + 1, dtype=torch.int32)
-    width = context // block_size + 1
     return CommonAttentionMetadata(
         query_start_loc=starts,
         query_start_loc_cpu=starts,
@@ -183,57 +176,57 @@ def decode_step(context: int, requests: int, block_size: int) -> Any:
         num_actual_tokens=requests,
         max_query_len=1,
         max_seq_len=context + 1,
-        block_table_tensor=torch.ones(requests, width, dtype=torch.int32),
+        block_table_tensor=torch.ones(requests, context // block_size + 1, dtype=torch.int32),
         slot_mapping=torch.zeros(requests, dtype=torch.int64),
         seq_lens_cpu_upper_bound=lengths,
     )
 
 
-def rows_of(requests: int, prompt: int) -> model_runner.StepRows:
-    """What our hook in the model runner reports of that step."""
-    names, none = [str(row) for row in range(requests)], np.zeros(requests, np.int64)
-    return model_runner.StepRows(names, none + prompt, none, names)
+def make_builder(kind: Any, settings: dict[str, Any] | None) -> tuple[Any, int]:
+    """A metadata builder of an engine, and the tokens of a block."""
+    config = make_config(settings, 64, False)
+    with set_current_vllm_config(config):
+        size = VLLM_BLOCK_SIZE if settings is None else remember_plan(config).block_size
+        spec = dense_spec(config, size)
+        spec = spec if settings is None else thin_spec(spec)
+        return kind(spec, [], config, torch.device("cpu")), size
 
 
-def measure_builder(options: argparse.Namespace) -> None:
-    """Print a table of steps of the metadata builders."""
+def measure_builder(options: argparse.Namespace) -> str:
+    """A table of steps of the metadata builders."""
     from think_vllm.worker.cpu.builder import ThinkCPUMetadataBuilder
 
-    print("| format | requests | context | due | plain us | thin us | ratio |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    cpu = torch.device("cpu")
+    rows = []
+    plain, plain_size = make_builder(CPUAttentionMetadataBuilder, None)
     for name in options.only:
-        config = make_config(SETTINGS[name], 64, False)
-        with set_current_vllm_config(config):
-            plan = remember_plan(config)
-            thin = thin_spec(dense_spec(config, plan.block_size))
-            ours = ThinkCPUMetadataBuilder(thin, [], config, cpu)
-        plain_config = make_config(None, 64, False)
-        with set_current_vllm_config(plain_config):
-            dense = dense_spec(plain_config, VLLM_BLOCK_SIZE)
-            plain = CPUAttentionMetadataBuilder(dense, [], plain_config, cpu)
-        for requests in options.batches:
-            for wanted in options.contexts:
-                due = plan.rule.due_position(wanted // plan.span_tokens - 1)
-                for context, is_due in ((due, True), (due + plan.span_tokens // 2, False)):
-                    rows = rows_of(requests, min(context, plan.span_tokens))
-                    for request in rows.request_ids:
-                        ours.state.requests.give(request, rows.known)
-                    mine = decode_step(context, requests, plan.block_size)
-                    theirs = decode_step(context, requests, VLLM_BLOCK_SIZE)
-                    builds = {"plain": partial(plain.build, 0, theirs)}
-                    builds["thin"] = partial(ours.build, 0, mine)
-                    runs = {who: timed(run, time.thread_time) for who, run in builds.items()}
-                    with patch.object(model_runner, "_step_rows", rows):
-                        (decode,) = ours.build(0, mine).tensors.passes
-                        assert (decode.due is not None) == is_due
-                        times = take_turns(runs, options.steps)
-                    plain_us, thin_us = (1e6 * times.median(who) for who in runs)
-                    print(
-                        f"| {name} | {requests} | {context} | {'all' if is_due else 'none'} "
-                        f"| {plain_us:.1f} | {thin_us:.1f} | {times.ratio('thin', 'plain'):.3f} |",
-                        flush=True,
-                    )
+        ours, size = make_builder(ThinkCPUMetadataBuilder, SETTINGS[name])
+        rule = selected_engine().plan.rule
+        for requests, wanted in product(options.batches, options.contexts):
+            due = rule.due_position(wanted // rule.span_tokens - 1)
+            for context, is_due in ((due, True), (due + rule.span_tokens // 2, False)):
+                # What our hook in the model runner reports of that step.
+                names, none = [str(row) for row in range(requests)], np.zeros(requests, np.int64)
+                known = none + min(context, rule.span_tokens)
+                step = model_runner.StepRows(names, known, none, names)
+                for request in names:
+                    ours.state.requests.give(request, known)
+                mine = decode_step(context, requests, size)
+                theirs = decode_step(context, requests, plain_size)
+                builds = {"plain": partial(plain.build, 0, theirs)}
+                builds["thin"] = partial(ours.build, 0, mine)
+                runs = {who: timed(run, time.thread_time) for who, run in builds.items()}
+                with patch.object(model_runner, "_step_rows", step):
+                    (decode,) = ours.build(0, mine).tensors.passes
+                    assert (decode.due is not None) == is_due
+                    times = take_turns(runs, options.steps)
+                us = [f"{1e6 * times.median(who):.1f}" for who in runs]
+                ratio = f"{times.ratio('thin', 'plain'):.3f}"
+                rows.append([name, requests, context, "all" if is_due else "none", *us, ratio])
+    header = ("format", "requests", "context", "due", "plain us", "thin us", "ratio")
+    return table(header, rows)
+
+
+PARTS = {"scheduler": measure_scheduler, "builder": measure_builder}
 
 
 def main() -> None:
@@ -241,22 +234,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--parts", nargs="+", default=["scheduler", "builder"])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--only", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--requests", nargs="+", type=int, default=[10, 100, 1000])
     parser.add_argument("--batches", nargs="+", type=int, default=[8, 64])
-    parser.add_argument(
-        "--contexts", nargs="+", type=int, default=[1024, 4096, 16384, 65536, 131072]
-    )
+    contexts = [1024, 4096, 16384, 65536, 131072]
+    parser.add_argument("--contexts", nargs="+", type=int, default=contexts)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--prefix-caching", action="store_true", help="in both schedulers")
     options = parser.parse_args()
     logging.getLogger("vllm").setLevel(logging.ERROR)
     print(this_machine())
-    for part, measure in (("scheduler", measure_scheduler), ("builder", measure_builder)):
-        if part in options.parts:
-            print(f"\n{part}, {options.steps} steps\n")
-            measure(options)
+    for part in options.parts:
+        print(f"\n{part}, {options.steps} steps\n\n{PARTS[part](options)}", flush=True)
 
 
 if __name__ == "__main__":
