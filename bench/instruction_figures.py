@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from bench.occupancy import MULTIPROCESSORS, Multiprocessor, Occupancy, byte_ideal_share
+from bench.occupancy import MULTIPROCESSORS, byte_ideal_share
 from bench.sass import KINDS, load_bits
 from bench.support.markdown import table
 
@@ -21,13 +21,12 @@ class Figures:
     loads: dict[str, int]  # opcode of each load in the loop, how often an iteration runs it
     #: Bits that a thread moves with each load of codes or elements, how often.
     code_load_bits: dict[int, int]
-    lines: dict[str, int]  # instructions of an iteration per innermost source line, most first
     other_loops: list[int]  # instructions of further innermost loops over thin blocks, not counted
     registers: int  # of a thread
     spill_bytes: int  # of a thread
     shared_bytes: int  # of a program
     warps: int  # of a program
-    occupancy: Occupancy  # programs that a multiprocessor holds, by limit
+    occupancy: dict[str, int]  # programs that a multiprocessor holds, by limit
 
     @property
     def total(self) -> float:
@@ -35,22 +34,22 @@ class Figures:
         return sum(self.instructions.values())
 
     @property
-    def multiprocessor(self) -> Multiprocessor:
-        """What it runs on."""
-        return MULTIPROCESSORS[self.capability]
+    def programs(self) -> int:
+        """Programs that are resident at once."""
+        return min(self.occupancy.values())
 
     @property
     def share(self) -> float:
         """Most of the bandwidth that the instruction rate leaves."""
-        return byte_ideal_share(self.multiprocessor, self.total, self.bytes)
+        return byte_ideal_share(MULTIPROCESSORS[self.capability], self.total, self.bytes)
 
     def to_json(self) -> dict[str, Any]:
         """All figures."""
-        derived = {"total": self.total, "share": self.share, "programs": self.occupancy.programs}
+        derived = {"total": self.total, "share": self.share, "programs": self.programs}
         return asdict(self) | derived
 
 
-def write_table(figures: Iterable[Figures], num_lines: int) -> str:
+def write_table(figures: Iterable[Figures]) -> str:
     """Everything as Markdown."""
     rows = list(figures)
     gpus = [(f.format, f"sm_{f.capability}") for f in rows]
@@ -67,7 +66,7 @@ def write_table(figures: Iterable[Figures], num_lines: int) -> str:
          "bytes per token and head", "share of the byte ideal, at most"],
         [
             [*gpu, f.tokens, f.registers, f.spill_bytes, f.shared_bytes, f.warps,
-             " / ".join(map(str, asdict(f.occupancy).values())), f.occupancy.programs * f.warps,
+             " / ".join(map(str, f.occupancy.values())), f.programs * f.warps,
              f"{f.bytes:.0f}", f"{100 * f.share:.0f} %"]
             for gpu, f in zip(gpus, rows, strict=True)
         ],
@@ -88,9 +87,6 @@ def write_table(figures: Iterable[Figures], num_lines: int) -> str:
         f"What a program takes, and what the instruction rate leaves of the bandwidth:\n\n{takes}"
         f"\n\nLoads of an iteration, by bits of a thread:\n\n{loads}\n"
     )
-    for gpu, f in zip(gpus, rows, strict=True) if num_lines else ():
-        text += f"\n{', '.join(gpu)}: instructions of an iteration by source line\n\n"
-        text += "".join(f"* {times} {line}\n" for line, times in list(f.lines.items())[:num_lines])
     for gpu, f in zip(gpus, rows, strict=True):
         if f.other_loops:
             text += f"\n{', '.join(gpu)}: further loops, not counted: {f.other_loops}\n"

@@ -4,7 +4,7 @@ Compiles the kernel ahead of time, disassembles it and prints, per format and GP
 instructions per token and KV head by kind, bytes, widths of loads, what a program takes, how many
 of them a multiprocessor holds, and which share of the bandwidth the instruction rate leaves.
 
-Run: ``python -m bench.instructions [--lines 12] [--out FILE.json]``. ``TRITON_INTERPRET`` must not
+Run: ``python -m bench.instructions [--out FILE.json]``. ``TRITON_INTERPRET`` must not
 be set.
 """
 
@@ -70,7 +70,7 @@ def thin_loops(code: Sequence[Instruction], chains: Sequence[Chain]) -> list[lis
 def _is_dense(code: Sequence[Instruction], chains: Sequence[Chain], loop: Loop) -> bool:
     """Whether most of a loop that is known to come from a function comes from a dense one."""
     known = [chain for i in loop.body if (chain := _chain(code[i], chains))]
-    dense = sum(any(DENSE in place.function for place in chain) for chain in known)
+    dense = sum(any(DENSE in name for name in chain) for chain in known)
     return 2 * dense > len(known)
 
 
@@ -81,8 +81,7 @@ def _chain(instruction: Instruction, chains: Sequence[Chain]) -> Chain:
 
 def loads_code(chain: Chain) -> bool:
     """Whether a load that comes from there loads codes or elements, not what belongs to them."""
-    names = [place.function for place in chain]
-    return any(map(CODE_LOADERS.search, names)) and not any(map(OTHER_LOADERS.search, names))
+    return any(map(CODE_LOADERS.search, chain)) and not any(map(OTHER_LOADERS.search, chain))
 
 
 def count(plan: BlockPlan, capability: int, dtype: torch.dtype) -> Figures:
@@ -111,7 +110,6 @@ def count(plan: BlockPlan, capability: int, dtype: torch.dtype) -> Figures:
         raise ValueError(
             f"no load in the loop comes from a function whose name fits {CODE_LOADERS.pattern!r}"
         )
-    lines = Counter(str(next(iter(_chain(i, chains)), "unknown")) for i in body)
     return Figures(
         format=plan.format.name,
         capability=capability,
@@ -120,7 +118,6 @@ def count(plan: BlockPlan, capability: int, dtype: torch.dtype) -> Figures:
         tokens=tokens,
         loads=dict(sorted(loads.items())),
         code_load_bits=dict(sorted(wide.items())),
-        lines=dict(lines.most_common()),
         other_loops=[len(inner.body) for inner, *_ in others],
         registers=made.registers,
         spill_bytes=made.spill_bytes,
@@ -165,7 +162,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--head-size", type=int, default=aot.HEAD_SIZE)
     parser.add_argument("--ratio", type=float, default=0.5, help="share of key channels to prune")
-    parser.add_argument("--lines", type=int, default=0, help="busiest source lines to print")
     parser.add_argument("--out", type=Path, help="write JSON there, too")
     options = parser.parse_args(arguments)
     dtype = aot.DTYPES[options.dtype]
@@ -176,10 +172,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found = [count(plan, gpu, dtype) for gpu in options.capability for plan in plans]
     print(f"Triton {triton.__version__}, {options.dtype}, head size {options.head_size}, "
           f"{options.ratio:g} of key channels pruned.\n")  # fmt: skip
-    print(write_table(found, options.lines) + "\n" + assumptions(options.capability), end="")
+    print(write_table(found) + "\n" + assumptions(options.capability), end="")
     if options.out is not None:
-        text = json.dumps([figures.to_json() for figures in found], indent=2)
-        options.out.write_text(text + "\n", encoding="utf-8")
+        options.out.write_text(json.dumps([figures.to_json() for figures in found], indent=2))
 
 
 if __name__ == "__main__":

@@ -39,23 +39,8 @@ MULTIPROCESSORS = {
 }
 
 
-@dataclass(frozen=True)
-class Occupancy:
-    """Programs of a multiprocessor, by what limits them."""
-
-    by_registers: int
-    by_shared_memory: int
-    by_threads: int
-    by_count: int
-
-    @property
-    def programs(self) -> int:
-        """That are resident at once."""
-        return min(self.by_registers, self.by_shared_memory, self.by_threads, self.by_count)
-
-
-def occupancy(on: Multiprocessor, registers: int, shared_bytes: int, warps: int) -> Occupancy:
-    """Programs that fit.
+def occupancy(on: Multiprocessor, registers: int, shared_bytes: int, warps: int) -> dict[str, int]:
+    """Programs that fit, by what limits them: as many are resident as the smallest allows.
 
     Args:
         on: The multiprocessor.
@@ -71,12 +56,12 @@ def occupancy(on: Multiprocessor, registers: int, shared_bytes: int, warps: int)
     of_warp = _round_up(registers * THREADS_PER_WARP, REGISTERS_PER_PIECE)
     warps_held = on.registers // PARTITIONS // of_warp * PARTITIONS
     shared = _round_up(shared_bytes + SHARED_RESERVED, SHARED_PIECE)
-    return Occupancy(
-        by_registers=warps_held // warps,
-        by_shared_memory=on.shared_bytes // shared,
-        by_threads=on.threads // (warps * THREADS_PER_WARP),
-        by_count=on.programs,
-    )
+    return {
+        "by_registers": warps_held // warps,
+        "by_shared_memory": on.shared_bytes // shared,
+        "by_threads": on.threads // (warps * THREADS_PER_WARP),
+        "by_count": on.programs,
+    }
 
 
 def byte_ideal_share(on: Multiprocessor, instructions: float, num_bytes: float) -> float:

@@ -10,43 +10,23 @@ from dataclasses import dataclass
 
 import networkx as nx
 
-#: Kinds of instructions, in the order in which tables have them.
-KINDS = (
-    "tensor", "float", "integer", "conversion", "shared memory", "global memory", "barrier",
-    "shuffle", "other",
-)  # fmt: skip
-
-_BASES: dict[str, tuple[str, ...]] = {
-    "tensor": ("HMMA", "IMMA", "DMMA", "BMMA", "QMMA", "HGMMA", "IGMMA", "QGMMA", "BGMMA", "OMMA"),
-    "float": (
-        "FADD", "FADD2", "FADD32I", "FMUL", "FMUL2", "FMUL32I", "FFMA", "FFMA2", "FFMA32I", "FMNMX",
-        "FMNMX3", "FSEL", "FSET", "FSETP", "FCHK", "FSWZADD", "MUFU", "RRO", "HADD2", "HADD2_32I",
-        "HMUL2", "HMUL2_32I", "HFMA2", "HFMA2_32I", "HSET2", "HSETP2", "HMNMX2", "DADD", "DMUL",
-        "DFMA", "DMNMX", "DSET", "DSETP",
-    ),
-    "conversion": ("F2F", "F2FP", "F2I", "F2IP", "I2F", "I2FP", "I2I", "I2IP", "FRND"),
-    "shared memory": ("LDS", "STS", "LDSM", "STSM", "ATOMS"),
-    "global memory": (
-        "LDG", "STG", "LDGSTS", "LD", "ST", "LDL", "STL", "ATOM", "ATOMG", "RED", "REDG", "CCTL",
-        "CCTLL", "UBLKCP", "UBLKPF", "UTMALDG", "UTMASTG", "UTMAPF", "UTMAREDG",
-    ),
-    "barrier": (
-        "BAR", "B2R", "DEPBAR", "LDGDEPBAR", "MEMBAR", "ERRBAR", "FENCE", "SYNCS", "WARPGROUP",
-        "WARPSYNC", "ARRIVES", "UCGABAR_ARV", "UCGABAR_WAIT", "UTMACMDFLUSH", "ACQBULK",
-    ),
-    "shuffle": ("SHFL", "MATCH", "REDUX", "CREDUX"),
-    "integer": (
-        "IADD", "IADD2", "IADD3", "IADD32I", "IMAD", "IMAD32I", "IMUL", "IMUL32I", "IMNMX",
-        "ISCADD", "ISET", "ISETP", "IABS", "IDP", "LEA", "LOP", "LOP3", "LOP32I", "SHF", "SHL",
-        "SHR", "SEL", "PRMT", "MOV", "MOV32I", "MOVM", "SGXT", "BMSK", "BREV", "FLO", "POPC",
-        "PLOP3", "PSETP", "P2R", "R2P", "VIADD", "VIADDMNMX", "VIMNMX", "VIMNMX3", "VABSDIFF",
-        "VABSDIFF4", "VHMNMX", "CS2R", "R2UR", "R2UR_OR", "S2R", "S2UR", "VOTE", "VOTEU",
-    ),
-}  # fmt: skip
-_KIND_OF = {base: kind for kind, bases in _BASES.items() for base in bases}
-#: Of the uniform datapath, ``U`` before an integer instruction.
-_UNIFORM = re.compile(r"^U(\w+)$")
-
+#: Opcodes, without modifiers, of each kind of instruction that tables have.
+_OPCODES = {
+    "tensor": r"\w+MMA",
+    "float": r"[FD](ADD|MUL|FMA|MNMX|SEL|SET|SETP|CHK|SWZADD)(2|3|32I)?"
+    r"|H(ADD|MUL|FMA|SET|SETP|MNMX)2(_32I)?|MUFU|RRO",
+    "integer": r"I(ADD|MAD|MUL|MNMX|SCADD|SET|SETP|ABS|DP)(2|3|32I)?|VI(ADD|MNMX)(MNMX|3)?|LEA"
+    r"|LOP(3|32I)?|SH[FLR]|SEL|PRMT|MOV(32I|M)?|SGXT|BMSK|BREV|FLO|POPC|P(LOP3|SETP)|P2R|R2P"
+    r"|VABSDIFF4?|VHMNMX|CS2R|R2UR(_OR)?|S2U?R|VOTEU?",
+    "conversion": r"[FI]2[FI]P?|FRND",
+    "shared memory": r"(LD|ST)SM?|ATOMS",
+    "global memory": r"(LD|ST)[GL]?|LDGSTS|ATOMG?|REDG?|CCTLL?|UBLK(CP|PF)|UTMA(LDG|STG|PF|REDG)",
+    "barrier": r"BAR|B2R|(LDG)?DEPBAR|MEMBAR|ERRBAR|FENCE|SYNCS|WARPGROUP|WARPSYNC|ARRIVES"
+    r"|UCGABAR_(ARV|WAIT)|UTMACMDFLUSH|ACQBULK",
+    "shuffle": r"SHFL|MATCH|C?REDUX",
+}
+#: All kinds, in the order of tables.
+KINDS = (*_OPCODES, "other")
 _LABEL = re.compile(r"^\s*(\.L\w*)\s*:")
 _LINE = re.compile(r'^\s*//## File "[^"]*", line (\d+)')
 _INSTRUCTION = re.compile(
@@ -188,10 +168,12 @@ def kind_of(opcode: str) -> str:
     # The way from half to single precision is an addition of -0.
     if base == "HADD2" and "F32" in modifiers:
         return "conversion"
-    if base in _KIND_OF:
-        return _KIND_OF[base]
-    uniform = _UNIFORM.match(base)
-    return _KIND_OF.get(uniform[1], "other") if uniform else "other"
+    # ``U`` before an integer instruction is the uniform datapath's.
+    for name in (base, base.removeprefix("U")):
+        for kind, opcodes in _OPCODES.items():
+            if re.fullmatch(opcodes, name):
+                return kind
+    return "other"
 
 
 def count_kinds(code: Iterable[Instruction]) -> dict[str, int]:

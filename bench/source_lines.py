@@ -7,7 +7,6 @@ for each chain of calls, before the assembler sees them.
 
 import ast
 import re
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -16,20 +15,8 @@ _LOC = re.compile(r"^(?P<indent>\s*)\.loc\s+(?P<file>\d+)\s+(?P<line>\d+)[^/\n]*
 _PLACE = re.compile(r"([^\s@\[\]/:]+):(\d+)(?::\d+)?")
 
 
-@dataclass(frozen=True)
-class Place:
-    """A line of a source file, and the innermost function around it (empty if there is none)."""
-
-    path: str
-    line: int
-    function: str
-
-    def __str__(self) -> str:
-        return f"{Path(self.path).name}:{self.line} {self.function}".rstrip()
-
-
-#: Where an instruction comes from: the innermost place first, then its callers.
-Chain = tuple[Place, ...]
+#: Functions that an instruction comes from, the innermost first; empty for what is in none.
+Chain = tuple[str, ...]
 
 
 def number_lines(ptx: str) -> tuple[str, list[Chain]]:
@@ -48,7 +35,7 @@ def number_lines(ptx: str) -> tuple[str, list[Chain]]:
             comment = found["rest"].partition("//")[2]
             named = [(by_name.get(name, name), int(line)) for name, line in _PLACE.findall(comment)]
             places = named or [(files.get(found["file"], ""), int(found["line"]))]
-            chain = tuple(Place(path, line, function_at(path, line)) for path, line in places)
+            chain = tuple(function_at(path, line) for path, line in places)
             number = chains.setdefault(chain, len(chains))
             row = f"{found['indent']}.loc {found['file']} {number} 0"
         rows.append(row)

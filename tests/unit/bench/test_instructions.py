@@ -12,21 +12,16 @@ from bench.instructions import (
     thin_loops,
 )
 from bench.sass import parse
-from bench.source_lines import Place, function_at, number_lines
+from bench.source_lines import function_at, number_lines
 from csrc_triton import aot
 from think_vllm.plan.planner import BlockPlan
-
-
-def chain(*functions: str) -> tuple[Place, ...]:
-    return tuple(Place("tiles.py", 1, function) for function in functions)
-
 
 #: Loops over thin blocks (line 1: in a loop over blocks; line 2) and over dense ones (line 3).
 CHAINS = [
     (),
-    chain("dot", "attend_thin", "_attend"),
-    chain("attend_thin", "_attend"),
-    chain("dot", "attend_dense", "_attend"),
+    ("dot", "attend_thin", "_attend"),
+    ("attend_thin", "_attend"),
+    ("dot", "attend_dense", "_attend"),
 ]
 CODE = """
 	//## File "decode.py", line 2
@@ -91,10 +86,10 @@ def test_a_tile_that_is_not_full_counts_whole() -> None:
 
 
 def test_loads_of_codes() -> None:
-    assert loads_code(chain("load_codes", "load_values", "attend_thin"))
-    assert loads_code(chain("load_words", "attend_thin"))
-    assert not loads_code(chain("load_halves", "load_values", "attend_thin"))
-    assert not loads_code(chain("attend_thin", "_attend"))
+    assert loads_code(("load_codes", "load_values", "attend_thin"))
+    assert loads_code(("load_words", "attend_thin"))
+    assert not loads_code(("load_halves", "load_values", "attend_thin"))
+    assert not loads_code(("attend_thin", "_attend"))
     assert not loads_code(())
 
 
@@ -112,8 +107,5 @@ def test_lines_are_numbered_by_chains_of_calls(tmp_path: Path) -> None:
         "\t.loc 1 1 0", "\t.loc 1 2 0", "\t.loc 1 1 0",
     ]  # fmt: skip
     assert "add.s32" in ptx
-    assert [[place.function for place in chain] for chain in chains] == [
-        [], ["inner", "", "outer"], ["outer"],
-    ]  # fmt: skip
-    assert str(chains[1][0]) == "tiles.py:5 inner"
+    assert chains == [(), ("inner", "", "outer"), ("outer",)]
     assert function_at(str(source), 99) == ""
