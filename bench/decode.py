@@ -13,7 +13,6 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from bench.support.markdown import table
 from bench.support.turns import take_turns, timed
 from bench.support.vllm_kernel import vllm_attention
 from think_vllm.kernels.cpu.compaction import compact_spans
@@ -26,6 +25,7 @@ from think_vllm.plan.planner import BlockPlan, plan_blocks
 from think_vllm.plan.settings import ThinkConfig
 from think_vllm.plan.static_plan import StaticPlan, plan_static
 from think_vllm.tools.common.machine import this_machine
+from think_vllm.tools.common.markdown import table
 
 VLLM_BLOCK_SIZE = 128  # its default on CPUs
 

@@ -20,13 +20,13 @@ import torch
 
 from bench.gpu_check.machine import gpu_machine
 from bench.gpu_rivals import RIVALS, Kernel, Maker, flash_version, take
-from bench.support.markdown import table
+from bench.support.plans import plan_of
 from csrc_triton.decode import decode_attention, decode_splits
 from csrc_triton.splits import make_workspace
 from think_vllm.plan.formats import FORMATS
-from think_vllm.plan.planner import BlockPlan, plan_blocks
-from think_vllm.plan.settings import ThinkConfig
+from think_vllm.plan.planner import BlockPlan
 from think_vllm.tools.common.compact import write_json
+from think_vllm.tools.common.markdown import table
 
 L2_BYTES = 256 * 2**20  # larger than any L2 cache
 COPY_BYTES = 2 * 2**30
@@ -114,9 +114,8 @@ def makers_of(options: argparse.Namespace) -> dict[str, Maker]:
     makers = {name: RIVALS[name] for name in RIVALS if name not in options.without}
     for name in options.formats:
         for ratio in options.ratios:
-            config = ThinkConfig.model_validate({"kv_channel_prune": ratio, "kv_quant": name})
-            plan = plan_blocks(config, options.head_size, 2)
-            if plan is not None:
+            if ratio or name != "none":
+                plan = plan_of(name, ratio, options.head_size)
                 makers[f"{name} {ratio:g}"] = think_kernel(plan)
     return makers
 

@@ -36,12 +36,12 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
-from bench.support.markdown import table
 from bench.support.repository import BUNDLED
 from bench.support.turns import take_turns, timed
 from think_vllm.hooks import model_runner
 from think_vllm.hooks.engine import remember_plan, selected_engine
 from think_vllm.tools.common.machine import this_machine
+from think_vllm.tools.common.markdown import table
 
 VLLM_BLOCK_SIZE = 128  # its default on CPUs
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -6,7 +6,7 @@ from typing import Any
 
 from bench.occupancy import MULTIPROCESSORS, byte_ideal_share
 from bench.sass import KINDS, load_bits
-from bench.support.markdown import table
+from think_vllm.tools.common.markdown import table
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu_check.engine import make_llm
-from bench.gpu_check.jit import CompilationCounter
+from bench.gpu_check.jit import counted_compilations
 from bench.gpu_check.machine import write_result
 from bench.support.repository import BUNDLED, REPOSITORY
 from think_vllm.tools.eval.recall import RecallSample, recall_prompt
@@ -91,7 +91,7 @@ def run_case(case: Case, count: int, new_tokens: int) -> dict[str, Any]:
     prompts = [{"prompt_token_ids": encode(sample.prompt)} for sample in samples]
     params = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
     turns = []
-    with CompilationCounter() as counter:
+    with counted_compilations() as compiled:
         for _ in range(2):
             start = time.perf_counter()
             outputs = llm.generate(prompts, params, use_tqdm=False)
@@ -105,7 +105,7 @@ def run_case(case: Case, count: int, new_tokens: int) -> dict[str, Any]:
         "prompts": count,
         "start_seconds": round(started, 1),
         "turns": turns,
-        "compilations": dict(counter.kernels),
+        "compilations": dict(compiled),
     }
 
 

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 
-from bench.gpu_check.jit import CompilationCounter
-from bench.gpu_check.kernel import HEADS, plan_of
+from bench.gpu_check.jit import counted_compilations
+from bench.gpu_check.kernel import HEADS
 from bench.gpu_check.machine import write_result
+from bench.support.plans import plan_of
 from csrc_triton.compact import compact_spans
 from csrc_triton.context import context_attention
 from csrc_triton.decode import decode_attention, decode_splits
@@ -91,11 +92,11 @@ def check(quant: str, ratio: float, device: torch.device) -> dict[str, int]:
     """Compilations after warm-up, by kernel, of one format."""
     plan = plan_of(quant, ratio)
     warm_up(plan, HEADS, torch.bfloat16, device)
-    with CompilationCounter() as counter:
+    with counted_compilations() as compiled:
         for batch in BATCHES:
             for spans in WIDTHS:
                 launch_all(plan, HEADS, batch, spans, device)
-    return dict(counter.kernels)
+    return dict(compiled)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -1,41 +1,33 @@
 """Compilations of Triton kernels, counted by Triton's own hook."""
 
 from collections import Counter
-from contextlib import AbstractContextManager
-from types import TracebackType
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import triton
 
 
-class CompilationCounter(AbstractContextManager["CompilationCounter"]):
-    """Counts what Triton compiles, or loads from its cache on disk, while it is entered.
+@contextmanager
+def counted_compilations() -> Iterator[Counter[str]]:
+    """Count what Triton compiles, or loads from its cache on disk, in the block.
 
-    Either keeps everybody waiting. A hook that was set before is still called.
+    Either keeps all requests waiting. A hook that was set before is still called.
 
-    Attributes:
-        kernels: How often each kernel, ``module.name``, was compiled.
+    Yields:
+        How often each kernel, ``module.name``, was compiled so far.
     """
+    kernels: Counter[str] = Counter()
+    before = triton.knobs.runtime.jit_post_compile_hook
 
-    def __init__(self) -> None:
-        self.kernels: Counter[str] = Counter()
-        self._before: Any = None
-
-    def __enter__(self) -> "CompilationCounter":
-        self._before = triton.knobs.runtime.jit_post_compile_hook
-        triton.knobs.runtime.jit_post_compile_hook = self._count
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        triton.knobs.runtime.jit_post_compile_hook = self._before
-
-    def _count(self, **told: Any) -> Any:
+    def count(**told: Any) -> Any:
         kernel = told.get("fn")
         module, name = getattr(kernel, "module", ""), getattr(kernel, "name", "unknown")
-        self.kernels[f"{module}.{name}".lstrip(".")] += 1
-        return self._before(**told) if self._before is not None else None
+        kernels[f"{module}.{name}".lstrip(".")] += 1
+        return before(**told) if before is not None else None
+
+    triton.knobs.runtime.jit_post_compile_hook = count
+    try:
+        yield kernels
+    finally:
+        triton.knobs.runtime.jit_post_compile_hook = before

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 import torch
 
 from bench.gpu_attention import memory_needed, random_memory, think_kernel
+from bench.support.plans import plan_of
 from csrc_triton.compact import compact_spans
 from think_vllm.plan.formats import FORMATS
-from think_vllm.plan.planner import BlockPlan, plan_blocks
-from think_vllm.plan.settings import ThinkConfig
+from think_vllm.plan.planner import BlockPlan
 
 HEADS = (32, 8)
 HEAD_SIZE = 128
@@ -23,19 +23,6 @@ BATCH = 64
 CONTEXT = 8192
 LAUNCHES = 4
 COMPACTION = "compaction"
-
-
-def plan_of(quant: str, ratio: float = 0.5) -> BlockPlan:
-    """Blocks of a format, a share of the key channels pruned.
-
-    Raises:
-        ValueError: If they are those of plain vLLM.
-    """
-    config = ThinkConfig.model_validate({"kv_channel_prune": ratio, "kv_quant": quant})
-    plan = plan_blocks(config, HEAD_SIZE, 2)
-    if plan is None:
-        raise ValueError(f"{quant} at {ratio} prunes nothing")
-    return plan
 
 
 def attend(quant: str) -> None:

@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bench.gpu_check.machine import write_result
 
 
-def _kernels() -> str:
-    import torch
-
+def _kernels() -> object:
     importlib.import_module("vllm._C_stable_libtorch")
-    return str(torch.ops._C.rms_norm)
+    return torch.ops._C.rms_norm
 
 
 def _platform() -> str:
@@ -25,43 +25,29 @@ def _platform() -> str:
     return str(current_platform.get_device_name())
 
 
-def _flash_attention(version: int) -> Callable[[], str]:
-    def load() -> str:
-        from vllm.vllm_flash_attn.flash_attn_interface import is_fa_version_supported
+def _flash_attention(version: int) -> str:
+    from vllm.vllm_flash_attn.flash_attn_interface import is_fa_version_supported
 
-        if not is_fa_version_supported(version):
-            raise RuntimeError("not supported")
-        return "supported"
-
-    return load
+    if not is_fa_version_supported(version):
+        raise RuntimeError("not supported")
+    return "supported"
 
 
-def _engine() -> str:
-    from vllm import LLM
-
-    return str(LLM)
-
-
-def _plugin() -> str:
-    from think_vllm.plugin import register
-
-    register()
-    return "registered"
+def _imported(module: str) -> Callable[[], str]:
+    return lambda: importlib.import_module(module).__name__
 
 
 #: What must load, then what may be missing.
 NEEDED: dict[str, Callable[[], Any]] = {
     "kernels": _kernels,
     "platform": _platform,
-    "FlashAttention 3": _flash_attention(3),
-    "engine": _engine,
-    "think-vllm": _plugin,
+    "FlashAttention 3": lambda: _flash_attention(3),
+    "engine": _imported("vllm.entrypoints.llm"),
+    "think-vllm": lambda: importlib.import_module("think_vllm.plugin").register() or "registered",
 }
 OPTIONAL: dict[str, Callable[[], Any]] = {
-    "FlashAttention 2": _flash_attention(2),
-    "int4_per_token_head": lambda: (
-        importlib.import_module("vllm.v1.attention.ops.int4_per_token_head").__name__
-    ),
+    "FlashAttention 2": lambda: _flash_attention(2),
+    "int4_per_token_head": _imported("vllm.v1.attention.ops.int4_per_token_head"),
 }
 
 

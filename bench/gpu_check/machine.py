@@ -1,6 +1,5 @@
 """What was measured, and on what."""
 
-import platform
 import re
 import sys
 from pathlib import Path
@@ -8,11 +7,10 @@ from typing import Any
 
 from bench.support.repository import REPOSITORY, ask, describe_commit
 from think_vllm.tools.common.compact import write_json
-from think_vllm.tools.common.machine import now, package_versions
+from think_vllm.tools.common.machine import this_machine
 
 #: Written by ``make gpu-kit``: the copy on a lent machine may have no history.
 KIT_COMMIT = REPOSITORY / ".kit" / "commit"
-PACKAGES = ("torch", "triton", "vllm", "transformers", "numba", "numpy")
 #: Names of ours, and what nvidia-smi calls them.
 GPU_FIELDS = {
     "gpu": "name",
@@ -28,14 +26,10 @@ GPU_FIELDS = {
 def gpu_machine() -> dict[str, object]:
     """Date, GPU, clocks, driver, versions, command and commit; what cannot be told is left out."""
     fields = ",".join(GPU_FIELDS.values())
-    return {
-        "date": now(),
-        **read_gpu(ask("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader")),
-        "python": platform.python_version(),
-        "versions": package_versions(PACKAGES),
-        "command": [sys.executable, *sys.orig_argv[1:]],
-        "commit": find_commit(),
-    }
+    gpu = ask("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader")
+    machine = this_machine(with_device=False).model_dump(exclude={"device", "num_devices"})
+    command = [sys.executable, *sys.orig_argv[1:]]
+    return {**machine, **read_gpu(gpu), "command": command, "commit": find_commit()}
 
 
 def write_result(path: Path | None, **fields: Any) -> None:

@@ -11,10 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# Without pyplot: no window, no state that others share.
-from matplotlib.figure import Figure
-
-from think_vllm.tools.common.figures import COLORS, DPI
+from think_vllm.tools.common.figures import bars, finish, new_figure
 
 #: What decode attention is compared with.
 BASELINE = "FlashAttention 3"
@@ -46,43 +43,31 @@ def attention_bars(measured: dict[str, Any]) -> dict[str, list[tuple[str, float,
 
 def draw_attention(measured: dict[str, Any], path: Path) -> None:
     """A row of two panels for each batch and context."""
-    bars = attention_bars(measured)
-    kernels = sum(len(rows) for rows in bars.values())
-    figure = Figure((11, 1 + 0.2 * kernels + 0.6 * len(bars)), layout="constrained")
-    axes = figure.subplots(len(bars), 2, squeeze=False)
-    for row, (title, rows) in zip(axes, bars.items(), strict=True):
+    found = attention_bars(measured)
+    height = 1 + 0.2 * sum(map(len, found.values())) + 0.6 * len(found)
+    figure, axes = new_figure(2, width=5.1, height=height, rows=len(found))
+    for number, (title, rows) in enumerate(found.items()):
+        speed, ideal = axes[2 * number : 2 * number + 2]
         names = [name for name, _, _ in rows]
-        _bars(row[0], names, [speed for _, speed, _ in rows], f"{title}: speed, {BASELINE} = 1")
-        _bars(row[1], names, [share for _, _, share in rows], f"{title}: % of the byte ideal")
-        row[0].axvline(1, color="black", linewidth=0.8)
-        row[1].axvline(100, color="black", linewidth=0.8)
-    _finish(figure, "Decode attention", measured["machine"], path)
+        bars(speed, names, [times for _, times, _ in rows], f"{title}: speed, {BASELINE} = 1")
+        bars(ideal, names, [share for _, _, share in rows], f"{title}: % of the byte ideal")
+        speed.axvline(1, color="black", linewidth=0.8)
+        ideal.axvline(100, color="black", linewidth=0.8)
+    finish(figure, path, "Decode attention", about(measured["machine"]))
 
 
 def draw_loads(loads: Sequence[dict[str, Any]], path: Path) -> None:
     """A panel for each figure of ``bench/gpu_check/load.py``."""
-    figure = Figure((11, 2 + 0.6 * len(loads)), layout="constrained")
+    figure, axes = new_figure(2, width=5.1, height=2 + 0.6 * len(loads), rows=2)
     titles = [one["title"] + ("" if one["complete"] else ", cut off") for one in loads]
-    for axis, (name, field) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
-        _bars(axis, titles, [one["figures"][field] for one in loads], name)
-    _finish(figure, "8B shape, equal KV memory", loads[0]["machine"], path)
+    for axis, (name, field) in zip(axes, PANELS, strict=True):
+        bars(axis, titles, [one["figures"][field] for one in loads], name)
+    finish(figure, path, "8B shape, equal KV memory", about(loads[0]["machine"]))
 
 
-def _bars(axis: Any, names: Sequence[str], values: Sequence[float], title: str) -> None:
-    for place, value in enumerate(values):
-        axis.barh(place, value, color=COLORS[place % len(COLORS)], height=0.8)
-        axis.text(value, place, f" {value:.3g}", va="center", fontsize=7)
-    axis.set_yticks(range(len(names)), names, fontsize=7)
-    axis.invert_yaxis()
-    axis.margins(x=0.15)
-    axis.set_title(title, fontsize=9)
-
-
-def _finish(figure: Any, title: str, machine: dict[str, Any], path: Path) -> None:
-    figure.suptitle(title, fontsize=11)
-    about = "; ".join(f"{name}: {value}" for name, value in machine.items() if name != "command")
-    figure.text(0.01, -0.01, about, fontsize=6, va="top", wrap=True)
-    figure.savefig(path, dpi=DPI, bbox_inches="tight", metadata={"Title": title})
+def about(machine: dict[str, Any]) -> str:
+    """What is known of a machine."""
+    return "; ".join(f"{name}: {value}" for name, value in machine.items() if name != "command")
 
 
 def draw_all(folder: Path) -> list[Path]:
@@ -103,16 +88,11 @@ def draw_all(folder: Path) -> list[Path]:
     return made
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Arguments of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    return parser
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Draw, and name the pictures; 1 if there is nothing to draw."""
-    made = draw_all(make_parser().parse_args(arguments).folder)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    made = draw_all(parser.parse_args(arguments).folder)
     for path in made:
         print(path)
     return 0 if made else 1

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-from bench.support.markdown import table
 from bench.tables.configurations import POLICIES, RATIOS, configurations
 from bench.tables.figures import (
     DENSE,
@@ -15,7 +14,8 @@ from bench.tables.figures import (
 )
 from bench.tables.questions import WAYS
 from bench.tables.results import Results, Row
-from think_vllm.tools.eval.stats import Estimate
+from think_vllm.tools.common.markdown import table
+from think_vllm.tools.eval.stats import Estimate, estimate_text
 
 TITLES = {
     "formats": "Formats",
@@ -25,19 +25,9 @@ TITLES = {
 }
 
 
-def share(estimate: Estimate) -> str:
-    """A share with its interval."""
-    return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
-
-
 def difference(estimate: Estimate) -> str:
-    """A difference with its interval; just the figure where all differences are the same."""
-    # Of log-probabilities, small ones are shown by the interval too; of shares they are not.
-    digits = 4 if "bootstrap" in estimate.method else 3
-    text = f"{estimate.value:+.{digits}f}"
-    if estimate.low is None or estimate.high is None:
-        return text
-    return f"{text} [{estimate.low:+.{digits}f}, {estimate.high:+.{digits}f}]"
+    """A difference with its interval; small ones of log-probabilities show in the interval too."""
+    return estimate_text(estimate, "+", digits=4 if "bootstrap" in estimate.method else 3)
 
 
 def claims(results: Results) -> str:
@@ -65,7 +55,9 @@ def known_policies(results: Results) -> list[str]:
 
 def policies(results: Results) -> str:
     """Share right by ratio and policy, all sizes together."""
-    return _by_policy(results, lambda row: share(share_right(row, WAYS[0], results.samples)))
+    return _by_policy(
+        results, lambda row: estimate_text(share_right(row, WAYS[0], results.samples))
+    )
 
 
 def policies_logprob(results: Results) -> str:
@@ -105,7 +97,7 @@ def _line(name: str, row: Row, way: str, samples: int) -> list[str]:
     return [
         name,
         f"{100 * sum(thin) / len(thin):.0f} %",
-        share(share_right(row, way, samples)),
+        estimate_text(share_right(row, way, samples)),
         difference(right.estimate),
         f"{right.p_value:.2g}",
         difference(logprob_against(row, way, DENSE)),

@@ -9,8 +9,9 @@ import triton
 
 from bench.gpu_attention import memory_needed, think_kernel
 from bench.gpu_check.compilations import launch_all
-from bench.gpu_check.kernel import compact_again, plan_of
+from bench.gpu_check.kernel import compact_again
 from bench.gpu_rivals import RIVALS, flash_kernel, int4_kernel, rows_of, take, torch_kernel
+from bench.support.plans import plan_of
 
 
 def finite_memory(num_bytes: int, device: torch.device) -> torch.Tensor:

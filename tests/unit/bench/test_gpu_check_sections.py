@@ -14,7 +14,7 @@ from bench.gpu_check import __main__ as command
 from bench.gpu_check.answers import CASES, faults_of, make_samples, read_result
 from bench.gpu_check.counters import METRICS, command_of, read_counters
 from bench.gpu_check.engine import SHAPE_8B, make_shape
-from bench.gpu_check.jit import CompilationCounter
+from bench.gpu_check.jit import counted_compilations
 from bench.gpu_check.load import engine_arguments
 from bench.gpu_check.load import make_parser as load_parser
 from bench.gpu_check.loads import try_all
@@ -92,10 +92,10 @@ def test_compilations_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     class Kernel:
         module, name = "csrc_triton.decode", "_attend"
 
-    with CompilationCounter() as counter:
+    with counted_compilations() as compiled:
         for _ in range(2):
             runtime.jit_post_compile_hook(fn=Kernel, key="")
-    assert counter.kernels == {"csrc_triton.decode._attend": 2}
+    assert compiled == {"csrc_triton.decode._attend": 2}
     assert len(seen) == 2
     assert runtime.jit_post_compile_hook is before
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,6 @@ from think_vllm.errors import ThinkError
 from think_vllm.tools.cli import main
 from think_vllm.tools.common.client import ServedModel
 from think_vllm.tools.eval.harness import find_harness, harness_command
-from think_vllm.tools.eval.options import Options
 
 #: Leaves results as lm_eval 0.4.13 does, and its arguments beside them.
 PROGRAM = """#!{python}
@@ -46,7 +46,7 @@ def install(directory: Path, monkeypatch: pytest.MonkeyPatch, status: int = 0) -
 
 
 def command(model="m", **changes):
-    options = Options(
+    options = Namespace(
         chat=False, concurrency=4, tokenizer=None, harness="a,b", lengths=[], harness_arguments=()
     )
     vars(options).update(changes)

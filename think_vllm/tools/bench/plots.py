@@ -7,7 +7,7 @@ from typing import Any
 from think_vllm.tools.bench.comparison import Row
 from think_vllm.tools.bench.report import load_range
 from think_vllm.tools.bench.results import Results
-from think_vllm.tools.common.figures import COLORS, new_figure, save
+from think_vllm.tools.common.figures import COLORS, finish, new_figure
 
 MARKERS = "osD^vPX*"
 
@@ -93,10 +93,8 @@ def _draw_summary(results: Results, rows: Sequence[Row], path: Path) -> None:
 
 
 def _finish(figure: Any, title: str, results: Results, path: Path) -> None:
-    figure.suptitle(title, fontsize=11)
     about = f"{results.machine}\nload average {load_range(results)}. {results.note}".rstrip()
-    figure.text(0.01, -0.01, about, fontsize=6, va="top", wrap=True)
-    save(figure, path, Title=title, Description=f"{about}\n{results.command}")
+    finish(figure, path, title, about, Description=f"{about}\n{results.command}")
 
 
 def _greatest(results: Results, scenario: str) -> object:

@@ -45,11 +45,8 @@ def markdown(results: Results, rows: Sequence[Row], notes: Sequence[str] = ()) -
         measured = [row for row in rows if row.scenario == scenario.name]
         lines += [f"## {scenario.name}", "", scenario.description, ""]
         if measured:
-            lines += [
-                *table(_COLUMNS, (_cells(row, results) for row in measured)),
-                "",
-                *_hits(measured),
-            ]
+            cells = table(_COLUMNS, (_cells(row, results) for row in measured))
+            lines += [cells, "", *_hits(measured)]
         else:
             lines += ["Nothing was measured.", ""]
     lines += [LEGEND, "", "## Servers", ""]

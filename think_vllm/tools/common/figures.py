@@ -74,6 +74,39 @@ def heatmap(
     return image
 
 
+def bars(panel: Any, names: Sequence[str], values: Sequence[float], title: str) -> None:
+    """Draw a row of horizontal bars, each in a colour of its own and with its value.
+
+    Args:
+        panel: Where.
+        names: Of the bars, from the top.
+        values: Their lengths.
+        title: Of the panel.
+    """
+    colors = [COLORS[place % len(COLORS)] for place in range(len(values))]
+    drawn = panel.barh(range(len(values)), values, color=colors)
+    panel.bar_label(drawn, fmt=" {:.3g}", fontsize=7)
+    panel.set_yticks(range(len(names)), names, fontsize=7)
+    panel.invert_yaxis()
+    panel.margins(x=0.15)
+    panel.set_title(title, fontsize=9)
+
+
+def finish(figure: Any, path: Path, title: str, about: str, **metadata: str) -> None:
+    """Write a PNG with a title, and below in small print what was measured on what.
+
+    Args:
+        figure: Of `new_figure`.
+        path: The file.
+        title: Of the figure and of the file.
+        about: The small print.
+        metadata: Further text of the file.
+    """
+    figure.suptitle(title, fontsize=11)
+    figure.text(0.01, -0.01, about, fontsize=6, va="top", wrap=True)
+    save(figure, path, Title=title, **metadata)
+
+
 def save(figure: Any, path: Path, **metadata: str) -> None:
     """Write a PNG, without the version of matplotlib: equal figures are equal bytes.
 

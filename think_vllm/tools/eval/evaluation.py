@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -12,7 +13,6 @@ from think_vllm.tools.common.figures import check_matplotlib
 from think_vllm.tools.common.machine import this_machine
 from think_vllm.tools.common.server import ServerError, StartedServer
 from think_vllm.tools.eval.harness import HarnessTable, find_harness, run_harness
-from think_vllm.tools.eval.options import Options
 from think_vllm.tools.eval.question import Question
 from think_vllm.tools.eval.report import write_report
 from think_vllm.tools.eval.runner import ask_all
@@ -39,7 +39,7 @@ class Evaluation:
         ThinkError: If something is missing.
     """
 
-    def __init__(self, options: Options, arguments: Sequence[str]) -> None:
+    def __init__(self, options: Namespace, arguments: Sequence[str]) -> None:
         self._options = options
         self._command = shlex.join(["think-vllm", "eval", *arguments])
         self._targets = targets_of(options)
@@ -169,14 +169,15 @@ class Evaluation:
         )
 
     def _lengths(self, model: ServedModel) -> list[int]:
-        if self._options.lengths:
-            longest = max(self._options.lengths)
+        lengths: list[int] = self._options.lengths
+        if lengths:
+            longest = max(lengths)
             if model.max_model_len is not None and longest > model.max_model_len:
                 raise ThinkError(
                     f"eval: --lengths {longest}: {model.name} takes {model.max_model_len} tokens; "
                     "give shorter ones, or serve with a larger --max-model-len"
                 )
-            return self._options.lengths
+            return lengths
         if model.max_model_len is None:
             raise ThinkError(
                 "eval: the server does not say how many tokens it takes; give --lengths TOKENS"

@@ -10,6 +10,7 @@ import math
 import shlex
 import shutil
 import sys
+from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,6 @@ from typing import Any
 from think_vllm.errors import ThinkError
 from think_vllm.tools.common.client import ServedModel
 from think_vllm.tools.common.process import ProcessGroup
-from think_vllm.tools.eval.options import Options
 from think_vllm.tools.eval.stats import NORMAL_95, Estimate
 
 PROGRAM = "lm_eval"
@@ -64,7 +64,7 @@ def find_harness() -> str:
 
 
 def harness_command(
-    program: str, url: str, model: ServedModel, output: Path, options: Options
+    program: str, url: str, model: ServedModel, output: Path, options: Namespace
 ) -> list[str]:
     """Program and arguments for one server.
 
@@ -107,7 +107,7 @@ def harness_command(
 
 
 def run_harness(
-    program: str, url: str, model: ServedModel, label: str, output: Path, options: Options
+    program: str, url: str, model: ServedModel, label: str, output: Path, options: Namespace
 ) -> HarnessTable:
     """Run it and read its results.
 

@@ -21,45 +21,13 @@ wrong usage. OPENAI_API_KEY is sent if it is set.
 """
 
 
-class Options(argparse.Namespace):
-    """What ``think-vllm eval --help`` lists."""
-
-    base_url: list[str]
-    serve: str | None
-    config: list[str]
-    plain: bool
-    server_args: str
-    server_arguments: tuple[str, ...]
-    start_timeout_s: float
-    label: list[str]
-    model: str | None
-    chat: bool
-    extra_body: str
-    extra: dict[str, Any]
-    tokenizer: str | None
-    tasks: list[str]
-    lengths: list[int]
-    depths: Sequence[float]
-    samples: int
-    seed: int
-    haystack: Path | None
-    max_tokens: int | None
-    harness: str | None
-    harness_args: str
-    harness_arguments: tuple[str, ...]
-    concurrency: int
-    timeout_s: float
-    plots: bool
-    out: Path
-
-
-def parse_options(arguments: Sequence[str]) -> Options:
+def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the command line.
 
     Raises:
         ThinkError: If options contradict each other.
     """
-    options = _parser().parse_args(list(arguments), Options())
+    options = _parser().parse_args(list(arguments))
     if bool(options.base_url) == bool(options.serve):
         raise ThinkError("eval: give either --base-url URL, once or more, or --serve MODEL")
     if options.base_url:

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -10,9 +11,8 @@ from typing import Any
 from think_vllm.tools.common.compact import write_json
 from think_vllm.tools.common.markdown import table
 from think_vllm.tools.eval.harness import HarnessTable
-from think_vllm.tools.eval.options import Options
 from think_vllm.tools.eval.plots import draw_bars, draw_heatmaps
-from think_vllm.tools.eval.stats import Difference, Estimate
+from think_vllm.tools.eval.stats import Difference, estimate_text
 from think_vllm.tools.eval.summary import TOO_HARD, Figure, Group, Run, by_cell, by_length, by_task
 
 REPORT_FILE, RESULTS_FILE, ANSWERS_FILE = "report.md", "results.json", "answers.jsonl"
@@ -34,7 +34,7 @@ Requests that failed have no score, and are counted beside it."""
 
 
 def write_report(
-    options: Options,
+    options: Namespace,
     runs: Sequence[Run],
     harness: Sequence[HarnessTable],
     provenance: dict[str, Any],
@@ -83,21 +83,6 @@ def write_report(
     (directory / REPORT_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def estimate_text(estimate: Estimate | None, sign: str = "") -> str:
-    """A figure with its interval, as ``0.950 [0.888, 0.978]``.
-
-    Args:
-        estimate: The figure; None for a dash.
-        sign: ``+`` for differences, as ``-0.050 [-0.112, +0.004]``.
-    """
-    if estimate is None:
-        return "-"
-    text = f"{estimate.value:{sign}.3f}"
-    if estimate.low is None or estimate.high is None:
-        return text
-    return f"{text} [{estimate.low:{sign}.3f}, {estimate.high:{sign}.3f}]"
-
-
 def _answers(runs: Sequence[Run]) -> Iterator[str]:
     for run in runs:
         for result in run.results:
@@ -116,7 +101,7 @@ def _head(runs: Sequence[Run], provenance: dict[str, Any]) -> Iterator[str]:
         f"Python {provenance['python']}, {versions}\n"
     )
     yield f"`{provenance['command']}`\n"
-    yield from table(
+    yield table(
         ["server", "model", "version", "flags"],
         ([run.label, run.model, run.version or "unknown", _flags(run)] for run in runs),
     )
@@ -132,7 +117,7 @@ def _scores(runs: Sequence[Run], tasks: Sequence[Group], seed: int) -> Iterator[
     if not tasks:
         return
     yield f"\nSeed {seed}, {len(runs[0].results)} questions for each server.\n"
-    yield from table(_COLUMNS, (_row(group, figure) for group in tasks for figure in group.figures))
+    yield table(_COLUMNS, (_row(group, figure) for group in tasks for figure in group.figures))
     yield f"\n{_NOTES}"
     hard = [group.task for group in tasks if group.is_too_hard]
     if hard:
@@ -163,7 +148,7 @@ def _by_length(
 ) -> Iterator[str]:
     if len(lengths) > len(tasks):
         yield "\n## By length\n"
-        yield from table(
+        yield table(
             ["task", "tokens", *(run.label for run in runs)],
             (
                 [group.task, str(group.length), *(estimate_text(x.mean) for x in group.figures)]
@@ -176,7 +161,7 @@ def _harness(tables: Sequence[HarnessTable]) -> Iterator[str]:
     if tables:
         yield "\n## lm-evaluation-harness\n"
         prefill = "no: scored in the pass over the prompt"
-        yield from table(
+        yield table(
             ["task", "metric", "server", "value", "measures thin blocks"],
             (
                 [

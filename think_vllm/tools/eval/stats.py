@@ -20,6 +20,22 @@ class Estimate:
     method: str  # of the interval
 
 
+def estimate_text(estimate: Estimate | None, sign: str = "", digits: int = 3) -> str:
+    """A figure with its interval, as ``0.950 [0.888, 0.978]``; a dash for none.
+
+    Args:
+        estimate: The figure.
+        sign: ``+`` for differences, as ``-0.050 [-0.112, +0.004]``.
+        digits: Behind the point.
+    """
+    if estimate is None:
+        return "-"
+    form = f"{sign}.{digits}f"
+    if estimate.low is None or estimate.high is None:
+        return f"{estimate.value:{form}}"
+    return f"{estimate.value:{form}} [{estimate.low:{form}}, {estimate.high:{form}}]"
+
+
 @dataclass(frozen=True)
 class Difference:
     """Second minus first on the questions that both answered."""

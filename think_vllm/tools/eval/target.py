@@ -1,11 +1,11 @@
 """The servers of an evaluation: running ones, or ones that are started one after the other."""
 
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from think_vllm.errors import ThinkError
 from think_vllm.tools.common.flags import split_flags
-from think_vllm.tools.eval.options import Options
 
 PLAIN = "plain"
 
@@ -19,7 +19,7 @@ class Target:
     flags: tuple[str, ...] | None  # of a server to start; None where they are unknown
 
 
-def targets_of(options: Options) -> list[Target]:
+def targets_of(options: Namespace) -> list[Target]:
     """The servers, the reference first.
 
     Raises:
