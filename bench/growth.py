@@ -77,13 +77,7 @@ def dense_spec(config: VllmConfig, block_size: int) -> FullAttentionSpec:
 
 
 class Steps:
-    """A scheduler whose requests all decode, and a model that always says the same.
-
-    Args:
-        config: Of the engine.
-        spec: Of its layers.
-        requests: How many.
-    """
+    """A scheduler whose requests all decode, and a model that always says the same."""
 
     def __init__(self, config: VllmConfig, spec: FullAttentionSpec, requests: int) -> None:
         blocks = requests * (config.model_config.max_model_len // spec.block_size + 1) + 1

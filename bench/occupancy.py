@@ -42,12 +42,6 @@ MULTIPROCESSORS = {
 def occupancy(on: Multiprocessor, registers: int, shared_bytes: int, warps: int) -> dict[str, int]:
     """Programs that fit, by what limits them: as many are resident as the smallest allows.
 
-    Args:
-        on: The multiprocessor.
-        registers: Of a thread.
-        shared_bytes: Of a program.
-        warps: Of a program.
-
     Raises:
         ValueError: If registers or warps are not positive.
     """

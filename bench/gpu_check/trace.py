@@ -32,12 +32,7 @@ def quantile(values: Sequence[float], share: float) -> float:
 
 
 def summarize(trace: Trace, end: float) -> dict[str, float]:
-    """Throughput, requests at a time, time to first token and time between tokens.
-
-    Args:
-        trace: The run.
-        end: When it ended or was cut off.
-    """
+    """Throughput, requests at a time, time to first token and time between tokens."""
     elapsed = end - trace.start
     first = [1e3 * (steps[0][0] - trace.start) for steps in trace.tokens.values()]
     # A step that gave several tokens counts for each of them.

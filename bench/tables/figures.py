@@ -46,14 +46,7 @@ def _compare(ours: dict[int, Answers], theirs: dict[int, Answers]) -> Against:
 
 
 def share_right(row: Row, way: str, samples: int, size: int | None = None) -> Estimate:
-    """Share answered right, with Wilson's interval.
-
-    Args:
-        row: Whose.
-        way: Of asking.
-        samples: Questions of each size.
-        size: Of prompts; None for all.
-    """
+    """Share answered right, with Wilson's interval."""
     counts = row.figures[way].right
     sizes = list(counts) if size is None else [size]
     right, total = sum(counts[one] for one in sizes), samples * len(sizes)

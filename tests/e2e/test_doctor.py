@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from tests.support.reference import Reference, Thinning
 from tests.support.server import offline_environment
 from think_vllm.errors import ThinkError
 from think_vllm.tools.cli import main
-from think_vllm.tools.doctor.examination import Examination, Generation, run_probe
+from think_vllm.tools.doctor.examination import Examination, run_probe
 from think_vllm.tools.doctor.finding import Level
 from think_vllm.tools.doctor.probe import ProbeJob
 
@@ -40,7 +41,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_figures_are_those_of_the_reference(
     recall_model: Path, recall_reference: Reference
 ) -> None:
-    generation = Generation(
+    generation = Namespace(
         text=None,
         num_prompts=2,
         prompt_tokens=500,

@@ -16,10 +16,6 @@ EXAMPLE_FILE = "example.json"
 def example_hint(arguments: argparse.Namespace, environment: Mapping[str, str]) -> str | None:
     """A command line to try the server with, if the model comes with an example.
 
-    Args:
-        arguments: Of `serve`, parsed.
-        environment: Of the server.
-
     Returns:
         Text for a person; None without an example, and for servers that curl cannot ask.
     """

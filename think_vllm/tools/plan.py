@@ -59,10 +59,6 @@ def plan_report(
 ) -> tuple[dict[str, Any], list[str]]:
     """Plan as an engine would: fields for programs, and lines for people.
 
-    Args:
-        namespace: Options of the command.
-        config: What the flags ask for.
-
     Raises:
         ThinkError: If the model or the settings cannot be served with thin blocks.
     """
@@ -180,48 +176,25 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="think-vllm plan", description="The block plan of a model."
     )
-    parser.add_argument("model", help="Model name or directory.")
-    parser.add_argument("--dtype", default="auto", help="As for `vllm serve`. Default: auto.")
-    parser.add_argument(
-        "--block-size", type=positive_int, help="Tokens of a block. Default: the best."
-    )
-    parser.add_argument(
-        "--tensor-parallel-size",
-        "-tp",
-        type=positive_int,
-        default=1,
-        help="Ranks that share the heads. Default: 1.",
-    )
-    parser.add_argument(
-        "--pipeline-parallel-size",
-        "-pp",
-        type=positive_int,
-        default=1,
-        help="Stages that share the layers. Default: 1.",
-    )
-    parser.add_argument(
-        "--memory", type=parse_bytes, default=8 * 2**30, help="KV cache of a rank. Default: 8GiB."
-    )
-    parser.add_argument(
-        "--context-length",
-        type=positive_int,
-        default=8192,
-        help="Tokens of a request. Default: 8192.",
-    )
-    parser.add_argument("--kv-cache-dtype", default="auto", help="As for `vllm serve`.")
-    parser.add_argument(
-        "--max-model-len",
-        type=positive_int,
-        help="Tokens of the longest request. Default: the model's.",
-    )
-    parser.add_argument(
-        "--enable-prefix-caching",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="As for `vllm serve`.",
-    )
-    parser.add_argument("--trust-remote-code", action="store_true", help="As for `vllm serve`.")
-    parser.add_argument("--json", action="store_true", help="Print JSON.")
+    add = parser.add_argument
+    count: dict[str, Any] = {"type": positive_int}
+    add("model", help="Model name or directory.")
+    add("--dtype", default="auto", help="As for `vllm serve`. Default: auto.")
+    add("--block-size", **count, help="Tokens of a block. Default: the best.")
+    text = "Ranks that share the heads. Default: 1."
+    add("--tensor-parallel-size", "-tp", default=1, **count, help=text)
+    text = "Stages that share the layers. Default: 1."
+    add("--pipeline-parallel-size", "-pp", default=1, **count, help=text)
+    text = "KV cache of a rank. Default: 8GiB."
+    add("--memory", type=parse_bytes, default=8 * 2**30, help=text)
+    add("--context-length", default=8192, **count, help="Tokens of a request. Default: 8192.")
+    add("--kv-cache-dtype", default="auto", help="As for `vllm serve`.")
+    text = "Tokens of the longest request. Default: the model's."
+    add("--max-model-len", **count, help=text)
+    yes_or_no = argparse.BooleanOptionalAction
+    add("--enable-prefix-caching", action=yes_or_no, default=True, help="As for `vllm serve`.")
+    add("--trust-remote-code", action="store_true", help="As for `vllm serve`.")
+    add("--json", action="store_true", help="Print JSON.")
     declare_flags(parser)
     return parser
 

@@ -16,9 +16,6 @@ from think_vllm.tools.loading import check_loaded
 def serve(arguments: Sequence[str]) -> int:
     """Run vLLM's OpenAI-compatible server until it is stopped.
 
-    Args:
-        arguments: What `vllm serve` takes.
-
     Raises:
         ThinkError: If they use this plugin, and `VLLM_PLUGINS` leaves it out.
     """

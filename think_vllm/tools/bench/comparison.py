@@ -48,12 +48,7 @@ class Row:
 
 
 def rows_of(results: Results, baseline: Results | None = None) -> list[Row]:
-    """Rows by scenario, load and server, in the order of the run.
-
-    Args:
-        results: Of this run.
-        baseline: An earlier run, whose plain vLLM is compared with; None for this run's own.
-    """
+    """Rows by scenario, load and server, in the order of the run."""
     groups = _grouped(results)
     others = _grouped(baseline or results)
     plain, fp8 = (

@@ -1,14 +1,12 @@
 """One load of one server: vLLM's load generator, and gauges sampled meanwhile."""
 
 from collections import Counter
-from dataclasses import asdict
 from typing import Any
 
 from think_vllm.tools.bench.gauges import (
     PREEMPTIONS,
     PREFIX_HITS,
     PREFIX_QUERIES,
-    Occupancy,
     Sampler,
     full_cache,
     occupancy_of,
@@ -40,14 +38,6 @@ def measure_load(
     seed: int,
 ) -> Figures:
     """Load a server and sample its gauges meanwhile.
-
-    Args:
-        generator: What sends requests.
-        server: Already warm.
-        tokenizer: Where the load generator finds it.
-        scenario: What is sent.
-        point: How many.
-        seed: Of the prompts and of the gaps between them.
 
     Raises:
         LoadError: If the load generator fails.
@@ -93,7 +83,7 @@ def generator_arguments(
 
 def figures_of(
     result: dict[str, Any],
-    occupancy: Occupancy,
+    occupancy: dict[str, float | None],
     counted: list[float],
     processor_s: float | None,
     samples: int,
@@ -111,7 +101,7 @@ def figures_of(
     fields = {
         **{name: result[name] for name in Figures.model_fields if name in result},
         **{name: result[vllms_name] for name, vllms_name in _VLLM_NAMES.items()},
-        **asdict(occupancy),
+        **occupancy,
         # The last line of a traceback is the reason.
         "errors": Counter(
             reason for text in result["errors"] if (reason := text.strip().rpartition("\n")[2])

@@ -44,25 +44,8 @@ class Sample:
     cache_use: float  # share of the blocks in use
 
 
-@dataclass(frozen=True)
-class Occupancy:
-    """Figures of a load's samples."""
-
-    running_mean: float  # requests that ran, while any did
-    #: The same while others waited, from when the cache was first nearly full; None if that never
-    #: was.
-    running_waiting: float | None
-    running_peak: float  # most that ran
-    cache_use_mean: float  # share of the blocks in use, of the samples that count above
-    cache_use_peak: float  # most
-
-
 class Metrics:
-    """Metrics of a server at one time.
-
-    Args:
-        text: What it answers at ``/metrics``.
-    """
+    """Metrics of a server at one time."""
 
     def __init__(self, text: str) -> None:
         self._samples = defaultdict(list)
@@ -130,33 +113,23 @@ def full_cache(prompt_tokens: int, cache: Cache | None) -> float:
     return max(LEAST_FULL_CACHE, min(FULL_CACHE, 1 - share))
 
 
-def occupancy_of(samples: Sequence[Sample], full: float) -> Occupancy:
-    """Sum up the samples of a load.
-
-    Args:
-        samples: In the order taken.
-        full: Share of the blocks in use that counts as full.
-    """
+def occupancy_of(samples: Sequence[Sample], full: float) -> dict[str, float | None]:
+    """Sum up the samples of a load, as fields of its figures."""
     working = [sample for sample in samples if sample.running > 0]
-    if not working:
-        return Occupancy(0.0, None, 0.0, 0.0, 0.0)
     first = next((i for i, sample in enumerate(working) if sample.cache_use >= full), len(working))
     crowded = [sample for sample in working[first:] if sample.waiting > 0]
-    return Occupancy(
-        running_mean=statistics.fmean(sample.running for sample in working),
-        running_waiting=statistics.fmean(s.running for s in crowded) if crowded else None,
-        running_peak=max(sample.running for sample in working),
-        cache_use_mean=statistics.fmean(sample.cache_use for sample in crowded or working),
-        cache_use_peak=max(sample.cache_use for sample in working),
-    )
+    working = working or [Sample(0.0, 0.0, 0.0)]
+    return {
+        "running_mean": statistics.fmean(sample.running for sample in working),
+        "running_waiting": statistics.fmean(s.running for s in crowded) if crowded else None,
+        "running_peak": max(sample.running for sample in working),
+        "cache_use_mean": statistics.fmean(sample.cache_use for sample in crowded or working),
+        "cache_use_peak": max(sample.cache_use for sample in working),
+    }
 
 
 class Sampler(threading.Thread):
-    """Samples a server's gauges until it is stopped.
-
-    Args:
-        server: Where.
-    """
+    """Samples a server's gauges until it is stopped."""
 
     def __init__(self, server: Server) -> None:
         super().__init__(daemon=True)

@@ -26,13 +26,7 @@ LEGEND = (
 
 
 def markdown(results: Results, rows: Sequence[Row], notes: Sequence[str] = ()) -> str:
-    """The tables, and what they were measured on.
-
-    Args:
-        results: The run.
-        rows: Of it.
-        notes: What a reader should know about the comparison.
-    """
+    """The tables, and what they were measured on."""
     lines = ["# Load test", "", str(results.machine), "", f"`{results.command}`", ""]
     memory = results.kv_cache_memory_bytes
     size = "KV cache: not known" if memory is None else f"{memory / 1e6:,.1f} MB of KV cache"

@@ -34,13 +34,7 @@ WARM_UP = LoadPoint(4, concurrency=2)
 
 
 class Session:
-    """Measures servers into the results of a run.
-
-    Args:
-        generator: What sends requests.
-        results: Of this run; grows.
-        folder: Where they and the servers' logs are written.
-    """
+    """Measures servers into the results of a run."""
 
     def __init__(self, generator: LoadGenerator, results: Results, folder: Path) -> None:
         self._generator = generator

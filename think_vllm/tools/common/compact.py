@@ -10,12 +10,7 @@ SIGNIFICANT_DIGITS = 7
 
 
 def write_json(path: Path, fields: Mapping[str, Any]) -> None:
-    """Write the file, whole or not at all; its folder is made if it is not there.
-
-    Args:
-        path: Where to.
-        fields: As for `compact_json`.
-    """
+    """Write the file, whole or not at all; its folder is made if it is not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".part")
     partial.write_text(compact_json(fields), encoding="utf-8")

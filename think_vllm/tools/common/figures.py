@@ -17,9 +17,6 @@ _DARK = 0.6
 def check_matplotlib(command: str) -> None:
     """Reject a request for plots early where they cannot be drawn later.
 
-    Args:
-        command: What the error begins with, such as ``eval``.
-
     Raises:
         ThinkError: If matplotlib is not installed.
     """
@@ -54,12 +51,6 @@ def heatmap(
 ) -> Any:
     """Draw values of 0 to 1 as colours and as numbers; NaN is a dash.
 
-    Args:
-        panel: Where.
-        values: Row by row.
-        columns: Their labels.
-        rows: Their labels.
-
     Returns:
         What a colour bar needs.
     """
@@ -75,14 +66,7 @@ def heatmap(
 
 
 def bars(panel: Any, names: Sequence[str], values: Sequence[float], title: str) -> None:
-    """Draw a row of horizontal bars, each in a colour of its own and with its value.
-
-    Args:
-        panel: Where.
-        names: Of the bars, from the top.
-        values: Their lengths.
-        title: Of the panel.
-    """
+    """Draw a row of horizontal bars, each in a colour of its own and with its value."""
     colors = [COLORS[place % len(COLORS)] for place in range(len(values))]
     drawn = panel.barh(range(len(values)), values, color=colors)
     panel.bar_label(drawn, fmt=" {:.3g}", fontsize=7)
@@ -93,26 +77,12 @@ def bars(panel: Any, names: Sequence[str], values: Sequence[float], title: str) 
 
 
 def finish(figure: Any, path: Path, title: str, about: str, **metadata: str) -> None:
-    """Write a PNG with a title, and below in small print what was measured on what.
-
-    Args:
-        figure: Of `new_figure`.
-        path: The file.
-        title: Of the figure and of the file.
-        about: The small print.
-        metadata: Further text of the file.
-    """
+    """Write a PNG with a title, and below in small print what was measured on what."""
     figure.suptitle(title, fontsize=11)
     figure.text(0.01, -0.01, about, fontsize=6, va="top", wrap=True)
     save(figure, path, Title=title, **metadata)
 
 
 def save(figure: Any, path: Path, **metadata: str) -> None:
-    """Write a PNG, without the version of matplotlib: equal figures are equal bytes.
-
-    Args:
-        figure: Of `new_figure`.
-        path: The file.
-        metadata: Text of the file, such as a ``Title``.
-    """
+    """Write a PNG, without the version of matplotlib: equal figures are equal bytes."""
     figure.savefig(path, dpi=DPI, bbox_inches="tight", metadata={"Software": None, **metadata})

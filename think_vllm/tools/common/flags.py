@@ -6,11 +6,7 @@ from think_vllm.errors import ThinkError
 
 
 def split_arguments(text: str, option: str) -> tuple[str, ...]:
-    """Split arguments as a shell does.
-
-    Args:
-        text: The arguments.
-        option: What errors begin with: the command and its option.
+    """Split arguments as a shell does; errors begin with the command and its option.
 
     Raises:
         ThinkError: If quotes do not match.
@@ -22,11 +18,7 @@ def split_arguments(text: str, option: str) -> tuple[str, ...]:
 
 
 def split_flags(text: str, option: str) -> tuple[str, ...]:
-    """Split flags as a shell does.
-
-    Args:
-        text: The flags.
-        option: What errors begin with: the command and its option.
+    """Split flags as a shell does; errors begin with the command and its option.
 
     Raises:
         ThinkError: If quotes do not match, or there is no flag.

@@ -24,17 +24,9 @@ def doctor(arguments: Sequence[str]) -> int:
     # What vLLM says while it starts would hide the findings.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     # Heavy, and not needed to explain the command line.
-    from think_vllm.tools.doctor.examination import Examination, Generation
+    from think_vllm.tools.doctor.examination import Examination
 
-    generation = Generation(
-        text=options.text,
-        num_prompts=options.num_prompts,
-        prompt_tokens=options.prompt_tokens,
-        new_tokens=options.new_tokens,
-        max_perplexity_change=options.max_perplexity_change,
-        min_agreement=options.min_agreement,
-    )
-    examination = Examination(options.model, rest, generation if options.generation else None)
+    examination = Examination(options.model, rest, options if options.generation else None)
     findings = []
     for finding in examination.findings():
         findings.append(finding)
@@ -56,30 +48,19 @@ def _parser() -> argparse.ArgumentParser:
         # What it does not know is vLLM's, and must not be taken for a short form.
         allow_abbrev=False,
     )
-    parser.add_argument("model", help="Model name or directory.")
-    parser.add_argument(
-        "--generation",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="Start engines and compare answers. Default: yes.",
-    )
-    parser.add_argument(
-        "--text", type=Path, help="File to cut prompts from. Default: made-up facts to recall."
-    )
-    parser.add_argument("--num-prompts", type=positive_int, default=8, help="Default: 8.")
-    parser.add_argument("--prompt-tokens", type=positive_int, default=1024, help="Default: 1024.")
-    parser.add_argument("--new-tokens", type=positive_int, default=64, help="Default: 64.")
-    parser.add_argument(
-        "--max-perplexity-change",
-        type=float,
-        default=0.05,
-        help="Largest relative change of perplexity on the dense answers. Default: 0.05.",
-    )
-    parser.add_argument(
-        "--min-agreement",
-        type=float,
-        default=0.9,
-        help="Least share of steps whose likeliest token is the same. Default: 0.9.",
-    )
-    parser.add_argument("--json", action="store_true", help="Print JSON.")
+    add = parser.add_argument
+    add("model", help="Model name or directory.")
+    yes_or_no = argparse.BooleanOptionalAction
+    text = "Start engines and compare answers. Default: yes."
+    add("--generation", action=yes_or_no, default=True, help=text)
+    text = "File to cut prompts from. Default: made-up facts to recall."
+    add("--text", type=Path, help=text)
+    add("--num-prompts", type=positive_int, default=8, help="Default: 8.")
+    add("--prompt-tokens", type=positive_int, default=1024, help="Default: 1024.")
+    add("--new-tokens", type=positive_int, default=64, help="Default: 64.")
+    text = "Largest relative change of perplexity on the dense answers. Default: 0.05."
+    add("--max-perplexity-change", type=float, default=0.05, help=text)
+    text = "Least share of steps whose likeliest token is the same. Default: 0.9."
+    add("--min-agreement", type=float, default=0.9, help=text)
+    add("--json", action="store_true", help="Print JSON.")
     return parser

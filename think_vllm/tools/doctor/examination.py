@@ -7,7 +7,6 @@ import json
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,7 @@ from think_vllm.tools.doctor.patches import check_patches
 from think_vllm.tools.doctor.probe import ProbeJob, ProbeResult, parse_engine_args
 
 if TYPE_CHECKING:
+    from argparse import Namespace
     from collections.abc import Iterator, Sequence
 
     from think_vllm.hooks.engine import Engine
@@ -30,28 +30,10 @@ if TYPE_CHECKING:
 LOG_LINES = 25
 
 
-@dataclass(frozen=True)
-class Generation:
-    """How much to generate, and what is still a go."""
-
-    text: Path | None  # file to cut prompts from, None for recall prompts
-    num_prompts: int  # prompts, answered together
-    prompt_tokens: int  # of each prompt
-    new_tokens: int  # of each answer
-    max_perplexity_change: float  # largest relative change of perplexity on the dense answers
-    min_agreement: float  # least share of steps whose likeliest token is the same
-
-
 class Examination:
-    """Of one model with one set of flags; `findings` ends with the first that rules it out.
+    """Of one model with one set of flags; `findings` ends with the first that rules it out."""
 
-    Args:
-        model: Name or directory.
-        arguments: Of `vllm serve`, without the model.
-        generation: What to generate, or None to leave it out.
-    """
-
-    def __init__(self, model: str, arguments: Sequence[str], generation: Generation | None) -> None:
+    def __init__(self, model: str, arguments: Sequence[str], generation: Namespace | None) -> None:
         self.model = model
         self.arguments = list(arguments)
         self.generation = generation

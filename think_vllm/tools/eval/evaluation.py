@@ -31,10 +31,6 @@ RETRIES = 2
 class Evaluation:
     """An evaluation; files and names are checked before anything starts.
 
-    Args:
-        options: Of the command line.
-        arguments: The command line, for the report.
-
     Raises:
         ThinkError: If something is missing.
     """

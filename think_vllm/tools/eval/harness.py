@@ -111,14 +111,6 @@ def run_harness(
 ) -> HarnessTable:
     """Run it and read its results.
 
-    Args:
-        program: As `find_harness` returns it.
-        url: Of the server, without a path.
-        model: Of the server.
-        label: The server's.
-        output: Directory of its results and its log; new.
-        options: Of the evaluation.
-
     Raises:
         ThinkError: If it fails, or leaves no results.
     """

@@ -8,12 +8,7 @@ from think_vllm.tools.eval.summary import Group
 
 
 def draw_bars(tasks: Sequence[Group], path: Path) -> Path:
-    """Draw one group of bars for each task, with intervals.
-
-    Args:
-        tasks: As `summary.by_task` returns them; at least one.
-        path: The file, which is returned.
-    """
+    """Draw one group of bars for each task, with intervals."""
     labels = [figure.label for figure in tasks[0].figures]
     figure, (panel,) = new_figure(1, width=2 + 0.35 * len(tasks) * (len(labels) + 1), height=3.6)
     width = 0.8 / len(labels)
@@ -39,10 +34,6 @@ def draw_bars(tasks: Sequence[Group], path: Path) -> Path:
 
 def draw_heatmaps(cells: Sequence[Group], directory: Path) -> list[Path]:
     """Draw one plot for each task on the grid, one panel for each server.
-
-    Args:
-        cells: As `summary.by_cell` returns them.
-        directory: Where plots go.
 
     Returns:
         The files.

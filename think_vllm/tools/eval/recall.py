@@ -184,14 +184,7 @@ def recall_prompt(rng: random.Random, num_tokens: int, num_records: int) -> Reca
 def recall_samples(
     seed: int, count: int, num_tokens: int, num_records: int
 ) -> Iterator[RecallSample]:
-    """Yield `count` independent samples of one size, the same ones for the same arguments.
-
-    Args:
-        seed: Seed of the whole series.
-        count: Number of samples.
-        num_tokens: As for `recall_prompt`.
-        num_records: As for `recall_prompt`.
-    """
+    """Yield `count` independent samples of one size, the same ones for the same arguments."""
     rng = random.Random(f"recall/{seed}/{num_tokens}/{num_records}")
     for _ in range(count):
         yield recall_prompt(rng, num_tokens, num_records)

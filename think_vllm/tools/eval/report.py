@@ -39,14 +39,7 @@ def write_report(
     harness: Sequence[HarnessTable],
     provenance: dict[str, Any],
 ) -> None:
-    """Write the files and the plots.
-
-    Args:
-        options: Of the evaluation.
-        runs: The servers' answers.
-        harness: Results of lm-evaluation-harness; empty without it.
-        provenance: Date, machine, versions and command.
-    """
+    """Write the files and the plots."""
     directory, seed = options.out, options.seed
     tasks: list[Group] = []
     lengths: list[Group] = []

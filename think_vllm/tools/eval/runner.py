@@ -38,17 +38,7 @@ def ask_all(
     concurrency: int,
     label: str,
 ) -> list[Result]:
-    """Ask everything, greedily; a failed request is a result without a score.
-
-    Args:
-        client: Of the server.
-        model: Name that requests carry.
-        questions: In the order of the results.
-        chat: Whether prompts are sent as chat messages.
-        extra: Further fields of every request.
-        concurrency: Requests at the same time.
-        label: The server's, for the progress line.
-    """
+    """Ask everything, greedily; a failed request is a result without a score."""
 
     def ask(question: Question) -> Result:
         text, reason, failure, score = "", None, None, None

@@ -13,14 +13,7 @@ Counter = Callable[[str], int]
 def server_counter(
     client: Client, model: str, chat: bool, template_options: dict[str, Any] | None
 ) -> Counter:
-    """Count with a server's ``/tokenize``, which vLLM has.
-
-    Args:
-        client: Of the server.
-        model: Name that requests carry.
-        chat: Whether prompts are chat messages.
-        template_options: ``chat_template_kwargs`` of the requests.
-    """
+    """Count with a server's ``/tokenize``, which vLLM has."""
     options = {"chat_template_kwargs": template_options} if template_options else {}
 
     def count(text: str) -> int:
@@ -40,11 +33,6 @@ def server_counter(
 
 def tokenizer_counter(name: str, chat: bool, template_options: dict[str, Any] | None) -> Counter:
     """Count with the tokenizer of a model, as transformers loads it.
-
-    Args:
-        name: Name or directory.
-        chat: Whether prompts are chat messages.
-        template_options: Further arguments of the chat template.
 
     Raises:
         ThinkError: If it cannot be loaded, or has no chat template and needs one.

@@ -81,11 +81,7 @@ class Frame:
 
 
 class Hay:
-    """Sentences drawn one after the other, and kept.
-
-    Args:
-        draw: Draws the next one.
-    """
+    """Sentences drawn one after the other, and kept."""
 
     def __init__(self, draw: Callable[[], str]) -> None:
         self._draw = draw
