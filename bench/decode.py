@@ -9,6 +9,7 @@ Run: ``python -m bench.decode``.
 
 import argparse
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,100 +36,94 @@ def random_channels(count: int, *shape: int) -> torch.Tensor:
     return torch.rand(shape).argsort(dim=-1)[..., :count].sort(dim=-1).values
 
 
-def rows_of(num_seqs: int, queries: int, context: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sequence of each query, and the tokens that it attends to."""
-    request = np.repeat(np.arange(num_seqs, dtype=np.int32), queries)
-    return request, np.tile(np.arange(context - queries + 1, context + 1, dtype=np.int32), num_seqs)
+class Batch(NamedTuple):
+    """What all kernels are given."""
+
+    query: torch.Tensor  # [num_seqs * queries, Hq, D]: the last queries of each sequence
+    num_seqs: int
+    num_kv_heads: int
+    context: int  # tokens of each sequence
+
+    @property
+    def queries(self) -> int:
+        """Of each sequence."""
+        return len(self.query) // self.num_seqs
+
+    @property
+    def head_size(self) -> int:
+        """Channels of a head."""
+        return self.query.shape[2]
+
+    def table(self, block_size: int) -> torch.Tensor:
+        """A block table, each sequence's blocks one after the other."""
+        width = -(-self.context // block_size)
+        return torch.arange(self.num_seqs * width, dtype=torch.int32).view(self.num_seqs, width)
+
+    def dense_blocks(self, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A cache of the query's dtype, and its block table."""
+        table = self.table(block_size)
+        shape = (table.numel(), self.num_kv_heads, block_size, 2 * self.head_size)
+        return torch.randn(shape).to(self.query.dtype), table
+
+    def rows(self) -> tuple[np.ndarray, np.ndarray]:
+        """Sequence of each query, and the tokens that it attends to."""
+        request = np.repeat(np.arange(self.num_seqs, dtype=np.int32), self.queries)
+        tokens = np.arange(self.context - self.queries + 1, self.context + 1, dtype=np.int32)
+        return request, np.tile(tokens, self.num_seqs)
 
 
-def vllm_kernel(
-    query: torch.Tensor,
-    num_seqs: int,
-    num_kv_heads: int,
-    context: int,
-    kv_cache_dtype: str = "auto",
-) -> Callable[[], None]:
+def vllm_kernel(batch: Batch, kv_cache_dtype: str = "auto") -> Callable[[], None]:
     """Set up vLLM's C++ kernel over dense blocks of the query's dtype, or of fp8."""
-    count, _, head_size = query.shape
-    width = -(-context // VLLM_BLOCK_SIZE)
-    shape = (num_seqs * width, num_kv_heads, VLLM_BLOCK_SIZE, 2 * head_size)
-    cache = torch.randn(shape).to(query.dtype)
+    cache, table = batch.dense_blocks(VLLM_BLOCK_SIZE)
     if kv_cache_dtype == "fp8":
         cache = cache.to(torch.float8_e4m3fn).view(torch.uint8)
-    table = torch.arange(num_seqs * width, dtype=torch.int32).view(num_seqs, width)
-    isa = "vec" if head_size % 32 == 0 else "vec16"
-    lengths, contexts = [count // num_seqs] * num_seqs, [context] * num_seqs
+    isa = "vec" if batch.head_size % 32 == 0 else "vec16"
+    lengths = [batch.queries] * batch.num_seqs
+    contexts, scale = [batch.context] * batch.num_seqs, batch.head_size**-0.5
     run, _ = vllm_attention(
-        query, cache, table, lengths, contexts, head_size**-0.5, isa, kv_cache_dtype
+        batch.query, cache, table, lengths, contexts, scale, isa, kv_cache_dtype
     )
     return run
 
 
-def think_kernel(
-    query: torch.Tensor,
-    num_seqs: int,
-    num_kv_heads: int,
-    context: int,
-    plan: BlockPlan,
-    thin: bool,
-) -> Callable[[], None]:
+def think_kernel(batch: Batch, plan: BlockPlan, thin: bool) -> Callable[[], None]:
     """Set up our kernel over contexts whose full spans, up to the queries, are thin or dense."""
-    count, _, head_size = query.shape
-    queries = count // num_seqs
-    width = -(-context // plan.block_size)
-    shape = (num_seqs * width, num_kv_heads, plan.block_size, 2 * head_size)
-    cache = torch.randn(shape).to(query.dtype)
-    table = torch.arange(num_seqs * width, dtype=torch.int32).view(num_seqs, width)
-    spans = plan.rule.prompt_spans(context - queries + 1) if thin else 0
+    cache, table = batch.dense_blocks(plan.block_size)
+    spans = plan.rule.prompt_spans(batch.context - batch.queries + 1) if thin else 0
     if spans:
-        request = np.repeat(np.arange(num_seqs), spans)
+        request = np.repeat(np.arange(batch.num_seqs), spans)
         kept = [
-            random_channels(number, num_seqs * spans, num_kv_heads, head_size)
+            random_channels(number, len(request), batch.num_kv_heads, batch.head_size)
             for number in (plan.key_channels, plan.value_channels)[: 1 + plan.prunes_values]
         ]
         channels = torch.cat(kept, dim=-1).to(torch.uint8)
-        span = np.tile(np.arange(spans), num_seqs)
+        span = np.tile(np.arange(spans), batch.num_seqs)
         compact_spans(cache, table, request, span, channels, plan)
-    rows = DecodeRows(*rows_of(num_seqs, queries, context), np.full(count, spans, np.int32))
-    out = torch.empty_like(query)
-
-    def run() -> None:
-        decode_attention(query, cache, table, rows, plan, head_size**-0.5, out)
-
-    return run
+    rows = DecodeRows(*batch.rows(), np.full(len(batch.query), spans, np.int32))
+    query, out, scale = batch.query, torch.empty_like(batch.query), batch.head_size**-0.5
+    return lambda: decode_attention(query, cache, table, rows, plan, scale, out)
 
 
-def static_kernel(
-    query: torch.Tensor,
-    num_seqs: int,
-    num_kv_heads: int,
-    context: int,
-    plan: StaticPlan,
-) -> Callable[[], None]:
+def static_kernel(batch: Batch, plan: StaticPlan) -> Callable[[], None]:
     """Set up our kernel over blocks that are thin from the first token on."""
-    count, _, head_size = query.shape
-    queries = count // num_seqs
-    width = -(-context // plan.block_size)
-    num_tokens = num_seqs * width * plan.block_size
+    query, table = batch.query, batch.table(plan.block_size)
+    num_tokens = table.numel() * plan.block_size
     dtype = torch.uint8 if plan.is_quantized else query.dtype
     channels = plan.layout.token_bytes // dtype.itemsize
-    cache = torch.empty(num_seqs * width, num_kv_heads, plan.block_size, channels, dtype=dtype)
+    shape = (table.numel(), batch.num_kv_heads, plan.block_size, channels)
+    cache = torch.empty(shape, dtype=dtype)
     kept = StaticChannels(
         *(
-            random_channels(number, num_kv_heads, head_size)
+            random_channels(number, batch.num_kv_heads, batch.head_size)
             for number in (plan.key_channels, plan.value_channels)
         )
     )
-    key, value = torch.randn(2, num_tokens, num_kv_heads, head_size).to(query.dtype)
+    heads = (batch.num_kv_heads, batch.head_size)
+    key, value = torch.randn(2, num_tokens, *heads).to(query.dtype)
     store_static(key, value, cache, torch.arange(num_tokens), kept, plan)
-    table = torch.arange(num_seqs * width, dtype=torch.int32).view(num_seqs, width)
-    request, lengths = rows_of(num_seqs, queries, context)
-    out = torch.empty_like(query)
-
-    def run() -> None:
-        static_attention(query, cache, table, request, lengths, kept, plan, head_size**-0.5, out)
-
-    return run
+    request, lengths = batch.rows()
+    out, scale = torch.empty_like(query), batch.head_size**-0.5
+    return lambda: static_attention(query, cache, table, request, lengths, kept, plan, scale, out)
 
 
 def main() -> None:
@@ -149,10 +144,10 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     dtype = getattr(torch, options.dtype)
-    count, shape = options.sequences, (options.kv_heads, options.context)
-    query = torch.randn(count * options.queries, options.heads, options.head_size).to(dtype)
-    kernels = {"vLLM": vllm_kernel(query, count, *shape)}
-    kernels["vLLM, fp8 cache"] = vllm_kernel(query, count, *shape, "fp8")
+    num_queries = options.sequences * options.queries
+    query = torch.randn(num_queries, options.heads, options.head_size).to(dtype)
+    batch = Batch(query, options.sequences, options.kv_heads, options.context)
+    kernels = {"vLLM": vllm_kernel(batch), "vLLM, fp8 cache": vllm_kernel(batch, "fp8")}
     for name in options.formats:
         for ratio in options.ratios:
             values = options.value_ratio
@@ -164,16 +159,16 @@ def main() -> None:
                 static = plan_static(config, options.head_size, dtype.itemsize)
                 if static is not None:
                     title = f"static, {name}, {pruned}"
-                    kernels[title] = static_kernel(query, count, *shape, static)
+                    kernels[title] = static_kernel(batch, static)
             plan = plan_blocks(config, options.head_size, dtype.itemsize)
             if plan is None:
                 continue
             title = f"{name}, {pruned} ({plan.span_blocks} blocks of {plan.block_size} -> "
             title += f"{plan.thin_blocks})"
-            kernels[title] = think_kernel(query, count, *shape, plan, True)
+            kernels[title] = think_kernel(batch, plan, True)
             if name == "none":
-                dense = think_kernel(query, count, *shape, plan, False)
-                kernels[f"dense blocks of {plan.block_size}"] = dense
+                title = f"dense blocks of {plan.block_size}"
+                kernels[title] = think_kernel(batch, plan, False)
     times = take_turns({name: timed(run) for name, run in kernels.items()}, options.rounds)
     print(this_machine())
     print(

@@ -11,7 +11,6 @@ Prints tables, and writes JSON with date, GPU and versions after every batch and
 """
 
 import argparse
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import torch
 from bench.gpu_check.machine import gpu_machine
 from bench.gpu_rivals import RIVALS, Kernel, Maker, flash_version, take
 from bench.support.plans import plan_of
+from bench.support.turns import take_turns
 from csrc_triton.decode import decode_attention, decode_splits
 from csrc_triton.splits import make_workspace
 from think_vllm.plan.formats import FORMATS
@@ -30,27 +30,31 @@ from think_vllm.tools.common.markdown import table
 
 L2_BYTES = 256 * 2**20  # larger than any L2 cache
 COPY_BYTES = 2 * 2**30
-WARM_UPS = 3
 #: For how long the GPU idles before a kernel, so that the host has enqueued all of it by then.
 IDLE_CYCLES = 1_000_000
+
+
+def timed_on_gpu(run: Callable[[], Any], flush: torch.Tensor) -> Callable[[], float]:
+    """A function that runs a kernel once, behind memory that fills the L2 cache: its seconds."""
+
+    def measure() -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()
+        torch.cuda._sleep(IDLE_CYCLES)
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return 1e-3 * start.elapsed_time(end)
+
+    return measure
 
 
 def time_in_turns(kernels: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
     """Median time of each kernel in microseconds."""
     flush = torch.empty(L2_BYTES, dtype=torch.uint8, device="cuda")
-    times: dict[str, list[float]] = {name: [] for name in kernels}
-    for round_ in range(rounds + WARM_UPS):
-        for name, run in kernels.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            flush.zero_()
-            torch.cuda._sleep(IDLE_CYCLES)
-            start.record()
-            run()
-            end.record()
-            end.synchronize()
-            if round_ >= WARM_UPS:
-                times[name].append(1e3 * start.elapsed_time(end))
-    return {name: statistics.median(measured) for name, measured in times.items()}
+    times = take_turns({name: timed_on_gpu(run, flush) for name, run in kernels.items()}, rounds)
+    return {name: 1e6 * times.median(name) for name in kernels}
 
 
 def measure_bandwidth() -> float:

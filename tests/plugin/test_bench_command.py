@@ -82,14 +82,15 @@ def test_bench_rejects_a_folder_with_results(
 @pytest.mark.parametrize("flags", DEFAULT_FLAGS)
 def test_read_engine_plans_what_is_recommended(recall_model: Path, flags: str) -> None:
     engine = read_engine(str(recall_model), flags.split(), "test")
-    assert (engine.max_model_len, engine.dtype) == (2048, "bfloat16")
-    assert engine.plan is not None
+    assert engine.max_model_len == 2048
+    assert engine.thin is not None
+    assert engine.thin.plan is not None
     assert not engine.windowed
     # Fewer blocks than dense ones of as many tokens.
-    assert engine.blocks_for(2000, 128) < -(-2000 // engine.plan.block_size)
+    assert engine.blocks_for(2000, 128) < -(-2000 // engine.thin.plan.block_size)
 
 
 def test_read_engine_of_plain_vllm(recall_model: Path) -> None:
     engine = read_engine(str(recall_model), ["--max-model-len", "500"], "test")
-    assert (engine.max_model_len, engine.settings, engine.plan) == (500, None, None)
+    assert (engine.max_model_len, engine.thin) == (500, None)
     assert engine.blocks_for(300, 128) == 3

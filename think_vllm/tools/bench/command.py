@@ -7,7 +7,6 @@ import shlex
 from collections.abc import Sequence
 
 from think_vllm.errors import ThinkError
-from think_vllm.plan.summary import plan_fields, static_fields
 from think_vllm.tools.bench.comparison import check_comparable, rows_of
 from think_vllm.tools.bench.configuration import (
     DEFAULT_FLAGS,
@@ -100,23 +99,18 @@ def _engine(configuration: Configuration, shared: Sequence[str], results: Result
     flags = configuration.flags
     who = f'bench: --config "{shlex.join(flags)}"' if flags else "bench"
     engine = read_engine(results.model, (*shared, *flags), who)
-    if configuration.kind in ("plain", "fp8 cache") and engine.settings is not None:
+    if configuration.kind in ("plain", "fp8 cache") and engine.thin is not None:
         raise ThinkError(
             "bench: --server-args turn thin blocks on for the plain server too, and leave "
             "nothing to compare; give these settings in --config"
         )
     for scenario in results.scenarios:
         scenario.check_length(engine.max_model_len)
-    if engine.settings is not None and not (engine.plan or engine.static):
+    plan = None if engine.thin is None else engine.thin.fields(engine.prefix_caching)
+    if engine.thin is not None and plan is None:
         raise ThinkError(f"{who} prunes no channel of this model; give a larger ratio")
-    plan = None if engine.plan is None else plan_fields(engine.plan, engine.prefix_caching)
-    if engine.static is not None:
-        plan = static_fields(engine.static)
-    results.servers.append(
-        ServerRecord(
-            label=configuration.label, kind=configuration.kind, flags=list(flags), plan=plan
-        )
-    )
+    label, kind = configuration.label, configuration.kind
+    results.servers.append(ServerRecord(label=label, kind=kind, flags=list(flags), plan=plan))
     return engine
 
 

@@ -6,12 +6,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
 from think_vllm.errors import ThinkError
-from think_vllm.hooks.engine import plan_engine
+from think_vllm.hooks import engine
 from think_vllm.hooks.model_support import attention_layers
 from think_vllm.plan.additional_config import config_from_additional
-from think_vllm.plan.planner import BlockPlan
 from think_vllm.plan.settings import ADDITIONAL_CONFIG_KEY, ThinkConfig, flag_name
-from think_vllm.plan.static_plan import StaticPlan
 from think_vllm.tools.common.flags import split_flags
 
 Kind = Literal["plain", "fp8 cache", "thin", "other", "external"]
@@ -52,13 +50,9 @@ class Engine:
     """What vLLM makes of a configuration."""
 
     max_model_len: int  # tokens of the longest request
-    dtype: str  # of the model
-    settings: ThinkConfig | None  # of thin blocks; None without
-    plan: BlockPlan | None  # of thin blocks; None without
+    thin: engine.Engine | None  # thin blocks; None without
     prefix_caching: bool  # whether prefixes are cached
     windowed: bool  # whether some layers have a sliding window, of which the plan does not speak
-    #: Of static pruning, whose blocks are as many as dense ones and smaller; None without.
-    static: StaticPlan | None = None
 
     def blocks_for(self, num_tokens: int, block_size: int) -> int | None:
         """Blocks that a request holds; None if the plan does not say.
@@ -69,8 +63,9 @@ class Engine:
         """
         if self.windowed:
             return None
-        if self.plan is not None:
-            return self.plan.blocks_for(num_tokens)
+        if self.thin is not None and self.thin.plan is not None:
+            return self.thin.plan.blocks_for(num_tokens)
+        # Static pruning makes blocks smaller, not fewer.
         return -(-num_tokens // block_size)
 
 
@@ -174,26 +169,23 @@ def read_engine(model: str, arguments: Sequence[str], who: str) -> Engine:
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split()) or repr(error)
         raise ThinkError(f"{who}: vLLM cannot read the model {model!r}: {reason}") from None
-    plan = static = None
+    thin = None
     if settings is not None:
-        described = plan_engine(
+        cache_dtype = namespace.kv_cache_dtype
+        thin = engine.plan_engine(
             settings,
             model_config,
             namespace.block_size,
-            cache_dtype=namespace.kv_cache_dtype,
+            cache_dtype=cache_dtype,
             parallel=namespace,
         )
-        plan, static = described.plan, described.static
     return Engine(
         max_model_len=model_config.max_model_len,
-        dtype=str(model_config.dtype).removeprefix("torch."),
-        settings=settings,
-        plan=plan,
+        thin=thin,
         # vLLM's default, for models that generate text.
         prefix_caching=namespace.enable_prefix_caching is not False
         and (settings is None or settings.allows_prefix_caching),
         windowed=attention_layers(model_config).window > 0,
-        static=static,
     )
 
 
