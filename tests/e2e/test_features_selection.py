@@ -161,10 +161,7 @@ INTEGER = {"name": "integer", "schema": {"type": "integer"}}
     [
         ({"structured_outputs": {"regex": f"[0-9]{{{COUNT}}}"}}, next_digit),
         ({"structured_outputs": {"choice": CHOICES}}, next_of_choices),
-        (
-            {"response_format": {"type": "json_schema", "json_schema": INTEGER}},
-            next_of_integer,
-        ),
+        ({"response_format": {"type": "json_schema", "json_schema": INTEGER}}, next_of_integer),
     ],
     ids=["regex", "choice", "json-schema"],
 )

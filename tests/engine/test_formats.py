@@ -67,11 +67,7 @@ CASES = {
     # 3 thin blocks of a span, the last one with fewer tokens. A bias is many times what keys
     # differ in, which would be lost without their channels' zeros.
     "fp8-biased-preempted-small-chunks": Case(
-        "fp8",
-        block_size=64,
-        small_pool=True,
-        chunk=80,
-        key_bias=32.0,
+        "fp8", block_size=64, small_pool=True, chunk=80, key_bias=32.0
     ),
     "kivi4-small-chunks": Case("kivi4", chunk=64),
     "k4v2-group-64": Case("k4v2", group=64),

@@ -186,12 +186,7 @@ def test_decode_scores_of_any_size(factor):
 def check_large(case: Case, factor: float) -> None:
     """Scores of size s carry float32 errors of s * 2 ** -24 times a few: so do the weights."""
     expected = decode_attention_ref(
-        case.query,
-        case.kv_cache,
-        case.block_table,
-        *case.reference_rows,
-        case.plan,
-        case.scale,
+        case.query, case.kv_cache, case.block_table, *case.reference_rows, case.plan, case.scale
     )
     actual = run(case).double()
     assert actual.isfinite().all()

@@ -14,12 +14,7 @@ from think_vllm.kernels.cpu import attend, compaction, decode, scoring
 from think_vllm.worker.channel_selection import top_channels
 from think_vllm.worker.cpu.warmup import warm_up
 
-KERNELS = [
-    attend.attend,
-    compaction._compact,
-    scoring._key_energy,
-    scoring._add_query_energy,
-]
+KERNELS = [attend.attend, compaction._compact, scoring._key_energy, scoring._add_query_energy]
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 CHART = REPOSITORY / "deploy" / "helm" / "think-vllm"
 #: What deploy/kubernetes/think-vllm.yaml is made of.
 RELEASE = "think-vllm"
-VALUES = {
-    "apiKey": {"existingSecret": "think-vllm", "key": "api-key"},
-}
+VALUES = {"apiKey": {"existingSecret": "think-vllm", "key": "api-key"}}
 HEADER = """\
 # The chart deploy/helm/think-vllm with default values and a secret, for clusters without Helm.
 # Written by

@@ -16,16 +16,8 @@ from tests.triton.reference import (
     key_energy_ref,
     split_dense,
 )
-from think_vllm.kernels.reference.eviction import (
-    attention_sums_ref,
-    pool_ref,
-    select_tokens_ref,
-)
-from think_vllm.kernels.reference.scoring import (
-    key_scores_ref,
-    query_energy_ref,
-    top_channels_ref,
-)
+from think_vllm.kernels.reference.eviction import attention_sums_ref, pool_ref, select_tokens_ref
+from think_vllm.kernels.reference.scoring import key_scores_ref, query_energy_ref, top_channels_ref
 from think_vllm.plan.planner import BlockPlan
 from think_vllm.plan.request import request_override
 from think_vllm.plan.spans import SpanRule

@@ -93,10 +93,7 @@ class Life:
         return request
 
     def resume(
-        self,
-        request: Request,
-        hit: tuple[Request, int] | None = None,
-        borders: Sequence[int] = (),
+        self, request: Request, hit: tuple[Request, int] | None = None, borders: Sequence[int] = ()
     ) -> None:
         """Admit a new or preempted request; see ``add``."""
         start, cached = 0, None

@@ -7,8 +7,7 @@ from tests.triton.lives import Life
 
 
 @pytest.mark.parametrize(
-    ("name", "version"),
-    [("k4v2-0.5", 1), ("k4v2-0.5", 2), ("fp8", 2), ("k4v2-values-0.5", 2)],
+    ("name", "version"), [("k4v2-0.5", 1), ("k4v2-0.5", 2), ("fp8", 2), ("k4v2-values-0.5", 2)]
 )
 def test_prompts_behind_cached_thin_spans(name, version, device):
     life = Life(name, version, device, graphs=True)

@@ -8,8 +8,7 @@ from think_vllm.metrics.rank import begin_report, take_report
 
 
 @pytest.mark.parametrize(
-    ("name", "prefixes", "version"),
-    [("none-0.5-values-0.3", "thin", 1), ("none-0.5", "dense", 2)],
+    ("name", "prefixes", "version"), [("none-0.5-values-0.3", "thin", 1), ("none-0.5", "dense", 2)]
 )
 def test_lives_of_spans_with_channels_of_their_own(name, prefixes, version, device):
     settings = {"kv_channel_tables": "span", "kv_prefix_cache": prefixes}

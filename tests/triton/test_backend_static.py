@@ -102,10 +102,7 @@ def test_warming_up_runs_every_kernel(device, quant):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [
-        ({"sliding_window": 128}, "a sliding window"),
-        ({"sinks": torch.zeros(4)}, "attention sinks"),
-    ],
+    [({"sliding_window": 128}, "a sliding window"), ({"sinks": torch.zeros(4)}, "attention sinks")],
 )
 def test_layers_that_cannot_be_served_are_rejected(options, message):
     with pytest.raises(ThinkError, match=f"--kv-select static: .*{message}"):

@@ -156,10 +156,7 @@ def test_compact_spans_skips_what_is_not_due(device):
             expected[1], block_table, request[task : task + 1], span[task : task + 1],
             channels[task : task + 1], plan,
         )  # fmt: skip
-    for active in (
-        torch.tensor([True, True, True, False, False]),
-        int32([1, 1, 7, 0, 0]),
-    ):
+    for active in (torch.tensor([True, True, True, False, False]), int32([1, 1, 7, 0, 0])):
         actual = on_device(layers, device)
         tasks = int32(request, device), int32(span, device)
         compact_spans(

@@ -39,13 +39,7 @@ def check(plan, dtype, heads, requests, soft_cap=0.0) -> None:
         for i in range(count)
     ]
     expected = decode_attention_ref(
-        query,
-        case.kv_cache,
-        case.block_table,
-        *zip(*rows, strict=True),
-        plan,
-        case.scale,
-        soft_cap,
+        query, case.kv_cache, case.block_table, *zip(*rows, strict=True), plan, case.scale, soft_cap
     )
     operands = 0 if dtype == torch.float32 else 2 * ROUNDING[dtype]
     tolerance = (ROUNDING[dtype] + operands) * float(expected.abs().max()) + SUMMATION
