@@ -20,7 +20,6 @@ def parse() -> Parse:
     parser: Any = moved("make_arg_parser")(FlexibleArgumentParser())
 
     def run(arguments: Sequence[str]) -> argparse.Namespace:
-        namespace: argparse.Namespace = parser.parse_args(list(arguments))
-        return namespace
+        return parser.parse_args(list(arguments))
 
     return run

@@ -2,7 +2,6 @@
 
 import ast
 import json
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +24,15 @@ SYNTHETIC = {"up"}
 
 @pytest.fixture(scope="module")
 def dashboard() -> dict[str, Any]:
-    read: dict[str, Any] = json.loads(DASHBOARD.read_text(encoding="utf-8"))
-    return read
+    return json.loads(DASHBOARD.read_text(encoding="utf-8"))
 
 
 def panels(dashboard: dict[str, Any]) -> list[dict[str, Any]]:
     return [panel for panel in dashboard["panels"] if panel["type"] != "row"]
 
 
-def expressions() -> list[str]:
-    read = json.loads(DASHBOARD.read_text(encoding="utf-8"))
-    shown = [target["expr"] for panel in panels(read) for target in panel["targets"]]
+def expressions(dashboard: dict[str, Any]) -> list[str]:
+    shown = [target["expr"] for panel in panels(dashboard) for target in panel["targets"]]
     [group] = read_yaml(DEPLOY / "prometheus" / "alerts.yml")["groups"]
     return shown + [rule["expr"] for rule in group["rules"]]
 
@@ -62,22 +59,13 @@ def exposed_by_us() -> set[str]:
     }
 
 
-@pytest.mark.parametrize("expression", expressions())
-def test_expressions_are_promql(expression: str) -> None:
-    assert metric_names(expression)
-
-
-def test_metrics_of_vllm_exist() -> None:
-    named = set().union(*map(metric_names, expressions())) - SYNTHETIC
-    ours = {name for name in named if name.startswith("think_vllm:")}
-    assert named - ours <= exposed_by_vllm()
-
-
-def test_our_metrics_exist() -> None:
-    named = set().union(*map(metric_names, expressions()))
-    ours = {name for name in named if name.startswith("think_vllm:")}
-    assert ours
-    assert ours <= exposed_by_us()
+def test_metrics_of_all_expressions_exist(dashboard: dict[str, Any]) -> None:
+    exposed, ours = exposed_by_vllm(), exposed_by_us()
+    for expression in expressions(dashboard):
+        names = metric_names(expression) - SYNTHETIC
+        assert names or "up" in expression
+        assert {name for name in names if not name.startswith("think_vllm:")} <= exposed
+        assert {name for name in names if name.startswith("think_vllm:")} <= ours
 
 
 def test_panels_use_the_provisioned_source(dashboard: dict[str, Any]) -> None:
@@ -87,20 +75,6 @@ def test_panels_use_the_provisioned_source(dashboard: dict[str, Any]) -> None:
         assert all(target["datasource"] == wanted for target in panel["targets"])
     for variable in dashboard["templating"]["list"]:
         assert variable["datasource"] == wanted
-
-
-def test_panels_have_places_of_their_own(dashboard: dict[str, Any]) -> None:
-    assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
-    cells = [
-        {
-            (place["x"] + column, place["y"] + line)
-            for column in range(place["w"])
-            for line in range(place["h"])
-        }
-        for place in (panel["gridPos"] for panel in dashboard["panels"])
-    ]
-    assert not [None for one, other in combinations(cells, 2) if one & other]
-    assert max(column for taken in cells for column, _ in taken) < 24
 
 
 def test_comparison_names_the_servers_of_the_scrape_config(dashboard: dict[str, Any]) -> None:

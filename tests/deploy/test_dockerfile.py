@@ -49,14 +49,13 @@ def test_vllm_is_the_version_of_the_project(stages: dict[str, Stage]) -> None:
     assert f"vllm=={version}" in gpu
 
 
-def test_base_images_have_a_version(stages: dict[str, Stage]) -> None:
+def test_base_images_have_a_version_and_a_python_that_is_supported(
+    stages: dict[str, Stage],
+) -> None:
     for name, stage in stages.items():
         if name:
             _, _, tag = stage[0][1].split()[0].partition(":")
             assert re.match(r"v?(\d|\$\{VLLM_VERSION\})", tag), stage[0]
-
-
-def test_python_of_the_base_image_is_supported(stages: dict[str, Stage]) -> None:
     version = stages["cpu"][0][1].split(":")[1].split("-")[0]
     assert f"Programming Language :: Python :: {version}" in project()["classifiers"]
 
@@ -75,6 +74,7 @@ def test_image_runs_as_nobody_special(stages: dict[str, Stage], target: str) -> 
     user = last(stages[target], "USER")
     assert re.fullmatch(r"[1-9]\d+:[1-9]\d+", user)
     assert f"--uid {user.split(':')[0]} " in " ".join(rest for _, rest in stages[target])
+    assert f'org.opencontainers.image.version="{__version__}"' in last(stages[target], "LABEL")
 
 
 @pytest.mark.parametrize("target", ["cpu", "gpu"])
@@ -94,11 +94,6 @@ def test_caches_lie_on_the_volume(stages: dict[str, Stage], target: str) -> None
     assert {"HOME", "HF_HOME", "NUMBA_CACHE_DIR"} <= set(paths)
     assert all(path.startswith(volume) for path in paths.values())
     assert f"--home-dir {volume} " in " ".join(rest for _, rest in stages[target])
-
-
-@pytest.mark.parametrize("target", ["cpu", "gpu"])
-def test_labels_state_our_version(stages: dict[str, Stage], target: str) -> None:
-    assert f'org.opencontainers.image.version="{__version__}"' in last(stages[target], "LABEL")
 
 
 def test_compose_and_chart_name_the_version() -> None:
