@@ -9,8 +9,7 @@ from bench.gpu_check.runner import Section
 BUDGETS = {1: 465.0, 2: 420.0}
 #: Tests that need no vLLM.
 KERNEL_TESTS = (
-    "units", "store", "scores", "compact", "decode", "context", "value_channels",
-    "static_attention", "static_store",
+    "units", "store", "scores", "compact", "decode", "context", "static_attention", "static_store",
 )  # fmt: skip
 #: Processes of pytest-xdist: more would compile faster than one GPU runs.
 TEST_PROCESSES = 12

@@ -1,8 +1,10 @@
 """Random caches in which every byte that must not be read is a NaN."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
+import pytest
 import torch
 
 from think_vllm.kernels.cpu.decode import DecodeRows
@@ -17,12 +19,22 @@ ROUNDING = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 SUMMATION = 4e-6
 
 
-#: Every format, with and without pruned keys.
+#: Every format, with and without pruned keys and values. 0.4 keeps 36 of 64 value channels:
+#: no whole vectors, and groups that are not full.
 FORMATS = [
-    (quant, ratio)
+    {"quant": quant, "ratio": ratio, "value_ratio": value_ratio}
     for quant in ("none", "fp8", "kivi4", "k4v2", "kivi2")
-    for ratio in (0.0, 0.5)
-    if (quant, ratio) != ("none", 0.0)
+    for ratio, value_ratio in ((0.0, 0.0), (0.5, 0.0), (0.0, 0.4), (0.5, 0.5))
+    if (quant, ratio, value_ratio) != ("none", 0.0, 0.0)
+]
+formats = pytest.mark.parametrize("thin", FORMATS, ids=lambda x: "-".join(map(str, x.values())))
+#: Of blocks that are compacted: all magnitudes, NaN and infinities, if they are random bits.
+KINDS = [
+    (torch.bfloat16, "usual"),
+    (torch.bfloat16, "biased"),
+    (torch.float32, "biased"),
+    (torch.float32, "bits"),
+    (torch.float16, "bits"),
 ]
 
 
@@ -83,10 +95,8 @@ def make_case(
 ) -> Case:
     """Build one request per (seq_len, thin_spans) in ``contexts``, with one row each.
 
-    Args:
-        gap_blocks: Blocks of other layers between two blocks of this one, filled with NaN.
-        form: For what blocks are laid out.
-        key_bias: Added to some channels of thin keys, subtracted from others.
+    Between two blocks of this layer lie ``gap_blocks`` of others, filled with NaN. ``key_bias`` is
+    added to some channels of thin keys, and subtracted from others.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -124,6 +134,46 @@ def make_case(
         rows=make_rows([(i, seq_len, thin) for i, (seq_len, thin) in enumerate(contexts)]),
         scale=plan.head_size**-0.5,
     )
+
+
+def make_layers(
+    plan: BlockPlan,
+    dtype: torch.dtype,
+    num_kv_heads: int,
+    num_requests: int,
+    spans: int,
+    kind: str = "bits",
+    form: BlockForm = BlockForm.CPU,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two dense layers side by side: ``[2, num_blocks, Hk, N, 2 * D]``, and a block table.
+
+    They are random ``bits``, ``usual`` numbers of any magnitude, or such with ``biased`` keys.
+    """
+    generator = torch.Generator().manual_seed(0)
+    width = spans * plan.span_blocks + 1
+    num_blocks = num_requests * width + 3
+    shape = (num_blocks, 2, num_kv_heads, plan.block_size, 2 * plan.head_size * dtype.itemsize)
+    data = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+    layers = data.view(dtype).transpose(0, 1)
+    if kind != "bits":
+        size = torch.exp(2 * torch.randn(layers.shape, generator=generator))
+        layers.copy_(torch.randn(layers.shape, generator=generator) * size)
+    if kind == "biased":
+        for kv_cache in layers:
+            bias_keys(split_dense(kv_cache, form)[0])
+    blocks = torch.randperm(num_blocks, generator=generator)[: num_requests * width]
+    return layers, blocks.view(num_requests, width).to(torch.int32)
+
+
+def make_channels(plan: BlockPlan, num_kv_heads: int, *shape: int) -> torch.Tensor:
+    """Kept channels of spans: ``[*shape, Hk, K]`` uint8."""
+    generator = torch.Generator().manual_seed(1)
+    tables = [random_channels(plan, num_kv_heads, generator) for _ in range(math.prod(shape))]
+    return torch.stack(tables).view(*shape, num_kv_heads, -1)
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.cpu().contiguous().view(torch.uint8)
 
 
 def bias_keys(keys: torch.Tensor) -> None:

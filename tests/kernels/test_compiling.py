@@ -4,8 +4,6 @@ import errno
 import importlib.util
 import logging
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import pytest
 from numba.core import caching
 
 from tests.conftest import REPOSITORY
+from tests.support.processes import run_python
 from think_vllm.kernels.cpu import compiling
 from think_vllm.kernels.cpu.compiling import _CacheFile
 
@@ -113,7 +112,10 @@ class Installation:
 
 
 @pytest.fixture
-def installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Installation:
+def installation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> Installation:
+    caplog.set_level(logging.WARNING, "vllm.think_vllm")
     return Installation(tmp_path, monkeypatch)
 
 
@@ -128,8 +130,7 @@ def test_kernels_are_loaded_from_a_warm_cache_that_is_read_only(
         installation.folders["package"].write_text("no folder")
     assert installation.run() == 1
     installation.close("package", "home", "named")
-    with caplog.at_level(logging.WARNING, "vllm.think_vllm"):
-        assert installation.run() == 0
+    assert installation.run() == 0
     assert caplog.records == []
 
 
@@ -141,8 +142,7 @@ def test_a_warm_cache_that_is_read_only_is_loaded_from_beside_one_that_is_not(
         installation.name(installation.folders["named"])
     assert installation.run() == 1
     installation.close(place)
-    with caplog.at_level(logging.WARNING, "vllm.think_vllm"):
-        assert installation.run() == 0
+    assert installation.run() == 0
     assert caplog.records == []
     # A folder that can be written is not mixed with those behind it.
     installation.name(installation.folders["home"])
@@ -153,9 +153,8 @@ def test_reasons_that_differ_give_one_warning(
     installation: Installation, caplog: pytest.LogCaptureFixture
 ) -> None:
     installation.run()
-    with caplog.at_level(logging.WARNING, "vllm.think_vllm"):
-        compiling._warn_of_compiling("no space for a")
-        compiling._warn_of_compiling("no space for b")
+    compiling._warn_of_compiling("no space for a")
+    compiling._warn_of_compiling("no space for b")
     assert [record.args for record in caplog.records] == [("no space for a",)]
 
 
@@ -172,8 +171,7 @@ def test_kernels_are_compiled_anew_where_nothing_can_be_written(
     installation.name(installation.folders.get(named, named) if named else "")
     for _ in range(2):
         caplog.clear()
-        with caplog.at_level(logging.WARNING, "vllm.think_vllm"):
-            assert installation.run() == 1
+        assert installation.run() == 1
         (record,) = caplog.records
         assert "set NUMBA_CACHE_DIR to a folder" in record.getMessage()
 
@@ -185,8 +183,7 @@ def test_a_disk_that_fills_up_ends_nothing(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(caching.IndexDataCacheFile, "_save_data", full)
-    with caplog.at_level(logging.WARNING, "vllm.think_vllm"):
-        assert installation.run() == 1
+    assert installation.run() == 1
     (record,) = caplog.records
     assert "No space left on device" in record.getMessage()
 
@@ -194,11 +191,11 @@ def test_a_disk_that_fills_up_ends_nothing(
 COMPARE = """
 import sys, torch
 from tests.kernels.helpers import make_case, make_plan
-from tests.kernels.test_compaction import test_compact_spans_codes_to_the_bit as compact
+from tests.kernels.test_compaction import check as check_compaction
 from tests.kernels.test_decode import check
 for quant in sys.argv[1:]:
-    compact(torch.float32, quant, 0.5, 64, "usual")
     plan = make_plan(64, torch.float32, None, 0.5, quant)
+    check_compaction(plan, torch.float32, "usual")
     check(make_case(plan, torch.float32, 4, 2, [(plan.span_tokens + 9, 1)]))
 """
 
@@ -208,11 +205,5 @@ def test_formats_that_other_processes_compiled_do_not_mix(tmp_path: Path) -> Non
     # Each format is compiled in a process of its own, as servers do; the last one loads both.
     environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
     for formats in (["kivi4"], ["kivi2"], ["kivi4", "kivi2"], ["kivi2", "kivi4"]):
-        done = subprocess.run(
-            [sys.executable, "-c", COMPARE, *formats],
-            env=environment,
-            cwd=REPOSITORY,
-            capture_output=True,
-            text=True,
-        )
+        done = run_python("-c", COMPARE, *formats, env=environment, cwd=REPOSITORY)
         assert done.returncode == 0, done.stderr[-3000:]

@@ -13,31 +13,20 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 def run(case: Case, **options) -> torch.Tensor:
     out = torch.full_like(case.query, torch.nan)
     decode_attention(
-        case.query,
-        case.kv_cache,
-        case.block_table,
-        case.rows,
-        case.plan,
-        case.scale,
-        out,
+        case.query, case.kv_cache, case.block_table, case.rows, case.plan, case.scale, out,
         **options,
-    )
+    )  # fmt: skip
     return out
 
 
-def check(case: Case, **options) -> None:
+def check(case: Case, tolerance: float = 0.0, **options) -> None:
     expected = decode_attention_ref(
-        case.query,
-        case.kv_cache,
-        case.block_table,
-        *case.reference_rows,
-        case.plan,
-        case.scale,
+        case.query, case.kv_cache, case.block_table, *case.reference_rows, case.plan, case.scale,
         **options,
-    )
+    )  # fmt: skip
+    rounding = ROUNDING[case.query.dtype] * float(expected.abs().max()) + SUMMATION
     actual = run(case, **options).double()
-    tolerance = ROUNDING[case.query.dtype] * float(expected.abs().max()) + SUMMATION
-    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance or rounding)
 
 
 def contexts_of(plan) -> list[tuple[int, int]]:
@@ -49,11 +38,28 @@ def contexts_of(plan) -> list[tuple[int, int]]:
         (N, 0),
         (N + 1, 0),
         (2 * span + 3, 0),
+        (span, 1),
         (span + 1, 1),
         (span + N, 1),
         (2 * span - 1, 1),
         (3 * span + 7, 3),
     ]
+
+
+def random_contexts(plan, rng, most_spans) -> list[tuple[int, int]]:
+    """Fewer than ``most_spans`` thin spans in each, and a tail."""
+    spans = [int(rng.integers(0, most_spans)) for _ in range(4)]
+    size = plan.span_tokens
+    return [(thin * size + int(rng.integers(1, 3 * size)), thin) for thin in spans]
+
+
+def run_with_threads(threads: int, case: Case) -> torch.Tensor:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        return run(case)
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -84,11 +90,7 @@ def test_decode_block_size(block_size):
 def test_decode_random_contexts(seed):
     rng = np.random.default_rng(seed)
     plan = make_plan(64, torch.float32, ratio=float(rng.choice([0.4, 0.5, 0.6, 0.7])))
-    contexts = []
-    for _ in range(4):
-        thin_spans = int(rng.integers(0, 5))
-        tail = int(rng.integers(1, 3 * plan.span_tokens))
-        contexts.append((thin_spans * plan.span_tokens + tail, thin_spans))
+    contexts = random_contexts(plan, rng, 5)
     check(make_case(plan, torch.float32, 4, 2, contexts, seed))
 
 
@@ -110,13 +112,6 @@ def test_decode_rows_with_different_thin_spans():
     case.block_table[0, s : 3 * s] = case.block_table[1, s : 3 * s]
     case.rows = make_rows([(0, 2 * span + 5, 1), (0, span + 1, 1)])
     check(case)
-
-
-@pytest.mark.parametrize("thin_spans", [0, 1])
-def test_decode_context_that_ends_with_a_block(thin_spans):
-    plan = make_plan(64, torch.float32)
-    length = plan.span_tokens * max(1, thin_spans)
-    check(make_case(plan, torch.float32, 4, 2, [(length, thin_spans)]))
 
 
 def test_decode_padding_rows_are_zero():
@@ -155,14 +150,9 @@ def test_decode_strided_query_out_and_table():
     wide_table[:, : case.block_table.shape[1]] = case.block_table
     wide_out = torch.full((num_rows, 6, 64), torch.nan)
     decode_attention(
-        wide_query[:, :4],
-        case.kv_cache,
-        wide_table[:, : case.block_table.shape[1]],
-        case.rows,
-        plan,
-        case.scale,
-        wide_out[:, :4],
-    )
+        wide_query[:, :4], case.kv_cache, wide_table[:, : case.block_table.shape[1]], case.rows,
+        plan, case.scale, wide_out[:, :4],
+    )  # fmt: skip
     assert torch.equal(wide_out[:, :4], expected)
     assert wide_out[:, 4:].isnan().all()
 
@@ -175,23 +165,42 @@ def test_decode_soft_cap(cap):
     assert not torch.equal(run(case, logits_soft_cap=cap), run(case))
 
 
+@pytest.mark.parametrize("sink", [-1e4, -1.0, 3.0, 40.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_decode_sinks(sink, dtype):
+    # Far below the scores, among them, and so far above that next to nothing is left of them.
+    plan = make_plan(64, dtype)
+    case = make_case(plan, dtype, 4, 2, [*contexts_of(plan), (1500, 5)])
+    sinks = sink + torch.arange(4).to(dtype) / 4
+    check(case, sinks=sinks)
+    check(case, sinks=sinks, logits_soft_cap=2.0)
+    assert torch.equal(run(case, sinks=sinks), run(case)) == (sink == -1e4)
+
+
+def test_decode_sinks_belong_to_query_heads():
+    plan = make_plan(64, torch.float32)
+    case = make_case(plan, torch.float32, 6, 2, contexts_of(plan))
+    sinks = torch.full((6,), -1.0)
+    before = run(case, sinks=sinks)
+    sinks[3] = 4.0
+    changed = (run(case, sinks=sinks) != before).any(dim=2).any(dim=0)
+    assert changed.tolist() == [False, False, False, True, False, False]
+
+
+def test_decode_sinks_leave_padding_rows_zero():
+    plan = make_plan(64, torch.float32)
+    case = make_case(plan, torch.float32, 4, 2, [(7, 0), (40, 0)])
+    case.rows.seq_len[0] = 0
+    assert not run(case, sinks=torch.ones(4))[0].any()
+
+
 @pytest.mark.parametrize("factor", [1e-3, 30.0, 1e4])
 def test_decode_scores_of_any_size(factor):
     plan = make_plan(64, torch.float32)
     case = make_case(plan, torch.float32, 4, 2, contexts_of(plan))
     case.query *= factor
-    check_large(case, factor)
-
-
-def check_large(case: Case, factor: float) -> None:
-    """Scores of size s carry float32 errors of s * 2 ** -24 times a few: so do the weights."""
-    expected = decode_attention_ref(
-        case.query, case.kv_cache, case.block_table, *case.reference_rows, case.plan, case.scale
-    )
-    actual = run(case).double()
-    assert actual.isfinite().all()
-    tolerance = 1e-5 * max(1.0, factor / 10)
-    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * 3)
+    # Scores of size s carry float32 errors of s * 2 ** -24 times a few: so do the weights.
+    check(case, tolerance=3e-5 * max(1.0, factor / 10))
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -199,20 +208,13 @@ def test_decode_depends_on_neither_batch_nor_threads(threads):
     plan = make_plan(64, torch.bfloat16)
     case = make_case(plan, torch.bfloat16, 4, 2, [(3 * plan.span_tokens + 7, 2)] * 20)
     long = make_case(plan, torch.bfloat16, 16, 8, [(4000, 40), (777, 3)], seed=1)
-    before = torch.get_num_threads()
-    results = []
-    try:
-        for count in (before, threads):
-            torch.set_num_threads(count)
-            results.append((run(case), run(long)))
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(results[0][0], results[1][0])
-    assert torch.equal(results[0][1], results[1][1])
+    expected = run(case), run(long)
+    assert torch.equal(run_with_threads(threads, case), expected[0])
+    assert torch.equal(run_with_threads(threads, long), expected[1])
     long.query = long.query[1:]
     long.rows = DecodeRows(*(a[1:] for a in (long.rows.request, long.rows.seq_len,
                                              long.rows.thin_spans)))  # fmt: skip
-    assert torch.equal(run(long), results[0][1][1:])
+    assert torch.equal(run(long), expected[1][1:])
 
 
 @pytest.mark.parametrize("kind", ["thin", "dense"])
@@ -252,46 +254,27 @@ def test_decode_nan_in_the_context_is_not_hidden():
     assert out[:, 2:].isfinite().all()
 
 
-def broken(name: str, case: Case) -> tuple[list, str]:
-    arguments = {
-        "query": case.query,
-        "kv_cache": case.kv_cache,
-        "block_table": case.block_table,
-        "rows": case.rows,
-        "plan": case.plan,
-        "scale": case.scale,
-        "out": torch.empty_like(case.query),
-        "logits_soft_cap": 0.0,
-        "sinks": None,
-    }
-    kv_cache, query = case.kv_cache, case.query
-    changes = {
-        "block size": ("plan", make_plan(64, torch.float32, 32), "kv_cache.shape.2. is 16"),
-        "head size": ("plan", make_plan(128, torch.float32), "kv_cache.shape.3. is 128"),
-        "cache dtype": ("kv_cache", kv_cache.bfloat16(), "plan.itemsize is 4"),
-        "cache strides": ("kv_cache", kv_cache.transpose(1, 2).contiguous().transpose(1, 2),
-                          "must be contiguous"),
-        "cache rank": ("kv_cache", kv_cache[0], "expected .num_blocks"),
-        "table dtype": ("block_table", case.block_table.long(), "expected int32"),
-        "query dtype": ("query", query.bfloat16(), "expected one dtype"),
-        "query heads": ("query", torch.zeros(1, 3, 64), "3 heads, there are 2 KV heads"),
-        "query size": ("query", torch.zeros(1, 4, 80), "expected .tokens, Hq, 64"),
-        "out shape": ("out", torch.zeros(2, 4, 64), "out has shape"),
-        "rows": ("rows", make_rows([(0, 1, 0)] * 2), "rows.request has shape"),
-        "sinks": ("sinks", torch.zeros(2), "sinks has shape .2,.; expected one per query head"),
-    }  # fmt: skip
-    key, value, message = changes[name]
-    arguments[key] = value
-    return list(arguments.values()), f"decode_attention: .*{message}"
-
-
 @pytest.mark.parametrize(
-    "name",
-    ["block size", "head size", "cache dtype", "cache strides", "cache rank", "table dtype",
-     "query dtype", "query heads", "query size", "out shape", "rows", "sinks"],
+    ("name", "change", "message"),
+    [
+        ("plan", lambda case: make_plan(64, torch.float32, 32), "kv_cache.shape.2. is 16"),
+        ("plan", lambda case: make_plan(128, torch.float32), "kv_cache.shape.3. is 128"),
+        ("kv_cache", lambda case: case.kv_cache.bfloat16(), "plan.itemsize is 4"),
+        ("kv_cache", lambda case: case.kv_cache.transpose(1, 2).contiguous().transpose(1, 2),
+         "must be contiguous"),
+        ("kv_cache", lambda case: case.kv_cache[0], "expected .num_blocks"),
+        ("block_table", lambda case: case.block_table.long(), "expected int32"),
+        ("query", lambda case: case.query.bfloat16(), "expected one dtype"),
+        ("query", lambda case: torch.zeros(1, 3, 64), "3 heads, there are 2 KV heads"),
+        ("query", lambda case: torch.zeros(1, 4, 80), "expected .tokens, Hq, 64"),
+        ("out", lambda case: torch.zeros(2, 4, 64), "out has shape"),
+        ("rows", lambda case: make_rows([(0, 1, 0)] * 2), "rows.request has shape"),
+        ("sinks", lambda case: torch.zeros(2), "sinks has shape .2,.; expected one per query head"),
+    ],
 )  # fmt: skip
-def test_decode_rejects(name):
+def test_decode_rejects(name, change, message):
     case = make_case(make_plan(64, torch.float32), torch.float32, 4, 2, [(20, 0)])
-    arguments, message = broken(name, case)
-    with pytest.raises(ValueError, match=message):
-        decode_attention(*arguments)
+    given = ("query", "kv_cache", "block_table", "rows", "plan", "scale")
+    arguments = {key: getattr(case, key) for key in given} | {"out": torch.empty_like(case.query)}
+    with pytest.raises(ValueError, match=f"decode_attention: .*{message}"):
+        decode_attention(**arguments | {name: change(case)})

@@ -165,15 +165,9 @@ def evict(evictor, plan: BlockPlan, case, query, cuts):
         chosen = max(begin, length - window)
         if end > chosen:
             seen = Accumulation(
-                "a",
-                0,
-                3 + chosen - begin,
-                3 + end - begin,
-                chosen,
-                length,
-                plan.rule.budget_spans,
-                chosen == length - window,
-            )
+                "a", 0, 3 + chosen - begin, 3 + end - begin, chosen, length,
+                plan.rule.budget_spans, chosen == length - window,
+            )  # fmt: skip
             batch = torch.cat([torch.full_like(query[:3], torch.nan), query[begin:end]])
             evictor.accumulate(batch, case.kv_cache, case.block_table, [seen], {0: energy}, {"a"})
     rule = plan.rule

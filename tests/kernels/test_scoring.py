@@ -6,7 +6,14 @@ import torch
 
 from tests.kernels.helpers import fill_dense_block, make_case, make_plan
 from think_vllm.kernels.cpu.scoring import add_query_energy, key_energy
-from think_vllm.kernels.reference.scoring import key_energy_ref, query_energy_ref
+from think_vllm.kernels.reference.attention import decode_attention_ref
+from think_vllm.kernels.reference.compaction import dense_tokens
+from think_vllm.kernels.reference.scoring import (
+    key_energy_ref,
+    query_energy_ref,
+    top_channels_ref,
+    value_energy_ref,
+)
 from think_vllm.worker.channel_selection import top_channels
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -119,6 +126,31 @@ def test_selection_ignores_rescaling(factor):
     (plain, plain_norm), (scaled, scaled_norm) = choose(torch.ones(64)), choose(scales)
     assert torch.equal(plain, scaled)
     assert not torch.equal(plain_norm, scaled_norm)  # the test can tell
+
+
+@pytest.mark.parametrize(("heads", "cap"), [((4, 2), 0.0), ((3, 3), 1.0)])
+def test_value_channels_are_scored_by_the_outputs(heads, cap):
+    # The long way, with attention weights, and what the server does.
+    plan, length, window = make_plan(64, torch.float32), 90, 32
+    case = make_case(plan, torch.float32, *heads, [(length, 0)])
+    blocks = case.block_table[0, : -(-length // plan.block_size)].tolist()
+    keys, values = dense_tokens(case.kv_cache, blocks, length)
+    query = 3 * torch.randn(window, heads[0], 64, generator=torch.Generator().manual_seed(1))
+    sinks = torch.linspace(-1, 2, heads[0])
+    expected = value_energy_ref(query, keys, values, case.scale, cap, sinks)
+    rows = [0] * window, range(length - window + 1, length + 1), [0] * window
+    output = decode_attention_ref(
+        query, case.kv_cache, case.block_table, *rows, plan, case.scale, cap, sinks
+    )
+    torch.testing.assert_close(query_energy_ref(output, heads[1]), expected)
+    energy = torch.zeros(heads[1], 64)
+    add_query_energy(output.float(), 0, window, energy)
+    torch.testing.assert_close(energy.double() / window, expected, rtol=1e-5, atol=0)
+    chosen = top_channels(energy[None], 44)
+    assert torch.equal(chosen, top_channels_ref(expected[None], 44))
+    # Not those of the largest values.
+    by_size = values.square().mean(dim=1)
+    assert not torch.equal(chosen, top_channels_ref(by_size[None], 44))
 
 
 def test_add_query_energy_rejects():

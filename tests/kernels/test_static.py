@@ -1,5 +1,7 @@
 """Static blocks against the plain reference, over caches in which all else is a NaN."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -14,18 +16,24 @@ from think_vllm.kernels.reference.static import read_run, run_parts, store_stati
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
+def attend(case: StaticCase, lengths: list[int] | None = None, **changes: Any) -> torch.Tensor:
+    """Attend with a query of each request."""
+    out = torch.full_like(case.query, 7.0)
+    given = {name: getattr(case, name) for name in ("block_table", "channels", "plan", "scale")}
+    rows = np.arange(len(case.lengths), dtype=np.int32)
+    lens = np.array(lengths or case.lengths, np.int32)
+    static_attention(
+        case.query, case.kv_cache, request=rows, seq_len=lens, out=out, **given | changes
+    )
+    return out
+
+
 def check(case: StaticCase, cap: float = 0.0, sinks: torch.Tensor | None = None) -> None:
     """Compare kernel and reference."""
-    rows = np.arange(len(case.lengths), dtype=np.int32)
-    out = torch.full_like(case.query, 7.0)
-    static_attention(
-        case.query, case.kv_cache, case.block_table, rows, np.array(case.lengths, np.int32),
-        case.channels, case.plan, case.scale, out, cap, sinks,
-    )  # fmt: skip
-    expected = case.expected(case.query, rows.tolist(), case.lengths, cap, sinks)
+    out = attend(case, logits_soft_cap=cap, sinks=sinks)
+    expected = case.expected(case.query, list(range(len(case.lengths))), case.lengths, cap, sinks)
     tolerance = ROUNDING[case.dtype] * float(expected.abs().max()) + SUMMATION
-    worst = float((out.double() - expected).abs().max())
-    assert worst <= tolerance, (worst, tolerance)
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("quant", QUANTS)
@@ -66,29 +74,17 @@ def test_static_attention_caps_and_sinks() -> None:
 def test_static_attention_of_padding_is_zero() -> None:
     for kept in ((32, 64), (32, 40)):
         case = StaticCase(make_plan(*kept, torch.float32), torch.float32, (4, 2), [5, 20])
-        out = torch.full_like(case.query, 7.0)
-        static_attention(
-            case.query, case.kv_cache, case.block_table, np.arange(2, dtype=np.int32),
-            np.array([0, 20], np.int32), case.channels, case.plan, 1.0, out,
-        )  # fmt: skip
+        out = attend(case, [0, 20])
         assert not out[0].any()
         assert out[1].any()
 
 
 def test_static_attention_notices_a_wrong_key() -> None:
     case = StaticCase(make_plan(32, 64, torch.float32), torch.float32, (4, 2), [40])
+    before = attend(case)
     keys, _, _ = run_parts(case.kv_cache, int(case.block_table[0, 1]), 0, case.plan)
-    rows, lengths = np.zeros(1, np.int32), np.array([40], np.int32)
-    outputs = []
-    for factor in (1.0, -1.0):
-        keys *= factor
-        out = torch.empty_like(case.query)
-        static_attention(
-            case.query, case.kv_cache, case.block_table, rows, lengths, case.channels, case.plan,
-            0.125, out,
-        )  # fmt: skip
-        outputs.append(out)
-    assert not torch.allclose(*outputs, atol=1e-3)
+    keys *= -1
+    assert not torch.allclose(before, attend(case), atol=1e-3)
 
 
 @pytest.mark.parametrize("quant", QUANTS)
@@ -143,27 +139,19 @@ def test_static_parts_are_those_of_the_reference() -> None:
 
 
 def test_launchers_reject_what_does_not_fit() -> None:
-    case = StaticCase(make_plan(32, 64, torch.float32), torch.float32, (4, 2), [5])
-    slots = torch.tensor(case.slots(0))
-    key = case.random(5, 2)
-    rows, lengths = np.zeros(1, np.int32), np.array([5], np.int32)
-    with pytest.raises(ValueError, match=r"keys and queries are torch.bfloat16"):
-        store_static(key.bfloat16(), key, case.kv_cache, slots, case.channels, case.plan)
-    with pytest.raises(ValueError, match=r"store_static: value is torch.bfloat16"):
-        store_static(key, key.bfloat16(), case.kv_cache, slots, case.channels, case.plan)
-    quantized = make_plan(32, 64, torch.float32, quant="fp8")
-    with pytest.raises(ValueError, match=r"kv_cache is torch.float32 .* expected torch.uint8"):
-        store_static(key, key, case.kv_cache, slots, case.channels, quantized)
-    with pytest.raises(ValueError, match="store_static: 5 slots for 4 keys"):
-        store_static(key[:4], key, case.kv_cache, slots, case.channels, case.plan)
-    other = make_plan(31, 64, torch.float32)
+    plan = make_plan(32, 64, torch.float32)
+    case = StaticCase(plan, torch.float32, (4, 2), [5])
+    slots, key = torch.tensor(case.slots(0)), case.random(5, 2)
+    quantized, half = make_plan(32, 64, torch.float32, quant="fp8"), key.bfloat16()
+    for key_, value, plan_, message in (
+        (half, key, plan, "keys and queries are torch.bfloat16"),
+        (key, half, plan, "store_static: value is torch.bfloat16"),
+        (key, key, quantized, "kv_cache is torch.float32 .* expected torch.uint8"),
+        (key[:4], key, plan, "store_static: 5 slots for 4 keys"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            store_static(key_, value, case.kv_cache, slots, case.channels, plan_)
     with pytest.raises(ValueError, match=r"kv_cache has shape .* expected .num_blocks, Hk, 16"):
-        static_attention(
-            case.query, case.kv_cache, case.block_table, rows, lengths, case.channels, other, 1.0,
-            case.query.clone(),
-        )  # fmt: skip
+        attend(case, plan=make_plan(31, 64, torch.float32))
     with pytest.raises(ValueError, match=r"static_attention: block_table is torch.int64"):
-        static_attention(
-            case.query, case.kv_cache, case.block_table.long(), rows, lengths, case.channels,
-            case.plan, 1.0, case.query.clone(),
-        )  # fmt: skip
+        attend(case, block_table=case.block_table.long())

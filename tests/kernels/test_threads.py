@@ -1,9 +1,8 @@
 """Threads: numba takes torch's number, and torch keeps it."""
 
-import subprocess
-import sys
-
 import pytest
+
+from tests.support.processes import run_python
 
 PROBE = """
 import os, sys
@@ -24,10 +23,6 @@ print(torch.get_num_threads(), choose_threads(SERIAL_WORK), choose_threads(1))
 @pytest.mark.parametrize("threads", [1, 3])
 def test_choose_threads_takes_torchs_number_and_leaves_it(threads: int, binding: str) -> None:
     # In a process of its own: numba starts its threads once.
-    done = subprocess.run(
-        [sys.executable, "-c", PROBE, str(threads), binding],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = run_python("-c", PROBE, str(threads), binding)
+    assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [str(threads), str(threads), "1"]

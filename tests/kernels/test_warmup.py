@@ -1,7 +1,5 @@
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +8,7 @@ import torch
 
 import think_vllm
 from tests.kernels.helpers import make_case, make_plan
+from tests.support.processes import run_python
 from think_vllm.kernels.cpu import attend, compaction, decode, scoring
 from think_vllm.worker.channel_selection import top_channels
 from think_vllm.worker.cpu.warmup import warm_up
@@ -82,14 +81,8 @@ def test_warm_up_from_a_read_only_package(tmp_path):
     environment.pop("NUMBA_CACHE_DIR", None)
     results = []
     for _ in range(2):
-        done = subprocess.run(
-            [sys.executable, "-c", WARM_UP],
-            env=environment,
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        done = run_python("-c", WARM_UP, env=environment, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
         results.append(done.stdout.strip().split("|"))
     for module, cache, _ in results:
         assert Path(module).is_relative_to(package)

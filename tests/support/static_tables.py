@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from think_vllm.kernels.reference.quantization import code_and_back
@@ -43,7 +44,7 @@ def random_tables(model: Path, seed: int = 0) -> ChannelTables:
     )
 
 
-def mask(rankings: list[list[list[int]]], count: int) -> torch.Tensor:
+def mask(rankings: list[list[list[int]]], count: int) -> Tensor:
     """Which channels are kept if ``count`` are: bool [layers, Hk, D]."""
     ranked = torch.tensor(rankings)
     kept = torch.zeros(ranked.shape, dtype=torch.bool)
@@ -51,25 +52,20 @@ def mask(rankings: list[list[list[int]]], count: int) -> torch.Tensor:
 
 
 class MaskedModel:
-    """A plain transformers model in float32, all keys and values of which are masked.
+    """A plain transformers model in float32 that keeps keys and values where masks are true.
 
-    Args:
-        model: Directory.
-        keys: bool [layers, Hk, D]. Key channels that are kept.
-        values: bool [layers, Hk, D]. Value channels that are kept.
-        quantized: Whether each token's keys, and its values, come back from fp8 of their own.
+    Masks are bool [layers, Hk, D]. If ``quantized``, each token's keys, and its values, come back from
+    fp8 of their own.
     """
 
-    def __init__(
-        self, model: Path, keys: torch.Tensor, values: torch.Tensor, quantized: bool = False
-    ) -> None:
+    def __init__(self, model: Path, keys: Tensor, values: Tensor, quantized: bool = False) -> None:
         self.masks, self.quantized = (keys, values), quantized
         self._model = AutoModelForCausalLM.from_pretrained(
             model, dtype=torch.float32, attn_implementation="static_reference"
         ).eval()
 
     @torch.no_grad()
-    def logprobs(self, prompt: list[int], completion: list[int]) -> torch.Tensor:
+    def logprobs(self, prompt: list[int], completion: list[int]) -> Tensor:
         """Log-probability of each completion token, given all tokens before it."""
         global _running
         _running = self
@@ -78,19 +74,13 @@ class MaskedModel:
             logits = self._model(tokens, use_cache=False).logits[0, len(prompt) - 1 :]
         finally:
             _running = None
-        scores: torch.Tensor = torch.log_softmax(logits, dim=-1)
+        scores: Tensor = torch.log_softmax(logits, dim=-1)
         return scores[torch.arange(len(completion)), torch.tensor(completion)]
 
 
 def _attention(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float, **kwargs: Any
+) -> tuple[Tensor, None]:
     """Causal attention of one sequence in the form that transformers calls."""
     assert _running is not None
     kept_keys, kept_values = (kept[module.layer_idx][None, :, None, :] for kept in _running.masks)
@@ -103,7 +93,7 @@ def _attention(
     return output.transpose(1, 2).contiguous(), None
 
 
-def _code(part: torch.Tensor) -> torch.Tensor:
+def _code(part: Tensor) -> Tensor:
     """Every row as it comes back from fp8; zeros of pruned channels change no scale."""
     rows = part.reshape(-1, 1, part.shape[-1])
     return torch.stack([code_and_back(row, Encoding.FP8, 32) for row in rows]).float().view_as(part)

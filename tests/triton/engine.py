@@ -28,17 +28,10 @@ from think_vllm.worker.heads import RankHeads
 
 
 class Engine:
-    """Scheduler and worker in one.
+    """Scheduler and worker in one, for ``Hq`` and ``Hk`` heads and model runner 1 or 2.
 
-    Args:
-        plan: How blocks are laid out.
-        heads: ``Hq`` and ``Hk``.
-        device: Of tensors.
-        version: Of the model runner: 1 or 2.
-        layers: How many.
-        graphs: Whether decode batches run as full CUDA graphs do: with the metadata that was
-            built before, for more rows than the batch has.
-        flash: Whether FlashAttention can be loaded.
+    With ``graphs`` decode batches run as full CUDA graphs do: with the metadata that was built
+    before, for more rows than the batch has. Without ``flash`` FlashAttention does not load.
     """
 
     MAX_REQUESTS = 6
@@ -195,11 +188,7 @@ class Engine:
             request.blocks.append(self._take())
 
     def step(self, work: dict[str, int]) -> dict[str, torch.Tensor]:
-        """Run a step with so many tokens of each request.
-
-        Returns:
-            Per request the output of these tokens: [layers, tokens, Hq, D].
-        """
+        """Run so many tokens of each request: their outputs, [layers, tokens, Hq, D]."""
         names = list(work)
         self.random.shuffle(names)
         if self.version == 2:

@@ -27,16 +27,10 @@ SCALE = 0.2
 
 @dataclass
 class Request:
-    """One request: what it would feed each layer, and where it stands.
+    """What a request would feed each layer, ``[layers, total, heads, D]``, and where it stands.
 
-    Args:
-        query: [layers, total, Hq, D].
-        key: [layers, total, Hk, D].
-        value: [layers, total, Hk, D].
-        blocks: The worker's row: only ever appended to.
-        gone: Rows whose block it does not hold, or never did.
-        admitted: Whether no step has run since it was admitted.
-        extra_args: What it asks for itself.
+    ``blocks`` is the worker's row, only ever appended to; ``gone`` are rows whose block it does not
+    hold, or never did; ``admitted`` says whether no step has run since it was admitted.
     """
 
     name: str
@@ -66,9 +60,8 @@ class Request:
 class Expected:
     """An undisturbed request's life.
 
-    Args:
-        output: [layers, total, Hq, D] float64. Of tokens that it computed.
-        channels: Per layer and span, those that the span keeps: [1, Hk, K].
+    ``output``, [layers, total, Hq, D] float64, is of tokens that it computed; ``channels`` are per
+    layer and span those that the span keeps, [1, Hk, K].
     """
 
     output: torch.Tensor
@@ -96,12 +89,8 @@ def expect(
 ) -> Expected:
     """Follow a request.
 
-    Args:
-        request: Its tokens.
-        plan: How blocks are laid out.
-        start: Tokens that the prefix cache had.
-        cached: Per layer, channels of the spans among them that came thin.
-        borders: Where its prompt is cut into chunks; matters with ``prune_prefill`` only.
+    The prefix cache had ``start`` tokens, and per layer ``cached`` has the channels of the spans
+    among them that came thin. For ``borders`` see ``Life.add``.
     """
     lives = [
         _Life(*tensors, request.prompt_len, plan, layer, request.rule(plan)).run(

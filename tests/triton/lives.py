@@ -45,11 +45,7 @@ def make_plan(name: str, **settings: Any) -> BlockPlan:
 class Life:
     """Follows requests step by step and checks every token's output.
 
-    Args:
-        name: Of the plan.
-        version: Of the model runner.
-        device: Of tensors.
-        settings: Of ``ThinkConfig`` where their names begin with ``kv_``, else of the engine.
+    Settings are of ``ThinkConfig`` where their names begin with ``kv_``, else of the engine.
     """
 
     def __init__(self, name: str, version: int, device: torch.device, **settings: Any) -> None:
@@ -71,15 +67,11 @@ class Life:
         borders: Sequence[int] = (),
         **extra_args: Any,
     ) -> Request:
-        """Admit a request.
+        """Admit a request, whose tokens are made from its name.
 
-        Args:
-            name: Its id, which its tokens are made from.
-            prompt_len: Tokens of its prompt.
-            total: Tokens in all.
-            hit: Whose prefix of how many tokens it finds in the cache.
-            borders: Where its prompt is cut into chunks; matters with ``prune_prefill`` only.
-            extra_args: What it asks for itself.
+        ``hit`` says whose prefix of how many tokens it finds in the cache; ``borders``, which
+        matter with ``prune_prefill`` only, where its prompt is cut into chunks; ``extra_args`` what
+        it asks for itself.
         """
         engine = self.engine
         request = make_request(name, prompt_len, total, engine.heads, self.plan, len(engine.layers))
@@ -103,6 +95,11 @@ class Life:
             spans = request.cached_spans
             cached = [layer[:spans] for layer in self.expected[other.name].channels]
         self.expected[request.name] = expect(request, self.plan, start, cached, borders)
+
+    def decode(self, steps: int, *names: str) -> None:
+        """Run steps of a token of each of these requests."""
+        for _ in range(steps):
+            self.step(**dict.fromkeys(names, 1))
 
     def step(self, **work: int) -> None:
         """Run so many tokens of each request."""

@@ -9,6 +9,7 @@ from think_vllm.plan.layout import BlockForm
 FORM = BlockForm.GPU
 
 make_case = partial(helpers.make_case, form=FORM)
+make_layers = partial(helpers.make_layers, form=FORM)
 split_dense = partial(compaction.split_dense, form=FORM)
 dense_tokens = partial(compaction.dense_tokens, form=FORM)
 compact_spans_ref = partial(compaction.compact_spans_ref, form=FORM)

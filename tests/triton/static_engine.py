@@ -55,13 +55,8 @@ class Tables:
 class StaticWorker:
     """Scheduler and worker in one, which checks every answer against the reference.
 
-    Args:
-        plan: How blocks are laid out.
-        heads: ``Hq`` and ``Hk``.
-        device: Of tensors.
-        layers: How many.
-        graphs: Whether batches of single tokens run as full CUDA graphs do: with the metadata that
-            was built before, for more rows than the batch has.
+    With ``graphs`` batches of single tokens run as full CUDA graphs do: with the metadata that was
+    built before, for more rows than the batch has.
     """
 
     MAX_REQUESTS = 6

@@ -3,11 +3,11 @@
 import os
 import re
 import subprocess
-import sys
 
 import pytest
 
 from tests.conftest import REPOSITORY
+from tests.support.processes import run_python
 from think_vllm.plan.formats import FORMATS
 
 #: Everything that a process prints which compiles the kernels of one format.
@@ -29,32 +29,31 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_INTERPRET": "1"} if interpret else {}
-    command = [sys.executable, *arguments]
-    return subprocess.run(
-        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=timeout
-    )
+    return run_python(*arguments, cwd=REPOSITORY, env=environment, timeout=timeout)
+
+
+def compiled(printed: subprocess.CompletedProcess[str]) -> list[str]:
+    """Names of kernels that a script has compiled, all of which fit and round."""
+    assert printed.returncode == 0, printed.stderr
+    taken = re.findall(r"^(\w+_kernel\S*) (\d+) (\d+)$", printed.stdout, re.MULTILINE)
+    for name, registers, spill_bytes in taken:
+        assert 0 < int(registers) < 255, name
+        assert int(spill_bytes) == 0, name
+    # Codes are the reference's to the bit only if nothing is flushed, fused or approximated.
+    assert "div.rn.f32" in printed.stdout
+    for inexact in (".ftz", "fma.rn.f32", ".approx", "div.full"):
+        assert inexact not in printed.stdout, inexact
+    return [name for name, _, _ in taken]
 
 
 @pytest.mark.parametrize(
     ("quant", "capability", "value_ratio"), [("fp8", 90, 0.0), ("k4v2", 80, 0.3)]
 )
 def test_kernels_compile(quant: str, capability: int, value_ratio: float) -> None:
-    made = run("-c", SCRIPT, quant, str(capability), str(value_ratio))
-    assert made.returncode == 0, made.stderr
-    taken = re.findall(r"^(\w+_kernel) (\d+) (\d+)$", made.stdout, re.MULTILINE)
-    names = {name for name, _, _ in taken}
-    assert names == {
-        "store_kernel", "clear_kernel", "chunk_kernel", "mean_kernel", "query_kernel",
-        "compact_kernel",
-    }  # fmt: skip
-    for name, registers, spill_bytes in taken:
-        assert 0 < int(registers) < 255, name
-        assert int(spill_bytes) == 0, name
-    # Codes are the reference's to the bit only if nothing is flushed, fused or approximated.
-    assert "div.rn.f32" in made.stdout
-    assert "bar.sync" in made.stdout
-    for inexact in (".ftz", "fma.rn.f32", ".approx", "div.full"):
-        assert inexact not in made.stdout, inexact
+    printed = run("-c", SCRIPT, quant, str(capability), str(value_ratio))
+    names = ("store", "clear", "chunk", "mean", "query", "compact")
+    assert set(compiled(printed)) == {f"{name}_kernel" for name in names}
+    assert "bar.sync" in printed.stdout
 
 
 #: The same for static blocks, on both GPUs.
@@ -66,7 +65,7 @@ for plan in aot.make_static_plans(aot.STATIC_FORMATS, torch.bfloat16, 128, 0.5, 
     for case in aot.cases(plan, torch.bfloat16):
         for capability in aot.CAPABILITIES:
             made = aot.compile_case(case, capability)
-            print(made.name, plan.format.name, capability, made.registers, made.spill_bytes)
+            print(f"{made.name}-{plan.format.name}-{capability}", made.registers, made.spill_bytes)
             if made.name == "static_store_kernel":
                 print(made.ptx)
             if made.name == "static_decode_kernel":
@@ -77,31 +76,27 @@ for plan in aot.make_static_plans(aot.STATIC_FORMATS, torch.bfloat16, 128, 0.5, 
 
 
 def test_kernels_over_static_blocks_compile() -> None:
-    made = run("-c", STATIC_SCRIPT)
-    assert made.returncode == 0, made.stderr
-    taken = re.findall(r"^(\w+_kernel) (\w+) (\d+) (\d+) (\d+)$", made.stdout, re.MULTILINE)
     kinds = ("store", "decode", "combine", "context")
-    assert {row[:3] for row in taken} == {
-        (f"static_{kind}_kernel", quant, capability)
+    assert set(compiled(run("-c", STATIC_SCRIPT))) == {
+        f"static_{kind}_kernel-{quant}-{capability}"
         for kind in kinds
         for quant in ("none", "fp8")
-        for capability in ("80", "90")
+        for capability in (80, 90)
     }
-    for name, _, _, registers, spill_bytes in taken:
-        assert 0 < int(registers) < 255, name
-        assert int(spill_bytes) == 0, name
-    assert "div.rn.f32" in made.stdout
-    for inexact in (".ftz", "fma.rn.f32", ".approx", "div.full"):
-        assert inexact not in made.stdout, inexact
+
+
+def table(*options: str) -> list[dict[str, str]]:
+    """Rows of what the command prints."""
+    printed = run("-m", "csrc_triton.aot", *options, timeout=1200)
+    assert printed.returncode == 0, printed.stderr
+    heading, *lines = (line.split() for line in printed.stdout.splitlines())
+    assert heading[:3] == ["kernel", "format", "dtype"]
+    return [dict(zip(heading, line, strict=True)) for line in lines]
 
 
 @pytest.mark.slow
 def test_every_kernel_fits_the_registers_of_both_gpus() -> None:
-    printed = run("-m", "csrc_triton.aot", timeout=1200)
-    assert printed.returncode == 0, printed.stderr
-    sys.stdout.write(printed.stdout)
-    heading, *lines = (line.split() for line in printed.stdout.splitlines())
-    rows = [dict(zip(heading, line, strict=True)) for line in lines]
+    rows = table()
     assert {row["gpu"] for row in rows} == {"sm_80", "sm_90"}
     assert {row["format"] for row in rows} == set(FORMATS)
     attention = [row for row in rows if row["kernel"] == "_attend"]
@@ -111,46 +106,17 @@ def test_every_kernel_fits_the_registers_of_both_gpus() -> None:
 
 
 def test_wide_heads_fit_the_shared_memory_of_small_gpus() -> None:
-    options = (
-        "--module",
-        "decode",
-        "context",
-        "--head-size",
-        "256",
-        "--format",
-        "none",
-        "fp8",
-        "kivi4",
-    )
-    printed = run("-m", "csrc_triton.aot", *options, "--capability", "80")
-    assert printed.returncode == 0, printed.stderr
-    heading, *lines = (line.split() for line in printed.stdout.splitlines())
-    taken = [int(line[heading.index("shared")]) for line in lines if line[0] == "_attend"]
+    options = "--module decode context --head-size 256 --format none fp8 kivi4 --capability 80"
+    taken = [int(row["shared"]) for row in table(*options.split()) if row["kernel"] == "_attend"]
     assert len(taken) == 9
     # Compute capability 8.6 and 8.9.
     assert max(taken) <= 99 * 1024
 
 
 def test_attention_over_pruned_values_compiles() -> None:
-    options = ("--module", "decode", "--format", "k4v2", "--capability", "80")
-    printed = run("-m", "csrc_triton.aot", *options, "--value-ratio", "0.3")
-    assert printed.returncode == 0, printed.stderr
-    heading, *lines = (line.split() for line in printed.stdout.splitlines())
-    spills = {line[0]: int(line[heading.index("spills")]) for line in lines}
+    options = "--module decode --format k4v2 --capability 80 --value-ratio 0.3"
+    spills = {row["kernel"]: int(row["spills"]) for row in table(*options.split())}
     assert spills == {"_attend": 0, "_combine": 0}
-
-
-def test_table() -> None:
-    printed = run(
-        "-m", "csrc_triton.aot", "--module", "store", "--format", "none", "--capability", "80"
-    )
-    assert printed.returncode == 0, printed.stderr
-    heading, *lines = printed.stdout.splitlines()
-    assert heading.split()[:3] == ["kernel", "format", "dtype"]
-    assert [line.split()[:4] for line in lines] == [
-        ["store_kernel", "none", "bfloat16", "sm_80"],
-        ["clear_kernel", "none", "bfloat16", "sm_80"],
-    ]
 
 
 def test_compiling_rejects_to_interpret() -> None:

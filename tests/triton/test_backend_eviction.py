@@ -38,8 +38,7 @@ def test_lives_of_evicted_requests(name, method, version, device):
     life.step(long=length - 6, short=5)
     life.step(long=2, short=short.prompt_len - 5)
     life.step(long=4, short=1)
-    for _ in range(3):
-        life.step(long=1, short=1)
+    life.decode(3, "long", "short")
     assert len(long.gone) >= 2 * life.plan.span_blocks
     assert life.engine.layers[0].impl.attention.evictor._kept == {}
     # Preempted, and resumed in a chunk that crosses its prompt's end.
@@ -58,11 +57,9 @@ def test_packs_ahead_of_graphs(version, device):
     life.add("second", 2 * span + 12, 2 * span + 20)
     life.step(first=first.prompt_len)
     life.step(second=2 * span + 12)
-    for _ in range(5):
-        life.step(first=1, second=1)
+    life.decode(5, "first", "second")
     # A row less, so that another one's context begins elsewhere.
-    for _ in range(3):
-        life.step(first=1)
+    life.decode(3, "first")
     life.step(second=1)
     assert life.engine.graph_steps == 9
 

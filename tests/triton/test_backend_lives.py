@@ -60,8 +60,7 @@ def test_decode_batches_run_as_graphs_and_prompts_do_not(version, device):
     # Resumed to where its first span is about to be due, so that it is compacted ahead of a graph.
     engine.preempt(second)
     life.step(second=due(0) - 1)
-    for _ in range(3):
-        life.step(first=1, second=1)
+    life.decode(3, "first", "second")
     assert engine.graph_steps == 5
     life.step(second=1)
     assert second.freed_spans == 1
@@ -104,8 +103,7 @@ def test_spans_that_fill_while_decoding_can_stay_dense(version, device):
     span, due = life.plan.span_tokens, life.rule.due_position
     request = life.add("one", span + 20, due(1) + 3)
     life.step(one=due(1) - 1)
-    for _ in range(3):
-        life.step(one=1)
+    life.decode(3, "one")
     assert request.freed_spans == 1
 
 

@@ -27,8 +27,7 @@ def test_prompts_behind_cached_thin_spans(name, version, device):
     life.step(own=length - own.computed - 1, more=8)
     life.step(own=1, more=length - more.computed)
     graph_steps = engine.graph_steps
-    for _ in range(4):
-        life.step(own=1, more=1)
+    life.decode(4, "own", "more")
     assert engine.graph_steps == graph_steps + 4
     assert (own.freed_spans, more.freed_spans) == (3, 3)
     # Resumed in one chunk: one finds fewer spans than before, the other none.
@@ -60,8 +59,7 @@ def test_prompts_can_be_compacted_a_step_after_their_end(name, version, device):
     life.step(one=1, two=1)
     assert not torch.eq(heads(), dense).flatten(3).all(3).any()
     assert one.freed_spans == 0
-    for _ in range(3):
-        life.step(one=1, two=1)
+    life.decode(3, "one", "two")
     assert engine.graph_steps == 4
     assert (one.freed_spans, two.freed_spans) == (3, 1)
     engine.preempt(one)
@@ -90,10 +88,8 @@ def test_chunks_of_prompts_can_be_compacted(name, version, device):
     hit = life.add("hit", length, total, hit=(late, span), borders=[130])
     life.step(early=1, late=1, short=1, hit=130 - span)
     life.step(early=1, late=1, short=1, hit=length - 130)
-    for _ in range(2):
-        life.step(early=1, late=1, hit=1)
-    for _ in range(2):
-        life.step(hit=1)
+    life.decode(2, "early", "late", "hit")
+    life.decode(2, "hit")
     assert engine.graph_steps == 4
     assert [r.freed_spans for r in (early, late, short, hit)] == [3, 3, 1, 3]
     engine.preempt(early)

@@ -53,8 +53,8 @@ def test_spans_with_channels_of_their_own_ahead_of_graphs(device):
     life.step(first=2 * span + 20, third=20)
     life.step(second=3 * span + 12, first=1)
     assert engine.graph_steps == 0
-    for _ in range(5):  # the second one's spans are compacted ahead of a graph
-        life.step(first=1, second=1, third=1)
+    # The second one's spans are compacted ahead of a graph.
+    life.decode(5, "first", "second", "third")
     assert engine.graph_steps == 5
     assert not engine.builder.state.tables.keys() - {engine.builder.state.requests.get("third")}
 
@@ -68,8 +68,7 @@ def test_spans_of_chunks_have_channels_of_their_own(device):
     life.step(one=borders[0])
     life.step(one=borders[1] - borders[0])
     life.step(one=one.prompt_len - borders[1])
-    for _ in range(3):
-        life.step(one=1)
+    life.decode(3, "one")
     assert one.freed_spans == 4
 
 
@@ -87,8 +86,7 @@ def test_lives_by_policy(select, tables, device):
     life.step(one=span)
     life.step(one=one.prompt_len - span - 4)
     life.step(one=4)
-    for _ in range(3):
-        life.step(one=1)
+    life.decode(3, "one")
     assert one.freed_spans == 2
 
 

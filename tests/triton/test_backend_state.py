@@ -21,25 +21,17 @@ def test_request_slots_keep_their_numbers_while_requests_are_known():
     assert slots.give("d", known) == numbers["b"]
     assert slots.get("c") == numbers["c"]
     assert slots.capacity == 3
-
-
-def test_request_slots_grow_when_all_requests_are_known():
-    slots = RequestSlots(2)
-    known = {"a", "b", "c", "d", "e"}
-    numbers = {slots.give(name, known) for name in known}
-    assert len(numbers) == 5
-    assert max(numbers) < slots.capacity == 8
-
-
-def test_request_slots_are_released():
-    slots = RequestSlots(1)
-    slots.give("a", {"a"})
-    assert slots.release("a") == 0
-    assert slots.give("b", {"a", "b"}) == 0
-    with pytest.raises(KeyError):
-        slots.get("a")
-    with pytest.raises(KeyError):
-        slots.release("a")
+    # One that is released is given again.
+    assert slots.release("c") == numbers["c"]
+    for unknown in (slots.get, slots.release):
+        with pytest.raises(KeyError):
+            unknown("c")
+    known = {"a", "d", "e"}
+    assert slots.give("e", known) == numbers["c"]
+    # All of them are known: there are more, then.
+    known |= {"f", "g"}
+    assert len({slots.give(name, known) for name in known}) == 5
+    assert slots.capacity == 6
 
 
 def test_group_state_keeps_what_it_holds_when_it_grows():

@@ -4,40 +4,16 @@ import torch
 
 from csrc_triton import compact
 from csrc_triton.compact import compact_spans, compact_workspace, read_channels
-from tests.kernels.helpers import FORMATS, bias_keys, make_plan, random_channels
-from tests.triton.reference import compact_spans_ref, split_dense
+from tests.kernels.helpers import KINDS, bits, formats, make_channels, make_plan
+from tests.triton.reference import compact_spans_ref, make_layers, split_dense
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 #: An odd number of heads, and another layer between two blocks of this one.
 HEADS, LAYERS = 3, 2
 
 
-def make_cache(plan, dtype, num_requests, spans, seed=0):
-    """Layers of random bits, NaN patterns included, ``[L, num_blocks, Hk, N, 2 * D]``."""
-    generator = torch.Generator().manual_seed(seed)
-    width = spans * plan.span_blocks + 1
-    num_blocks = num_requests * width + 3
-    shape = (num_blocks, LAYERS, HEADS, plan.block_size, 2 * plan.head_size * dtype.itemsize)
-    data = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
-    blocks = torch.randperm(num_blocks, generator=generator)[: num_requests * width]
-    block_table = blocks.view(num_requests, width).to(torch.int32)
-    return data.view(dtype).transpose(0, 1), block_table
-
-
-def make_usual(layers):
-    """Finite numbers of various magnitudes in place of random bits."""
-    size = torch.exp(2 * torch.randn(layers.shape, generator=torch.Generator().manual_seed(2)))
-    layers.copy_(torch.randn(layers.shape, generator=torch.Generator().manual_seed(3)) * size)
-
-
-def make_channels(plan, *shape, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    tables = [random_channels(plan, HEADS, generator) for _ in range(int(np.prod(shape)))]
-    return torch.stack(tables).view(*shape, HEADS, -1)
-
-
-def bits(tensor):
-    return tensor.cpu().contiguous().view(torch.uint8)
+def make_cache(plan, dtype, num_requests, spans, kind="usual"):
+    return make_layers(plan, dtype, HEADS, num_requests, spans, kind)
 
 
 def int32(values, device="cpu"):
@@ -50,9 +26,9 @@ def on_device(layers, device):
     return copy.transpose(0, 1)
 
 
-def check(layers, block_table, request, span, channels, plan, device):
+def check(layers, block_table, plan, device, request=(0,), span=(0,)):
     """Compact the second layer and compare the whole cache: nothing else may change."""
-    expected = layers.clone()
+    expected, channels = layers.clone(), make_channels(plan, HEADS, len(request))
     compact_spans_ref(expected[1], block_table, request, span, channels, plan)
     actual, table = on_device(layers, device), block_table.to(device)
     tasks = int32(request, device), int32(span, device)
@@ -63,52 +39,40 @@ def check(layers, block_table, request, span, channels, plan, device):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # infinities and NaN, in numpy
-@pytest.mark.parametrize(("quant", "ratio"), FORMATS)
-@pytest.mark.parametrize(
-    ("dtype", "kind"),
-    [(BF16, "usual"), (BF16, "biased"), (FP32, "biased"), (FP32, "bits"), (FP16, "bits")],
-)
-def test_compact_spans_is_bit_exact(device, dtype, kind, quant, ratio):
-    plan = make_plan(32, dtype, 16, ratio, quant)
-    layers, block_table = make_cache(plan, dtype, 2, 2)
-    if kind != "bits":  # else all magnitudes, NaN and infinities
-        make_usual(layers)
-    if kind == "biased":
-        for kv_cache in layers:
-            bias_keys(split_dense(kv_cache)[0])
-    channels = make_channels(plan, 2)
-    check(layers, block_table, [0, 1], [1, 0], channels, plan, device)
+@formats
+@pytest.mark.parametrize(("dtype", "kind"), KINDS, ids=str)
+def test_compact_spans_is_bit_exact(device, dtype, kind, thin):
+    plan = make_plan(32, dtype, 16, **thin)
+    check(*make_cache(plan, dtype, 2, 2, kind), plan, device, [0, 1], [1, 0])
 
 
 @pytest.mark.parametrize(
-    ("head_size", "block_size", "ratio", "quant", "dtype"),
+    ("head_size", "block_size", "ratio", "value_ratio", "quant", "group", "dtype"),
     [
-        (80, 48, 0.5, "none", BF16),  # neither a power of two
-        (80, 48, 0.5, "fp8", FP16),
-        (96, 32, 0.4, "k4v2", BF16),
-        (256, 16, 0.6, "none", BF16),  # the widest head
+        (80, 48, 0.5, 0.0, "none", 32, BF16),  # neither a power of two
+        (80, 48, 0.5, 0.3, "none", 32, BF16),
+        (80, 48, 0.5, 0.0, "fp8", 32, FP16),
+        (96, 32, 0.4, 0.0, "k4v2", 32, BF16),
+        (96, 32, 0.0, 0.4, "k4v2", 32, BF16),
+        (256, 16, 0.6, 0.0, "none", 32, BF16),  # the widest head
         # The last thin block holds fewer tokens than the others.
-        (32, 48, 0.6, "none", BF16),
-        (32, 48, 0.6, "fp8", BF16),
-        (32, 32, 0.7, "kivi4", BF16),
+        (32, 48, 0.6, 0.0, "none", 32, BF16),
+        (32, 48, 0.6, 0.0, "fp8", 32, BF16),
+        (32, 32, 0.7, 0.0, "kivi4", 32, BF16),
+        (128, 16, 0.5, 0.0, "kivi4", 64, FP32),
+        (128, 16, 0.5, 0.0, "kivi2", 128, FP32),
+        (128, 16, 0.5, 0.0, "k4v2", 128, FP32),
+        (128, 16, 0.5, 0.3, "kivi2", 64, BF16),
     ],
 )
-def test_compact_spans_of_odd_sizes(device, head_size, block_size, ratio, quant, dtype):
-    plan = make_plan(head_size, dtype, block_size, ratio, quant)
+def test_compact_spans_of_odd_sizes(
+    device, head_size, block_size, ratio, value_ratio, quant, group, dtype
+):
+    plan = make_plan(head_size, dtype, block_size, ratio, quant, group, value_ratio)
     if head_size == 32:
         last = plan.span_tokens - (plan.thin_blocks - 1) * plan.thin_block_tokens
         assert 0 < last < plan.thin_block_tokens
-    layers, block_table = make_cache(plan, dtype, 1, 1)
-    make_usual(layers)
-    check(layers, block_table, [0], [0], make_channels(plan, 1), plan, device)
-
-
-@pytest.mark.parametrize(("quant", "group"), [("kivi4", 64), ("kivi2", 128), ("k4v2", 128)])
-def test_compact_spans_quant_group(device, quant, group):
-    plan = make_plan(128, FP32, 16, 0.5, quant, group)
-    layers, block_table = make_cache(plan, FP32, 1, 1)
-    make_usual(layers)
-    check(layers, block_table, [0], [0], make_channels(plan, 1), plan, device)
+    check(*make_cache(plan, dtype, 1, 1), plan, device)
 
 
 def fixed_values(device, dtype, quant, numbers):
@@ -118,7 +82,7 @@ def fixed_values(device, dtype, quant, numbers):
     layers.zero_()
     for layer in layers:
         split_dense(layer)[1][..., : len(numbers)] = torch.tensor(numbers)
-    check(layers, block_table, [0], [0], make_channels(plan, 1), plan, device)
+    check(layers, block_table, plan, device)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -146,9 +110,8 @@ def test_compact_spans_shows_a_broken_model(device, quant, number):
 def test_compact_spans_skips_what_is_not_due(device):
     plan = make_plan(32, BF16, 16, 0.5, "kivi4")
     layers, block_table = make_cache(plan, BF16, 3, 2)
-    channels = make_channels(plan, 5)
+    channels = make_channels(plan, HEADS, 5)
     request, span = [0, 2, 1, 0, 2], [1, -1, 0, 0, 1]
-    make_usual(layers)
     table, expected = block_table.clone(), layers.clone()
     table[2] = 2**30  # whoever reads these blocks fails
     for task in (0, 2):
@@ -170,7 +133,7 @@ def test_compact_spans_shares_out_more_tasks_than_programs(device, monkeypatch):
     plan = make_plan(32, BF16, 16, 0.5)
     layers, block_table = make_cache(plan, BF16, 3, 3)
     request, span = [0, 0, 0, 1, 1, 1, 2, 2, 2], [0, 1, 2, 1, -1, 0, 2, -1, 0]
-    channels, expected = make_channels(plan, 9), layers.clone()
+    channels, expected = make_channels(plan, HEADS, 9), layers.clone()
     for task in range(9):
         if span[task] >= 0:
             compact_spans_ref(
@@ -187,15 +150,12 @@ def test_compact_spans_shares_out_more_tasks_than_programs(device, monkeypatch):
 
 
 @pytest.mark.parametrize(("quant", "ratio"), [("none", 0.5), ("fp8", 0.0)])
-def test_compact_spans_of_all_layers_inherits_tables(device, quant, ratio):
-    plan = make_plan(32, BF16, 16, ratio, quant)
-    check_inherited(plan, make_channels(plan, LAYERS, 2), device)
-
-
-def check_inherited(plan, channels, device):
-    """Compact all layers in one launch; ``channels`` [L, 2, Hk, K] are for first spans only."""
+@pytest.mark.parametrize("value_ratio", [0.0, 0.5])
+def test_compact_spans_of_all_layers_inherits_tables(device, quant, ratio, value_ratio):
+    # All layers in one launch; channels, [L, 2, Hk, K], are for first spans only.
+    plan = make_plan(32, BF16, 16, ratio, quant, value_ratio=value_ratio)
+    channels = make_channels(plan, HEADS, LAYERS, 2)
     layers, block_table = make_cache(plan, BF16, 2, 2)
-    make_usual(layers)
     expected, actual = layers.clone(), on_device(layers, device)
     table, request = block_table.to(device), int32([0, 1], device)
     addresses = torch.tensor([layer.data_ptr() for layer in actual], device=device)
@@ -239,7 +199,7 @@ def test_compact_spans_rejects(device):
     plan = make_plan(64, BF16)
     layers, block_table = make_cache(plan, BF16, 1, 1)
     kv_cache, block_table = on_device(layers, device)[1], block_table.to(device)
-    zero, channels = int32([0], device), make_channels(plan, 1).to(device)
+    zero, channels = int32([0], device), make_channels(plan, HEADS, 1).to(device)
 
     def rejects(match, *arguments, **keywords):
         with pytest.raises(ValueError, match=match):

@@ -19,20 +19,13 @@ def check(plan, dtype, heads, requests, soft_cap=0.0) -> None:
     on_device = query.to(DEVICE)
     out = torch.full_like(on_device, torch.nan)
     thin = torch.tensor([made[2] for made in requests], dtype=torch.int32)
+    lengths = torch.tensor([made[1] for made in requests], dtype=torch.int32, device=DEVICE)
+    rows = torch.arange(len(requests), dtype=torch.int32, device=DEVICE)
     context_attention(
-        on_device,
-        case.kv_cache.to(DEVICE),
-        case.block_table.to(DEVICE),
-        start.int().to(DEVICE),
-        torch.tensor([made[1] for made in requests], dtype=torch.int32, device=DEVICE),
-        torch.arange(len(requests), dtype=torch.int32, device=DEVICE),
-        plan,
-        case.scale,
-        out,
-        int(counts.max()),
-        soft_cap,
+        on_device, case.kv_cache.to(DEVICE), case.block_table.to(DEVICE), start.int().to(DEVICE),
+        lengths, rows, plan, case.scale, out, int(counts.max()), soft_cap,
         thin.to(DEVICE) if bool(thin.any()) else None,
-    )
+    )  # fmt: skip
     rows = [
         (index, seq_len - count + i + 1, spans)
         for index, (count, seq_len, spans) in enumerate(requests)
@@ -55,8 +48,9 @@ def test_context_of_dense_blocks(dtype, heads):
 
 
 @pytest.mark.parametrize("quant", ["none", "fp8", "kivi4", "k4v2"])
-def test_context_behind_thin_spans(quant):
-    plan = make_plan(64, torch.float32, 16, 0.5, quant)
+@pytest.mark.parametrize("value_ratio", [0.0, 0.3])
+def test_context_behind_thin_spans(quant, value_ratio):
+    plan = make_plan(64, torch.float32, 16, 0.5, quant, value_ratio=value_ratio)
     span = plan.span_tokens
     check(plan, torch.float32, (4, 2), [(9, span + 20, 1), (3, 40, 0), (4, 2 * span + 4, 2)])
 

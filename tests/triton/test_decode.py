@@ -8,12 +8,12 @@ import torch
 
 from csrc_triton.decode import decode_attention, decode_splits
 from csrc_triton.splits import choose_splits, make_workspace
-from tests.kernels.helpers import FORMATS, ROUNDING, SUMMATION, Case, make_plan
+from tests.kernels.helpers import FORMATS, ROUNDING, SUMMATION, Case, formats, make_plan
 from tests.triton.reference import decode_attention_ref, make_case
 from think_vllm.kernels.reference.compaction import thin_run
 
+USUAL, GROUPED = ("none", "fp8", "k4v2"), ("kivi4", "k4v2", "kivi2")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-formats = pytest.mark.parametrize(("quant", "ratio"), FORMATS)
 
 
 def run(case: Case, **options) -> torch.Tensor:
@@ -21,28 +21,18 @@ def run(case: Case, **options) -> torch.Tensor:
     out = torch.full_like(query, torch.nan)
     rows = (case.rows.request, case.rows.seq_len, case.rows.thin_spans)
     decode_attention(
-        query,
-        case.kv_cache.to(DEVICE),
-        case.block_table.to(DEVICE),
+        query, case.kv_cache.to(DEVICE), case.block_table.to(DEVICE),
         *(torch.from_numpy(np.ascontiguousarray(values)).to(DEVICE) for values in rows),
-        case.plan,
-        case.scale,
-        out,
-        **options,
-    )
+        case.plan, case.scale, out, **options,
+    )  # fmt: skip
     return out.cpu()
 
 
 def check(case: Case, logits_soft_cap: float = 0.0, **options) -> None:
     expected = decode_attention_ref(
-        case.query,
-        case.kv_cache,
-        case.block_table,
-        *case.reference_rows,
-        case.plan,
-        case.scale,
+        case.query, case.kv_cache, case.block_table, *case.reference_rows, case.plan, case.scale,
         logits_soft_cap,
-    )
+    )  # fmt: skip
     actual = run(case, logits_soft_cap=logits_soft_cap, **options).double()
     # Tensor cores take weights, and queries times scales, rounded to the cache's dtype too.
     operands = 0 if case.query.dtype == torch.float32 else 2 * ROUNDING[case.query.dtype]
@@ -58,8 +48,8 @@ def contexts_of(plan) -> list[tuple[int, int]]:
 
 @formats
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_decode_formats(quant, ratio, dtype):
-    plan = make_plan(64, dtype, 16, ratio, quant)
+def test_decode_formats(thin, dtype):
+    plan = make_plan(64, dtype, 16, **thin)
     check(make_case(plan, dtype, 4, 2, contexts_of(plan)))
 
 
@@ -71,14 +61,25 @@ def test_decode_of_biased_fp8_keys(ratio, head_size, dtype):
     check(make_case(plan, dtype, 4, 2, contexts_of(plan), key_bias=10.0))
 
 
-@pytest.mark.parametrize("head_size", [80, 96, 128, 256])
-@pytest.mark.parametrize("quant", ["none", "fp8", "k4v2"])
-def test_decode_head_size(quant, head_size):
-    if quant == "k4v2" and head_size % 32:
-        pytest.skip("integer codes need a multiple of 32")
-    plan = make_plan(head_size, torch.float32, 16, 0.5, quant)
-    span = plan.span_tokens
-    check(make_case(plan, torch.float32, 4, 2, [(span + 17, 1), (5, 0)]))
+@pytest.mark.parametrize(
+    ("head_size", "block_size", "quant", "group", "value_ratio"),
+    [
+        *((size, 16, quant, 32, 0.0) for size in (96, 128, 256) for quant in USUAL),
+        *((64, size, quant, 32, 0.0) for size in (32, 48, 128) for quant in USUAL),
+        *((128, 16, quant, size, 0.0) for size in (64, 128) for quant in GROUPED),
+        (80, 16, "none", 32, 0.0),  # integer codes need a multiple of 32
+        (80, 16, "fp8", 32, 0.0),
+        (80, 16, "none", 32, 0.3),
+        (96, 16, "k4v2", 32, 0.3),
+        (128, 16, "kivi4", 64, 0.3),
+        (128, 16, "k4v2", 128, 0.3),
+        (256, 16, "fp8", 32, 0.3),
+    ],
+)
+def test_decode_of_other_sizes(head_size, block_size, quant, group, value_ratio):
+    plan = make_plan(head_size, torch.float32, block_size, 0.5, quant, group, value_ratio)
+    contexts = [(plan.span_tokens + block_size + 3, 1), (5, 0)]
+    check(make_case(plan, torch.float32, 4, 2, contexts))
 
 
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(3, 3), (7, 1), (32, 1)])
@@ -88,25 +89,12 @@ def test_decode_group_size(num_heads, num_kv_heads):
     check(make_case(plan, torch.float32, num_heads, num_kv_heads, contexts))
 
 
-@pytest.mark.parametrize("group", [64, 128])
-@pytest.mark.parametrize("quant", ["kivi4", "k4v2", "kivi2"])
-def test_decode_quant_group(quant, group):
-    plan = make_plan(128, torch.float32, 16, 0.5, quant, group)
-    check(make_case(plan, torch.float32, 2, 1, [(plan.span_tokens + 17, 1)]))
-
-
-@pytest.mark.parametrize("block_size", [32, 48, 128])
-@pytest.mark.parametrize("quant", ["none", "fp8", "k4v2"])
-def test_decode_block_size(quant, block_size):
-    plan = make_plan(64, torch.float32, block_size, 0.5, quant)
-    check(make_case(plan, torch.float32, 2, 1, [(plan.span_tokens + block_size + 3, 1)]))
-
-
 @pytest.mark.parametrize("splits", [2, 3, 5, 16])
 @pytest.mark.parametrize("quant", ["none", "k4v2"])
-def test_decode_splits(quant, splits):
+@pytest.mark.parametrize("value_ratio", [0.0, 0.3])
+def test_decode_splits(quant, splits, value_ratio):
     # More splits than blocks leave empty ones; a split may start within a span.
-    plan = make_plan(64, torch.float32, 16, 0.5, quant)
+    plan = make_plan(64, torch.float32, 16, 0.5, quant, value_ratio=value_ratio)
     case = make_case(plan, torch.float32, 4, 2, contexts_of(plan))
     workspace = make_workspace(8, 4, 64, splits, DEVICE).fill_(torch.nan)
     check(case, workspace=workspace)
@@ -130,9 +118,9 @@ def test_decode_interleaved_layers_and_strides():
     assert torch.equal(run(case), expected)
 
 
-@formats
-def test_decode_reads_the_keys(quant, ratio):
-    plan = make_plan(64, torch.float32, 16, ratio, quant)
+@pytest.mark.parametrize("thin", [thin for thin in FORMATS if not thin["value_ratio"]], ids=str)
+def test_decode_reads_the_keys(thin):
+    plan = make_plan(64, torch.float32, 16, **thin)
     case = make_case(plan, torch.float32, 4, 2, [(plan.span_tokens + 9, 1)])
     before = run(case)
     run_bytes = thin_run(case.kv_cache, int(case.block_table[0, 0]), 1)
@@ -214,16 +202,9 @@ def test_decode_rejects(name, change, message):
     case = make_case(make_plan(64, torch.float32, 16), torch.float32, 4, 2, [(20, 0)])
     zero = torch.zeros(1, dtype=torch.int32)
     arguments = {
-        "query": case.query,
-        "kv_cache": case.kv_cache,
-        "block_table": case.block_table,
-        "request": zero,
-        "seq_len": zero + 20,
-        "thin_spans": zero,
-        "plan": case.plan,
-        "scale": case.scale,
-        "out": torch.empty_like(case.query),
+        key: getattr(case, key) for key in ("query", "kv_cache", "block_table", "plan", "scale")
     }
-    arguments[name] = change(case)
+    arguments |= {"request": zero, "seq_len": zero + 20, "thin_spans": zero}
+    arguments |= {"out": torch.empty_like(case.query), name: change(case)}
     with pytest.raises(ValueError, match=f"decode_attention: .*{message}"):
         decode_attention(**arguments)

@@ -53,28 +53,6 @@ def test_key_energy_of_each_span(device):
     torch.testing.assert_close(actual.double(), expected, rtol=RTOL, atol=0)
 
 
-@pytest.fixture(scope="module")
-def chunked():
-    """Prompts of several chunks, among them one that ends with its last chunk."""
-    plan = make_plan(64, torch.bfloat16, 128)
-    return make_case(plan, torch.bfloat16, 1, 1, [(2050, 0), (1024, 0), (1025, 0)])
-
-
-def test_key_energy_of_several_chunks(device, chunked):
-    requests, prompt_lens = [0, 1, 2], [2050, 1024, 1025]
-    actual = energy_of(chunked, requests, prompt_lens, device)
-    expected = key_energy_ref(
-        chunked.kv_cache, chunked.block_table, requests, prompt_lens, chunked.plan
-    )
-    torch.testing.assert_close(actual.double(), expected, rtol=RTOL, atol=0)
-
-
-def test_key_energy_depends_on_the_prompt_alone(device, chunked):
-    together = energy_of(chunked, [0, 2], [2050, 1025], device, max_tokens=5000)
-    alone = energy_of(chunked, [2], [1025], device)
-    assert torch.equal(together[1], alone[0])
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_key_energy_of_the_blocks_behind_thin_ones(device, dtype):
     plan = make_plan(64, dtype, 16)
@@ -87,14 +65,18 @@ def test_key_energy_of_the_blocks_behind_thin_ones(device, dtype):
     torch.testing.assert_close(actual.double(), expected, rtol=RTOL, atol=0)
 
 
-def test_key_energy_behind_thin_blocks_depends_on_the_prompt_alone(device, chunked):
-    together = energy_of(chunked, [0, 0, 2], [2050, 2050, 1025], device, 4000, [7, 15, 1])
-    # Two chunks from the eighth block on, of 1024 and of 130 tokens.
-    expected = key_energy_ref(chunked.kv_cache, chunked.block_table, [0], [2050], chunked.plan, [7])
-    torch.testing.assert_close(together[:1].double(), expected, rtol=RTOL, atol=0)
-    for index, (request, length, first) in enumerate([(0, 2050, 7), (0, 2050, 15), (2, 1025, 1)]):
-        alone = energy_of(chunked, [request], [length], device, length - first * 128, [first])
-        assert torch.equal(together[index], alone[0])
+def test_key_energy_of_several_chunks_depends_on_the_prompt_alone(device):
+    # Of 1024 tokens; among the prompts one that ends with a chunk, and some behind thin blocks.
+    plan = make_plan(64, torch.bfloat16, 128)
+    case = make_case(plan, torch.bfloat16, 1, 1, [(2050, 0), (1024, 0), (1025, 0)])
+    tasks = [(0, 2050, 0), (1, 1024, 0), (2, 1025, 0), (0, 2050, 7), (0, 2050, 15), (2, 1025, 1)]
+    requests, lengths, first = (list(x) for x in zip(*tasks, strict=True))
+    together = energy_of(case, requests, lengths, device, 5000, first)
+    expected = key_energy_ref(case.kv_cache, case.block_table, requests, lengths, plan, first)
+    torch.testing.assert_close(together.double(), expected, rtol=RTOL, atol=0)
+    for energy, (request, length, start) in zip(together, tasks, strict=True):
+        alone = energy_of(case, [request], [length], device, length - start * 128, [start])
+        assert torch.equal(energy, alone[0])
 
 
 def test_key_energy_sees_every_key(device):
