@@ -1,7 +1,5 @@
 """The compose files: what they start, with which flags, and who can reach it."""
 
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -14,6 +12,7 @@ from tests.support.deploy import (
     metric_names,
     read_yaml,
 )
+from tests.support.processes import run_python
 from think_vllm.plan.parsing import parse_config
 
 FILES = ["compose.yaml", "compose.cpu.yaml"]
@@ -28,8 +27,8 @@ def services(request: pytest.FixtureRequest) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("file", FILES)
 def test_compose_file_fits_the_schema(file: str) -> None:
-    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec"]
-    done = subprocess.run([*command, DEPLOY / file], capture_output=True, text=True, check=False)
+    schema = ("--builtin-schema", "vendor.compose-spec")
+    done = run_python("-m", "check_jsonschema", *schema, DEPLOY / file)
     assert done.returncode == 0, done.stdout
 
 

@@ -207,24 +207,8 @@ def test_chart_with_every_value_renders(parse: Parse) -> None:
     made = by_kind(release["manifest"])
     check_schemas(made)
     namespace = parse(container(made)["args"])
-    assert parse_config(namespace.additional_config["think"]).model_dump() == {
-        "kv_channel_prune": 0.4,
-        "kv_value_prune": 0.2,
-        "kv_select": "key-norm",
-        "kv_channel_tables": "span",
-        "kv_channel_tables_file": None,
-        "kv_quant": "kivi4",
-        "kv_quant_group": 64,
-        "kv_recent_window": 0,
-        "kv_observation_window": 16,
-        "kv_plan_context": 1024,
-        "kv_prune_decode": False,
-        "kv_prefix_cache": "dense",
-        "kv_prune_prefill": False,
-        "kv_prune_max_loss": 1.0,
-        "kv_evict": "none",
-        "kv_evict_budget": 1024,
-    }
+    wanted = {setting(name): value for name, value in EVERYTHING["think"].items()}
+    assert parse_config(namespace.additional_config["think"]) == ThinkConfig(**wanted)
     assert namespace.max_num_seqs == 64
     assert namespace.trust_remote_code is True
     assert made["ServiceMonitor"]["spec"]["endpoints"][0]["port"] == "http"
@@ -236,28 +220,22 @@ def test_chart_with_every_value_renders(parse: Parse) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "wanted"),
+    "given",
     [
-        ({"quant": "k4v2", "prunePrefill": True}, {"kv_quant": "k4v2", "kv_prune_prefill": True}),
-        ({"evict": "h2o", "evictBudget": 512}, {"kv_evict": "h2o", "kv_evict_budget": 512}),
-        (
-            {"channelPrune": 0.3, "select": "static", "channelTablesFile": "t.json"},
-            {"kv_channel_prune": 0.3, "kv_select": "static", "kv_channel_tables_file": "t.json"},
-        ),
-        (
-            {"channelPrune": 0.3, "pruneMaxLoss": 0.2},
-            {"kv_channel_prune": 0.3, "kv_prune_max_loss": 0.2},
-        ),
-        ({"enabled": False}, None),
+        {"quant": "k4v2", "prunePrefill": True},
+        {"evict": "h2o", "evictBudget": 512},
+        {"channelPrune": 0.3, "select": "static", "channelTablesFile": "/models/t.json"},
+        {"channelPrune": 0.3, "pruneMaxLoss": 0.2},
+        {},
     ],
+    ids=str,
 )
-def test_chart_passes_what_was_given(
-    parse: Parse, given: dict[str, Any], wanted: dict[str, Any]
-) -> None:
+def test_chart_passes_what_was_given(parse: Parse, given: dict[str, Any]) -> None:
     pytest.importorskip("helm_sdkpy")
-    values = {"think": {"channelPrune": None, **given}}
+    values = {"think": {"channelPrune": None, **given, "enabled": bool(given)}}
     namespace = parse(container(by_kind(render_chart(CHART, "demo", values)))["args"])
-    assert namespace.additional_config.get("think") == wanted
+    wanted = {setting(name): value for name, value in given.items()}
+    assert namespace.additional_config == ({"think": wanted} if given else {})
 
 
 def test_chart_rejects_values_that_do_not_fit() -> None:

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 
 from tests.support.checks import EAGER, TOLERANCE, plan_served
+from tests.support.processes import run_python
 from tests.support.reference import Reference, Thinning
 from tests.support.server import offline_environment
 from think_vllm.errors import ThinkError
@@ -25,9 +25,7 @@ ARGUMENTS = [*EAGER, *FLAGS, "--kv-cache-memory-bytes", "100000000"]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "think_vllm.tools.cli", "doctor", *arguments]
-    environment = offline_environment()
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    return run_python("-m", "think_vllm.tools.cli", "doctor", *arguments, env=offline_environment())
 
 
 @pytest.fixture(autouse=True)

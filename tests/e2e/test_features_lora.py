@@ -1,19 +1,20 @@
 """LoRA: base model and two adapters at the same time, each against a model with it merged."""
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from tests.e2e.conftest import Serve
 from tests.support.adapters import make_adapter, merge_adapter
 from tests.support.checks import (
     EAGER,
     TOLERANCE,
+    assert_equal,
+    assert_unequal,
     differences,
     plan_served,
     random_prompts,
-    worst_differences,
 )
 from tests.support.models import make_llama
 from tests.support.reference import Reference, Thinning
@@ -27,7 +28,7 @@ class Adapted:
     """A model, the same with each of two adapters merged into it, and what a server needs."""
 
     def __init__(self, folder: Path) -> None:
-        self.base = make_llama(folder / "base", head_size=128, num_heads=4, num_kv_heads=2)
+        self.base = make_llama(folder / "base")
         self.references = {str(self.base): Reference(self.base)}
         modules = []
         for seed, name in enumerate(("first", "second"), start=1):
@@ -63,9 +64,7 @@ def adapted(tmp_path_factory: pytest.TempPathFactory) -> Adapted:
     return Adapted(tmp_path_factory.mktemp("adapted"))
 
 
-def test_adapters_and_base_model_in_one_batch(
-    serve: Callable[..., Server], adapted: Adapted
-) -> None:
+def test_adapters_and_base_model_in_one_batch(serve: Serve, adapted: Adapted) -> None:
     plan, arguments = plan_served(128, kv_channel_prune=0.5, kv_prefix_cache="dense")
     # In chunks; and --disable-log-stats, which takes the statistics out of the scheduler.
     chunks = ("--max-num-batched-tokens", "256", "--disable-log-stats")
@@ -76,18 +75,15 @@ def test_adapters_and_base_model_in_one_batch(
     thinning = Thinning.of(plan)
     for name, reference in adapted.references.items():
         own = answers[name]
-        worst = worst_differences(reference, prompts, own, thinning)
-        assert all(x < TOLERANCE for x in worst.values()), (name, worst)
+        assert_equal(reference, prompts, own, thinning)
         # The comparison would notice another adapter, and keys that are not pruned.
         for other in adapted.references.values():
             if other is not reference:
-                worst = worst_differences(other, prompts, own, thinning)
-                assert min(worst.values()) > 10 * TOLERANCE
-        worst = worst_differences(reference, prompts, own, None)
-        assert min(worst.values()) > 10 * TOLERANCE
+                assert_unequal(other, prompts, own, thinning)
+        assert_unequal(reference, prompts, own, None)
 
 
-def test_adapters_with_codes(serve: Callable[..., Server], adapted: Adapted) -> None:
+def test_adapters_with_codes(serve: Serve, adapted: Adapted) -> None:
     plan, arguments = plan_served(128, kv_channel_prune=0.5, kv_quant="kivi4")
     server = serve(*EAGER, *arguments, *adapted.arguments, model=adapted.base)
     prompts = random_prompts([plan.span_tokens + 32, 700])

@@ -13,8 +13,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.support.checks import EAGER, TOLERANCE, plan_served, random_prompts, worst_differences
-from tests.support.models import make_exact_llama
+from tests.e2e.conftest import Serve
+from tests.support.checks import EAGER, assert_equal, plan_served, random_prompts
 from tests.support.reference import Reference, Thinning
 from tests.support.served import Completion
 from tests.support.server import Server, completion_of, run_serve
@@ -36,59 +36,38 @@ VARIED = {"frequency_penalty": 2.0}
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    return make_exact_llama(path, head_size=128, num_heads=4, num_kv_heads=2)
-
-
-@pytest.fixture(scope="module")
-def reference(model: Path) -> Reference:
-    return Reference(model)
-
-
-@pytest.fixture(scope="module")
-def server(serve: Callable[..., Server], model: Path) -> Iterator[Server]:
+def server(serve: Serve, exact_model: Path) -> Iterator[Server]:
     options = ("--max-num-batched-tokens", "128", "--scheduling-policy", "priority")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_SERVER_DEV_MODE", "1")  # /sleep and /reset_prefix_cache
-        yield serve(*ARGUMENTS, *options, model=model, kv_cache_bytes=POOL_BYTES)
+        yield serve(*ARGUMENTS, *options, model=exact_model, kv_cache_bytes=POOL_BYTES)
 
 
 # Rejections first: while the server above runs, even idle, another start takes longer.
 
 
-def test_pool_one_block_smaller_is_rejected(model: Path) -> None:
+def test_pool_one_block_smaller_is_rejected(exact_model: Path) -> None:
     size = ("--kv-cache-memory-bytes", str(POOL_BYTES - BLOCK_BYTES))
-    done = run_serve(model, [*ARGUMENTS, *size])
+    done = run_serve(exact_model, [*ARGUMENTS, *size])
     assert done.returncode != 0
     assert "To serve at least one request with the model" in done.stdout + done.stderr
 
 
-def test_sleep_mode_is_rejected_as_vllm_does(model: Path) -> None:
-    done = run_serve(model, [*ARGUMENTS, "--enable-sleep-mode"])
+def test_sleep_mode_is_rejected_as_vllm_does(exact_model: Path) -> None:
+    done = run_serve(exact_model, [*ARGUMENTS, "--enable-sleep-mode"])
     assert done.returncode != 0
     assert "Sleep mode is not supported on current platform" in done.stdout + done.stderr
 
 
-def assert_equal(
-    reference: Reference,
-    prompts: list[list[int]],
-    answers: list[Completion],
-    thinning: Thinning | None = THIN,
-) -> None:
-    worst = worst_differences(reference, prompts, answers, thinning)
-    assert all(x < TOLERANCE for x in worst.values()), worst
-
-
-def assert_nothing_lost(server: Server, reference: Reference) -> None:
+def assert_nothing_lost(server: Server, exact_reference: Reference) -> None:
     """A request that needs every block gets them all."""
     server.wait_for_metric("vllm:num_requests_running", 0)
     server.wait_for_metric("vllm:kv_cache_usage_perc", 0)
     prompts = random_prompts([MAX_MODEL_LEN - 1])
-    assert_equal(reference, prompts, [server.complete(prompts[0], 1)])
+    assert_equal(exact_reference, prompts, [server.complete(prompts[0], 1)], THIN)
 
 
-def test_longest_requests(server: Server, reference: Reference) -> None:
+def test_longest_requests(server: Server, exact_reference: Reference) -> None:
     prompts = random_prompts([MAX_MODEL_LEN - 1, MAX_MODEL_LEN - 60, 1], seed=1)
     counts = [MAX_MODEL_LEN - len(prompt) for prompt in prompts]
     before = server.metric("vllm:num_preemptions_total")
@@ -96,14 +75,14 @@ def test_longest_requests(server: Server, reference: Reference) -> None:
         server.complete(prompt, count, **VARIED)
         for prompt, count in zip(prompts, counts, strict=True)
     ]
-    assert_equal(reference, prompts, answers)
+    assert_equal(exact_reference, prompts, answers, THIN)
     assert server.metric("vllm:num_preemptions_total") == before
     # The comparison would notice blocks that are not thin.
     with pytest.raises(AssertionError):
-        assert_equal(reference, prompts[1:2], answers[1:2], None)
+        assert_equal(exact_reference, prompts[1:2], answers[1:2], None)
 
 
-def test_priorities_and_lengths_mixed(server: Server, reference: Reference) -> None:
+def test_priorities_and_lengths_mixed(server: Server, exact_reference: Reference) -> None:
     # Long and short prompts share chunks of 128 tokens; whoever comes last may go first.
     # The last six need few blocks at first and more than there are in the end.
     lengths = [700, 5, 450, 33, 600, 300, 17, 500, 90, 310, *range(20, 26)]
@@ -116,11 +95,11 @@ def test_priorities_and_lengths_mixed(server: Server, reference: Reference) -> N
 
     with ThreadPoolExecutor(len(prompts)) as pool:
         answers = list(pool.map(ask, range(len(prompts))))
-    assert_equal(reference, prompts, answers)
+    assert_equal(exact_reference, prompts, answers, THIN)
     assert server.metric("vllm:num_preemptions_total") > before
 
 
-def test_clients_that_hang_up(server: Server, reference: Reference) -> None:
+def test_clients_that_hang_up(server: Server, exact_reference: Reference) -> None:
     # Their prompts end 20 tokens before a second span is due.
     length = 2 * PLAN.span_tokens + 12
 
@@ -141,11 +120,13 @@ def test_clients_that_hang_up(server: Server, reference: Reference) -> None:
         others = [pool.submit(server.complete, prompt, 350, **VARIED) for prompt in prompts]
         list(pool.map(hang_up, [0, 0, 1, 0, 2, *range(18, 24), 0, 60]))
         answers = [other.result() for other in others]
-    assert_equal(reference, prompts, answers)
-    assert_nothing_lost(server, reference)
+    assert_equal(exact_reference, prompts, answers, THIN)
+    assert_nothing_lost(server, exact_reference)
 
 
-def test_client_that_does_not_wait_for_the_answer(server: Server, reference: Reference) -> None:
+def test_client_that_does_not_wait_for_the_answer(
+    server: Server, exact_reference: Reference
+) -> None:
     count, answers = 700, 4
     body = {"model": server.model, "max_tokens": count, "ignore_eos": True}
     headers = {"Content-Type": "application/json"}
@@ -161,13 +142,15 @@ def test_client_that_does_not_wait_for_the_answer(server: Server, reference: Ref
             )
             # It came later, and goes first: once it is answered, the others are there.
             server.complete([5, 6, 7], 1, priority=-1)
-        assert_nothing_lost(server, reference)
+        assert_nothing_lost(server, exact_reference)
         if server.metric(generated) - before < answers * count:
             return
     raise AssertionError(f"in {ROUNDS} rounds no answer was cut off")
 
 
-def check_interrupted(server: Server, reference: Reference, between: Callable[[], None]) -> None:
+def check_interrupted(
+    server: Server, exact_reference: Reference, between: Callable[[], None]
+) -> None:
     """Stream long answers, do something that preempts them once they have begun, and compare.
 
     The server does not wait for its clients, so answers may be done by then: they are asked for
@@ -176,8 +159,8 @@ def check_interrupted(server: Server, reference: Reference, between: Callable[[]
     for _ in range(ROUNDS):
         before = server.metric("vllm:num_preemptions_total")
         prompts, answers = interrupted_answers(server, between)
-        assert_equal(reference, prompts, answers)
-        assert_nothing_lost(server, reference)
+        assert_equal(exact_reference, prompts, answers, THIN)
+        assert_nothing_lost(server, exact_reference)
         if server.metric("vllm:num_preemptions_total") - before >= len(prompts):
             return
     raise AssertionError(f"in {ROUNDS} rounds answers were done before anything could happen")
@@ -200,19 +183,19 @@ def interrupted_answers(
     return prompts, answers
 
 
-def test_reset_of_the_prefix_cache(server: Server, reference: Reference) -> None:
+def test_reset_of_the_prefix_cache(server: Server, exact_reference: Reference) -> None:
     def reset() -> None:
         answer = server.ask("/reset_prefix_cache?reset_running_requests=true")
         assert answer == {"success": True}
 
-    check_interrupted(server, reference, reset)
+    check_interrupted(server, exact_reference, reset)
     assert server.ask("/reset_prefix_cache") == {"success": True}
 
 
-def test_sleep_in_the_middle_of_answers(server: Server, reference: Reference) -> None:
+def test_sleep_in_the_middle_of_answers(server: Server, exact_reference: Reference) -> None:
     # On CPUs vLLM frees no memory then, but forgets the blocks of those it keeps.
     def sleep() -> None:
         assert server.ask("/sleep?level=1&mode=keep")["status"] == "sleeping"
         assert server.ask("/wake_up")["status"] == "awake"
 
-    check_interrupted(server, reference, sleep)
+    check_interrupted(server, exact_reference, sleep)

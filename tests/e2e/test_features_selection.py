@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.e2e.conftest import Serve
 from tests.support.checks import EAGER, TOLERANCE, plan_served, random_prompts
-from tests.support.models import make_exact_llama
 from tests.support.reference import Reference, Thinning
 from tests.support.server import Server, completion_of
 
@@ -32,33 +32,21 @@ CHOICES = ["4" * COUNT, "4" * (COUNT - 8) + "71" * 4]
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    return make_exact_llama(path, head_size=128, num_heads=4, num_kv_heads=2)
-
-
-@pytest.fixture(scope="module")
-def reference(model: Path) -> Reference:
-    return Reference(model)
-
-
-@pytest.fixture(scope="module")
-def server(serve: Callable[..., Server], model: Path) -> Server:
+def server(serve: Serve, exact_model: Path) -> Server:
     chunks = ("--max-num-batched-tokens", "200", "--no-async-scheduling")
-    return serve(*EAGER, *ARGUMENTS, *chunks, model=model)
+    return serve(*EAGER, *ARGUMENTS, *chunks, model=exact_model)
 
 
 def choose(server: Server, **options: Any) -> list[int]:
     """Tokens of an answer."""
-    tokens: list[int] = server.ask(prompt=PROMPT, **{**IDS, **options})["choices"][0]["token_ids"]
-    return tokens
+    return server.ask(prompt=PROMPT, **{**IDS, **options})["choices"][0]["token_ids"]
 
 
 def scores_of(
-    reference: Reference, tokens: list[int], thinning: Thinning | None = THIN
+    exact_reference: Reference, tokens: list[int], thinning: Thinning | None = THIN
 ) -> torch.Tensor:
     """Log-probabilities in front of each token of an answer: [num_tokens, vocabulary]."""
-    return reference.scores(PROMPT, tokens, thinning)[len(PROMPT) - 1 :]
+    return exact_reference.scores(PROMPT, tokens, thinning)[len(PROMPT) - 1 :]
 
 
 def assert_best(adjusted: torch.Tensor, tokens: list[int]) -> None:
@@ -74,23 +62,23 @@ def counts_before(tokens: list[int], size: int) -> torch.Tensor:
     return came.cumsum(0) - came
 
 
-def test_penalties(server: Server, reference: Reference) -> None:
+def test_penalties(server: Server, exact_reference: Reference) -> None:
     tokens = choose(server, temperature=0, frequency_penalty=0.7, presence_penalty=0.4)
-    scores = scores_of(reference, tokens)
+    scores = scores_of(exact_reference, tokens)
     counts = counts_before(tokens, scores.shape[1])
     adjusted = scores - 0.7 * counts - 0.4 * (counts > 0)
     assert_best(adjusted, tokens)
     # Unpenalized ones would be others, and so would those of blocks that are not thin.
     with pytest.raises(AssertionError):
         assert_best(scores, tokens)
-    dense = scores_of(reference, tokens, None)
+    dense = scores_of(exact_reference, tokens, None)
     with pytest.raises(AssertionError):
         assert_best(dense - 0.7 * counts - 0.4 * (counts > 0), tokens)
 
 
-def test_repetition_penalty_counts_the_prompt(server: Server, reference: Reference) -> None:
+def test_repetition_penalty_counts_the_prompt(server: Server, exact_reference: Reference) -> None:
     tokens = choose(server, temperature=0, repetition_penalty=1.5)
-    logits = reference.logits(PROMPT, tokens, THIN)[len(PROMPT) - 1 :]
+    logits = exact_reference.logits(PROMPT, tokens, THIN)[len(PROMPT) - 1 :]
     seen = counts_before(tokens, logits.shape[1]) > 0
     seen[:, PROMPT] = True
     penalized = torch.where(logits > 0, logits / 1.5, logits * 1.5)
@@ -99,10 +87,10 @@ def test_repetition_penalty_counts_the_prompt(server: Server, reference: Referen
         assert_best(logits, tokens)
 
 
-def test_logit_bias(server: Server, reference: Reference) -> None:
+def test_logit_bias(server: Server, exact_reference: Reference) -> None:
     bias = {150: 2.0, 200: 1.5, 250: 2.5, 300: -100.0}
     tokens = choose(server, temperature=0, logit_bias={str(i): x for i, x in bias.items()})
-    scores = scores_of(reference, tokens)
+    scores = scores_of(exact_reference, tokens)
     adjusted = scores.clone()
     for token, value in bias.items():
         adjusted[:, token] += value
@@ -111,10 +99,10 @@ def test_logit_bias(server: Server, reference: Reference) -> None:
         assert_best(scores, tokens)
 
 
-def test_thresholds_of_sampling(server: Server, reference: Reference) -> None:
+def test_thresholds_of_sampling(server: Server, exact_reference: Reference) -> None:
     # Not seeded: with prompts in chunks, seeds end the CPU engine of vLLM 0.32.
     def allowed(tokens: list[int], rest: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        scores = scores_of(reference, tokens)
+        scores = scores_of(exact_reference, tokens)
         return rest(scores)[torch.arange(len(tokens)), torch.tensor(tokens)]
 
     def above_min_p(scores: torch.Tensor) -> torch.Tensor:
@@ -167,7 +155,7 @@ INTEGER = {"name": "integer", "schema": {"type": "integer"}}
 )
 def test_structured_output(
     server: Server,
-    reference: Reference,
+    exact_reference: Reference,
     grammar: dict[str, Any],
     allowed: Callable[[list[int]], list[int]],
 ) -> None:
@@ -177,7 +165,7 @@ def test_structured_output(
     found = completion_of(server.ask(prompt=PROMPT, temperature=0, **options)["choices"][0])
     tokens = found.tokens
     assert len(tokens) > COUNT - 5
-    logits = reference.logits(PROMPT, tokens, THIN)[len(PROMPT) - 1 :]
+    logits = exact_reference.logits(PROMPT, tokens, THIN)[len(PROMPT) - 1 :]
     masked = torch.full_like(logits, float("-inf"))
     for place, row in enumerate(masked):
         which = allowed(tokens[:place])

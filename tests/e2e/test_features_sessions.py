@@ -1,15 +1,13 @@
 """Streaming-input sessions, whose prompts grow: rejected one by one, and nobody else notices."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.support.checks import HALF, TOLERANCE, random_prompts
 from tests.support.reference import Reference
-from tests.support.server import offline_environment
+from tests.support.server import run_script
 
 pytestmark = pytest.mark.e2e
 
@@ -57,20 +55,10 @@ if __name__ == "__main__":
 def test_sessions_are_rejected_alone(
     recall_model: Path, recall_reference: Reference, tmp_path: Path
 ) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
     [prompt] = random_prompts([420])
     settings = {"think": {"kv_channel_prune": 0.5, "kv_prefix_cache": "dense"}}
-    done = subprocess.run(
-        [sys.executable, str(script), str(recall_model), json.dumps(prompt), json.dumps(settings)],
-        capture_output=True,
-        text=True,
-        env=offline_environment(),
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    line = next(x for x in done.stdout.splitlines() if x.startswith("RESULT"))
-    session, others = json.loads(line.removeprefix("RESULT"))
+    given = str(recall_model), json.dumps(prompt), json.dumps(settings)
+    (session, others), _ = run_script(SCRIPT, tmp_path, *given)
     assert "streaming-input sessions" in session
     assert len(others) == 2
     for tokens, logprobs in others:

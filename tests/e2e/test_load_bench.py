@@ -1,12 +1,11 @@
 """`think-vllm bench` with two real servers: its files, and whether the figures belong together."""
 
 import csv
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.support.processes import run_python
 from tests.support.server import offline_environment
 from think_vllm.tools.bench.results import Results
 
@@ -30,18 +29,11 @@ def test_bench_compares_two_servers(recall_model: Path, tmp_path: Path) -> None:
     scenario = tmp_path / "few.yaml"
     scenario.write_text(SCENARIO, encoding="utf-8")
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "think_vllm.tools.cli", "bench", str(recall_model)]
+    command = ["-m", "think_vllm.tools.cli", "bench", str(recall_model)]
     command += ["--config", "--kv-channel-prune 0.5 --kv-quant k4v2", "--scenario", str(scenario)]
     command += ["--kv-cache-memory-bytes", str(POOL_BYTES), "--out", str(out)]
     command += ["--server-args", "--enforce-eager --max-model-len 512"]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=DEADLINE_S,
-        env=offline_environment(),
-    )
+    done = run_python(*command, timeout=DEADLINE_S, env=offline_environment())
     assert done.returncode == 0, done.stdout + done.stderr
 
     results = Results.read(out / "results.json")

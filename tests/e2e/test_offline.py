@@ -1,15 +1,13 @@
 """Offline: ``LLM(..., additional_config=...)``, as in a script of a user."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.support.checks import HALF, TOLERANCE, random_prompts
 from tests.support.reference import Reference
-from tests.support.server import offline_environment
+from tests.support.server import run_script
 
 pytestmark = pytest.mark.e2e
 
@@ -41,21 +39,11 @@ if __name__ == "__main__":
 def test_llm_takes_additional_config(
     recall_model: Path, recall_reference: Reference, tmp_path: Path
 ) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
     prompts = random_prompts([300, 1000, 1001])
-    done = subprocess.run(
-        [sys.executable, str(script), str(recall_model), json.dumps(prompts)],
-        capture_output=True,
-        text=True,
-        env=offline_environment(),
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    line = next(x for x in done.stdout.splitlines() if x.startswith("RESULT"))
-    assert "REFUSED kv_channel_prune is 0.4" in done.stdout
+    answers, printed = run_script(SCRIPT, tmp_path, str(recall_model), json.dumps(prompts))
+    assert "REFUSED kv_channel_prune is 0.4" in printed
     for prompt, (tokens, logprobs), thinning in zip(
-        prompts, json.loads(line.removeprefix("RESULT")), [HALF, HALF, None], strict=True
+        prompts, answers, [HALF, HALF, None], strict=True
     ):
         expected = recall_reference.logprobs(prompt, tokens, thinning)
         assert max(abs(a - b) for a, b in zip(expected, logprobs, strict=True)) < TOLERANCE

@@ -1,14 +1,13 @@
 """A limit on lost score mass: requests beyond it equal a dense model, the others a pruned one."""
 
-from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
 
-from tests.support.checks import EAGER, TOLERANCE, plan_served, random_prompts, worst_differences
+from tests.e2e.conftest import Serve
+from tests.support.checks import EAGER, assert_equal, assert_unequal, plan_served, random_prompts
 from tests.support.metrics import steady_metrics
 from tests.support.reference import Reference, Thinning
-from tests.support.server import Server
 
 pytestmark = pytest.mark.e2e
 
@@ -25,9 +24,7 @@ def losses(reference: Reference, prompts: list[list[int]], thinning: Thinning) -
     return lost
 
 
-def test_requests_beyond_the_limit_stay_dense(
-    serve: Callable[..., Server], recall_reference: Reference
-) -> None:
+def test_requests_beyond_the_limit_stay_dense(serve: Serve, recall_reference: Reference) -> None:
     plan, _ = plan_served(128, kv_channel_prune=0.5)
     thinning = Thinning.of(plan)
     prompts = random_prompts(LENGTHS, seed=31)
@@ -45,11 +42,9 @@ def test_requests_beyond_the_limit_stay_dense(
     assert server.metric("vllm:num_preemptions_total") > 0
     for prompt, answer, loss in zip(prompts, answers, lost, strict=True):
         kept, other = (None, thinning) if loss > limit else (thinning, None)
-        worst = worst_differences(recall_reference, [prompt], [answer], kept)
-        assert worst[len(prompt)] < TOLERANCE, loss
+        assert_equal(recall_reference, [prompt], [answer], kept)
         if len(prompt) > plan.span_tokens:
-            others = worst_differences(recall_reference, [prompt], [answer], other)
-            assert others[len(prompt)] > 10 * TOLERANCE, loss
+            assert_unequal(recall_reference, [prompt], [answer], other)
     seen = steady_metrics(server)
     assert seen.total("requests_kept_dense") == sum(loss > limit for loss in lost)
     # A prompt with the same beginning finds exact blocks, whoever left them.
@@ -57,6 +52,5 @@ def test_requests_beyond_the_limit_stay_dense(
     again = server.complete(prompts[-1], 20)
     assert server.metric("vllm:prefix_cache_hits_total") - before > 1000
     kept = None if lost[-1] > limit else thinning
-    worst = worst_differences(recall_reference, [prompts[-1]], [again], kept)
-    assert worst[LENGTHS[-1]] < TOLERANCE
+    assert_equal(recall_reference, [prompts[-1]], [again], kept)
     server.wait_for_metric("vllm:kv_cache_usage_perc", 0)

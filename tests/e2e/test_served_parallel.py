@@ -5,29 +5,27 @@ ranks. The pools are small, so that requests lose their blocks while other steps
 """
 
 import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from tests.e2e.conftest import Serve
 from tests.support.checks import (
     EAGER,
     FLOAT32,
     TOLERANCE,
+    assert_equal,
     check_served,
     plan_served,
     random_prompts,
     worst_differences,
 )
 from tests.support.metrics import read_metrics, steady_metrics
-from tests.support.models import copy_tokenizer, make_exact_llama, make_llama
+from tests.support.models import copy_tokenizer, make_llama
 from tests.support.reference import Reference, Thinning
 from tests.support.served import Completion
-from tests.support.server import Server
 from think_vllm.hooks.model_support import AttentionLayers
 from think_vllm.plan.planner import BlockPlan
 from think_vllm.tools.plan import budget_fields
@@ -43,20 +41,13 @@ LIMITS = ("--max-model-len", str(MAX_MODEL_LEN), "--max-num-batched-tokens", "16
 class Ranks:
     """A server of several ranks, whose cache holds little more than its longest request.
 
-    Args:
-        serve: The fixture.
-        plan: What the arguments plan.
-        arguments: Of the server.
-        heads: KV heads on one rank.
-        layers: Layers of the rank that has most.
-        block_runs: Layers times heads of all ranks of an engine: what a block has runs of.
-        engines: Data-parallel ones.
-        model: None for the bundled one.
+    Heads are KV heads on one rank, layers those of the rank that has most; a block has
+    ``block_runs`` runs: layers times heads of all ranks of one of the data-parallel ``engines``.
     """
 
     def __init__(
         self,
-        serve: Callable[..., Server],
+        serve: Serve,
         plan: BlockPlan,
         arguments: list[str],
         *,
@@ -98,16 +89,10 @@ class Ranks:
         """Compare a request that stays dense, on every rank, beside pruned ones."""
         asks = [{}, {"kv_channel_prune": False}, {}]
         prompts = random_prompts([700, 900, 610], seed=6)
-        with ThreadPoolExecutor(len(asks)) as pool:
-            running = [
-                pool.submit(partial(self.server.complete, vllm_xargs=asked, **options), prompt, 150)
-                for prompt, asked in zip(prompts, asks, strict=True)
-            ]
-            answers = [one.result() for one in running]
+        wishes = [{"vllm_xargs": asked, **options} for asked in asks]
+        answers = self.server.complete_each(prompts, 150, wishes)
         for prompt, asked, answer in zip(prompts, asks, answers, strict=True):
-            thinning = None if asked else Thinning.of(self.plan)
-            worst = worst_differences(reference, [prompt], [answer], thinning)
-            assert all(x < TOLERANCE for x in worst.values()), (asked, worst)
+            assert_equal(reference, [prompt], [answer], None if asked else Thinning.of(self.plan))
 
     def longest_difference(
         self, reference: Reference, done: list[Completion], thinning: Thinning | None
@@ -138,20 +123,17 @@ class Ranks:
         assert seen.value("capacity_tokens", kind="dense") == usable
 
 
-def test_tensor_parallel(serve: Callable[..., Server], tmp_path: Path) -> None:
+def test_tensor_parallel(serve: Serve, exact_model: Path, exact_reference: Reference) -> None:
     # One KV head a rank, pruned and quantized.
-    model = make_exact_llama(tmp_path, head_size=128, num_heads=4, num_kv_heads=2)
     plan, arguments = plan_served(128, kv_channel_prune=0.5, kv_quant="k4v2")
     arguments += [*EAGER, "--tensor-parallel-size", "2"]
-    ranks = Ranks(serve, plan, arguments, heads=1, layers=1, block_runs=2, model=model)
+    ranks = Ranks(serve, plan, arguments, heads=1, layers=1, block_runs=2, model=exact_model)
     # Greedy answers of a random model go round in circles: groups of equal tokens.
-    ranks.check(Reference(model), frequency_penalty=2.0)
-    ranks.check_dense(Reference(model), frequency_penalty=2.0)
+    ranks.check(exact_reference, frequency_penalty=2.0)
+    ranks.check_dense(exact_reference, frequency_penalty=2.0)
 
 
-def test_tensor_parallel_with_a_shared_kv_head(
-    serve: Callable[..., Server], tmp_path: Path
-) -> None:
+def test_tensor_parallel_with_a_shared_kv_head(serve: Serve, tmp_path: Path) -> None:
     # Fewer KV heads than ranks: vLLM gives the one head to both, and each prunes it for the query
     # heads that it has, as if the model had a KV head for each rank.
     model = make_llama(tmp_path / "one", head_size=64, num_heads=8, num_kv_heads=1)
@@ -163,7 +145,7 @@ def test_tensor_parallel_with_a_shared_kv_head(
     assert ranks.longest_difference(Reference(model), done, Thinning.of(plan)) > TOLERANCE
 
 
-def test_pipeline_parallel(serve: Callable[..., Server], tmp_path: Path) -> None:
+def test_pipeline_parallel(serve: Serve, tmp_path: Path) -> None:
     # Two steps are under way at a time. Not eager: with --enforce-eager vLLM's CPU build fails
     # with or without thin blocks, as its second stage gets no buffers for what it receives.
     model = make_llama(tmp_path, head_size=64, num_heads=4, num_kv_heads=2, num_layers=3)
@@ -174,7 +156,7 @@ def test_pipeline_parallel(serve: Callable[..., Server], tmp_path: Path) -> None
     ranks.check_dense(Reference(model))
 
 
-def test_data_parallel(serve: Callable[..., Server], recall_reference: Reference) -> None:
+def test_data_parallel(serve: Serve, recall_reference: Reference) -> None:
     # Either of two API servers shows the metrics of both engines.
     plan, arguments = plan_served(128, kv_channel_prune=0.5)
     arguments += [*EAGER, "--data-parallel-size", "2", "--api-server-count", "2"]

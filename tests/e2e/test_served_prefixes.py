@@ -1,20 +1,21 @@
 """Prefix caching on the server: thin spans, exact copies, and prompts pruned chunk by chunk."""
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
+from tests.e2e.conftest import Serve
 from tests.support.checks import (
     BOTH,
     EAGER,
     HALF,
     HITS,
     TOLERANCE,
+    assert_equal,
+    assert_unequal,
     hit_of,
     plan_served,
     random_prompts,
@@ -37,7 +38,7 @@ DENSE = {"vllm_xargs": {"kv_channel_prune": False}}
 
 class TestThinPrefixes:
     @pytest.fixture(scope="class")
-    def server(self, serve: Callable[..., Server]) -> Server:
+    def server(self, serve: Serve) -> Server:
         return serve(*PRUNED)
 
     def test_hit_on_thin_spans(self, server: Server, prefix_reference: PrefixReference) -> None:
@@ -101,19 +102,11 @@ class TestThinPrefixes:
         self, server: Server, recall_reference: Reference
     ) -> None:
         prompts = random_prompts([700, 1001, 60, 640, 1003, 230], seed=15)
-        with ThreadPoolExecutor(len(prompts)) as pool:
-            running = [
-                pool.submit(partial(server.complete, **(DENSE if i % 2 else {})), prompt, 300)
-                for i, prompt in enumerate(prompts)
-            ]
-            answers = [one.result() for one in running]
-        worst = worst_differences(recall_reference, prompts[1::2], answers[1::2], None)
-        assert all(x < TOLERANCE for x in worst.values()), worst
-        worst = worst_differences(recall_reference, prompts[::2], answers[::2], HALF)
-        assert all(x < TOLERANCE for x in worst.values()), worst
+        answers = server.complete_each(prompts, 300, [{}, DENSE] * 3)
+        assert_equal(recall_reference, prompts[1::2], answers[1::2], None)
+        assert_equal(recall_reference, prompts[::2], answers[::2], HALF)
         # The comparison sees which of them were pruned.
-        worst = worst_differences(recall_reference, prompts[1::2], answers[1::2], HALF)
-        assert min(worst.values()) > 10 * TOLERANCE
+        assert_unequal(recall_reference, prompts[1::2], answers[1::2], HALF)
         server.wait_for_metric("vllm:kv_cache_usage_perc", 0)
 
     def test_dense_requests_hit_nothing_thin(
@@ -135,8 +128,7 @@ class TestThinPrefixes:
             (second, again, None),
             (third, pruned, HALF),
         ):
-            worst = worst_differences(recall_reference, [prompt], [answer], thinning)
-            assert all(x < TOLERANCE for x in worst.values()), worst
+            assert_equal(recall_reference, [prompt], [answer], thinning)
 
     @pytest.mark.parametrize(
         ("asked", "message"),
@@ -239,9 +231,7 @@ class TestThinPrefixes:
         assert seen.value("capacity_multiple") == rows / (rows - held / 192)
 
 
-def test_dense_prefixes_are_exact(
-    serve: Callable[..., Server], recall_reference: Reference
-) -> None:
+def test_dense_prefixes_are_exact(serve: Serve, recall_reference: Reference) -> None:
     # Spans choose their channels a step before they are compacted, each its own.
     dense = ("--kv-prefix-cache", "dense", "--kv-channel-tables", "span")
     server = serve(*PRUNED, "--kv-value-prune", "0.3", *dense)
@@ -257,13 +247,12 @@ def test_dense_prefixes_are_exact(
     again, hit = hit_of(server, conversation, 100)
     assert hit == 1000 // 48 * 48
     for tokens, completion in ((donor, left), (prompt, answer), (conversation, again)):
-        differences = worst_differences(recall_reference, [tokens], [completion], thinning)
-        assert all(x < TOLERANCE for x in differences.values()), differences
+        assert_equal(recall_reference, [tokens], [completion], thinning)
     server.wait_for_metric("vllm:kv_cache_usage_perc", 0)
 
 
 def test_length_that_vllm_chooses_for_a_small_pool(
-    serve: Callable[..., Server], prefix_reference: PrefixReference
+    serve: Serve, prefix_reference: PrefixReference
 ) -> None:
     # 23 blocks of 48 tokens hold 1,104 dense ones, and more while chunks of a prompt are compacted.
     chunk = 64

@@ -1,17 +1,15 @@
 """Requests as users send them: the example, chat, cut off, too long; and a load test."""
 
 import json
-import random
 import subprocess
-import sys
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import httpx
 import pytest
 import vllm
 
+from tests.e2e.conftest import Serve
+from tests.support.processes import run_python
 from tests.support.server import Server, offline_environment, serve_arguments
 from tests.unit.loadtest.example_results import figures, measurement, results
 from think_vllm.tools.bench.comparison import rows_of
@@ -29,17 +27,10 @@ pytestmark = pytest.mark.e2e
 
 
 @pytest.fixture(scope="module")
-def server(serve: Callable[..., Server]) -> Server:
+def server(serve: Serve) -> Server:
     # The flags of `make serve`, with vLLM's default data type, compilation and processes.
     processes = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     return serve("--kv-channel-prune", "0.5", "--max-num-seqs", "32", environment=processes)
-
-
-def test_start_log_states_the_plan(server: Server) -> None:
-    log = server.log_tail(10_000)
-    assert "key channels 63 of 128 (pruned: 0.508, requested 0.5)" in log
-    assert "4 blocks of 48 tokens become 3" in log
-    assert "multiply by these" in log
 
 
 def test_example_hint_is_answered_right(server: Server, recall_model: Path) -> None:
@@ -64,8 +55,7 @@ def test_chat_answers_from_a_pruned_prompt(server: Server) -> None:
         messages = [{"role": "user", "content": prompt}]
         body = {"messages": messages, "max_tokens": 8, "temperature": 0}
         response = server.post("/v1/chat/completions", body)
-        content: str = response.json()["choices"][0]["message"]["content"]
-        return content
+        return response.json()["choices"][0]["message"]["content"]
 
     with ThreadPoolExecutor(10) as pool:
         answers = list(pool.map(ask, [sample.prompt for sample in samples]))
@@ -73,49 +63,13 @@ def test_chat_answers_from_a_pruned_prompt(server: Server) -> None:
     assert right >= 19
 
 
-def test_prompt_longer_than_the_model_is_rejected_alone(server: Server) -> None:
-    rng = random.Random(1)
-    prompt = [rng.randrange(4, 384) for _ in range(700)]
-    alone = server.complete(prompt, 64)
-    with ThreadPoolExecutor(2) as pool:
-        running = pool.submit(server.complete, prompt, 64)
-        rejected = server.post("/v1/completions", {"prompt": [9] * 3000, "max_tokens": 1})
-        assert rejected.status_code == 400
-        assert "maximum context length" in rejected.text
-        assert running.result().tokens == alone.tokens
-
-
-def test_streams_cut_off_give_their_blocks_back(server: Server) -> None:
-    rng = random.Random(2)
-    for length in (1, 100, 600, 1200):
-        body = {
-            "model": server.model,
-            "prompt": [rng.randrange(4, 384) for _ in range(length)],
-            "max_tokens": 800,
-            "ignore_eos": True,
-            "stream": True,
-        }
-        with httpx.stream("POST", f"{server.url}/v1/completions", json=body) as response:
-            next(response.iter_lines())
-    # A request that runs afterwards is scheduled behind the aborts; then nothing is left.
-    server.complete([5, 6, 7], 4)
-    server.wait_for_metric("vllm:num_requests_running", 0)
-    server.wait_for_metric("vllm:kv_cache_usage_perc", 0)
-
-
 def test_bench_loads_a_server_that_runs(server: Server, recall_model: Path, tmp_path: Path) -> None:
     url = ["--base-url", server.url, "--scenario", "paper"]
     loads = ["--concurrency", "3", "--num-prompts", "6", "--no-plots"]
 
     def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "think_vllm.tools.cli", "bench", str(recall_model)]
-        return subprocess.run(
-            [*command, *url, *loads, *arguments],
-            capture_output=True,
-            text=True,
-            check=False,
-            env=offline_environment(),
-        )
+        command = ["-m", "think_vllm.tools.cli", "bench", recall_model, *url, *loads, *arguments]
+        return run_python(*command, env=offline_environment())
 
     # What it is compared with: plain vLLM, said to make 1,000,000 tokens per second.
     made = measurement("plain", 3, figures(1e6, None))
@@ -188,16 +142,7 @@ def test_eval_counts_what_the_server_answers(server: Server, tmp_path: Path) -> 
 
 
 def test_eval_counts_requests_that_the_server_rejects(server: Server, tmp_path: Path) -> None:
-    arguments = [
-        "--base-url",
-        server.url,
-        "--tasks",
-        "recall",
-        "--lengths",
-        "300",
-        "--samples",
-        "3",
-    ]
+    arguments = ["--base-url", server.url, "--tasks", "recall", "--lengths=300", "--samples=3"]
     # No such field value: rejected with status 400, request by request.
     arguments += ["--extra-body", '{"temperature": -1}', "--chat", "--no-plots"]
     assert main(["eval", *arguments, "--out", str(tmp_path)]) == 1

@@ -1,20 +1,19 @@
 """A statically pruned server of two ranks; on one: tests/engine/test_static.py."""
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.e2e.conftest import Serve
 from tests.support.checks import EAGER
 from tests.support.models import make_exact_llama
-from tests.support.server import Server
 from tests.support.static_server import Static
 
 pytestmark = pytest.mark.e2e
 
 
-def test_codes_on_two_ranks(serve: Callable[..., Server], tmp_path: Path) -> None:
+def test_codes_on_two_ranks(serve: Serve, tmp_path: Path) -> None:
     # Whole prompts in one step. Each rank has one KV head, and takes its own row of the tables.
     # Codes are compared on a model whose keys are the same bits everywhere: see its docstring.
     model = make_exact_llama(tmp_path / "model", head_size=64, num_heads=4, num_kv_heads=2)

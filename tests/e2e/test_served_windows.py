@@ -1,14 +1,13 @@
 """Sliding-window layers beside full ones over HTTP; families of such models: tests/engine."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.e2e.conftest import Serve
 from tests.support.checks import EAGER, check_served, plan_served, random_prompts
 from tests.support.models import make_exact_llama
 from tests.support.reference import Reference, Thinning
-from tests.support.server import Server
 
 pytestmark = pytest.mark.e2e
 
@@ -16,7 +15,7 @@ HEAD_SIZE = 64
 FULL, WINDOW = "full_attention", "sliding_attention"
 
 
-def test_windows_in_blocks_that_held_codes(serve: Callable[..., Server], tmp_path: Path) -> None:
+def test_windows_in_blocks_that_held_codes(serve: Serve, tmp_path: Path) -> None:
     # A pool little larger than one request: sliding windows get blocks that were thin a moment ago,
     # and whose codes spell NaNs; full layers get theirs, and requests are preempted.
     model = make_exact_llama(

@@ -5,15 +5,14 @@ With ``-s`` it prints what has come of them.
 
 import os
 from collections import Counter
-from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 
 import pytest
 
+from tests.e2e.conftest import Serve
 from tests.support.reference import Reference, Thinning
 from tests.support.served import Completion
-from tests.support.server import Server
 from tests.support.soak import CASES, MAX_MODEL_LEN, soak
 from tests.support.soak_checks import (
     TOLERANCE,
@@ -31,7 +30,7 @@ REQUESTS = int(os.environ.get("SOAK_REQUESTS", "250"))
 
 @pytest.mark.e2e
 @pytest.mark.parametrize("name", CASES)
-def test_soak(serve: Callable[..., Server], tmp_path: Path, name: str) -> None:
+def test_soak(serve: Serve, tmp_path: Path, name: str) -> None:
     case = CASES[name]
     model = case.model(tmp_path)
     server = serve(*case.server_arguments(), model=model, kv_cache_bytes=case.pool_bytes())

@@ -9,6 +9,9 @@ import pytest
 
 from tests.support.engine import Engine, engine_process
 
+#: What starts one.
+Load = Callable[..., Engine]
+
 
 @pytest.fixture(scope="session")
 def process() -> Iterator[ProcessPoolExecutor]:
@@ -17,7 +20,7 @@ def process() -> Iterator[ProcessPoolExecutor]:
 
 
 @pytest.fixture(scope="session")
-def load(process: ProcessPoolExecutor, recall_model: Path) -> Callable[..., Engine]:
+def load(process: ProcessPoolExecutor, recall_model: Path) -> Load:
     """Load an engine. It replaces the one before."""
 
     def start(*arguments: str, model: Path = recall_model, **options: Any) -> Engine:

@@ -1,20 +1,12 @@
 """Log-probabilities against a masked transformers model; over HTTP: e2e/test_served_logprobs.py."""
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 
 from tests.conftest import REPOSITORY
-from tests.support.checks import (
-    EAGER,
-    FLOAT32,
-    HALF,
-    TOLERANCE,
-    check_served,
-    random_prompts,
-    worst_differences,
-)
+from tests.engine.conftest import Load
+from tests.support.checks import EAGER, FLOAT32, HALF, check_served, random_prompts
 from tests.support.engine import Engine
 from tests.support.metrics import steady_metrics
 from tests.support.reference import Reference, Thinning
@@ -22,69 +14,40 @@ from tests.support.reference import Reference, Thinning
 PRUNED = (*EAGER, "--kv-channel-prune", "0.5")
 
 
-class TestValueChannels:
-    """All key channels are kept, and 88 of 128 value channels: 7 blocks of 48 tokens become 6."""
-
-    THINNING = Thinning(key_channels=128, span_tokens=336, value_channels=88)
-
-    @pytest.fixture(scope="class")
-    def engine(self, load: Callable[..., Engine]) -> Engine:
-        # Chunks of 100 tokens cut observation windows.
-        return load(*EAGER, "--kv-value-prune", "0.3", "--max-num-batched-tokens", "100")
-
-    def test_prompts_and_decoded_spans(self, engine: Engine, recall_reference: Reference) -> None:
-        lengths = [5, 40, 367, 368, 369, 510, 700, 1000]
-        counts = [380, 340, 8, 8, 8, 220, 24, 24]
-        check_served(engine, recall_reference, lengths, counts, self.THINNING)
-
-    def test_pruning_changes_the_answer(self, engine: Engine, recall_reference: Reference) -> None:
-        prompts = random_prompts([1000])
-        completions = engine.complete_all(prompts, [24])
-        unpruned = worst_differences(recall_reference, prompts, completions, None)
-        assert unpruned[1000] > 10 * TOLERANCE
+def test_value_channels(load: Load, recall_reference: Reference) -> None:
+    # All key channels are kept, and 88 of 128 value channels: 7 blocks of 48 tokens become 6.
+    # Chunks of 100 tokens cut observation windows.
+    engine = load(*EAGER, "--kv-value-prune", "0.3", "--max-num-batched-tokens", "100")
+    thinning = Thinning(key_channels=128, span_tokens=336, value_channels=88)
+    lengths = [5, 40, 367, 368, 369, 510, 700, 1000]
+    counts = [380, 340, 8, 8, 8, 220, 24, 24]
+    check_served(engine, recall_reference, lengths, counts, thinning, others=[None])
 
 
-class TestSpansOfTheirOwn:
-    """Each span of a prompt has channels of its own."""
-
-    THINNING = replace(HALF, tables="span")
-
-    @pytest.fixture(scope="class")
-    def engine(self, load: Callable[..., Engine]) -> Engine:
-        # Chunks of 100 tokens cut observation windows.
-        tables = ("--kv-channel-tables", "span")
-        return load(*PRUNED, *tables, "--max-num-batched-tokens", "100")
-
-    def test_prompts_and_decoded_spans(self, engine: Engine, recall_reference: Reference) -> None:
-        lengths = [5, 40, 223, 224, 230, 416, 700, 1000]
-        counts = [430, 390, 8, 8, 420, 30, 130, 24]
-        engine.complete_all(random_prompts([3]), [2])  # the first choice brings the metric
-        before = steady_metrics(engine)
-        check_served(engine, recall_reference, lengths, counts, self.THINNING)
-        # Two layers of two heads; prompts without a span choose once.
-        spans = [max(1, self.THINNING.old_tokens(length) // 192) for length in lengths]
-        after = steady_metrics(engine)
-        count = after.value("score_mass_kept_count") - before.value("score_mass_kept_count")
-        assert count == sum(spans) * 2 * 2
-
-    def test_tables_change_the_answer(self, engine: Engine, recall_reference: Reference) -> None:
-        prompts = random_prompts([1000])
-        completions = engine.complete_all(prompts, [24])
-        others = worst_differences(recall_reference, prompts, completions, HALF)
-        assert others[1000] > 10 * TOLERANCE
+def test_spans_with_channels_of_their_own(load: Load, recall_reference: Reference) -> None:
+    tables = ("--kv-channel-tables", "span")
+    engine = load(*PRUNED, *tables, "--max-num-batched-tokens", "100")
+    thinning = replace(HALF, tables="span")
+    lengths = [5, 40, 223, 224, 230, 416, 700, 1000]
+    counts = [430, 390, 8, 8, 420, 30, 130, 24]
+    engine.complete_all(random_prompts([3]), [2])  # the first choice brings the metric
+    before = steady_metrics(engine)
+    check_served(engine, recall_reference, lengths, counts, thinning, others=[HALF])
+    # Two layers of two heads; prompts without a span choose once.
+    spans = [max(1, thinning.old_tokens(length) // 192) for length in lengths]
+    after = steady_metrics(engine)
+    count = after.value("score_mass_kept_count") - before.value("score_mass_kept_count")
+    assert count == sum(spans) * 2 * 2
 
 
-def test_key_norm(load: Callable[..., Engine], recall_reference: Reference) -> None:
+def test_key_norm(load: Load, recall_reference: Reference) -> None:
     engine = load(*PRUNED, "--kv-select", "key-norm", "--max-num-batched-tokens", "512")
+    thinning, counts = replace(HALF, select="key-norm"), [230, 210, 24, 24]
     lengths = [40, 224, 700, 1500]
-    thinning = replace(HALF, select="key-norm")
-    completions = check_served(engine, recall_reference, lengths, [230, 210, 24, 24], thinning)
-    prompts = random_prompts(lengths)
-    others = worst_differences(recall_reference, prompts[3:], completions[3:], HALF)
-    assert others[1500] > 10 * TOLERANCE
+    check_served(engine, recall_reference, lengths, counts, thinning, others=[HALF])
 
 
-def test_small_chunks(load: Callable[..., Engine], recall_reference: Reference) -> None:
+def test_small_chunks(load: Load, recall_reference: Reference) -> None:
     # 64 tokens a step, shared by all: windows are cut in every place.
     engine = load(*PRUNED, "--max-num-batched-tokens", "64")
     lengths = [20, 64, 65, 90, 128, 130, 250, 300, 431, 700]
@@ -96,7 +59,7 @@ class TestSmallPool:
     """A pool too small for the load: 43 blocks of 48 tokens, and the null block."""
 
     @pytest.fixture(scope="class")
-    def engine(self, load: Callable[..., Engine]) -> Engine:
+    def engine(self, load: Load) -> Engine:
         # A block of this model: 2 layers x 2 heads x 48 tokens x 1 KiB in float32.
         return load(*PRUNED, "--max-model-len", "2048", kv_cache_bytes=44 * 196_608)
 
@@ -116,19 +79,10 @@ class TestSmallPool:
         assert 2 * 150 - 1 <= engine.metric(steps) - before < 3 * 150
 
 
-def test_preemption_with_small_chunks(
-    load: Callable[..., Engine], recall_reference: Reference
-) -> None:
+def test_preemption_with_small_chunks(load: Load, recall_reference: Reference) -> None:
     # Resumed requests recompute prompt and answer over many chunks, in which the end of the
     # prompt may lie anywhere; and in blocks of 64 tokens, which need no scratch blocks.
-    arguments = (
-        "--kv-channel-prune",
-        "0.4",
-        "--block-size",
-        "64",
-        "--max-num-batched-tokens",
-        "80",
-    )
+    arguments = ("--kv-channel-prune=0.4", "--block-size=64", "--max-num-batched-tokens=80")
     engine = load(*EAGER, *arguments, "--max-model-len", "2048", kv_cache_bytes=34 * 262_144)
     thinning = Thinning(key_channels=76, span_tokens=320)
     lengths = [500, 433, 610, 380, 420, 555, 300, 470]
@@ -136,14 +90,14 @@ def test_preemption_with_small_chunks(
     assert engine.metric("vllm:num_preemptions_total") > 0
 
 
-def test_dense_decode(load: Callable[..., Engine], recall_reference: Reference) -> None:
+def test_dense_decode(load: Load, recall_reference: Reference) -> None:
     config = REPOSITORY / "configs" / "think-0.5-dense-decode.yaml"
     engine = load(*EAGER, "--config", str(config))
     thinning = Thinning(key_channels=63, span_tokens=192, prune_decode=False)
     check_served(engine, recall_reference, [40, 400, 900], [300] * 3, thinning)
 
 
-def test_windows_and_compilation(load: Callable[..., Engine], recall_reference: Reference) -> None:
+def test_windows_and_compilation(load: Load, recall_reference: Reference) -> None:
     # vLLM's default compilation, another ratio, other windows.
     windows = ("--kv-recent-window", "7", "--kv-observation-window", "100")
     engine = load(*FLOAT32, "--kv-channel-prune", "0.4", *windows)
@@ -152,9 +106,7 @@ def test_windows_and_compilation(load: Callable[..., Engine], recall_reference: 
     check_served(engine, recall_reference, [60, 166, 167, 168, 1500], [330] * 5, thinning)
 
 
-def test_ratio_that_prunes_nothing(
-    load: Callable[..., Engine], recall_reference: Reference
-) -> None:
+def test_ratio_that_prunes_nothing(load: Load, recall_reference: Reference) -> None:
     engine = load(*EAGER, "--kv-channel-prune", "0.005")
     check_served(engine, recall_reference, [40, 900], [64] * 2, None)
     assert "prunes no channel of this model, and --kv-quant is none" in engine.log_tail(10_000)

@@ -1,15 +1,11 @@
 """Prompts pruned chunk by chunk, and prefix caching with that."""
 
-from collections.abc import Callable
-
+from tests.engine.conftest import Load
 from tests.support.checks import BOTH, EAGER, TOLERANCE, hit_of, random_prompts
-from tests.support.engine import Engine
 from tests.support.prefix_reference import PrefixReference, view_of, worst
 
 
-def test_prompts_pruned_at_chunk_ends(
-    load: Callable[..., Engine], prefix_reference: PrefixReference
-) -> None:
+def test_prompts_pruned_at_chunk_ends(load: Load, prefix_reference: PrefixReference) -> None:
     # 35 blocks of 48 tokens hold 1,680 dense ones; the null block is one more.
     chunk, pool = 256, 36 * 196_608
     arguments = ("--kv-prune-prefill", "--max-num-batched-tokens", str(chunk))

@@ -1,11 +1,11 @@
 """Static pruning against a transformers model all keys of which are masked; see ``Static``."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.engine.conftest import Load
 from tests.support.checks import FLOAT32, HITS, TOLERANCE, random_prompts
 from tests.support.engine import Engine
 from tests.support.static_server import Static
@@ -27,7 +27,7 @@ class TestPlain:
         return Static(recall_model, folder, 32, kv_channel_prune=0.5, kv_value_prune=0.25)
 
     @pytest.fixture(scope="class")
-    def engine(self, load: Callable[..., Engine], static: Static) -> Engine:
+    def engine(self, load: Load, static: Static) -> Engine:
         limits = ("--max-num-batched-tokens", "128", "--max-model-len", "2048")
         # With vLLM's default compilation.
         return load(*FLOAT32, *static.arguments, *limits, kv_cache_bytes=self.POOL_BYTES)

@@ -71,17 +71,9 @@ class Entry:
 class Engine:
     """A scheduler with random choices, whose steps run ``lag`` steps late.
 
-    With a lag it schedules ahead of sampled tokens, as vLLM's async scheduling does.
-
-    Args:
-        spec: Of the first group of layers, the one whose worker is modelled.
-        lag: Steps that are scheduled before one is processed.
-        caching: Whether prefixes are cached.
-        chunk: Most tokens of a request in a step.
-        others: Of further groups.
-        num_blocks: Blocks of the pool, the null block included.
-        max_len: Most tokens of a request.
-        hashed: Tokens that prefixes are hashed in, as with ``--prefix-match-unit``.
+    With a lag it schedules ahead of sampled tokens, as vLLM's async scheduling does. The worker of
+    ``spec`` is modelled; ``others`` are of further groups of layers. A request has ``chunk`` tokens
+    in a step at most; prefixes are hashed in ``hashed`` tokens, as with ``--prefix-match-unit``.
     """
 
     def __init__(
@@ -124,12 +116,8 @@ class Engine:
     ) -> Request:
         """Queue a request; those of a tenant begin alike.
 
-        Args:
-            prompt_len: Tokens of its prompt.
-            max_tokens: Tokens that it generates.
-            tenant: Whose it is.
-            asks: -1 to stay dense, or its own budget in spans, 0 for all. None, and what this
-                engine rejects, for nothing.
+        It asks to stay dense (-1), or for its own budget in spans, 0 for all; None, and what this
+        engine rejects, is nothing.
         """
         name = f"r{len(self.incarnation)}"
         unique = 1000 * (len(self.incarnation) + 10)

@@ -5,18 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 if TYPE_CHECKING:
     from tests.support.reference import Thinning
 
 
 def channel_scores(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    prompt_len: int,
-    thinning: Thinning,
-    tokens: torch.Tensor | None = None,
-) -> torch.Tensor:
+    query: Tensor, key: Tensor, prompt_len: int, thinning: Thinning, tokens: Tensor | None = None
+) -> Tensor:
     """Score of each channel over the ``tokens`` that are kept: float64 [S, Hk, D].
 
     ``S`` is 1, or the prompt's spans if each has channels of its own.
@@ -40,12 +37,8 @@ def channel_scores(
 
 
 def kept_channels(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    prompt_len: int,
-    thinning: Thinning,
-    tokens: torch.Tensor | None = None,
-) -> torch.Tensor:
+    query: Tensor, key: Tensor, prompt_len: int, thinning: Thinning, tokens: Tensor | None = None
+) -> Tensor:
     """The choice over the ``tokens`` that are kept: bool [Hk, n, D], true for kept channels.
 
     What is decoded keeps the channels of the span before it.
@@ -57,21 +50,16 @@ def kept_channels(
     return kept[span.clamp(max=len(kept) - 1)].transpose(0, 1)
 
 
-def value_scores(answers: torch.Tensor, num_kv_heads: int, thinning: Thinning) -> torch.Tensor:
-    """What each value channel adds to the answers of the observation window: float64 [Hk, D].
+def value_scores(answers: Tensor, num_kv_heads: int, thinning: Thinning) -> Tensor:
+    """What each value channel adds to the observation window's answers: float64 [Hk, D].
 
-    Args:
-        answers: [Hq, n, D]. Attention's output for the prompt: weights times values.
-        num_kv_heads: ``Hk``.
-        thinning: For the window.
+    The answers, [Hq, n, D], are attention's output for the prompt: weights times values.
     """
     energy = answers[:, -thinning.observation_window :].double().square().mean(dim=1)
     return energy.view(num_kv_heads, -1, energy.shape[-1]).mean(dim=1)
 
 
-def kept_value_channels(
-    answers: torch.Tensor, num_kv_heads: int, thinning: Thinning
-) -> torch.Tensor:
+def kept_value_channels(answers: Tensor, num_kv_heads: int, thinning: Thinning) -> Tensor:
     """Value channels that are kept, in all tokens: bool [Hk, D]."""
     score = value_scores(answers, num_kv_heads, thinning)
     count = score.shape[1] if thinning.value_channels is None else thinning.value_channels
@@ -79,15 +67,13 @@ def kept_value_channels(
     return kept.scatter_(1, score.topk(count, dim=1).indices, True)
 
 
-def selection_margin(
-    query: torch.Tensor, key: torch.Tensor, prompt_len: int, thinning: Thinning
-) -> float:
+def selection_margin(query: Tensor, key: Tensor, prompt_len: int, thinning: Thinning) -> float:
     """How much the least kept channel of any choice scores over the best pruned one, relatively."""
     scores = channel_scores(query, key, prompt_len, thinning).flatten(0, 1)
     return margin_of(scores, thinning.key_channels)
 
 
-def margin_of(score: torch.Tensor, count: int) -> float:
+def margin_of(score: Tensor, count: int) -> float:
     """``selection_margin`` of scores [n, D], of which ``count`` are kept."""
     if count == score.shape[1]:
         return float("inf")
@@ -95,9 +81,7 @@ def margin_of(score: torch.Tensor, count: int) -> float:
     return float((1 - best[:, -1] / best[:, -2]).min())
 
 
-def kept_share(
-    query: torch.Tensor, key: torch.Tensor, prompt_len: int, thinning: Thinning
-) -> torch.Tensor:
+def kept_share(query: Tensor, key: Tensor, prompt_len: int, thinning: Thinning) -> Tensor:
     """Share of the scores' sum that kept channels have: float64 [S * Hk].
 
     The paper's score is a norm, of which ``channel_scores`` has the square.

@@ -35,14 +35,7 @@ def random_prompts(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
 def plan_served(
     head_size: int, block_size: int | None = None, itemsize: int = 4, **settings: float | str
 ) -> tuple[BlockPlan, list[str]]:
-    """Plan what a server with these settings does, and say which arguments they are.
-
-    Args:
-        head_size: Channels of a head.
-        block_size: None for the planner's choice.
-        itemsize: Bytes of its dtype: float32 if not said otherwise.
-        settings: Of thin blocks.
-    """
+    """Plan what a server with these settings does, and say which arguments they are."""
     plan = make_plan(head_size, itemsize, block_size, **settings)
     given = settings if block_size is None else {**settings, "block_size": block_size}
     return plan, [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
@@ -53,11 +46,7 @@ def check_planned(
 ) -> None:
     """Compare ``think-vllm plan`` with an engine of float32: its log, its blocks, its capacity.
 
-    Args:
-        served: The engine.
-        model: Its model, whose longest requests have 4096 tokens.
-        flags: What both were asked for.
-        memory_bytes: Of the engine's KV cache.
+    Both were asked for ``flags``; the model's longest requests have 4096 tokens.
     """
     budget = ["--memory", str(memory_bytes), "--context-length", "4096", "--dtype", "float32"]
     fields, lines = plan_report(*parse_options([str(model), *flags, *budget]))
@@ -92,6 +81,28 @@ def worst_differences(
     }
 
 
+def assert_equal(
+    reference: Reference,
+    prompts: Sequence[list[int]],
+    completions: Sequence[Completion],
+    thinning: Thinning | None,
+) -> None:
+    """Every log-probability is the reference's."""
+    worst = worst_differences(reference, prompts, completions, thinning)
+    assert all(x < TOLERANCE for x in worst.values()), worst
+
+
+def assert_unequal(
+    reference: Reference,
+    prompts: Sequence[list[int]],
+    completions: Sequence[Completion],
+    thinning: Thinning | None,
+) -> None:
+    """The comparison would notice another thinning: in each of the completions."""
+    worst = worst_differences(reference, prompts, completions, thinning)
+    assert all(x > 10 * TOLERANCE for x in worst.values()), worst
+
+
 def check_served(
     server: Served,
     reference: Reference,
@@ -99,9 +110,13 @@ def check_served(
     max_tokens: Sequence[int],
     thinning: Thinning | None,
     together: bool = True,
+    others: Sequence[Thinning | None] = (),
     **options: Any,
 ) -> list[Completion]:
-    """Complete prompts of these lengths and compare every log-probability."""
+    """Complete prompts of these lengths and compare every log-probability.
+
+    The comparison would notice the ``others`` in the last prompt.
+    """
     prompts = random_prompts(lengths)
     if together:
         completions = server.complete_all(prompts, max_tokens, **options)
@@ -110,8 +125,9 @@ def check_served(
             server.complete(prompt, count, **options)
             for prompt, count in zip(prompts, max_tokens, strict=True)
         ]
-    worst = worst_differences(reference, prompts, completions, thinning)
-    assert all(x < TOLERANCE for x in worst.values()), worst
+    assert_equal(reference, prompts, completions, thinning)
+    for other in others:
+        assert_unequal(reference, prompts[-1:], completions[-1:], other)
     return completions
 
 

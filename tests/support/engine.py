@@ -23,14 +23,7 @@ from tests.support.server import offline_environment
 
 
 class Engine(Served):
-    """The engine that was loaded last.
-
-    Args:
-        process: Its process, from ``engine_process``.
-        model: Directory of the model.
-        arguments: Those of ``serve``.
-        kv_cache_bytes: Size of the KV cache.
-    """
+    """The engine that was loaded last, in the process of ``engine_process``."""
 
     def __init__(
         self,

@@ -4,35 +4,25 @@ SnapKV, arXiv 2404.14469, as kvpress writes it for grouped queries; H2O, arXiv 2
 """
 
 import torch
+from torch import Tensor
 
 #: SnapKV's authors' setting for LongBench.
 POOLING_TOKENS = 7
 
 
 def token_scores(
-    query: torch.Tensor,
-    key: torch.Tensor,
+    query: Tensor,
+    key: Tensor,
     scaling: float,
     method: str,
     window: int,
     old_tokens: int,
     softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Score each old token of a prompt for each KV head.
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Score each old token of a prompt, [heads, P, D], for KV heads: float64 [Hk, old_tokens].
 
-    Args:
-        query: [Hq, P, D]. Of the prompt.
-        key: [Hk, P, D]. As ``query``.
-        scaling: Factor on ``q . k``.
-        method: ``snapkv`` or ``h2o``.
-        window: Last queries that choose, for ``snapkv``.
-        old_tokens: Tokens that can be evicted.
-        softcap: Scores become ``softcap * tanh(score / softcap)``. None for no change.
-        sinks: [Hq]. One more score per head, whose weight goes to no token. None for none.
-
-    Returns:
-        float64 [Hk, old_tokens].
+    For ``scaling``, ``softcap`` and ``sinks`` see ``thin_attention``.
     """
     length, group = key.shape[1], query.shape[0] // key.shape[0]
     first = max(0, length - window) if method == "snapkv" else 0
@@ -54,13 +44,13 @@ def token_scores(
     return total[:, :old_tokens]
 
 
-def best_tokens(scores: torch.Tensor, count: int) -> torch.Tensor:
+def best_tokens(scores: Tensor, count: int) -> Tensor:
     """Tokens with the highest scores of each head: bool like ``scores``."""
     kept = torch.zeros_like(scores, dtype=torch.bool)
     return kept.scatter_(1, scores.topk(count, dim=1).indices, True)
 
 
-def token_margin(scores: torch.Tensor, count: int) -> float:
+def token_margin(scores: Tensor, count: int) -> float:
     """How much the least kept token of any head scores over the best evicted one, relatively."""
     best = scores.topk(count + 1, dim=1).values
     return float((1 - best[:, -1] / best[:, -2]).min())

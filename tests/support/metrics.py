@@ -53,11 +53,7 @@ def read_metrics(server: Served) -> Snapshot:
 
 
 def steady_metrics(server: Served, spans: float | None = None) -> Snapshot:
-    """Look when nothing runs any more.
-
-    Args:
-        server: What to look at.
-        spans: Spans that must have become thin altogether; None for any number.
+    """Look when nothing runs any more, and ``spans`` spans have become thin altogether, if given.
 
     Raises:
         AssertionError: If that does not come about.

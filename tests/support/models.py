@@ -16,9 +16,9 @@ BUNDLED = REPOSITORY / "models" / "tiny-recall"
 def make_llama(
     path: Path,
     *,
-    head_size: int,
-    num_heads: int,
-    num_kv_heads: int,
+    head_size: int = 128,
+    num_heads: int = 4,
+    num_kv_heads: int = 2,
     num_layers: int = 2,
     **settings: Any,
 ) -> Path:
@@ -82,9 +82,9 @@ def make_model(path: Path, model_type: str, **settings: Any) -> Path:
 def make_exact_llama(
     path: Path,
     *,
-    head_size: int,
-    num_heads: int,
-    num_kv_heads: int,
+    head_size: int = 128,
+    num_heads: int = 4,
+    num_kv_heads: int = 2,
     num_layers: int = 1,
     key_bias: float = 0.0,
     **settings: Any,
@@ -104,17 +104,10 @@ def make_exact_llama(
 
     That goes for the first layer: a second one sees its rounded attention.
     """
-    make_llama(
-        path,
-        head_size=head_size,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        num_layers=num_layers,
-        rms_norm_eps=1e-12,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e300},
-        attention_bias=key_bias != 0,
-        **settings,
-    )
+    heads = {"head_size": head_size, "num_heads": num_heads, "num_kv_heads": num_kv_heads}
+    rope = {"rope_type": "default", "rope_theta": 1e300}
+    exact = {"rms_norm_eps": 1e-12, "rope_parameters": rope, "attention_bias": key_bias != 0}
+    make_llama(path, num_layers=num_layers, **heads, **exact, **settings)
     model = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32)
     attention = model.model.layers[0].self_attn
     with torch.no_grad():

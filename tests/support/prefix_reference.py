@@ -5,12 +5,13 @@ token has the channels that its span kept, and every query says how many tokens 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 from tests.support.channels import kept_channels, kept_value_channels
@@ -18,22 +19,16 @@ from tests.support.reference import Thinning
 from tests.support.served import Completion
 
 #: Per layer, the channels that each token's key and value keep once it is thin: bool [2, Hk, n, D].
-Kept = list[torch.Tensor]
+Kept = list[Tensor]
 
 
 @dataclass
 class View:
-    """What a request's queries see.
+    """What a request's queries see; spans are pruned without encoding.
 
-    Args:
-        thinning: How spans are pruned; without encoding.
-        prompt_len: Tokens of the prompt.
-        num_tokens: Tokens of prompt and completion.
-        cached: The view of the request that left a prefix in the cache, if one was hit.
-        cached_spans: Thin spans of the hit.
-        cached_tokens: Tokens of the hit, thin spans and dense blocks behind them.
-        chunk_starts: With pruning at chunk ends, where chunks of the prompt begin.
-        kept: Of this request, once it was scored.
+    ``cached`` is the view of the request that left a prefix in the cache, if one was hit: thin
+    spans, and dense blocks behind them. With pruning at chunk ends, chunks of the prompt begin at
+    ``chunk_starts``. ``kept`` is filled in once the request is scored.
     """
 
     thinning: Thinning
@@ -49,7 +44,7 @@ class View:
         recent, span = self.thinning.recent_window, self.thinning.span_tokens
         return max(self.cached_spans, max(0, position - recent) // span)
 
-    def thin_tokens(self) -> torch.Tensor:
+    def thin_tokens(self) -> Tensor:
         """Tokens that each query sees thin: int64 [n]."""
         thin = torch.zeros(self.num_tokens, dtype=torch.int64)
         for start, end in pairwise([*self.chunk_starts, self.prompt_len]):
@@ -64,13 +59,8 @@ class View:
         return thin
 
     def choose(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scaling: float,
-        layer: int,
-    ) -> torch.Tensor:
+        self, query: Tensor, key: Tensor, value: Tensor, scaling: float, layer: int
+    ) -> Tensor:
         """Channels of one layer: bool [2, Hk, n, D]."""
         span, heads = self.thinning.span_tokens, key.shape[0]
         kept = torch.ones(2, heads, self.num_tokens, key.shape[2], dtype=torch.bool)
@@ -87,15 +77,8 @@ class View:
                 # Scored by the chunk's last queries over the keys that are dense by then. What is
                 # decoded keeps the channels of the span before it.
                 begin = max(0 if end == self.prompt_len else start, first * span)
-                window = Thinning(
-                    self.thinning.key_channels,
-                    span,
-                    observation_window=min(self.thinning.observation_window, end - begin),
-                    value_channels=self.thinning.value_channels,
-                    recent_window=self.thinning.recent_window,
-                    select=self.thinning.select,
-                    tables=self.thinning.tables,
-                )
+                observed = min(self.thinning.observation_window, end - begin)
+                window = replace(self.thinning, observation_window=observed)
                 chosen = kept_channels(
                     query[:, first * span :], key[:, first * span :], end - first * span, window
                 )
@@ -108,13 +91,8 @@ class View:
 
 
 def attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    kept: torch.Tensor,
-    thin_tokens: torch.Tensor,
-    scaling: float,
-) -> torch.Tensor:
+    query: Tensor, key: Tensor, value: Tensor, kept: Tensor, thin_tokens: Tensor, scaling: float
+) -> Tensor:
     """Causal attention [Hq, n, D] in which each query sees so many tokens thin."""
     group = query.shape[0] // key.shape[0]
     position = torch.arange(query.shape[1])
@@ -133,14 +111,8 @@ _view: View | None = None
 
 
 def _attention(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float, **kwargs: Any
+) -> tuple[Tensor, None]:
     """Attention in the form that transformers calls, of one sequence: query [1, Hq, n, D]."""
     assert _view is not None
     query, key, value = query[0], key[0], value[0]
@@ -163,13 +135,7 @@ class PrefixReference:
 
     @torch.no_grad()
     def logprobs(self, prompt: list[int], completion: list[int], view: View) -> list[float]:
-        """Log-probability of each completion token, given all tokens before it.
-
-        Args:
-            prompt: Token ids.
-            completion: Token ids.
-            view: Of a request of this length. Its ``kept`` is filled in.
-        """
+        """Log-probability of each completion token under the view of a request of this length."""
         global _view
         _view = view
         view.kept.clear()
@@ -178,10 +144,7 @@ class PrefixReference:
         finally:
             _view = None
         scores = torch.log_softmax(logits[0, len(prompt) - 1 :].float(), dim=-1)
-        picked: list[float] = scores[
-            torch.arange(len(completion)), torch.tensor(completion)
-        ].tolist()
-        return picked
+        return scores[torch.arange(len(completion)), torch.tensor(completion)].tolist()
 
 
 def worst(

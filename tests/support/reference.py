@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from torch import Tensor
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 from tests.support.channels import (
@@ -30,23 +31,10 @@ from think_vllm.plan.planner import BlockPlan
 
 @dataclass(frozen=True)
 class Thinning:
-    """How thin old spans are, and when.
+    """How thin old spans are, and when; names and units are those of a plan and its settings.
 
-    Args:
-        key_channels: Kept key channels of a head.
-        span_tokens: Tokens of a span.
-        recent_window: Most recent tokens that stay whole.
-        observation_window: Last prompt queries that choose channels.
-        prune_decode: Whether spans that fill while decoding become thin.
-        format: How thin spans are quantized.
-        group: Elements that share a scale, for integer encodings.
-        thin_block_tokens: Tokens that are quantized together; the last ones of a span may be fewer.
-            None for a whole span.
-        value_channels: Kept value channels of a head. None for all.
-        evict: How tokens are chosen; None to keep them all.
-        kept_tokens: Old tokens of a prompt that each head keeps at most.
-        select: What selects key channels: ``think`` or ``key-norm``.
-        tables: Whether all spans of a prompt have the same (``prompt``) or each its own (``span``).
+    ``thin_block_tokens`` are quantized together, the last ones of a span may be fewer; None is a whole
+    span. ``kept_tokens`` are old tokens of a prompt that each head keeps at most, if it ``evict``s.
     """
 
     key_channels: int
@@ -101,31 +89,21 @@ class Thinning:
 
 
 def thin_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
     scaling: float,
     prompt_len: int,
     thinning: Thinning | None,
     window: int | None = None,
     softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Causal attention of one sequence.
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Causal attention, [heads, n, D], of a sequence that begins with a prompt.
 
-    Args:
-        query: [Hq, n, D].
-        key: [Hk, n, D].
-        value: [Hk, n, D].
-        scaling: Factor on ``q . k``.
-        prompt_len: Tokens of the prompt.
-        thinning: None for dense attention.
-        window: Most recent tokens that a query sees, its own included. None for all.
-        softcap: Scores become ``softcap * tanh(score / softcap)``. None for no change.
-        sinks: [Hq]. One more score per head, whose weight goes to no token. None for none.
-
-    Returns:
-        [Hq, n, D].
+    Without a thinning it is dense. A query sees the ``window`` most recent tokens, its own
+    included. Scores become ``softcap * tanh(score / softcap)``. ``sinks`` are one more score per
+    head, [Hq], whose weight goes to no token.
     """
     num_tokens, group = query.shape[1], query.shape[0] // key.shape[0]
     position = torch.arange(num_tokens)
@@ -178,14 +156,14 @@ def thin_attention(
 
 
 def kept_tokens(
-    query: torch.Tensor,
-    key: torch.Tensor,
+    query: Tensor,
+    key: Tensor,
     scaling: float,
     prompt_len: int,
     thinning: Thinning,
     softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
-) -> torch.Tensor:
+    sinks: Tensor | None = None,
+) -> Tensor:
     """Tokens that are not evicted: bool [Hk, n]."""
     kept = torch.ones(key.shape[:2], dtype=torch.bool)
     if thinning.evict is None or not thinning.evicts(prompt_len):
@@ -199,13 +177,13 @@ def kept_tokens(
 
 
 def _code(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    kept: torch.Tensor,
-    kept_values: torch.Tensor,
+    key: Tensor,
+    value: Tensor,
+    kept: Tensor,
+    kept_values: Tensor,
     thinning: Thinning,
-    tokens: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens: Tensor,
+) -> tuple[Tensor, Tensor]:
     """Keys and values as thin blocks hand them back, [Hk, n, D]; dense behind the last span.
 
     The ``tokens`` that a head keeps are quantized as if there had been no others.
@@ -234,21 +212,21 @@ def _code(
 _prompt_len = 0
 _thinning: Thinning | None = None
 _margins: list[float] = []
-_shares: list[torch.Tensor] = []
+_shares: list[Tensor] = []
 
 
 def _attention(
     module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
     scaling: float,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    s_aux: torch.Tensor | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
+) -> tuple[Tensor, None]:
     """Attention in the form that transformers calls, of one sequence: query [1, Hq, n, D].
 
     Layers with a sliding window are never thinned.
@@ -289,19 +267,10 @@ class Reference:
         ).eval()
 
     @torch.no_grad()
-    def logits(
-        self, prompt: list[int], completion: list[int], thinning: Thinning | None
-    ) -> torch.Tensor:
-        """What the model says behind every token but the last.
+    def logits(self, prompt: list[int], completion: list[int], thinning: Thinning | None) -> Tensor:
+        """What the model says behind all tokens but the last: [tokens - 1, vocabulary].
 
-        Args:
-            prompt: Token ids.
-            completion: Token ids.
-            thinning: None for the model as it is.
-
-        Returns:
-            [len(prompt) + len(completion) - 1, vocabulary], in the model's dtype. Row
-            ``len(prompt) - 1`` is about the first token of the completion.
+        Row ``len(prompt) - 1`` is about the first token of the completion.
         """
         global _prompt_len, _thinning
         _prompt_len, _thinning = len(prompt), thinning
@@ -314,27 +283,15 @@ class Reference:
         self.margin = min(_margins, default=float("inf"))
         if _shares:
             self.shares = torch.stack(_shares)
-        found: torch.Tensor = logits[0]
-        return found
+        return logits[0]
 
-    def scores(
-        self, prompt: list[int], completion: list[int], thinning: Thinning | None
-    ) -> torch.Tensor:
+    def scores(self, prompt: list[int], completion: list[int], thinning: Thinning | None) -> Tensor:
         """``logits`` as log-probabilities."""
         return torch.log_softmax(self.logits(prompt, completion, thinning), dim=-1)
 
     def logprobs(
         self, prompt: list[int], completion: list[int], thinning: Thinning | None
     ) -> list[float]:
-        """Log-probability of each completion token, given all tokens before it.
-
-        Args:
-            prompt: Token ids.
-            completion: Token ids.
-            thinning: None for the model as it is.
-        """
+        """Log-probability of each completion token, given all tokens before it."""
         scores = self.scores(prompt, completion, thinning)[len(prompt) - 1 :]
-        picked: list[float] = scores[
-            torch.arange(len(completion)), torch.tensor(completion)
-        ].tolist()
-        return picked
+        return scores[torch.arange(len(completion)), torch.tensor(completion)].tolist()

@@ -17,6 +17,7 @@ from typing import Any, Self
 
 import httpx
 
+from tests.support.processes import run_python
 from tests.support.served import GREEDY, KV_CACHE_BYTES, POLL_S, Completion, Served
 from think_vllm.tools.common.server import server_environment
 
@@ -48,14 +49,9 @@ def completion_of(choice: dict[str, Any]) -> Completion:
 
 
 class Server(Served):
-    """vLLM's OpenAI-compatible server in a process of its own.
+    """vLLM's OpenAI-compatible server in a process of its own, whose output goes to ``log``.
 
-    Args:
-        model: Directory of the model.
-        arguments: Further arguments of ``serve``.
-        log: File that gets the server's output.
-        kv_cache_bytes: Size of the KV cache, of one rank if there are several.
-        environment: Variables that the server gets besides the usual ones.
+    The KV cache is that of one rank if there are several.
     """
 
     def __init__(
@@ -67,13 +63,8 @@ class Server(Served):
         environment: Mapping[str, str] | None = None,
     ) -> None:
         self.model = str(model)
-        self.arguments = [
-            *arguments,
-            "--kv-cache-memory-bytes",
-            str(kv_cache_bytes),
-            "--host",
-            "127.0.0.1",
-        ]
+        memory = ["--kv-cache-memory-bytes", str(kv_cache_bytes)]
+        self.arguments = [*arguments, *memory, "--host", "127.0.0.1"]
         self.log = log
         # httpx keeps a connection for 5 seconds too: on a loaded machine it may find it closed.
         self._environment = server_environment(offline_environment()) | dict(environment or {})
@@ -167,8 +158,7 @@ class Server(Served):
         response = self.post(path, body)
         if response.status_code != 200:
             raise RuntimeError(f"HTTP {response.status_code}: {response.text}\n{self.log_tail()}")
-        answer: dict[str, Any] = response.json()
-        return answer
+        return response.json()
 
     def stream(self, path: str = "/v1/completions", **body: Any) -> Iterator[dict[str, Any]]:
         """POST a JSON body, and yield what the server streams. Closing this hangs up."""
@@ -192,13 +182,8 @@ class Server(Served):
         return self._complete(list(prompts), max_tokens, **options)
 
     def _complete(self, prompt: Any, max_tokens: int, **options: Any) -> list[Completion]:
-        body = {
-            "prompt": prompt,
-            "max_tokens": max_tokens,
-            **GREEDY,
-            "return_token_ids": True,
-            **options,
-        }
+        body = {"prompt": prompt, "max_tokens": max_tokens, "return_token_ids": True}
+        body |= GREEDY | options
         choices = sorted(self.ask(**body)["choices"], key=lambda choice: choice["index"])
         return [completion_of(choice) for choice in choices]
 
@@ -227,22 +212,36 @@ class Server(Served):
             }
         return [found[place] for place in range(len(prompts))]
 
+    def complete_each(
+        self, prompts: Sequence[list[int]], max_tokens: int, options: Sequence[dict[str, Any]]
+    ) -> list[Completion]:
+        """Complete all prompts at the same time, each with options of its own."""
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            running = [
+                pool.submit(self.complete, prompt, max_tokens, **own)
+                for prompt, own in zip(prompts, options, strict=True)
+            ]
+        return [one.result() for one in running]
+
     def metrics_text(self) -> str:
         """All metrics, as Prometheus gets them."""
         return self._client.get(f"{self.url}/metrics").text
 
 
+def run_script(text: str, folder: Path, *arguments: str) -> tuple[Any, str]:
+    """Run a script that prints RESULT and JSON in a line: that, and all that it printed."""
+    script = folder / "script.py"
+    script.write_text(text)
+    done = run_python(script, *arguments, env=offline_environment())
+    assert done.returncode == 0, done.stderr[-3000:]
+    line = next(x for x in done.stdout.splitlines() if x.startswith("RESULT"))
+    return json.loads(line.removeprefix("RESULT")), done.stdout
+
+
 def run_serve(model: Path, arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
     """Start a server that is expected to reject to start."""
-    command = [sys.executable, "-m", "think_vllm.tools.cli", "serve", str(model), *arguments]
-    return subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=START_TIMEOUT_S,
-        env=offline_environment(),
-        check=False,
-    )
+    command = ("-m", "think_vllm.tools.cli", "serve", model, *arguments)
+    return run_python(*command, timeout=START_TIMEOUT_S, env=offline_environment())
 
 
 def offline_environment() -> dict[str, str]:
@@ -266,5 +265,4 @@ def free_port() -> int:
     """A TCP port that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+        return probe.getsockname()[1]

@@ -47,11 +47,8 @@ POOL_REQUESTS = 1.25
 class Case:
     """What a server is started with.
 
-    Args:
-        settings: Of thin blocks.
-        exact: Whether it serves ``make_exact_llama`` and not the bundled model. Codes are
-            rounded, so they are the same in company as alone only where keys are the same bits.
-            It has random weights.
+    An ``exact`` one serves ``make_exact_llama`` and not the bundled model. Codes are rounded, so
+    they are the same in company as alone only where keys are the same bits. It has random weights.
     """
 
     settings: ThinkConfig
@@ -155,12 +152,7 @@ async def _send(client: httpx.AsyncClient, server: Server, job: Job, outcome: Ou
 
 @dataclass(frozen=True)
 class Soaked:
-    """A soak that is over.
-
-    Args:
-        seconds: Of the load alone.
-        preemptions: Of requests, meanwhile.
-    """
+    """A soak that is over: seconds are of the load alone, preemptions of requests meanwhile."""
 
     jobs: Sequence[Job]
     outcomes: Sequence[Outcome]
@@ -179,17 +171,11 @@ def soak(
     alone: int = 20,
     exact_prefixes: bool = True,
 ) -> Soaked:
-    """Load a server and check what it has done.
+    """Load a server with float32 and fewer blocks than the load needs, and check what it has done.
 
-    Args:
-        server: With float32, and fewer blocks than the load needs.
-        reference: Of its model.
-        thinning: Of its flags.
-        jobs: What to send.
-        precise: The reference in float64, for where rounding alone may make the difference.
-        concurrency: Requests at a time.
-        alone: How many to ask for again.
-        exact_prefixes: Whether requests that begin alike are served as if they did not.
+    The ``precise`` reference, in float64, is for where rounding alone may make the difference.
+    ``concurrency`` requests are sent at a time, and ``alone`` of them asked for again.
+    ``exact_prefixes`` says whether requests that begin alike are served as if they did not.
     """
     found = Findings()
     before = server.metric("vllm:num_preemptions_total")

@@ -24,11 +24,7 @@ TOSSED_SHARE = 0.01
 
 @dataclass
 class Outcome:
-    """What a client has got before it left or was done.
-
-    Args:
-        status: None if it left before there was an answer.
-    """
+    """What a client has got before it left or was done; no status if there was no answer."""
 
     status: int | None = None
     tokens: list[int] = field(default_factory=list)
@@ -47,12 +43,10 @@ class Outcome:
 class Findings:
     """What the checks have found.
 
-    Args:
-        rescored: Requests that the float64 reference had to judge.
-        worst: Largest difference of a log-probability that was compared.
-        margins: Of the reference's choices of channels, by request.
-        tossed: Requests whose difference comes from a choice within the margin.
-        failures: What must not be, a line each.
+    ``rescored`` counts requests that the float64 reference had to judge, ``worst`` is the largest
+    difference of a log-probability that was compared, ``margins`` are those of the reference's
+    choices of channels; requests are ``tossed`` whose difference comes from a choice within the
+    margin.
     """
 
     compared: int = 0

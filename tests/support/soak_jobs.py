@@ -14,16 +14,11 @@ SHARED_PREFIXES = (70, 330, 640, 1050)
 
 @dataclass(frozen=True)
 class Job:
-    """One request.
+    """One request: what is posted besides the model name, and the status of the answer.
 
-    Args:
-        body: What is posted, besides the model's name; text is posted as it is.
-        status: Of the answer.
-        stream: Whether the answer comes as it is made.
-        leaves_after: Of a stream: tokens after which the client hangs up; 0 means at the first
-            line of the answer's head. None for never.
-        patience_s: Otherwise: when the client hangs up if there is no answer yet.
-        shared: Whether the prompt begins as those of other requests do.
+    The client of a stream hangs up after ``leaves_after`` tokens, 0 for the first line of the
+    answer's head; of another, if there is no answer after ``patience_s``. A ``shared`` prompt
+    begins as those of other requests do.
     """
 
     body: dict[str, Any] | str
@@ -37,25 +32,19 @@ class Job:
     def prompt(self) -> list[int]:
         """Token ids; only of requests that are served."""
         assert isinstance(self.body, dict)
-        prompt: list[int] = self.body["prompt"]
-        return prompt
+        return self.body["prompt"]
 
     @property
     def max_tokens(self) -> int:
         """Tokens of the whole answer; only of requests that are served."""
         assert isinstance(self.body, dict)
-        count: int = self.body["max_tokens"]
-        return count
+        return self.body["max_tokens"]
 
     @property
     def frequency_penalty(self) -> float:
-        """What vLLM subtracts of a token's logit for each time that it was chosen before.
-
-        Only for the choice: log-probabilities are those of the model.
-        """
+        """What vLLM subtracts for each time that a token was chosen, but in log-probabilities."""
         assert isinstance(self.body, dict)
-        penalty: float = self.body["frequency_penalty"]
-        return penalty
+        return self.body["frequency_penalty"]
 
     @property
     def leaves(self) -> bool:
@@ -90,15 +79,8 @@ def draw_jobs(
     """Draw requests, the same ones for the same arguments.
 
     Prompts have 1 token to most of ``max_model_len``, half of them log-uniform; one in five is
-    abandoned, and one in twenty wrong.
-
-    Args:
-        seed: Of everything.
-        count: Requests.
-        max_model_len: Tokens of prompt and answer together, at most.
-        longest_answer: Tokens of an answer, at most.
-        frequency_penalty: Of the requests; a model with random weights goes round in circles
-            without one.
+    abandoned, and one in twenty wrong. A model with random weights goes round in circles without a
+    ``frequency_penalty``.
     """
     rng = random.Random(f"soak/{seed}/{count}/{max_model_len}")
     prefixes = [words(rng, min(n, max_model_len // 2)) for n in SHARED_PREFIXES]
