@@ -32,18 +32,8 @@ def check(case: Case, tolerance: float = 0.0, **options) -> None:
 def contexts_of(plan) -> list[tuple[int, int]]:
     """Odd lengths, ends of blocks and spans, with and without thin spans."""
     N, span = plan.block_size, plan.span_tokens
-    return [
-        (1, 0),
-        (N - 1, 0),
-        (N, 0),
-        (N + 1, 0),
-        (2 * span + 3, 0),
-        (span, 1),
-        (span + 1, 1),
-        (span + N, 1),
-        (2 * span - 1, 1),
-        (3 * span + 7, 3),
-    ]
+    dense = [(1, 0), (N - 1, 0), (N, 0), (N + 1, 0), (2 * span + 3, 0)]
+    return [*dense, (span, 1), (span + 1, 1), (span + N, 1), (2 * span - 1, 1), (3 * span + 7, 3)]
 
 
 def random_contexts(plan, rng, most_spans) -> list[tuple[int, int]]:

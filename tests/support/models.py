@@ -10,6 +10,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from tests.conftest import REPOSITORY
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+SMALL: dict[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "vocab_size": 384,
+    "max_position_embeddings": 4096,
+    "initializer_range": 0.15,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 BUNDLED = REPOSITORY / "models" / "tiny-recall"
 
 
@@ -28,21 +37,9 @@ def make_llama(
     a wrong key shows in the output.
     """
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=num_layers,
-        num_attention_heads=num_heads,
-        num_key_value_heads=num_kv_heads,
-        head_dim=head_size,
-        vocab_size=384,
-        max_position_embeddings=4096,
-        tie_word_embeddings=False,
-        initializer_range=0.15,
-        bos_token_id=1,
-        eos_token_id=2,
-        **settings,
-    )
+    shape = {"num_attention_heads": num_heads, "num_key_value_heads": num_kv_heads}
+    shape |= {"num_hidden_layers": num_layers, "head_dim": head_size}
+    config = LlamaConfig(**SMALL, **shape, tie_word_embeddings=False, **settings)
     LlamaForCausalLM(config).save_pretrained(path)
     copy_tokenizer(path)
     return path
@@ -55,20 +52,8 @@ def make_model(path: Path, model_type: str, **settings: Any) -> Path:
     otherwise leaving one out would change nothing.
     """
     torch.manual_seed(0)
-    shape = {
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 384,
-        "max_position_embeddings": 4096,
-        "initializer_range": 0.15,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    config = AutoConfig.for_model(model_type, **{**shape, **settings})
+    usual = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = AutoConfig.for_model(model_type, **SMALL | usual | {"pad_token_id": 0} | settings)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():

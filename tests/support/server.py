@@ -27,20 +27,9 @@ REQUEST_TIMEOUT_S = 600
 
 def serve_arguments(model_tag: str | None, **given: Any) -> argparse.Namespace:
     """Arguments of `serve` as its parser leaves them, of those that tell how to reach a server."""
-    usual: dict[str, Any] = {
-        "model": None,
-        "host": None,
-        "port": 8000,
-        "uds": None,
-        "served_model_name": None,
-        "api_key": None,
-        "ssl_keyfile": None,
-        "ssl_certfile": None,
-        "ssl_cert_reqs": 0,
-        "headless": False,
-        "grpc": False,
-    }
-    return argparse.Namespace(**{**usual, "model_tag": model_tag, **given})
+    empty = ["model", "host", "uds", "served_model_name", "api_key", "ssl_keyfile", "ssl_certfile"]
+    usual = {"port": 8000, "ssl_cert_reqs": 0, "headless": False, "grpc": False}
+    return argparse.Namespace(**{**dict.fromkeys(empty), **usual, "model_tag": model_tag, **given})
 
 
 def completion_of(choice: dict[str, Any]) -> Completion:

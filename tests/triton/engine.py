@@ -18,6 +18,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from tests.support.flash import FlashStandIn, found
 from tests.triton.expected import SCALE, Request
+from tests.triton.layers import run_layer
 from tests.triton.runners import make_runner
 from think_vllm.hooks import model_runner
 from think_vllm.hooks.engine import EnginePlan
@@ -210,7 +211,8 @@ class Engine:
             self.graph_steps += 1
             metadata = self.captured[common.num_reqs]
         outputs = [
-            self._forward(i, batch, counts, common, metadata) for i in range(len(self.layers))
+            run_layer(layer, i, batch, counts, self.plan.block_size, common, metadata)
+            for i, layer in enumerate(self.layers)
         ]
         result = {}
         for request, start, count in zip(batch, np.cumsum([0, *counts]), counts, strict=False):
@@ -269,29 +271,3 @@ class Engine:
             is_prefilling=torch.zeros(filled, dtype=torch.bool),
             req_idx=np.arange(filled) if self.version == 2 else None,
         )
-
-    def _forward(self, index, batch, counts, common, metadata) -> torch.Tensor:
-        layer, plan = self.layers[index], self.plan
-        padding = common.num_actual_tokens - sum(counts)
-        slots = [
-            request.blocks[p // plan.block_size] * plan.block_size + p % plan.block_size
-            for request, count in zip(batch, counts, strict=True)
-            for p in range(request.computed, request.computed + count)
-        ]
-        slot_mapping = torch.tensor(slots + [-1] * padding, device=self.device)
-
-        def gather(name: str) -> torch.Tensor:
-            parts = [
-                getattr(request, name)[index, request.computed : request.computed + count]
-                for request, count in zip(batch, counts, strict=True)
-            ]
-            tensor = torch.cat(parts)
-            rest = torch.full((padding, *tensor.shape[1:]), torch.nan)
-            return torch.cat([tensor, rest]).to(self.device)
-
-        query, key, value = gather("query"), gather("key"), gather("value")
-        out = torch.full_like(query, torch.nan)
-        layer.impl.do_kv_cache_update(layer, key, value, layer.kv_cache, slot_mapping)
-        layer.impl.forward(layer, query, key, value, layer.kv_cache, metadata, out)
-        assert torch.isfinite(out[: sum(counts)]).all()
-        return out[: sum(counts)].cpu()

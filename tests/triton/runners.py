@@ -4,7 +4,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from tests.triton.expected import Request
 from think_vllm.hooks import model_runner
@@ -34,13 +33,7 @@ class RunnerV1:
     def forget(self, name: str) -> None:
         """As ``admit``."""
 
-    def announce(
-        self,
-        batch: list[Request],
-        counts: list[int],
-        requests: dict[str, Request],
-        rows: npt.NDArray[np.int32],
-    ) -> bool:
+    def announce(self, batch, counts, requests, rows) -> bool:
         """Show the wrapped method a batch; whether it may run as a graph."""
         self.requests = requests
         new = [_admitted(request) for request in batch if request.name not in self._told]
@@ -87,13 +80,7 @@ class RunnerV2:
         if name in self.rows:
             self.rows[self.rows.index(name)] = ""
 
-    def announce(
-        self,
-        batch: list[Request],
-        counts: list[int],
-        requests: dict[str, Request],
-        rows: npt.NDArray[np.int32],
-    ) -> bool:
+    def announce(self, batch, counts, requests, rows) -> bool:
         """As that of V1. This runner has no rows of blocks on the host."""
         table = {name: row for row, name in enumerate(self.rows) if name}
         lens = [requests[name].prompt_len if name else 0 for name in self.rows]

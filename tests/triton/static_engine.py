@@ -16,6 +16,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from tests.support.static_blocks import random_channels
+from tests.triton.layers import run_layer
 from think_vllm.hooks.static_engine import StaticEngine
 from think_vllm.kernels.reference.static import static_attention_ref, store_static_ref
 from think_vllm.kernels.static_cache import StaticChannels
@@ -181,7 +182,9 @@ class StaticWorker:
             self.graph_steps += 1
             metadata = self.captured[common.num_reqs]
         for i, layer in enumerate(self.layers.values()):
-            self._run(i, layer, batch, counts, common, metadata)
+            out = run_layer(layer, i, batch, counts, self.plan.block_size, common, metadata)
+            wanted = [self._expected(i, *one) for one in zip(batch, counts, strict=True)]
+            torch.testing.assert_close(out.double(), torch.cat(wanted), rtol=0, atol=TOLERANCE)
         for request, count in zip(batch, counts, strict=True):
             request.computed += count
 
@@ -214,42 +217,6 @@ class StaticWorker:
             block_table_tensor=self.block_table[:rows],
             slot_mapping=torch.zeros(0, dtype=torch.int64),
         )
-
-    def _run(
-        self,
-        index: int,
-        layer: Any,
-        batch: list[StaticRequest],
-        counts: list[int],
-        common: CommonAttentionMetadata,
-        metadata: Any,
-    ) -> None:
-        size, padding = self.plan.block_size, common.num_actual_tokens - sum(counts)
-        slots = [
-            request.blocks[p // size] * size + p % size
-            for request, count in zip(batch, counts, strict=True)
-            for p in range(request.computed, request.computed + count)
-        ]
-
-        def gather(name: str) -> torch.Tensor:
-            parts = [
-                getattr(request, name)[index, request.computed : request.computed + count]
-                for request, count in zip(batch, counts, strict=True)
-            ]
-            shape = (padding, *parts[0].shape[1:])
-            return torch.cat([*parts, torch.full(shape, torch.nan)]).to(self.device)
-
-        query, key, value = gather("query"), gather("key"), gather("value")
-        slot_mapping = torch.tensor(slots + [-1] * padding, device=self.device)
-        out = torch.full_like(query, torch.nan)
-        layer.impl.do_kv_cache_update(layer, key, value, layer.kv_cache, slot_mapping)
-        layer.impl.forward(layer, query, key, value, layer.kv_cache, metadata, out)
-        first = 0
-        for request, count in zip(batch, counts, strict=True):
-            wanted = self._expected(index, request, count)
-            actual = out[first : first + count].cpu().double()
-            torch.testing.assert_close(actual, wanted, rtol=0, atol=TOLERANCE)
-            first += count
 
     def _expected(self, index: int, request: StaticRequest, count: int) -> torch.Tensor:
         """What the reference answers, over a cache of the request's own that it stores itself."""

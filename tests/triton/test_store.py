@@ -116,21 +116,15 @@ def test_clear_tails(device, head_size, block_size):
         clear_tails(layers[:, 1], table.to(device), seq_len[:3], plan)
 
 
-def test_store_rejects_strides_that_wide_loads_cannot_use(device):
+def test_store_rejects_what_wide_loads_cannot_use(device):
     plan = make_plan(64, torch.bfloat16)
-    kv_cache = torch.zeros(2, 1, 16, 128, dtype=torch.bfloat16, device=device)
-    key = torch.zeros(4, 2 * 65, dtype=torch.bfloat16, device=device)[:, :65].unflatten(1, (1, 65))
-    slots = torch.arange(4, device=device)
+    options = {"dtype": torch.bfloat16, "device": device}
+    kv_cache, slots = torch.zeros(2, 1, 16, 128, **options), torch.arange(4, device=device)
+    wide = torch.zeros(4, 2 * 65, **options)[:, :65].unflatten(1, (1, 65))[..., :64]
     with pytest.raises(ValueError, match=r"store_dense: key has strides .*multiples of 16"):
-        store_dense(key[..., :64], key[..., :64], kv_cache, slots, plan)
-
-
-def test_store_rejects_blocks_that_wide_loads_cannot_use(device):
-    plan = make_plan(64, torch.bfloat16)
+        store_dense(wide, wide, kv_cache, slots, plan)
     # A block of 2,048 elements, and 4 more: 8 bytes.
-    memory = torch.zeros(2, 2052, dtype=torch.bfloat16, device=device)
-    kv_cache = memory[:, :2048].unflatten(1, (1, 16, 128))
-    key = torch.zeros(1, 1, 64, dtype=torch.bfloat16, device=device)
-    slots = torch.zeros(1, dtype=torch.int64, device=device)
+    kv_cache = torch.zeros(2, 2052, **options)[:, :2048].unflatten(1, (1, 16, 128))
+    key = torch.zeros(4, 1, 64, **options)
     with pytest.raises(ValueError, match="store_dense: kv_cache has blocks 4104 bytes apart"):
         store_dense(key, key, kv_cache, slots, plan)
