@@ -10,7 +10,6 @@ is named in ``MODULES``, or in ``STATIC_MODULES`` if its plans are ``StaticPlan`
 
 import argparse
 import importlib
-import importlib.util
 import re
 import subprocess
 import sys
@@ -30,7 +29,7 @@ from think_vllm.plan.planner import BlockPlan, plan_blocks
 from think_vllm.plan.settings import ThinkConfig
 from think_vllm.plan.static_plan import StaticPlan, plan_static
 
-#: Modules of this package that have kernels; those that do not exist are left out.
+#: Modules of this package that have kernels.
 MODULES = ("store", "scores", "compact", "decode", "context")
 #: The same, of kernels over static blocks, and the formats that those have.
 STATIC_MODULES = ("static_store", "static_decode", "static_context")
@@ -70,6 +69,27 @@ class Compiled:
     fp_fusion: bool  # whether the assembler may make one instruction of a product and a sum
 
 
+def aot_case(
+    kernel: Any, constants: dict[str, Any], options: dict[str, Any], **pointers: str
+) -> AotCase:
+    """Describe a kernel whose arguments are named as all of ours are.
+
+    Args:
+        kernel: As in ``AotCase``, as are ``constants`` and ``options``.
+        constants: See there.
+        options: See there.
+        pointers: What ``<name>_ptr`` points to, by ``name``; int32 if it is not given. Of the other
+            run-time arguments ``scale`` and ``cap`` are float32, the rest int32.
+    """
+    signature = {}
+    for name in kernel.arg_names:
+        if name.endswith("_ptr"):
+            signature[name] = f"*{pointers.get(name.removesuffix('_ptr'), 'i32')}:16"
+        elif name not in constants:
+            signature[name] = "fp32" if name in ("scale", "cap") else "i32"
+    return AotCase(kernel, signature, constants, options)
+
+
 def cases(
     plan: BlockPlan | StaticPlan, dtype: torch.dtype, modules: Sequence[str] | None = None
 ) -> list[AotCase]:
@@ -80,9 +100,7 @@ def cases(
     found: list[AotCase] = []
     mine = STATIC_MODULES if isinstance(plan, StaticPlan) else MODULES
     for name in mine if modules is None else [name for name in modules if name in mine]:
-        full_name = f"csrc_triton.{name}"
-        if importlib.util.find_spec(full_name) is not None:
-            found += importlib.import_module(full_name).aot_cases(plan, dtype)
+        found += importlib.import_module(f"csrc_triton.{name}").aot_cases(plan, dtype)
     return found
 
 
@@ -171,31 +189,15 @@ def make_plans(
     head_size: int,
     ratio: float,
     value_ratio: float = 0.0,
-) -> Iterator[BlockPlan]:
-    """A plan for every format that has one."""
+    static: bool = False,
+) -> Iterator[Any]:
+    """A ``BlockPlan``, or a ``StaticPlan``, for every format that has one."""
     for name in formats:
         config = ThinkConfig.model_validate(
             {"kv_channel_prune": ratio, "kv_value_prune": value_ratio, "kv_quant": name}
         )
-        plan = plan_blocks(config, head_size, dtype.itemsize)
-        if plan is not None:
-            yield plan
-
-
-def make_static_plans(
-    formats: Sequence[str],
-    dtype: torch.dtype,
-    head_size: int,
-    ratio: float,
-    value_ratio: float = 0.0,
-) -> Iterator[StaticPlan]:
-    """A plan of static blocks for every format that they have."""
-    for name in formats:
-        # Its channels are of no interest here, so there is no file of them.
-        config = ThinkConfig.model_validate(
-            {"kv_channel_prune": ratio, "kv_value_prune": value_ratio, "kv_quant": name}
-        )
-        plan = plan_static(config, head_size, dtype.itemsize) if name in STATIC_FORMATS else None
+        # A static plan's channels are of no interest here, so there is no file of them.
+        plan = (plan_static if static else plan_blocks)(config, head_size, dtype.itemsize)
         if plan is not None:
             yield plan
 
@@ -220,7 +222,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for dtype_name in chosen.dtype:
         dtype, seen = DTYPES[dtype_name], set()
         wanted = (chosen.format, dtype, chosen.head_size, chosen.ratio, chosen.value_ratio)
-        for plan in (*make_plans(*wanted), *make_static_plans(*wanted)):
+        static = [name for name in chosen.format if name in STATIC_FORMATS]
+        for plan in (*make_plans(*wanted), *make_plans(static, *wanted[1:], static=True)):
             for case in cases(plan, dtype, chosen.module):
                 key = (case.kernel.__name__, repr(case[1:]))
                 for capability in chosen.capability if key not in seen else ():

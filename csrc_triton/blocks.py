@@ -1,88 +1,90 @@
 """Blocks as kernels see them: compile-time sizes and byte offsets, run-time strides."""
 
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from csrc_triton.launch import STRIDE_MULTIPLE
-from think_vllm.plan.layout import ThinLayout
+from csrc_triton.launch import STRIDE_MULTIPLE, CompileTime
+from think_vllm.plan.matrix_layout import MatrixLayout
 from think_vllm.plan.planner import BlockPlan
 
-#: Compile-time numbers of a plan, in the order in which kernels take them:
-#: D head size, N tokens of a dense block, SPAN and THIN blocks of a span before and after,
-#: T tokens of a thin block, C kept key channels; KEY_BITS and VALUE_BITS of a code (0: elements of
-#: the cache's dtype, 8: e4m3), GROUP elements per scale; then byte offsets from the start of a run
-#: (``*_ROW``: bytes of a row of codes; TABLE is -1 if no key channel was pruned); V kept value
-#: channels, and where their table is, -1 if none was pruned.
-LAYOUT_NAMES = (
-    "D", "N", "SPAN", "THIN", "T", "C", "KEY_BITS", "VALUE_BITS", "GROUP",
-    "KEY_ROW", "KEY_SCALES", "KEY_ZEROS", "VALUES", "VALUE_ROW", "VALUE_SCALES", "TABLE", "V",
-    "VALUE_TABLE",
-)  # fmt: skip
 
-
-def layout_constants(plan: BlockPlan) -> dict[str, int]:
-    """The numbers of ``LAYOUT_NAMES``, to be passed to a kernel as keywords."""
-    layout: ThinLayout = plan.layout
-    keys, values = layout.keys, layout.values
-    numbers = (
-        plan.head_size, plan.block_size, plan.span_blocks, plan.thin_blocks,
-        plan.thin_block_tokens, plan.key_channels, keys.encoding.value, values.encoding.value,
-        plan.config.kv_quant_group,
-        keys.row_bytes, keys.scales_offset, keys.zero_points_offset,
-        values.offset, values.row_bytes, values.scales_offset,
-        layout.table_offset if layout.has_table else -1,
-        plan.value_channels, layout.value_table_offset if layout.has_value_table else -1,
-    )  # fmt: skip
-    return dict(zip(LAYOUT_NAMES, numbers, strict=True))
-
-
-def check_blocks(who: str, kv_cache: torch.Tensor, plan: BlockPlan) -> None:
-    """Check a cache against a plan. Arguments and errors as for ``check_cache``."""
-    dtypes = (torch.bfloat16, torch.float16, torch.float32)
-    if kv_cache.dim() != 4 or kv_cache.dtype not in dtypes:
-        raise ValueError(
-            f"{who}: kv_cache is {kv_cache.dtype} {tuple(kv_cache.shape)}; expected bfloat16, "
-            "float16 or float32 [num_blocks, Hk, N, 2 * D]"
-        )
-    width = 2 * plan.head_size
-    if kv_cache.shape[2:] != (plan.block_size, width) or kv_cache.itemsize != plan.itemsize:
-        raise ValueError(
-            f"{who}: kv_cache is {kv_cache.dtype} {tuple(kv_cache.shape)}; the plan is for blocks "
-            f"of [{plan.block_size}, {width}] elements of {plan.itemsize} bytes"
-        )
-    if kv_cache.stride()[1:] != (plan.block_size * width, width, 1):
-        raise ValueError(
-            f"{who}: kv_cache has strides {kv_cache.stride()}; dims 1 to 3 must be contiguous"
-        )
-
-
-def check_cache(
-    who: str, kv_cache: torch.Tensor, block_table: torch.Tensor, plan: BlockPlan
-) -> None:
-    """Check a cache and a block table against a plan.
+@dataclass(frozen=True, eq=False)
+class Matrix(CompileTime):
+    """Where the keys or the values of a thin block are, in bytes from the start of a run.
 
     Args:
-        who: The launcher, named in messages.
-        kv_cache: ``[num_blocks, Hk, N, 2 * D]``; stride of dim 0 is free.
-        block_table: ``[num_requests, W]`` int32.
-        plan: How blocks are laid out.
-
-    Raises:
-        ValueError: Saying who, what was given and what is expected.
+        OFFSET: Where codes begin.
+        ROW: Bytes of a row of codes.
+        ROWS: Of the matrix: kept channels of keys, tokens of values.
+        BITS: Of a code; 0 for elements of the cache's dtype, 8 for e4m3.
+        GROUP: Elements that share a scale.
+        SCALES: Where scales begin; integer codes have their zeros among them.
+        ZEROS: Where zeros of e4m3 keys begin.
+        TABLE: Where the table of kept channels is; -1 if none was pruned.
     """
-    check_blocks(who, kv_cache, plan)
-    if block_table.dtype != torch.int32 or block_table.dim() != 2 or block_table.stride(1) != 1:
-        raise ValueError(
-            f"{who}: block_table is {block_table.dtype} {tuple(block_table.shape)} with strides "
-            f"{block_table.stride()}; expected int32 [num_requests, W], rows contiguous"
-        )
-    if kv_cache.device != block_table.device:
-        raise ValueError(
-            f"{who}: kv_cache is on {kv_cache.device}, block_table on {block_table.device}"
-        )
+
+    OFFSET: int
+    ROW: int
+    ROWS: int
+    BITS: int
+    GROUP: int
+    SCALES: int
+    ZEROS: int
+    TABLE: int
+
+
+@dataclass(frozen=True, eq=False)
+class Layout(CompileTime):
+    """What a kernel knows of a plan at compile time.
+
+    Args:
+        D: Head size.
+        N: Tokens of a dense block.
+        SPAN: Blocks of a span.
+        THIN: Those that are left of it.
+        T: Tokens of a thin block.
+        C: Kept key channels.
+        V: Kept value channels.
+        KEYS: Keys of a thin block.
+        VALUES: Values of a thin block.
+        DTYPE: Of the cache.
+    """
+
+    D: int
+    N: int
+    SPAN: int
+    THIN: int
+    T: int
+    C: int
+    V: int
+    KEYS: Matrix
+    VALUES: Matrix
+    DTYPE: Any
+
+
+@cache
+def make_layout(plan: BlockPlan, dtype: torch.dtype) -> Layout:
+    """The layout of a plan's blocks in a cache of ``dtype``."""
+    layout = plan.layout
+
+    def matrix(of: MatrixLayout, table: int) -> Matrix:
+        return Matrix(
+            of.offset, of.row_bytes, of.rows, of.encoding.value, plan.config.kv_quant_group,
+            of.scales_offset, of.zero_points_offset, table,
+        )  # fmt: skip
+
+    return Layout(
+        plan.head_size, plan.block_size, plan.span_blocks, plan.thin_blocks,
+        plan.thin_block_tokens, plan.key_channels, plan.value_channels,
+        matrix(layout.keys, layout.table_offset if layout.has_table else -1),
+        matrix(layout.values, layout.value_table_offset if layout.has_value_table else -1),
+        element_type(dtype),
+    )  # fmt: skip
 
 
 def cache_strides(who: str, kv_cache: torch.Tensor) -> dict[str, int]:

@@ -1,9 +1,8 @@
-"""Checks that launchers share. They read shapes and dtypes only, so they never wait for a GPU."""
+"""Checks that launchers share, beside those of ``think_vllm/kernels/checks.py``, in its terms."""
 
 import torch
 
-#: Dtypes of caches, keys, values and queries.
-ELEMENTS = (torch.bfloat16, torch.float16, torch.float32)
+from think_vllm.kernels.checks import check_group
 
 
 def check_tensor(
@@ -14,19 +13,7 @@ def check_tensor(
     shape: tuple[int, ...],
     device: torch.device,
 ) -> None:
-    """Check a tensor that a kernel indexes without strides.
-
-    Args:
-        who: The launcher, named in messages.
-        name: The argument, named in messages.
-        tensor: What was given.
-        dtype: What is expected.
-        shape: What is expected.
-        device: Where it is expected.
-
-    Raises:
-        ValueError: Saying who, what was given and what is expected.
-    """
+    """Check a tensor that a kernel indexes without strides; ``name`` is the argument's."""
     if tensor.dtype != dtype or tensor.shape != shape or not tensor.is_contiguous():
         raise ValueError(
             f"{who}: {name} is {tensor.dtype} {tuple(tensor.shape)} with strides "
@@ -66,3 +53,62 @@ def check_heads(
         )
     if tensor.device != device:
         raise ValueError(f"{who}: {name} is on {tensor.device}; expected {device}")
+
+
+def check_tokens(
+    who: str,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    kv_cache: torch.Tensor,
+    dtype: torch.dtype,
+    head_size: int,
+) -> None:
+    """Check what is stored: keys and values ``[tokens, Hk, D]``, and at most as many slots."""
+    for name, tensor in (("key", key), ("value", value)):
+        check_heads(who, name, tensor, (dtype,), head_size, kv_cache.device)
+    if key.shape != value.shape or key.shape[1] != kv_cache.shape[1]:
+        raise ValueError(
+            f"{who}: key is {tuple(key.shape)}, value is {tuple(value.shape)}; expected both "
+            f"[tokens, {kv_cache.shape[1]}, {head_size}]"
+        )
+    slots = slot_mapping.numel()
+    check_tensor(who, "slot_mapping", slot_mapping, torch.int64, (slots,), kv_cache.device)
+    if slots > key.shape[0]:
+        raise ValueError(
+            f"{who}: slot_mapping has {slots} slots; expected at most {key.shape[0]}, one for each "
+            "token"
+        )
+
+
+def check_attention(
+    who: str,
+    query: torch.Tensor,
+    num_kv_heads: int,
+    head_size: int,
+    dtype: torch.dtype,
+    out: torch.Tensor,
+    scale: float,
+) -> None:
+    """Check queries and outputs ``[tokens, Hq, D]`` of attention, and the factor on ``q . k``.
+
+    The loop over thin blocks takes the maximum of scores before it scales it, so the factor has to
+    be positive.
+    """
+    if query.dim() != 3 or query.shape[2] != head_size or query.stride(2) != 1:
+        raise ValueError(
+            f"{who}: query has shape {tuple(query.shape)} and strides {query.stride()}; expected "
+            f"[tokens, Hq, {head_size}] with contiguous channels"
+        )
+    check_group(who, query.shape[1], num_kv_heads)
+    if out.shape != query.shape or out.stride(2) != 1:
+        raise ValueError(
+            f"{who}: out has shape {tuple(out.shape)} and strides {out.stride()}; expected "
+            f"{tuple(query.shape)} with contiguous channels"
+        )
+    if query.dtype != dtype or out.dtype != dtype:
+        raise ValueError(
+            f"{who}: query is {query.dtype}, out is {out.dtype}; expected one dtype, {dtype}"
+        )
+    if not scale > 0:
+        raise ValueError(f"{who}: scale is {scale}; expected a positive factor on scores")

@@ -1,4 +1,4 @@
-"""Rewrite spans of dense blocks as thin blocks, and read the tables of those.
+"""Rewrite spans of dense blocks as thin blocks.
 
 A span's thin blocks take the place of its first dense blocks, so sources are overwritten. One
 program has all blocks of one (span, KV head) and writes thin block after thin block. Thin blocks
@@ -10,20 +10,13 @@ program's own part of a workspace. Programs never touch each other's bytes.
 import torch
 import triton.language as tl
 
-from csrc_triton.aot import AotCase
-from csrc_triton.blocks import (
-    LAYOUT_NAMES,
-    cache_bytes,
-    cache_strides,
-    check_cache,
-    element_type,
-    find_run,
-    layout_constants,
-)
+from csrc_triton.aot import AotCase, aot_case
+from csrc_triton.blocks import cache_bytes, cache_strides, find_run, make_layout
 from csrc_triton.checks import check_tasks, check_tensor
 from csrc_triton.gather import code_matrix
 from csrc_triton.launch import kernel, whole_stride
 from csrc_triton.quantization import element_pointer
+from think_vllm.kernels.checks import check_cache
 from think_vllm.plan.planner import BlockPlan
 
 #: Programs at most: a few for each multiprocessor. They share out (span, KV head) items.
@@ -32,10 +25,8 @@ MAX_PROGRAMS = 512
 MAX_WORKSPACE_BYTES = 32 * 2**20
 #: Tasks among which a program looks for due ones at a time.
 TASKS = 256
-#: Rows and columns of a tile; integer encodings take one group as columns.
-TILE_ROWS, TILE_COLUMNS = 32, 64
 #: 4-byte words of a block that are set aside at a time.
-WORDS = 2048
+WORDS = tl.constexpr(2048)
 #: See ``csrc_triton/quantization.py`` for the fusion.
 OPTIONS = {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": False, "maxnreg": 128}
 
@@ -59,8 +50,6 @@ def compact_spans(
     channels: torch.Tensor | None,
     plan: BlockPlan,
     *,
-    active: torch.Tensor | None = None,
-    inherit: bool = False,
     layers: torch.Tensor | None = None,
     workspace: torch.Tensor | None = None,
 ) -> None:
@@ -80,9 +69,6 @@ def compact_spans(
             all if none is pruned, then of values if some are pruned; ascending. Not read, and may
             be None, if the plan prunes nothing.
         plan: How blocks are laid out.
-        active: ``[n]`` bool or int32. Tasks that are not 0 are skipped otherwise; None for all.
-        inherit: Take the tables of the request's span before, and ``channels`` for first spans
-            only. The span before must not be compacted by the same call.
         layers: ``[L]`` int64. Addresses of caches like ``kv_cache``, that of every layer to be
             compacted in this one launch; None for ``kv_cache`` alone.
         workspace: Made by ``compact_workspace``; None for a new one. Calls that can run at the
@@ -106,10 +92,6 @@ def compact_spans(
         expected = (num_tasks, num_heads, plan.kept_channels)
         expected = expected if layers is None else (num_layers, *expected)
         check_tensor(who, "channels", channels, torch.uint8, expected, device)
-    if active is not None:
-        dtype = torch.bool if active.dtype == torch.bool else torch.int32
-        check_tensor(who, "active", active, dtype, (num_tasks,), device)
-        span = torch.where(active.bool(), span, -1)
     if num_tasks * num_layers == 0:
         return
     workspace = compact_workspace(plan, device) if workspace is None else workspace
@@ -133,78 +115,23 @@ def compact_spans(
         num_layers,
         block_table.stride(0),
         **cache_strides(who, kv_cache),
-        **_constants(plan, kv_cache.dtype),
+        L=make_layout(plan, kv_cache.dtype),
+        TASKS=TASKS,
         LAYERED=layers is not None,
-        INHERIT=inherit,
         **OPTIONS,
     )
-
-
-def read_channels(
-    kv_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    request: torch.Tensor,
-    span: torch.Tensor,
-    plan: BlockPlan,
-) -> torch.Tensor:
-    """Read the channel tables of thin spans, from each span's first block.
-
-    Args:
-        kv_cache: ``[num_blocks, Hk, N, 2 * D]``; stride of dim 0 is free.
-        block_table: ``[num_requests, W]`` int32.
-        request: ``[n]`` int32. Row of the block table.
-        span: ``[n]`` int32. Thin span of that request. For negative ones the answer is undefined.
-        plan: How blocks are laid out.
-
-    Returns:
-        ``[n, Hk, K]`` uint8, a copy. As ``compact_spans`` takes them.
-
-    Raises:
-        ValueError: If shapes, dtypes or devices do not fit each other.
-    """
-    who = "read_channels"
-    check_cache(who, kv_cache, block_table, plan)
-    check_tasks(who, request, "span", span, kv_cache.device)
-    every = torch.arange(plan.head_size, dtype=torch.uint8, device=kv_cache.device)
-    every = every.repeat(request.numel(), kv_cache.shape[1], 1)
-    if not plan.prunes:
-        return every
-    entry = span.clamp(min=0).long() * plan.span_blocks
-    blocks = block_table[request.long(), entry].long()
-    stored = plan.kept_channels if plan.prunes_keys else plan.value_channels
-    start = plan.layout.table_offset
-    runs = kv_cache.flatten(2).view(torch.uint8)
-    tables = runs[:, :, start : start + stored][blocks]
-    return tables if plan.prunes_keys else torch.cat([every, tables], dim=2)
-
-
-def _constants(plan: BlockPlan, dtype: torch.dtype) -> dict[str, object]:
-    constants: dict[str, object] = {"DTYPE": element_type(dtype), "TASKS": TASKS}
-    return layout_constants(plan) | constants | {
-        "ROWS": TILE_ROWS,
-        "COLUMNS": TILE_COLUMNS,
-        "WORDS": WORDS,
-    }  # fmt: skip
 
 
 @kernel(unaligned=("table_ptr", "request_ptr", "span_ptr", "channel_ptr", "layer_ptr"))
 def compact_kernel(
     kv_ptr, layer_ptr, table_ptr, request_ptr, span_ptr, channel_ptr, workspace_ptr,
     num_tasks, num_heads, num_layers, table_stride, block_stride, head_stride,
-    D: tl.constexpr, N: tl.constexpr, SPAN: tl.constexpr, THIN: tl.constexpr, T: tl.constexpr,
-    C: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, GROUP: tl.constexpr,
-    KEY_ROW: tl.constexpr, KEY_SCALES: tl.constexpr, KEY_ZEROS: tl.constexpr,
-    VALUES: tl.constexpr, VALUE_ROW: tl.constexpr, VALUE_SCALES: tl.constexpr,
-    TABLE: tl.constexpr, V: tl.constexpr, VALUE_TABLE: tl.constexpr,
-    DTYPE: tl.constexpr, TASKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    WORDS: tl.constexpr, LAYERED: tl.constexpr, INHERIT: tl.constexpr,
+    L: tl.constexpr, TASKS: tl.constexpr, LAYERED: tl.constexpr,
 ):  # fmt: skip
     """Programs share out (due task, layer, KV head) items."""
     block_stride, head_stride = whole_stride(block_stride), whole_stride(head_stride)
-    RUN: tl.constexpr = 2 * N * D * (DTYPE.primitive_bitwidth // 8)
-    KEY_COLUMNS: tl.constexpr = GROUP if (KEY_BITS == 2 or KEY_BITS == 4) else COLUMNS
-    VALUE_COLUMNS: tl.constexpr = GROUP if (VALUE_BITS == 2 or VALUE_BITS == 4) else COLUMNS
-    KEPT: tl.constexpr = C + (V if VALUE_TABLE >= 0 else 0)
+    RUN: tl.constexpr = 2 * L.N * L.D * (L.DTYPE.primitive_bitwidth // 8)
+    KEPT: tl.constexpr = L.C + (L.V if L.VALUES.TABLE >= 0 else 0)
     aside = workspace_ptr + tl.program_id(0).to(tl.int64) * RUN
     per_task = num_heads * num_layers
     for start in range(0, num_tasks, TASKS):
@@ -222,62 +149,47 @@ def compact_kernel(
                 base = tl.multiple_of(base, 16)
             span = tl.load(span_ptr + task)
             request = tl.load(request_ptr + task).to(tl.int64)
-            entries = table_ptr + request * table_stride + span * SPAN
+            entries = table_ptr + request * table_stride + span * L.SPAN
             item_of_layers = (layer * num_tasks + task).to(tl.int64) * num_heads + head
             kept = channel_ptr + item_of_layers * KEPT
-            key_table, value_table = kept, kept + C
-            if INHERIT and (TABLE >= 0 or VALUE_TABLE >= 0):
-                block = tl.load(entries - SPAN, mask=span > 0, other=0)
-                earlier = find_run(base, block, head, block_stride, head_stride)
-                if TABLE >= 0:
-                    key_table = tl.where(span > 0, earlier + TABLE, key_table)
-                if VALUE_TABLE >= 0:
-                    value_table = tl.where(span > 0, earlier + VALUE_TABLE, value_table)
-            for k in range(THIN):
+            key_table, value_table = kept, kept + L.C
+            for k in range(L.THIN):
                 run = find_run(base, tl.load(entries + k), head, block_stride, head_stride)
                 # Are there tokens in this block that are still to be read?
-                if k * T < (k + 1) * N:
+                if k * L.T < (k + 1) * L.N:
                     source, target = element_pointer(run, 4), element_pointer(aside, 4)
                     for word in range(0, RUN // 4, WORDS):
                         words = word + tl.arange(0, WORDS)
                         moved = tl.load(source + words, mask=words < RUN // 4)
                         tl.store(target + words, moved, mask=words < RUN // 4)
                 tl.debug_barrier()
-                count = tl.minimum(T, SPAN * N - k * T)
+                count = tl.minimum(L.T, L.SPAN * L.N - k * L.T)
                 code_matrix(
                     run, base, aside, entries, key_table, k, head, block_stride, head_stride,
-                    C, count, True, D, N, T, C, 0, KEY_ROW, KEY_SCALES, KEY_ZEROS, KEY_BITS,
-                    GROUP, TABLE, DTYPE, ROWS, KEY_COLUMNS,
+                    L.C, count, True, L,
                 )  # fmt: skip
                 code_matrix(
                     run, base, aside, entries, value_table, k, head, block_stride, head_stride,
-                    count, V, False, D, N, T, T, VALUES, VALUE_ROW, VALUE_SCALES, -1,
-                    VALUE_BITS, GROUP, VALUE_TABLE, DTYPE, ROWS, VALUE_COLUMNS,
+                    count, L.V, False, L,
                 )  # fmt: skip
                 row = tl.arange(0, 256)
-                if TABLE >= 0:
-                    table = tl.load(key_table + row, mask=row < C)
-                    tl.store(run + TABLE + row, table, mask=row < C)
-                if VALUE_TABLE >= 0:
-                    table = tl.load(value_table + row, mask=row < V)
-                    tl.store(run + VALUE_TABLE + row, table, mask=row < V)
+                if L.KEYS.TABLE >= 0:
+                    table = tl.load(key_table + row, mask=row < L.C)
+                    tl.store(run + L.KEYS.TABLE + row, table, mask=row < L.C)
+                if L.VALUES.TABLE >= 0:
+                    table = tl.load(value_table + row, mask=row < L.V)
+                    tl.store(run + L.VALUES.TABLE + row, table, mask=row < L.V)
                 # The next block must not be set aside before all threads have read this one.
                 tl.debug_barrier()
 
 
 def aot_cases(plan: BlockPlan, dtype: torch.dtype) -> list[AotCase]:
     """What ``csrc_triton/aot.py`` compiles: one layer, and all layers at once."""
-    pointers = {"kv_ptr": "u8", "layer_ptr": "i32", "table_ptr": "i32", "request_ptr": "i32",
-                "span_ptr": "i32", "channel_ptr": "u8", "workspace_ptr": "u8"}  # fmt: skip
-    signature = {name: f"*{kind}:16" for name, kind in pointers.items()}
-    signature |= dict.fromkeys(("num_tasks", "num_heads", "num_layers"), "i32")
-    signature |= {"table_stride": "i32", "block_stride": "i32", "head_stride": "i32"}
-    constants = _constants(plan, dtype)
-    assert set(LAYOUT_NAMES) < set(constants)
     cases = []
-    for layered, inherit in ((False, False), (True, False), (True, True)):
+    for layered in (False, True):
         # Without layers, the launcher has another pointer for the kernel, which leaves it alone.
-        kinds = signature | ({"layer_ptr": "*i64:16"} if layered else {})
-        flags = {"LAYERED": layered, "INHERIT": inherit}
-        cases.append(AotCase(compact_kernel, kinds, constants | flags, OPTIONS))
+        pointers = {"kv": "u8", "channel": "u8", "workspace": "u8"}
+        pointers |= {"layer": "i64"} if layered else {}
+        constants = {"L": make_layout(plan, dtype), "TASKS": TASKS, "LAYERED": layered}
+        cases.append(aot_case(compact_kernel, constants, OPTIONS, **pointers))
     return cases

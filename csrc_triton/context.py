@@ -9,11 +9,13 @@ import torch
 import triton
 import triton.language as tl
 
-from csrc_triton.aot import AotCase
-from csrc_triton.blocks import cache_bytes, cache_strides, check_cache, element_type
-from csrc_triton.decode import attention_constants, check_rows, check_scale, launch_options
+from csrc_triton.aot import AotCase, aot_case
+from csrc_triton.blocks import cache_bytes, cache_strides
+from csrc_triton.checks import check_attention, check_tensor
+from csrc_triton.decode import attention_layout, launch_options
 from csrc_triton.launch import kernel, row_strides, whole_stride
 from csrc_triton.tiles import attend_dense, attend_thin, span_tiles
+from think_vllm.kernels.checks import check_cache
 from think_vllm.plan.formats import Encoding
 from think_vllm.plan.planner import BlockPlan
 
@@ -61,23 +63,16 @@ def context_attention(
     """
     who = "context_attention"
     check_cache(who, kv_cache, block_table, plan)
-    check_rows(who, query, kv_cache, out)
-    check_scale(who, scale)
+    check_attention(who, query, kv_cache.shape[1], plan.head_size, kv_cache.dtype, out, scale)
     num_requests = request.shape[0]
-    expected = {"query_start": num_requests + 1, "seq_len": num_requests, "request": num_requests}
-    given = {"query_start": query_start, "seq_len": seq_len, "request": request}
-    if thin_spans is not None:
-        given["thin_spans"], expected["thin_spans"] = thin_spans, num_requests
-    for name, values in given.items():
-        if values.shape != (expected[name],) or values.dtype != torch.int32:
-            raise ValueError(
-                f"{who}: {name} is {values.dtype} {tuple(values.shape)}; expected int32 "
-                f"[{expected[name]}]"
-            )
+    has_thin = thin_spans is not None
+    thin_spans = thin_spans if has_thin else seq_len
+    check_tensor(who, "query_start", query_start, torch.int32, (num_requests + 1,), query.device)
+    for name, values in (("request", request), ("seq_len", seq_len), ("thin_spans", thin_spans)):
+        check_tensor(who, name, values, torch.int32, (num_requests,), query.device)
     if num_requests == 0 or max_query_len == 0:
         return
     group = query.shape[1] // kv_cache.shape[1]
-    has_thin = thin_spans is not None
     queries = count_queries(plan)
     tiles = triton.cdiv(max_query_len * group, queries)
     _attend[(tiles, num_requests, kv_cache.shape[1])](
@@ -87,7 +82,7 @@ def context_attention(
         query_start,
         seq_len,
         request,
-        thin_spans if has_thin else seq_len,
+        thin_spans,
         out,
         scale,
         logits_soft_cap,
@@ -96,9 +91,7 @@ def context_attention(
         block_table.stride(0),
         **cache_strides(who, kv_cache),
         HAS_THIN=has_thin,
-        QUERIES=queries,
-        **attention_constants(plan, kv_cache.dtype, group, logits_soft_cap > 0),
-        DENSE_TILE=DENSE_TILE,
+        L=attention_layout(plan, kv_cache.dtype, group, queries, DENSE_TILE, logits_soft_cap > 0),
         **launch_options(OPTIONS, kv_cache.dtype),
     )
 
@@ -110,19 +103,11 @@ def count_queries(plan: BlockPlan) -> int:
 
 def aot_cases(plan: BlockPlan, dtype: torch.dtype) -> list[AotCase]:
     """What ``csrc_triton/aot.py`` compiles: groups of 4 query heads, thin spans or none."""
-    element = str(element_type(dtype))
-    pointers = {"query_ptr": element, "kv_ptr": "u8", "table_ptr": "i32", "query_start_ptr": "i32",
-                "seq_len_ptr": "i32", "request_ptr": "i32", "thin_spans_ptr": "i32",
-                "out_ptr": element}  # fmt: skip
-    signature = {name: f"*{kind}:16" for name, kind in pointers.items()}
-    signature |= dict.fromkeys(("scale", "cap"), "fp32")
-    numbers = ("query_stride", "query_head_stride", "out_stride", "out_head_stride",
-               "table_stride", "block_stride", "head_stride")  # fmt: skip
-    signature |= dict.fromkeys(numbers, "i32")
-    constants = attention_constants(plan, dtype, 4, False)
-    constants |= {"QUERIES": count_queries(plan), "DENSE_TILE": DENSE_TILE}
+    layout = attention_layout(plan, dtype, 4, count_queries(plan), DENSE_TILE, False)
+    element, options = str(layout.DTYPE), launch_options(OPTIONS, dtype)
+    pointers = {"query": element, "kv": "u8", "out": element}
     return [
-        AotCase(_attend, signature, constants | {"HAS_THIN": thin}, launch_options(OPTIONS, dtype))
+        aot_case(_attend, {"L": layout, "HAS_THIN": thin}, options, **pointers)
         for thin in (False, True)
     ]
 
@@ -132,15 +117,7 @@ def _attend(
     query_ptr, kv_ptr, table_ptr, query_start_ptr, seq_len_ptr, request_ptr, thin_spans_ptr,
     out_ptr, scale, cap, query_stride, query_head_stride, out_stride, out_head_stride,
     table_stride, block_stride, head_stride,
-    HAS_THIN: tl.constexpr, G: tl.constexpr, QUERIES: tl.constexpr, C_FIRST: tl.constexpr,
-    C_REST: tl.constexpr, V_PAD: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr,
-    DENSE_TILE: tl.constexpr, NUMBER: tl.constexpr, ASM: tl.constexpr,
-    DTYPE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, CAPPED: tl.constexpr,
-    D: tl.constexpr, N: tl.constexpr, SPAN: tl.constexpr, T: tl.constexpr,
-    C: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, GROUP: tl.constexpr,
-    KEY_SCALES: tl.constexpr, KEY_ZEROS: tl.constexpr,
-    VALUES: tl.constexpr, VALUE_SCALES: tl.constexpr,
-    TABLE: tl.constexpr, V: tl.constexpr, VALUE_TABLE: tl.constexpr,
+    HAS_THIN: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     """A tile of queries of one request and KV head."""
     query_stride, query_head_stride = whole_stride(query_stride), whole_stride(query_head_stride)
@@ -149,40 +126,37 @@ def _attend(
     tile, index, kv_head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first_query = tl.load(query_start_ptr + index)
     num_queries = tl.load(query_start_ptr + index + 1) - first_query
-    if tile * QUERIES >= num_queries * G:
+    if tile * L.QUERIES >= num_queries * L.G:
         return
     seq_len = tl.load(seq_len_ptr + index)
-    queries = tile * QUERIES + tl.arange(0, QUERIES)
-    token, head = queries // G, kv_head * G + queries % G
+    queries = tile * L.QUERIES + tl.arange(0, L.QUERIES)
+    token, head = queries // L.G, kv_head * L.G + queries % L.G
     query_mask = token < num_queries
     position = seq_len - num_queries + token
     # Queries of a tile are neighbours: none sees behind the last one.
-    end = tl.minimum(seq_len, seq_len - num_queries + (tile * QUERIES + QUERIES - 1) // G + 1)
+    last = (tile * L.QUERIES + L.QUERIES - 1) // L.G
+    end = tl.minimum(seq_len, seq_len - num_queries + last + 1)
     table = table_ptr + tl.load(request_ptr + index).to(tl.int64) * table_stride
     source = (first_query + token).to(tl.int64)
     query_at = query_ptr + source * query_stride + head * query_head_stride
 
-    top = tl.full((QUERIES,), float("-inf"), tl.float32)
-    total = tl.zeros((QUERIES,), tl.float32)
-    sums = tl.zeros((D_PAD, QUERIES), tl.float32)
+    top = tl.full((L.QUERIES,), float("-inf"), tl.float32)
+    total = tl.zeros((L.QUERIES,), tl.float32)
+    sums = tl.zeros((L.D_PAD, L.QUERIES), tl.float32)
     begin = 0
     if HAS_THIN:
         thin_spans = tl.load(thin_spans_ptr + index)
-        begin = thin_spans * (SPAN * N)
+        begin = thin_spans * (L.SPAN * L.N)
         top, total, sums = attend_thin(
             top, total, sums, query_at, query_mask, kv_ptr, table, kv_head,
-            0, thin_spans * span_tiles(SPAN, N, TILE), scale, cap, block_stride, head_stride,
-            C_FIRST, C_REST, V_PAD, D_PAD, TILE, NUMBER, ASM, DTYPE, DOT, PRECISION, CAPPED,
-            D, N, SPAN, T, C, KEY_BITS, VALUE_BITS, GROUP, KEY_SCALES, KEY_ZEROS,
-            VALUES, VALUE_SCALES, TABLE, V, VALUE_TABLE,
+            0, thin_spans * span_tiles(L), scale, cap, block_stride, head_stride, L,
         )  # fmt: skip
     top, total, sums = attend_dense(
         top, total, sums, query_at, query_mask, position, kv_ptr, table, kv_head,
-        begin, end, scale, cap, block_stride, head_stride,
-        D_PAD, DENSE_TILE, DTYPE, DOT, PRECISION, CAPPED, D, N,
+        begin, end, scale, cap, block_stride, head_stride, L,
     )  # fmt: skip
-    channels = tl.arange(0, D_PAD)
+    channels = tl.arange(0, L.D_PAD)
     out = out_ptr + (source * out_stride + head * out_head_stride)[None, :] + channels[:, None]
-    mask = query_mask[None, :] & (channels < D)[:, None]
+    mask = query_mask[None, :] & (channels < L.D)[:, None]
     sums = sums / tl.where(query_mask, total, 1.0)[None, :]
     tl.store(out, sums.to(out_ptr.dtype.element_ty), mask=mask)

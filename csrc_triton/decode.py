@@ -6,21 +6,18 @@ thin tiles and a share of the dense tokens, so all splits of a row have equal wo
 softmax through a second kernel.
 """
 
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from csrc_triton.aot import AotCase
-from csrc_triton.blocks import (
-    cache_bytes,
-    cache_strides,
-    check_cache,
-    element_type,
-    layout_constants,
-)
-from csrc_triton.dots import dot_constants
+from csrc_triton.aot import AotCase, aot_case
+from csrc_triton.blocks import Layout, cache_bytes, cache_strides, make_layout
+from csrc_triton.checks import check_attention, check_tensor
+from csrc_triton.dots import dot_type
 from csrc_triton.launch import kernel, row_strides, whole_stride
 from csrc_triton.softmax import BOOST, LOG2E
 from csrc_triton.splits import (
@@ -31,6 +28,7 @@ from csrc_triton.splits import (
     make_workspace,
 )
 from csrc_triton.tiles import attend_dense, attend_thin, span_tiles
+from think_vllm.kernels.checks import check_cache
 from think_vllm.plan.formats import Encoding
 from think_vllm.plan.planner import BlockPlan
 
@@ -47,11 +45,6 @@ LARGE_OPTIONS = OPTIONS | {"maxnreg": 255}
 WIDE_OPTIONS = LARGE_OPTIONS | {"num_warps": 2}
 #: Warps that a multiprocessor holds, by the registers of one: in quarters of 16,384 each.
 WARPS = {168: 12, 255: 8}
-#: What of a layout the attention kernels need.
-ATTENTION_NAMES = (
-    "D", "N", "SPAN", "T", "C", "KEY_BITS", "VALUE_BITS", "GROUP", "KEY_SCALES", "KEY_ZEROS",
-    "VALUES", "VALUE_SCALES", "TABLE", "V", "VALUE_TABLE",
-)  # fmt: skip
 
 
 def decode_attention(
@@ -92,14 +85,9 @@ def decode_attention(
     """
     who = "decode_attention"
     check_cache(who, kv_cache, block_table, plan)
-    check_rows(who, query, kv_cache, out)
-    check_scale(who, scale)
+    check_attention(who, query, kv_cache.shape[1], plan.head_size, kv_cache.dtype, out, scale)
     for name, values in (("request", request), ("seq_len", seq_len), ("thin_spans", thin_spans)):
-        if values.shape != query.shape[:1] or values.dtype != torch.int32:
-            raise ValueError(
-                f"{who}: {name} is {values.dtype} {tuple(values.shape)}; expected int32 "
-                f"[{query.shape[0]}]"
-            )
+        check_tensor(who, name, values, torch.int32, query.shape[:1], query.device)
     num_rows, num_heads, head_size = query.shape
     num_kv_heads = kv_cache.shape[1]
     if num_rows == 0:
@@ -130,9 +118,7 @@ def decode_attention(
         block_table.stride(0),
         **cache_strides(who, kv_cache),
         splits=splits,
-        QUERIES=queries,
-        DENSE_TILE=DENSE_TILE,
-        **attention_constants(plan, kv_cache.dtype, group, logits_soft_cap > 0),
+        L=attention_layout(plan, kv_cache.dtype, group, queries, DENSE_TILE, logits_soft_cap > 0),
         **decode_options(plan),
     )
     combine(workspace, seq_len, out)
@@ -182,11 +168,44 @@ def launch_options(options: dict[str, int], dtype: torch.dtype) -> dict[str, int
     return options | {"num_stages": 1} if dtype == torch.float32 else options
 
 
-def attention_constants(
-    plan: BlockPlan, dtype: torch.dtype, group: int, capped: bool
-) -> dict[str, Any]:
-    """What the attention kernels, this one and ``context.py``'s, know at compile time."""
-    # A part of the channels is a power of two; two parts waste fewer than one.
+@dataclass(frozen=True, eq=False)
+class AttentionLayout(Layout):
+    """What the attention kernels, this one and ``context.py``'s, know at compile time.
+
+    Args:
+        G: Query heads of a KV head.
+        QUERIES: Of a program: heads, or heads times tokens.
+        C_FIRST: Key channels of a first part, a power of two.
+        C_REST: Of a second part: two waste fewer than one. 0 if there is none.
+        V_PAD: Value channels, rounded up to a power of two.
+        D_PAD: The same of the head size.
+        TILE: Tokens of a tile of thin blocks.
+        DENSE_TILE: The same of dense blocks.
+        NUMBER: What codes become.
+        ASM: Whether to use instructions of a GPU for that.
+        CAPPED: Whether scores become ``cap * tanh(score / cap)``.
+        DOT: See ``dots.dot``.
+    """
+
+    G: int
+    QUERIES: int
+    C_FIRST: int
+    C_REST: int
+    V_PAD: int
+    D_PAD: int
+    TILE: int
+    DENSE_TILE: int
+    NUMBER: Any
+    ASM: bool
+    CAPPED: bool
+    DOT: Any
+
+
+@cache
+def attention_layout(
+    plan: BlockPlan, dtype: torch.dtype, group: int, queries: int, dense_tile: int, capped: bool
+) -> AttentionLayout:
+    """The layout of a plan, for groups of ``group`` query heads and ``queries`` a program."""
     channels = triton.cdiv(plan.key_channels, 16) * 16
     first = triton.next_power_of_2(channels)
     rest = 0
@@ -195,79 +214,32 @@ def attention_constants(
         rest = max(16, triton.next_power_of_2(channels - first))
     if rest == first:
         first, rest = first + rest, 0
-    constants = dot_constants(dtype)
     number = tl.float32 if dtype == torch.float32 else tl.float16
-    layout = layout_constants(plan)
-    return {
-        "G": group,
-        "C_FIRST": first,
-        "C_REST": rest,
-        "V_PAD": max(16, triton.next_power_of_2(plan.value_channels)),
-        "D_PAD": triton.next_power_of_2(plan.head_size),
-        "TILE": loop_tokens(plan),
-        "NUMBER": number,
-        "ASM": number == tl.float16 and not triton.knobs.runtime.interpret,
-        "CAPPED": capped,
-        **constants,
-        **{name: layout[name] for name in ATTENTION_NAMES},
-    }
+    return AttentionLayout(
+        **vars(make_layout(plan, dtype)),
+        G=group,
+        QUERIES=queries,
+        C_FIRST=first,
+        C_REST=rest,
+        V_PAD=max(16, triton.next_power_of_2(plan.value_channels)),
+        D_PAD=triton.next_power_of_2(plan.head_size),
+        TILE=loop_tokens(plan),
+        DENSE_TILE=dense_tile,
+        NUMBER=number,
+        ASM=number == tl.float16 and not triton.knobs.runtime.interpret,
+        CAPPED=capped,
+        DOT=dot_type(dtype),
+    )
 
 
 def aot_cases(plan: BlockPlan, dtype: torch.dtype) -> list[AotCase]:
     """What ``csrc_triton/aot.py`` compiles: groups of 4 query heads."""
-    element = str(element_type(dtype))
-    pointers = {"query_ptr": element, "kv_ptr": "u8", "table_ptr": "i32", "request_ptr": "i32",
-                "seq_len_ptr": "i32", "thin_spans_ptr": "i32", "partial_ptr": "fp32"}  # fmt: skip
-    signature = {name: f"*{kind}:16" for name, kind in pointers.items()}
-    signature |= dict.fromkeys(("scale", "cap"), "fp32")
-    numbers = ("query_stride", "query_head_stride", "table_stride", "block_stride", "head_stride",
-               "splits")  # fmt: skip
-    signature |= dict.fromkeys(numbers, "i32")
-    constants = attention_constants(plan, dtype, 4, False)
-    constants |= {"QUERIES": MIN_QUERIES, "DENSE_TILE": DENSE_TILE}
+    layout = attention_layout(plan, dtype, 4, MIN_QUERIES, DENSE_TILE, False)
+    pointers = {"query": str(layout.DTYPE), "kv": "u8", "partial": "fp32"}
     return [
-        AotCase(_attend, signature, constants, decode_options(plan)),
+        aot_case(_attend, {"L": layout}, decode_options(plan), **pointers),
         combine_case(plan.head_size, dtype),
     ]
-
-
-def check_scale(who: str, scale: float) -> None:
-    """Check the factor on ``q . k``: kernels take the maximum of scores before they scale it.
-
-    Raises:
-        ValueError: If it is not positive.
-    """
-    if not scale > 0:
-        raise ValueError(f"{who}: scale is {scale}; expected a positive factor on scores")
-
-
-def check_rows(who: str, query: torch.Tensor, kv_cache: torch.Tensor, out: torch.Tensor) -> None:
-    """Check queries and outputs ``[R, Hq, D]`` against the cache.
-
-    Raises:
-        ValueError: Saying who, what was given and what is expected.
-    """
-    head_size = kv_cache.shape[3] // 2
-    if query.dim() != 3 or query.shape[2] != head_size or query.stride(2) != 1:
-        raise ValueError(
-            f"{who}: query has shape {tuple(query.shape)} and strides {query.stride()}; expected "
-            f"[R, Hq, {head_size}] with contiguous channels"
-        )
-    if query.shape[1] == 0 or query.shape[1] % kv_cache.shape[1]:
-        raise ValueError(
-            f"{who}: query has {query.shape[1]} heads, there are {kv_cache.shape[1]} KV heads; "
-            "expected a positive multiple"
-        )
-    if out.shape != query.shape or out.stride(2) != 1:
-        raise ValueError(
-            f"{who}: out has shape {tuple(out.shape)} and strides {out.stride()}; expected "
-            f"{tuple(query.shape)} with contiguous channels"
-        )
-    if query.dtype != kv_cache.dtype or out.dtype != kv_cache.dtype:
-        raise ValueError(
-            f"{who}: query is {query.dtype}, out is {out.dtype}, kv_cache is {kv_cache.dtype}; "
-            "expected one dtype"
-        )
 
 
 # One binary whatever the batch and the model length: model runner V1 warms up with prompts before
@@ -276,57 +248,45 @@ def check_rows(who: str, query: torch.Tensor, kv_cache: torch.Tensor, out: torch
 def _attend(
     query_ptr, kv_ptr, table_ptr, request_ptr, seq_len_ptr, thin_spans_ptr, partial_ptr,
     scale, cap, query_stride, query_head_stride, table_stride, block_stride, head_stride, splits,
-    G: tl.constexpr, QUERIES: tl.constexpr, C_FIRST: tl.constexpr, C_REST: tl.constexpr,
-    V_PAD: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr, DENSE_TILE: tl.constexpr,
-    NUMBER: tl.constexpr, ASM: tl.constexpr,
-    DTYPE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, CAPPED: tl.constexpr,
-    D: tl.constexpr, N: tl.constexpr, SPAN: tl.constexpr, T: tl.constexpr,
-    C: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, GROUP: tl.constexpr,
-    KEY_SCALES: tl.constexpr, KEY_ZEROS: tl.constexpr,
-    VALUES: tl.constexpr, VALUE_SCALES: tl.constexpr,
-    TABLE: tl.constexpr, V: tl.constexpr, VALUE_TABLE: tl.constexpr,
+    L: tl.constexpr,
 ):  # fmt: skip
     """One split of one row and KV head: sums [G, D], maxima and totals [G]."""
     query_stride, query_head_stride = whole_stride(query_stride), whole_stride(query_head_stride)
     block_stride, head_stride = whole_stride(block_stride), whole_stride(head_stride)
-    PARTS: tl.constexpr = (G + QUERIES - 1) // QUERIES
+    PARTS: tl.constexpr = (L.G + L.QUERIES - 1) // L.QUERIES
     row, split = tl.program_id(0), tl.program_id(2)
     kv_head, part = tl.program_id(1) // PARTS, tl.program_id(1) % PARTS
     seq_len = tl.load(seq_len_ptr + row)
     thin_spans = tl.load(thin_spans_ptr + row)
     table = table_ptr + tl.load(request_ptr + row).to(tl.int64) * table_stride
-    member = part * QUERIES + tl.arange(0, QUERIES)
-    query_mask = member < G
-    head = kv_head * G + member
+    member = part * L.QUERIES + tl.arange(0, L.QUERIES)
+    query_mask = member < L.G
+    head = kv_head * L.G + member
     query_at = query_ptr + row.to(tl.int64) * query_stride + head * query_head_stride
-    top = tl.full((QUERIES,), float("-inf"), tl.float32)
-    total = tl.zeros((QUERIES,), tl.float32)
-    sums = tl.zeros((D_PAD, QUERIES), tl.float32)
-    tiles = thin_spans * span_tiles(SPAN, N, TILE)
+    top = tl.full((L.QUERIES,), float("-inf"), tl.float32)
+    total = tl.zeros((L.QUERIES,), tl.float32)
+    sums = tl.zeros((L.D_PAD, L.QUERIES), tl.float32)
+    tiles = thin_spans * span_tiles(L)
     top, total, sums = attend_thin(
         top, total, sums, query_at, query_mask, kv_ptr, table, kv_head,
         split * tiles // splits, (split + 1) * tiles // splits,
-        scale, cap, block_stride, head_stride,
-        C_FIRST, C_REST, V_PAD, D_PAD, TILE, NUMBER, ASM, DTYPE, DOT, PRECISION, CAPPED,
-        D, N, SPAN, T, C, KEY_BITS, VALUE_BITS, GROUP, KEY_SCALES, KEY_ZEROS,
-        VALUES, VALUE_SCALES, TABLE, V, VALUE_TABLE,
+        scale, cap, block_stride, head_stride, L,
     )  # fmt: skip
     # Splits with a tile less come last among thin ones, and first here.
-    first_dense = thin_spans * (SPAN * N)
+    first_dense = thin_spans * (L.SPAN * L.N)
     dense = tl.maximum(seq_len - first_dense, 0)
     turn = splits - 1 - split
     top, total, sums = attend_dense(
-        top, total, sums, query_at, query_mask, tl.zeros((QUERIES,), tl.int32) + seq_len - 1,
+        top, total, sums, query_at, query_mask, tl.zeros((L.QUERIES,), tl.int32) + seq_len - 1,
         kv_ptr, table, kv_head,
         first_dense + turn * dense // splits, first_dense + (turn + 1) * dense // splits,
-        scale, cap, block_stride, head_stride,
-        D_PAD, DENSE_TILE, DTYPE, DOT, PRECISION, CAPPED, D, N,
+        scale, cap, block_stride, head_stride, L,
     )  # fmt: skip
-    heads = tl.num_programs(1) // PARTS * G
-    partial = partial_ptr + ((row.to(tl.int64) * heads + head) * splits + split) * (D + 2)
-    channels = tl.arange(0, D_PAD)
-    mask = query_mask[None, :] & (channels < D)[:, None]
+    heads = tl.num_programs(1) // PARTS * L.G
+    partial = partial_ptr + ((row.to(tl.int64) * heads + head) * splits + split) * (L.D + 2)
+    channels = tl.arange(0, L.D_PAD)
+    mask = query_mask[None, :] & (channels < L.D)[:, None]
     tl.store(partial[None, :] + channels[:, None], sums, mask=mask)
     # Weights are 2 ** BOOST too large, as if the maximum were lower.
-    tl.store(partial + D, (top - BOOST) / LOG2E, mask=query_mask)
-    tl.store(partial + D + 1, total, mask=query_mask)
+    tl.store(partial + L.D, (top - BOOST) / LOG2E, mask=query_mask)
+    tl.store(partial + L.D + 1, total, mask=query_mask)

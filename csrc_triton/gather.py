@@ -15,6 +15,8 @@ from csrc_triton.quantization import (
     store_bits,
 )
 
+#: Rows and columns of a tile; integer codes take one group as columns.
+TILE_ROWS, TILE_COLUMNS = tl.constexpr(32), tl.constexpr(64)
 #: Elements of a tile that has whole rows, to choose zeros; 8 for each thread.
 WHOLE_ROWS = tl.constexpr(2048)
 
@@ -22,10 +24,7 @@ WHOLE_ROWS = tl.constexpr(2048)
 @triton.jit
 def code_matrix(
     run, base, aside, entries, table, k, head, block_stride, head_stride, rows, columns,
-    KEYS: tl.constexpr, D: tl.constexpr, N: tl.constexpr, T: tl.constexpr,
-    MATRIX_ROWS: tl.constexpr, OFFSET: tl.constexpr, ROW: tl.constexpr, SCALES: tl.constexpr,
-    ZEROS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, TABLE: tl.constexpr,
-    DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    KEYS: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     """Gather the keys ``[C, tokens]`` or values ``[tokens, V]`` of a thin block, and write them.
 
@@ -34,7 +33,7 @@ def code_matrix(
         base: Byte pointer to the cache.
         aside: Byte pointer to what ``run`` held.
         entries: Pointer to the span's block numbers.
-        table: Pointer to the kept channels, of keys or of values, if TABLE is not negative.
+        table: Pointer to the kept channels, of keys or of values, if some were pruned.
         k: Which of the span's thin blocks it is.
         head: KV head.
         block_stride: Bytes between blocks.
@@ -42,64 +41,53 @@ def code_matrix(
         rows: Rows that hold something.
         columns: Columns that hold something.
         KEYS: Keys or values.
-        D: Head size.
-        N: Tokens of a dense block.
-        T: Tokens of a thin block.
-        MATRIX_ROWS: The matrix as in ``put_tile``, as are OFFSET to GROUP.
-        OFFSET: See there.
-        ROW: See there.
-        SCALES: See there.
-        ZEROS: Byte at which the zeros of fp8 keys start; not used otherwise.
-        BITS: See there.
-        GROUP: See there.
-        TABLE: Negative if every channel is kept.
-        DTYPE: Of an element.
-        ROWS: Of a tile.
-        COLUMNS: Of a tile; GROUP for integer encodings.
+        L: The ``Layout``.
     """
+    M: tl.constexpr = L.KEYS if KEYS else L.VALUES
+    ROWS: tl.constexpr = TILE_ROWS
+    COLUMNS: tl.constexpr = M.GROUP if (M.BITS == 2 or M.BITS == 4) else TILE_COLUMNS
     inverse, zero = 0.0, tl.zeros((ROWS, 1), tl.float32)
-    if BITS == 8 and KEYS:
+    if M.BITS == 8 and KEYS:
         largest = put_zeros(
             run, base, aside, entries, table, k, head, block_stride, head_stride, rows, columns,
-            D, N, T, ZEROS, TABLE, DTYPE, triton.next_power_of_2(T),
+            triton.next_power_of_2(L.T), M, L,
         )  # fmt: skip
         scale, inverse = fp8_inverse(largest)
-        tl.store(element_pointer(run + SCALES, 4), scale)
+        tl.store(element_pointer(run + M.SCALES, 4), scale)
         # Other threads have written the zeros that these read.
         tl.debug_barrier()
-    elif BITS == 8:
+    elif M.BITS == 8:
         top = tl.zeros((ROWS, COLUMNS), tl.int32)
         for row in range(0, rows, ROWS):
             for column in range(0, columns, COLUMNS):
                 bits = load_tile(
                     base, aside, entries, table, k, head, block_stride, head_stride, row, column,
-                    rows, columns, KEYS, D, N, T, TABLE, DTYPE, ROWS, COLUMNS,
+                    rows, columns, KEYS, ROWS, COLUMNS, M, L,
                 )  # fmt: skip
-                bits = as_float(bits, DTYPE).to(tl.int32, bitcast=True)
+                bits = as_float(bits, L.DTYPE).to(tl.int32, bitcast=True)
                 top = tl.maximum(top, bits & MAGNITUDE)
         scale, inverse = fp8_inverse(tl.max(tl.max(top, axis=1), axis=0))
-        tl.store(element_pointer(run + SCALES, 4), scale)
+        tl.store(element_pointer(run + M.SCALES, 4), scale)
     for row in range(0, rows, ROWS):
         for column in range(0, columns, COLUMNS):
             bits = load_tile(
                 base, aside, entries, table, k, head, block_stride, head_stride, row, column,
-                rows, columns, KEYS, D, N, T, TABLE, DTYPE, ROWS, COLUMNS,
+                rows, columns, KEYS, ROWS, COLUMNS, M, L,
             )  # fmt: skip
             tile_rows, tile_columns = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
-            if BITS == 8 and KEYS:
-                zero = load_bits(element_pointer(run + ZEROS, 2) + tile_rows, tile_rows < rows)
+            if M.BITS == 8 and KEYS:
+                zero = load_bits(element_pointer(run + M.ZEROS, 2) + tile_rows, tile_rows < rows)
                 zero = as_float(zero, tl.float16)[:, None]
             put_tile(
                 run, bits, tile_rows, tile_columns, tile_rows < rows, tile_columns < columns,
-                zero, inverse, OFFSET, ROW, SCALES, MATRIX_ROWS, BITS, GROUP, DTYPE,
+                zero, inverse, M, L.DTYPE,
             )  # fmt: skip
 
 
 @triton.jit
 def put_zeros(
     run, base, aside, entries, table, k, head, block_stride, head_stride, rows, columns,
-    D: tl.constexpr, N: tl.constexpr, T: tl.constexpr, ZEROS: tl.constexpr, TABLE: tl.constexpr,
-    DTYPE: tl.constexpr, COLUMNS: tl.constexpr,
+    COLUMNS: tl.constexpr, M: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     """Write the zeros of fp8 keys; bits of the largest magnitude without them. See above."""
     ROWS: tl.constexpr = WHOLE_ROWS // COLUMNS
@@ -107,12 +95,12 @@ def put_zeros(
     for row in range(0, rows, ROWS):
         bits = load_tile(
             base, aside, entries, table, k, head, block_stride, head_stride, row, 0,
-            rows, columns, True, D, N, T, TABLE, DTYPE, ROWS, COLUMNS,
+            rows, columns, True, ROWS, COLUMNS, M, L,
         )  # fmt: skip
         tile_rows, held = row + tl.arange(0, ROWS), (tl.arange(0, COLUMNS) < columns)[None, :]
-        values = as_float(bits, DTYPE)
+        values = as_float(bits, L.DTYPE)
         zeros = fp8_zeros(values, tl.broadcast_to(held, [ROWS, COLUMNS]), columns)
-        store_bits(element_pointer(run + ZEROS, 2) + tile_rows, zeros, tile_rows < rows)
+        store_bits(element_pointer(run + M.ZEROS, 2) + tile_rows, zeros, tile_rows < rows)
         left = (values - as_float(zeros, tl.float16)[:, None]).to(tl.int32, bitcast=True)
         left = tl.where(held, left & MAGNITUDE, 0)
         largest = tl.maximum(largest, tl.max(tl.max(left, axis=1), axis=0))
@@ -122,32 +110,32 @@ def put_zeros(
 @triton.jit
 def load_tile(
     base, aside, entries, table, k, head, block_stride, head_stride, row, column, rows, columns,
-    KEYS: tl.constexpr, D: tl.constexpr, N: tl.constexpr, T: tl.constexpr, TABLE: tl.constexpr,
-    DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    KEYS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, M: tl.constexpr,
+    L: tl.constexpr,
 ):  # fmt: skip
     """Elements of a tile from dense blocks ``[ROWS, COLUMNS]``, 0 outside the matrix."""
-    SIZE: tl.constexpr = DTYPE.primitive_bitwidth // 8
+    SIZE: tl.constexpr = L.DTYPE.primitive_bitwidth // 8
     tile_rows, tile_columns = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
     row_mask, column_mask = tile_rows < rows, tile_columns < columns
     if KEYS:
         place, held = tile_columns, column_mask
     else:
         place, held = tile_rows, row_mask
-    token = k * T + place
-    entry, place = token // N, token % N
+    token = k * L.T + place
+    entry, place = token // L.N, token % L.N
     block = tl.load(entries + entry, mask=held, other=0)
     runs = find_run(base, block, head, block_stride, head_stride)
     runs = tl.where(entry == k, aside, runs)
     # Neighbouring threads read channels of one token, kept or not: a block has tokens in rows.
-    rows = dense_rows(element_pointer(runs, SIZE), place, D)[:, None]
+    rows = dense_rows(element_pointer(runs, SIZE), place, L.D)[:, None]
     if KEYS:
         channel = tile_rows
-        if TABLE >= 0:
+        if M.TABLE >= 0:
             channel = tl.load(table + tile_rows, mask=row_mask, other=0).to(tl.int32)
         bits = load_bits(rows + channel[None, :], column_mask[:, None] & row_mask[None, :])
         return tl.trans(bits)
     else:
         channel = tile_columns
-        if TABLE >= 0:
+        if M.TABLE >= 0:
             channel = tl.load(table + tile_columns, mask=column_mask, other=0).to(tl.int32)
-        return load_bits(rows + D + channel[None, :], row_mask[:, None] & column_mask[None, :])
+        return load_bits(rows + L.D + channel[None, :], row_mask[:, None] & column_mask[None, :])

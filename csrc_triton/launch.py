@@ -60,6 +60,21 @@ def row_strides(who: str, name: str, tensor: torch.Tensor) -> tuple[int, int]:
     return strides[0] // STRIDE_MULTIPLE, strides[1] // STRIDE_MULTIPLE
 
 
+class CompileTime:
+    """Base of frozen dataclasses that kernels take as one compile-time argument.
+
+    Where kernels are compiled, their numbers become Triton's constants, which is what its functions
+    want; its interpreter wants plain ones. To make and compare them at each launch would slow it
+    down, so keep one for each plan (``functools.cache``), and let it equal no other (``eq=False``).
+    Triton tells binaries apart by what they print.
+    """
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, int) and not triton.knobs.runtime.interpret:
+                object.__setattr__(self, name, tl.constexpr(value))
+
+
 @triton.jit
 def whole_stride(stride):
     """A stride, of what the launcher made of it."""

@@ -58,9 +58,3 @@ def load_codes(
     else:
         at = start + rows[:, None] * ROW + (first + index)[None, :]
         return decode_fp8(tl.load(at, mask=mask, other=0))
-
-
-@triton.jit
-def load_scale(start):
-    """The float32 scale of an fp8 matrix."""
-    return tl.load(as_elements(start, tl.float32))

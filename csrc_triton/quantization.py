@@ -202,8 +202,7 @@ def unit_byte(row, byte, ROWS: tl.constexpr):
 @triton.jit
 def put_tile(
     run, bits, rows, columns, row_mask, column_mask, zero, inverse,
-    OFFSET: tl.constexpr, ROW: tl.constexpr, SCALES: tl.constexpr,
-    MATRIX_ROWS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr,
+    M: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Write a tile of a matrix.
 
@@ -216,36 +215,32 @@ def put_tile(
         column_mask: Columns that hold something; whole bytes of codes.
         zero: For fp8, of the rows, float32 ``[R, 1]``.
         inverse: For fp8, of the matrix's scale.
-        OFFSET: Byte at which the matrix starts.
-        ROW: Bytes of a row of elements.
-        SCALES: Byte at which the scales start, and the zeros among them.
-        MATRIX_ROWS: Rows of the matrix, even where there are codes.
-        BITS: Of a code; 0 for elements as they are, 8 for fp8.
-        GROUP: Elements that share a scale.
+        M: The ``Matrix``. An even number of rows where there are codes.
         DTYPE: Of an element.
     """
     mask = row_mask[:, None] & column_mask[None, :]
-    if BITS == 0:
+    if M.BITS == 0:
         SIZE: tl.constexpr = DTYPE.primitive_bitwidth // 8
-        start = element_pointer(run + OFFSET + rows * ROW, SIZE)
+        start = element_pointer(run + M.OFFSET + rows * M.ROW, SIZE)
         store_bits(start[:, None] + columns[None, :], bits, mask)
-    elif BITS == 8:
+    elif M.BITS == 8:
         codes = fp8_codes((as_float(bits, DTYPE) - zero) * inverse)
-        target = run + OFFSET + unit_byte(rows[:, None], columns[None, :], MATRIX_ROWS)
+        target = run + M.OFFSET + unit_byte(rows[:, None], columns[None, :], M.ROWS)
         tl.store(target, codes.to(tl.uint8), mask=mask)
     else:
-        BYTES: tl.constexpr = GROUP * BITS // 8
+        BITS: tl.constexpr = M.BITS
+        BYTES: tl.constexpr = M.GROUP * BITS // 8
         codes, scales, zeros = integer_codes(as_float(bits, DTYPE), mask, BITS)
         first = tl.min(columns, axis=0)
         byte = tl.arange(0, BYTES)
         # The last column that holds something is the last of its byte.
         held = (first + byte * (8 // BITS)) <= tl.max(tl.where(column_mask, columns, -1), axis=0)
         place = (first * BITS // 8 + byte)[None, :]
-        target = run + OFFSET + unit_byte(rows[:, None], place, MATRIX_ROWS)
+        target = run + M.OFFSET + unit_byte(rows[:, None], place, M.ROWS)
         packed = pack(codes, BITS).to(tl.uint8)
         tl.store(target, packed, mask=row_mask[:, None] & held[None, :])
         # Scales of two rows, then their zeros.
-        factor = first // GROUP * (2 * MATRIX_ROWS) + rows // 2 * 4 + rows % 2
-        factor_at = element_pointer(run + SCALES, 2) + factor
+        factor = first // M.GROUP * (2 * M.ROWS) + rows // 2 * 4 + rows % 2
+        factor_at = element_pointer(run + M.SCALES, 2) + factor
         store_bits(factor_at, scales, row_mask)
         store_bits(factor_at + 2, zeros, row_mask)

@@ -11,24 +11,25 @@ import torch
 import triton
 import triton.language as tl
 
-from csrc_triton.aot import AotCase
+from csrc_triton.aot import AotCase, aot_case
 from csrc_triton.blocks import (
     cache_bytes,
     cache_strides,
-    check_cache,
     dense_rows,
     element_type,
     find_run,
+    make_layout,
 )
-from csrc_triton.checks import ELEMENTS, check_heads, check_tasks, check_tensor
+from csrc_triton.checks import check_heads, check_tasks, check_tensor
 from csrc_triton.launch import kernel, row_strides, whole_stride
 from csrc_triton.quantization import as_float, element_pointer, load_bits
+from think_vllm.kernels.checks import ELEMENTS, check_cache, check_group
 from think_vllm.plan.planner import BlockPlan
 
 #: Tokens whose keys one program sums up, in whole blocks.
 CHUNK_TOKENS = 1024
 #: Channels of such a program: a 128-byte line of a token's key, of two-byte elements.
-CHANNELS = 64
+CHANNELS = tl.constexpr(64)
 WARPS = 4
 #: Of a program that sums up the queries of one KV head.
 QUERY_WARPS = 4
@@ -72,11 +73,11 @@ def key_energy(
     energy = torch.empty(num_tasks, num_heads, plan.head_size, device=device)
     if num_tasks == 0:
         return energy
-    constants = _constants(plan, kv_cache.dtype)
+    constants = {"L": make_layout(plan, kv_cache.dtype), "CHUNK": _chunk_blocks(plan)}
     num_chunks = triton.cdiv(max_tokens, plan.block_size * _chunk_blocks(plan))
     shape = (num_tasks, num_heads, num_chunks, plan.head_size)
     parts = torch.empty(shape, device=device)
-    grid = (num_tasks * num_chunks, num_heads, triton.cdiv(plan.head_size, CHANNELS))
+    grid = (num_tasks * num_chunks, num_heads, triton.cdiv(plan.head_size, CHANNELS.value))
     chunk_kernel[grid](
         cache_bytes(kv_cache),
         block_table,
@@ -98,10 +99,7 @@ def key_energy(
         energy,
         num_heads,
         num_chunks,
-        D=plan.head_size,
-        D_PAD=triton.next_power_of_2(plan.head_size),
-        N=plan.block_size,
-        CHUNK_TOKENS=plan.block_size * _chunk_blocks(plan),
+        **constants,
         num_warps=1,
     )
     return energy
@@ -136,14 +134,9 @@ def add_query_energy(
     check_tensor(who, "energy", energy, torch.float32, tuple(energy.shape), device)
     num_windows, num_kv_heads, head_size = energy.shape
     check_heads(who, "query", query, ELEMENTS, head_size, device)
-    if num_kv_heads == 0 or query.shape[1] % num_kv_heads:
-        raise ValueError(
-            f"{who}: query has {query.shape[1]} heads, energy has {num_kv_heads} KV heads; "
-            "expected a multiple"
-        )
+    check_group(who, query.shape[1], num_kv_heads)
     if num_windows == 0:
         return
-    group = query.shape[1] // num_kv_heads
     query_kernel[(num_windows, num_kv_heads)](
         query.view(torch.uint8),
         begin,
@@ -151,10 +144,8 @@ def add_query_energy(
         energy,
         *(stride * query.itemsize for stride in row_strides(who, "query", query)),
         num_kv_heads,
-        GROUP=group,
-        GROUP_PAD=triton.next_power_of_2(group),
+        GROUP=query.shape[1] // num_kv_heads,
         D=head_size,
-        D_PAD=triton.next_power_of_2(head_size),
         DTYPE=element_type(query.dtype),
         num_warps=QUERY_WARPS,
     )
@@ -164,27 +155,17 @@ def _chunk_blocks(plan: BlockPlan) -> int:
     return max(1, CHUNK_TOKENS // plan.block_size)
 
 
-def _constants(plan: BlockPlan, dtype: torch.dtype) -> dict[str, object]:
-    return {
-        "D": plan.head_size,
-        "N": plan.block_size,
-        "N_PAD": triton.next_power_of_2(plan.block_size),
-        "DTYPE": element_type(dtype),
-        "CHUNK": _chunk_blocks(plan),
-        "CHANNELS": CHANNELS,
-    }
-
-
 @kernel(unaligned=("table_ptr", "request_ptr", "length_ptr", "first_ptr"))
 def chunk_kernel(
     kv_ptr, table_ptr, request_ptr, length_ptr, first_ptr, part_ptr, num_heads, num_chunks,
     table_stride, block_stride, head_stride,
-    D: tl.constexpr, N: tl.constexpr, N_PAD: tl.constexpr, DTYPE: tl.constexpr,
-    CHUNK: tl.constexpr, CHANNELS: tl.constexpr,
+    L: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Sums of squares per (prompt, chunk, KV head, tile of channels)."""
     block_stride, head_stride = whole_stride(block_stride), whole_stride(head_stride)
-    SIZE: tl.constexpr = DTYPE.primitive_bitwidth // 8
+    SIZE: tl.constexpr = L.DTYPE.primitive_bitwidth // 8
+    N: tl.constexpr = L.N
+    N_PAD: tl.constexpr = triton.next_power_of_2(L.N)
     prompt, chunk = tl.program_id(0) // num_chunks, tl.program_id(0) % num_chunks
     head = tl.program_id(1)
     # Chunks are counted from the first dense block on.
@@ -200,39 +181,42 @@ def chunk_kernel(
             block = tl.load(entries + entry)
             run = find_run(kv_ptr, block, head, block_stride, head_stride)
             held = (place < N) & (entry * N + place < length)
-            rows = dense_rows(element_pointer(run, SIZE), place, D)
+            rows = dense_rows(element_pointer(run, SIZE), place, L.D)
             pointer = rows[:, None] + channel[None, :]
-            bits = load_bits(pointer, held[:, None] & (channel < D)[None, :])
-            keys = as_float(bits, DTYPE)
+            bits = load_bits(pointer, held[:, None] & (channel < L.D)[None, :])
+            keys = as_float(bits, L.DTYPE)
             squares += keys * keys
         part = (prompt.to(tl.int64) * num_heads + head) * num_chunks + chunk
-        tl.store(part_ptr + part * D + channel, tl.sum(squares, axis=0), mask=channel < D)
+        tl.store(part_ptr + part * L.D + channel, tl.sum(squares, axis=0), mask=channel < L.D)
 
 
 @kernel(unaligned=("length_ptr", "first_ptr"))
 def mean_kernel(
     part_ptr, length_ptr, first_ptr, energy_ptr, num_heads, num_chunks,
-    D: tl.constexpr, D_PAD: tl.constexpr, N: tl.constexpr, CHUNK_TOKENS: tl.constexpr,
+    L: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Add up the chunks of a (prompt, KV head), in order."""
+    D_PAD: tl.constexpr = triton.next_power_of_2(L.D)
+    CHUNK_TOKENS: tl.constexpr = CHUNK * L.N
     item = tl.program_id(0).to(tl.int64) * num_heads + tl.program_id(1)
-    length = tl.load(length_ptr + tl.program_id(0)) - tl.load(first_ptr + tl.program_id(0)) * N
+    length = tl.load(length_ptr + tl.program_id(0)) - tl.load(first_ptr + tl.program_id(0)) * L.N
     channel = tl.arange(0, D_PAD)
     total = tl.zeros((D_PAD,), tl.float32)
     for chunk in range(0, (length + CHUNK_TOKENS - 1) // CHUNK_TOKENS):
-        part = part_ptr + (item * num_chunks + chunk) * D
-        total += tl.load(part + channel, mask=channel < D, other=0.0)
+        part = part_ptr + (item * num_chunks + chunk) * L.D
+        total += tl.load(part + channel, mask=channel < L.D, other=0.0)
     mean = tl.div_rn(total, tl.maximum(length, 1).to(tl.float32))
-    tl.store(energy_ptr + item * D + channel, mean, mask=channel < D)
+    tl.store(energy_ptr + item * L.D + channel, mean, mask=channel < L.D)
 
 
 @kernel(unaligned=("begin_ptr", "end_ptr"))
 def query_kernel(
     query_ptr, begin_ptr, end_ptr, energy_ptr, query_stride, query_head_stride, num_kv_heads,
-    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-    DTYPE: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """One program per (window, KV head). Strides are in bytes."""
+    GROUP_PAD: tl.constexpr = triton.next_power_of_2(GROUP)
+    D_PAD: tl.constexpr = triton.next_power_of_2(D)
     query_stride, query_head_stride = whole_stride(query_stride), whole_stride(query_head_stride)
     SIZE: tl.constexpr = DTYPE.primitive_bitwidth // 8
     window, kv_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -251,28 +235,11 @@ def query_kernel(
 
 def aot_cases(plan: BlockPlan, dtype: torch.dtype) -> list[AotCase]:
     """What ``csrc_triton/aot.py`` compiles; queries in groups of 4."""
-    constants = _constants(plan, dtype)
-    d_pad = triton.next_power_of_2(plan.head_size)
-    chunk = {
-        "kv_ptr": "*u8:16", "table_ptr": "*i32:16", "request_ptr": "*i32:16",
-        "length_ptr": "*i32:16", "first_ptr": "*i32:16", "part_ptr": "*fp32:16",
-        "num_heads": "i32", "num_chunks": "i32",
-        "table_stride": "i32", "block_stride": "i32", "head_stride": "i32",
-    }  # fmt: skip
-    mean = {
-        "part_ptr": "*fp32:16", "length_ptr": "*i32:16", "first_ptr": "*i32:16",
-        "energy_ptr": "*fp32:16", "num_heads": "i32", "num_chunks": "i32",
-    }  # fmt: skip
-    query = {
-        "query_ptr": "*u8:16", "begin_ptr": "*i32:16", "end_ptr": "*i32:16",
-        "energy_ptr": "*fp32:16", "query_stride": "i32", "query_head_stride": "i32",
-        "num_kv_heads": "i32",
-    }  # fmt: skip
-    sizes = {"D": plan.head_size, "D_PAD": d_pad}
-    tokens = {"N": plan.block_size, "CHUNK_TOKENS": plan.block_size * _chunk_blocks(plan)}
-    group = {"GROUP": 4, "GROUP_PAD": 4, "DTYPE": constants["DTYPE"]}
+    constants = {"L": make_layout(plan, dtype), "CHUNK": _chunk_blocks(plan)}
+    group = {"GROUP": 4, "D": plan.head_size, "DTYPE": element_type(dtype)}
+    floats = {"part": "fp32", "energy": "fp32"}
     return [
-        AotCase(chunk_kernel, chunk, constants, {"num_warps": WARPS}),
-        AotCase(mean_kernel, mean, sizes | tokens, {"num_warps": 1}),
-        AotCase(query_kernel, query, sizes | group, {"num_warps": QUERY_WARPS}),
+        aot_case(chunk_kernel, constants, {"num_warps": WARPS}, kv="u8", **floats),
+        aot_case(mean_kernel, constants, {"num_warps": 1}, **floats),
+        aot_case(query_kernel, group, {"num_warps": QUERY_WARPS}, query="u8", **floats),
     ]

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from csrc_triton.aot import AotCase
+from csrc_triton.aot import AotCase, aot_case
 from csrc_triton.blocks import element_type
 from csrc_triton.launch import kernel, row_strides, whole_stride
 
@@ -96,10 +96,8 @@ def _sizes(head_size: int, splits: int) -> dict[str, int]:
 
 def combine_case(head_size: int, dtype: torch.dtype) -> AotCase:
     """What ``csrc_triton/aot.py`` compiles."""
-    signature = {"partial_ptr": "*fp32:16", "seq_len_ptr": "*i32:16",
-                 "out_ptr": f"*{element_type(dtype)}:16", "out_stride": "i32",
-                 "out_head_stride": "i32", "splits": "i32"}  # fmt: skip
-    return AotCase(_combine, signature, _sizes(head_size, 1), {"num_warps": 1})
+    pointers = {"partial": "fp32", "out": str(element_type(dtype))}
+    return aot_case(_combine, _sizes(head_size, 1), {"num_warps": 1}, **pointers)
 
 
 @kernel(unaligned=("seq_len_ptr",))

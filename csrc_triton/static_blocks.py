@@ -1,14 +1,19 @@
 """Static blocks as kernels see them: compile-time sizes and offsets, and a layer's channels."""
 
 import math
+from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from csrc_triton.checks import check_tensor
-from csrc_triton.dots import dot_constants
+from csrc_triton.blocks import element_type
+from csrc_triton.checks import check_attention, check_tensor
+from csrc_triton.dots import dot_type
+from csrc_triton.launch import CompileTime
+from think_vllm.kernels.checks import check_block_table
 from think_vllm.kernels.static_cache import StaticChannels, check_static_cache
 from think_vllm.plan.static_plan import StaticPlan
 
@@ -44,29 +49,63 @@ def order_channels(channels: StaticChannels, head_size: int, device: torch.devic
     return ChannelOrder(order(channels.keys), order(channels.values))
 
 
-def static_constants(plan: StaticPlan, dtype: torch.dtype) -> dict[str, Any]:
+@dataclass(frozen=True, eq=False)
+class StaticLayout(CompileTime):
     """What every kernel over static blocks knows at compile time.
 
-    D head size, N tokens of a block, C and V kept channels of keys and values and the powers of
-    two that hold them, BITS of a code (0: elements of the model's dtype, 8: e4m3); then byte
-    offsets from the start of a run, and bytes of a row of codes.
+    Args:
+        D: Head size.
+        N: Tokens of a block.
+        C: Kept key channels.
+        V: Kept value channels.
+        C_PAD: A power of two that holds ``C``.
+        V_PAD: The same of ``V``.
+        BITS: Of a code; 0 for elements of the model's dtype, 8 for e4m3.
+        KEYS: Byte at which keys begin in a run; values are in front of them.
+        KEY_ROW: Bytes of a row of keys.
+        VALUE_ROW: Bytes of a row of values.
+        KEY_SCALES: Byte at which the scales of keys begin.
+        VALUE_SCALES: The same of values.
+        DTYPE: Of the model.
+        DOT: See ``dots.dot``.
     """
+
+    D: int
+    N: int
+    C: int
+    V: int
+    C_PAD: int
+    V_PAD: int
+    BITS: int
+    KEYS: int
+    KEY_ROW: int
+    VALUE_ROW: int
+    KEY_SCALES: int
+    VALUE_SCALES: int
+    DTYPE: Any
+    DOT: Any
+
+
+@cache
+def make_layout(plan: StaticPlan, dtype: torch.dtype) -> StaticLayout:
+    """The layout of a plan's blocks, for a model of ``dtype``."""
     layout, size = plan.layout, plan.layout.stored_itemsize
-    return {
-        "D": plan.head_size,
-        "N": plan.block_size,
-        "C": plan.key_channels,
-        "V": plan.value_channels,
-        "C_PAD": max(MIN_PAD, triton.next_power_of_2(plan.key_channels)),
-        "V_PAD": max(MIN_PAD, triton.next_power_of_2(plan.value_channels)),
-        "BITS": 8 if plan.is_quantized else 0,
-        "KEYS": layout.keys_offset,
-        "KEY_ROW": plan.block_size * size,
-        "VALUE_ROW": plan.value_channels * size,
-        "KEY_SCALES": layout.key_scales_offset,
-        "VALUE_SCALES": layout.value_scales_offset,
-        **dot_constants(dtype),
-    }
+    return StaticLayout(
+        D=plan.head_size,
+        N=plan.block_size,
+        C=plan.key_channels,
+        V=plan.value_channels,
+        C_PAD=max(MIN_PAD, triton.next_power_of_2(plan.key_channels)),
+        V_PAD=max(MIN_PAD, triton.next_power_of_2(plan.value_channels)),
+        BITS=8 if plan.is_quantized else 0,
+        KEYS=layout.keys_offset,
+        KEY_ROW=plan.block_size * size,
+        VALUE_ROW=plan.value_channels * size,
+        KEY_SCALES=layout.key_scales_offset,
+        VALUE_SCALES=layout.value_scales_offset,
+        DTYPE=element_type(dtype),
+        DOT=dot_type(dtype),
+    )
 
 
 def tile_tokens(plan: StaticPlan, most: int) -> int:
@@ -77,11 +116,7 @@ def tile_tokens(plan: StaticPlan, most: int) -> int:
 def check_order(
     who: str, order: ChannelOrder, num_kv_heads: int, plan: StaticPlan, device: torch.device
 ) -> None:
-    """Check a layer's channels.
-
-    Raises:
-        ValueError: Saying who, what was given and what is expected.
-    """
+    """Check a layer's channels."""
     for name, tensor in order._asdict().items():
         expected = (num_kv_heads, plan.head_size)
         check_tensor(who, f"order.{name}", tensor, torch.int32, expected, device)
@@ -95,35 +130,14 @@ def check_queries(
     order: ChannelOrder,
     out: torch.Tensor,
     plan: StaticPlan,
+    scale: float,
 ) -> None:
-    """Check what attention over static blocks is given.
-
-    Raises:
-        ValueError: Saying who, what was given and what is expected.
-    """
+    """Check what attention over static blocks is given."""
     check_static_cache(who, kv_cache, query.dtype, plan)
     num_kv_heads, head_size = kv_cache.shape[1], plan.head_size
     check_order(who, order, num_kv_heads, plan, kv_cache.device)
-    if query.dim() != 3 or query.shape[2] != head_size or query.stride(2) != 1:
-        raise ValueError(
-            f"{who}: query has shape {tuple(query.shape)} and strides {query.stride()}; expected "
-            f"[tokens, Hq, {head_size}] with contiguous channels"
-        )
-    if query.shape[1] == 0 or query.shape[1] % num_kv_heads:
-        raise ValueError(
-            f"{who}: query has {query.shape[1]} heads, there are {num_kv_heads} KV heads; "
-            "expected a positive multiple"
-        )
-    if out.shape != query.shape or out.dtype != query.dtype or out.stride(2) != 1:
-        raise ValueError(
-            f"{who}: out is {out.dtype} {tuple(out.shape)} with strides {out.stride()}; expected "
-            f"{query.dtype} {tuple(query.shape)} with contiguous channels"
-        )
-    if block_table.dtype != torch.int32 or block_table.dim() != 2 or block_table.stride(1) != 1:
-        raise ValueError(
-            f"{who}: block_table is {block_table.dtype} {tuple(block_table.shape)} with strides "
-            f"{block_table.stride()}; expected int32 [num_requests, W], rows contiguous"
-        )
+    check_attention(who, query, num_kv_heads, head_size, query.dtype, out, scale)
+    check_block_table(who, block_table)
     devices = {query.device, kv_cache.device, block_table.device, out.device}
     if len(devices) > 1:
         raise ValueError(f"{who}: tensors are on {sorted(map(str, devices))}; expected one device")

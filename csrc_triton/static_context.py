@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from csrc_triton.aot import AotCase
+from csrc_triton.aot import AotCase, aot_case
 from csrc_triton.blocks import cache_bytes, cache_strides
 from csrc_triton.checks import check_tensor
 from csrc_triton.decode import launch_options
@@ -18,7 +18,7 @@ from csrc_triton.static_blocks import (
     ChannelOrder,
     check_queries,
     kept_channels,
-    static_constants,
+    make_layout,
     tile_tokens,
 )
 from csrc_triton.static_tiles import attend_static, gather_query
@@ -66,7 +66,7 @@ def static_context(
         ValueError: If shapes, dtypes or devices do not fit each other.
     """
     who = "static_context"
-    check_queries(who, query, kv_cache, block_table, order, out, plan)
+    check_queries(who, query, kv_cache, block_table, order, out, plan, scale)
     num_requests = seq_len.numel()
     check_tensor(who, "seq_len", seq_len, torch.int32, (num_requests,), query.device)
     check_tensor(who, "query_start", query_start, torch.int32, (num_requests + 1,), query.device)
@@ -97,34 +97,21 @@ def static_context(
         **cache_strides(who, kv_cache),
         first_request=first,
         ROWS=rows,
-        **_constants(plan, query.dtype, group, logits_soft_cap > 0),
+        G=group,
+        TILE=tile_tokens(plan, TILE),
+        CAPPED=logits_soft_cap > 0,
+        L=make_layout(plan, query.dtype),
         **launch_options(OPTIONS, query.dtype),
     )
 
 
-def _constants(plan: StaticPlan, dtype: torch.dtype, group: int, capped: bool) -> dict[str, object]:
-    return {
-        "G": group,
-        "D_PAD": triton.next_power_of_2(plan.head_size),
-        "TILE": tile_tokens(plan, TILE),
-        "CAPPED": capped,
-        **static_constants(plan, dtype),
-    }
-
-
 def aot_cases(plan: StaticPlan, dtype: torch.dtype) -> list[AotCase]:
     """What ``csrc_triton/aot.py`` compiles: groups of 4 query heads."""
-    constants = {"ROWS": ROWS, **_constants(plan, dtype, 4, False)}
-    element = str(constants["DTYPE"])
-    pointers = {"query_ptr": element, "kv_ptr": "u8", "table_ptr": "i32", "query_start_ptr": "i32",
-                "seq_len_ptr": "i32", "key_order_ptr": "i32", "value_order_ptr": "i32",
-                "out_ptr": element}  # fmt: skip
-    signature = {name: f"*{kind}:16" for name, kind in pointers.items()}
-    signature |= dict.fromkeys(("scale", "cap"), "fp32")
-    numbers = ("query_stride", "query_head_stride", "out_stride", "out_head_stride",
-               "table_stride", "block_stride", "head_stride", "first_request")  # fmt: skip
-    signature |= dict.fromkeys(numbers, "i32")
-    return [AotCase(static_context_kernel, signature, constants, launch_options(OPTIONS, dtype))]
+    layout, options = make_layout(plan, dtype), launch_options(OPTIONS, dtype)
+    constants = {"ROWS": ROWS, "G": 4, "TILE": tile_tokens(plan, TILE), "CAPPED": False}
+    element = str(layout.DTYPE)
+    pointers = {"query": element, "kv": "u8", "out": element}
+    return [aot_case(static_context_kernel, constants | {"L": layout}, options, **pointers)]
 
 
 # One binary whatever the batch and the model length: see ``decode.py``.
@@ -133,11 +120,8 @@ def static_context_kernel(
     query_ptr, kv_ptr, table_ptr, query_start_ptr, seq_len_ptr, key_order_ptr, value_order_ptr,
     out_ptr, scale, cap, query_stride, query_head_stride, out_stride, out_head_stride,
     table_stride, block_stride, head_stride, first_request,
-    ROWS: tl.constexpr, G: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr,
-    CAPPED: tl.constexpr, D: tl.constexpr, N: tl.constexpr, C: tl.constexpr, V: tl.constexpr,
-    C_PAD: tl.constexpr, V_PAD: tl.constexpr, BITS: tl.constexpr, KEYS: tl.constexpr,
-    KEY_ROW: tl.constexpr, VALUE_ROW: tl.constexpr, KEY_SCALES: tl.constexpr,
-    VALUE_SCALES: tl.constexpr, DTYPE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, G: tl.constexpr, TILE: tl.constexpr, CAPPED: tl.constexpr,
+    L: tl.constexpr,
 ):  # fmt: skip
     """A tile of query rows of one request and KV head."""
     query_stride, query_head_stride = whole_stride(query_stride), whole_stride(query_head_stride)
@@ -160,24 +144,23 @@ def static_context_kernel(
     _, total, sums = attend_static(
         tl.full((ROWS,), float("-inf"), tl.float32),
         tl.zeros((ROWS,), tl.float32),
-        tl.zeros((ROWS, V_PAD), tl.float32),
-        gather_query(query_at, row_mask, key_order_ptr, kv_head, C, C_PAD, D),
+        tl.zeros((ROWS, L.V_PAD), tl.float32),
+        gather_query(query_at, row_mask, key_order_ptr, kv_head, L),
         seq_len - num_queries + token,
         kv_ptr, table_ptr + request.to(tl.int64) * table_stride, kv_head, 0, end,
-        scale, cap, block_stride, head_stride,
-        TILE, CAPPED, D, N, C, V, C_PAD, V_PAD, BITS, KEYS, KEY_ROW, VALUE_ROW, KEY_SCALES,
-        VALUE_SCALES, DTYPE, DOT, PRECISION,
+        scale, cap, block_stride, head_stride, TILE, CAPPED, L,
     )  # fmt: skip
     # Runs without requests, as vLLM warms up, may have queries that see nothing.
     sums = sums / tl.where(total == 0.0, 1.0, total)[:, None]
     out = out_ptr + (source * out_stride + head * out_head_stride)[:, None]
-    index = tl.arange(0, V_PAD)
-    channel = kept_channels(value_order_ptr, kv_head, index, V, D)
-    mask = row_mask[:, None] & (index < V)[None, :]
+    index = tl.arange(0, L.V_PAD)
+    channel = kept_channels(value_order_ptr, kv_head, index, L.V, L.D)
+    mask = row_mask[:, None] & (index < L.V)[None, :]
     tl.store(out + channel[None, :], sums.to(out_ptr.dtype.element_ty), mask=mask)
-    if V < D:
+    if L.V < L.D:
+        D_PAD: tl.constexpr = triton.next_power_of_2(L.D)
         index = tl.arange(0, D_PAD)
-        pruned = (index >= V) & (index < D)
-        channel = tl.load(value_order_ptr + kv_head * D + index, mask=pruned, other=0)
+        pruned = (index >= L.V) & (index < L.D)
+        channel = tl.load(value_order_ptr + kv_head * L.D + index, mask=pruned, other=0)
         zeros = tl.zeros((ROWS, D_PAD), out_ptr.dtype.element_ty)
         tl.store(out + channel[None, :], zeros, mask=row_mask[:, None] & pruned[None, :])

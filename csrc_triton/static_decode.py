@@ -1,12 +1,10 @@
 """Decode attention over static blocks, in the form of ``decode.py``: splits, then their sum."""
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 
-from csrc_triton.aot import AotCase
+from csrc_triton.aot import AotCase, aot_case
 from csrc_triton.blocks import cache_bytes, cache_strides
 from csrc_triton.checks import check_tensor
 from csrc_triton.decode import launch_options
@@ -18,12 +16,7 @@ from csrc_triton.splits import (
     count_multiprocessors,
     make_workspace,
 )
-from csrc_triton.static_blocks import (
-    ChannelOrder,
-    check_queries,
-    static_constants,
-    tile_tokens,
-)
+from csrc_triton.static_blocks import ChannelOrder, check_queries, make_layout, tile_tokens
 from csrc_triton.static_tiles import attend_static, gather_query
 from think_vllm.plan.static_plan import StaticPlan
 
@@ -71,7 +64,7 @@ def static_decode(
         ValueError: If shapes, dtypes or devices do not fit each other.
     """
     who = "static_decode"
-    check_queries(who, query, kv_cache, block_table, order, out, plan)
+    check_queries(who, query, kv_cache, block_table, order, out, plan, scale)
     num_rows, num_heads, _ = query.shape
     check_tensor(who, "seq_len", seq_len, torch.int32, (num_rows,), query.device)
     if block_table.shape[0] < num_rows:
@@ -106,7 +99,10 @@ def static_decode(
         **cache_strides(who, kv_cache),
         splits=splits,
         ROWS=max(MIN_GROUP, triton.next_power_of_2(group)),
-        **_constants(plan, query.dtype, group, logits_soft_cap > 0),
+        G=group,
+        TILE=_tile(plan),
+        CAPPED=logits_soft_cap > 0,
+        L=make_layout(plan, query.dtype),
         **launch_options(OPTIONS, query.dtype),
     )
     static_combine_kernel[(num_rows, num_heads)](
@@ -122,13 +118,8 @@ def static_decode(
     )
 
 
-def _constants(plan: StaticPlan, dtype: torch.dtype, group: int, capped: bool) -> dict[str, Any]:
-    return {
-        "G": group,
-        "TILE": tile_tokens(plan, QUANTIZED_TILE if plan.is_quantized else PLAIN_TILE),
-        "CAPPED": capped,
-        **static_constants(plan, dtype),
-    }
+def _tile(plan: StaticPlan) -> int:
+    return tile_tokens(plan, QUANTIZED_TILE if plan.is_quantized else PLAIN_TILE)
 
 
 def _combine_constants(plan: StaticPlan, group: int) -> dict[str, int]:
@@ -138,22 +129,14 @@ def _combine_constants(plan: StaticPlan, group: int) -> dict[str, int]:
 
 def aot_cases(plan: StaticPlan, dtype: torch.dtype) -> list[AotCase]:
     """What ``csrc_triton/aot.py`` compiles: groups of 4 query heads."""
-    constants = {"ROWS": MIN_GROUP, **_constants(plan, dtype, 4, False)}
-    element = str(constants["DTYPE"])
-    pointers = {"query_ptr": element, "kv_ptr": "u8", "table_ptr": "i32", "seq_len_ptr": "i32",
-                "order_ptr": "i32", "partial_ptr": "fp32"}  # fmt: skip
-    signature = {name: f"*{kind}:16" for name, kind in pointers.items()}
-    signature |= dict.fromkeys(("scale", "cap"), "fp32")
-    numbers = ("query_stride", "query_head_stride", "table_stride", "block_stride", "head_stride",
-               "splits")  # fmt: skip
-    signature |= dict.fromkeys(numbers, "i32")
-    combine = {"partial_ptr": "*fp32:16", "seq_len_ptr": "*i32:16", "order_ptr": "*i32:16",
-               "out_ptr": f"*{element}:16", "out_stride": "i32", "out_head_stride": "i32",
-               "splits": "i32"}  # fmt: skip
-    sizes = {"SPLITS_PAD": MAX_SPLITS, **_combine_constants(plan, 4)}
+    layout, options = make_layout(plan, dtype), launch_options(OPTIONS, dtype)
+    attend = {"G": 4, "ROWS": MIN_GROUP, "TILE": _tile(plan), "CAPPED": False, "L": layout}
+    combine = {"SPLITS_PAD": MAX_SPLITS, **_combine_constants(plan, 4)}
+    element = str(layout.DTYPE)
+    pointers = {"query": element, "kv": "u8", "partial": "fp32", "out": element}
     return [
-        AotCase(static_decode_kernel, signature, constants, launch_options(OPTIONS, dtype)),
-        AotCase(static_combine_kernel, combine, sizes, {"num_warps": 1}),
+        aot_case(static_decode_kernel, attend, options, **pointers),
+        aot_case(static_combine_kernel, combine, {"num_warps": 1}, **pointers),
     ]
 
 
@@ -163,10 +146,7 @@ def static_decode_kernel(
     query_ptr, kv_ptr, table_ptr, seq_len_ptr, order_ptr, partial_ptr,
     scale, cap, query_stride, query_head_stride, table_stride, block_stride, head_stride, splits,
     G: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, CAPPED: tl.constexpr,
-    D: tl.constexpr, N: tl.constexpr, C: tl.constexpr, V: tl.constexpr, C_PAD: tl.constexpr,
-    V_PAD: tl.constexpr, BITS: tl.constexpr, KEYS: tl.constexpr, KEY_ROW: tl.constexpr,
-    VALUE_ROW: tl.constexpr, KEY_SCALES: tl.constexpr, VALUE_SCALES: tl.constexpr,
-    DTYPE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    L: tl.constexpr,
 ):  # fmt: skip
     """One split of one row and KV head: sums [G, V], maxima and totals [G]."""
     query_stride, query_head_stride = whole_stride(query_stride), whole_stride(query_head_stride)
@@ -182,22 +162,20 @@ def static_decode_kernel(
     top, total, sums = attend_static(
         tl.full((ROWS,), float("-inf"), tl.float32),
         tl.zeros((ROWS,), tl.float32),
-        tl.zeros((ROWS, V_PAD), tl.float32),
-        gather_query(query_at, head_mask, order_ptr, kv_head, C, C_PAD, D),
+        tl.zeros((ROWS, L.V_PAD), tl.float32),
+        gather_query(query_at, head_mask, order_ptr, kv_head, L),
         tl.zeros((ROWS,), tl.int32) + seq_len - 1,
         kv_ptr, table_ptr + row.to(tl.int64) * table_stride, kv_head,
         begin, tl.minimum(begin + per_split, seq_len),
-        scale, cap, block_stride, head_stride,
-        TILE, CAPPED, D, N, C, V, C_PAD, V_PAD, BITS, KEYS, KEY_ROW, VALUE_ROW, KEY_SCALES,
-        VALUE_SCALES, DTYPE, DOT, PRECISION,
+        scale, cap, block_stride, head_stride, TILE, CAPPED, L,
     )  # fmt: skip
     head = (row.to(tl.int64) * tl.num_programs(1) + kv_head) * G + heads
-    partial = partial_ptr + (head * splits + split) * (V + 2)
-    channels = tl.arange(0, V_PAD)
-    mask = head_mask[:, None] & (channels < V)[None, :]
+    partial = partial_ptr + (head * splits + split) * (L.V + 2)
+    channels = tl.arange(0, L.V_PAD)
+    mask = head_mask[:, None] & (channels < L.V)[None, :]
     tl.store(partial[:, None] + channels[None, :], sums, mask=mask)
-    tl.store(partial + V, top, mask=head_mask)
-    tl.store(partial + V + 1, total, mask=head_mask)
+    tl.store(partial + L.V, top, mask=head_mask)
+    tl.store(partial + L.V + 1, total, mask=head_mask)
 
 
 @kernel(unaligned=("seq_len_ptr",))

@@ -4,9 +4,9 @@ import torch
 import triton
 import triton.language as tl
 
-from csrc_triton.aot import AotCase
+from csrc_triton.aot import AotCase, aot_case
 from csrc_triton.blocks import cache_bytes, cache_strides
-from csrc_triton.checks import check_heads, check_tensor
+from csrc_triton.checks import check_tokens
 from csrc_triton.launch import kernel, row_strides, whole_stride
 from csrc_triton.quantization import (
     MAGNITUDE,
@@ -17,17 +17,14 @@ from csrc_triton.quantization import (
     load_bits,
     store_bits,
 )
-from csrc_triton.static_blocks import ChannelOrder, check_order, kept_channels, static_constants
+from csrc_triton.static_blocks import ChannelOrder, check_order, kept_channels, make_layout
 from think_vllm.kernels.static_cache import check_static_cache
 from think_vllm.plan.static_plan import StaticPlan
 
 #: Tokens of a program: one 32-byte sector of a key channel in bf16.
-TOKENS = 16
+TOKENS = tl.constexpr(16)
 #: Codes are the reference's to the bit: see ``csrc_triton/quantization.py``.
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
-#: What kernels are given; they need no more of ``static_constants``.
-NAMES = ("D", "N", "C", "V", "C_PAD", "V_PAD", "BITS", "KEYS", "KEY_SCALES", "VALUE_SCALES",
-         "DTYPE")  # fmt: skip
 
 
 def store_static(
@@ -56,26 +53,13 @@ def store_static(
     Raises:
         ValueError: If shapes, dtypes or devices do not fit each other.
     """
-    who, device = "store_static", kv_cache.device
+    who, num_tokens = "store_static", slot_mapping.numel()
     check_static_cache(who, kv_cache, key.dtype, plan)
-    check_order(who, order, kv_cache.shape[1], plan, device)
-    for name, tensor in (("key", key), ("value", value)):
-        check_heads(who, name, tensor, (key.dtype,), plan.head_size, device)
-    if key.shape != value.shape or key.shape[1] != kv_cache.shape[1]:
-        raise ValueError(
-            f"{who}: key is {tuple(key.shape)}, value is {tuple(value.shape)}; expected both "
-            f"[tokens, {kv_cache.shape[1]}, {plan.head_size}]"
-        )
-    num_tokens = slot_mapping.numel()
-    check_tensor(who, "slot_mapping", slot_mapping, torch.int64, (num_tokens,), device)
-    if num_tokens > key.shape[0]:
-        raise ValueError(
-            f"{who}: slot_mapping has {num_tokens} slots; expected at most {key.shape[0]}, one for "
-            "each token"
-        )
+    check_order(who, order, kv_cache.shape[1], plan, kv_cache.device)
+    check_tokens(who, key, value, slot_mapping, kv_cache, key.dtype, plan.head_size)
     if num_tokens == 0:
         return
-    static_store_kernel[(triton.cdiv(num_tokens, TOKENS), key.shape[1])](
+    static_store_kernel[(triton.cdiv(num_tokens, TOKENS.value), key.shape[1])](
         key,
         value,
         cache_bytes(kv_cache),
@@ -86,27 +70,17 @@ def store_static(
         *row_strides(who, "key", key),
         *row_strides(who, "value", value),
         **cache_strides(who, kv_cache),
-        **_constants(plan, key.dtype),
+        L=make_layout(plan, key.dtype),
         **OPTIONS,
     )
 
 
-def _constants(plan: StaticPlan, dtype: torch.dtype) -> dict[str, object]:
-    constants = static_constants(plan, dtype)
-    return {name: constants[name] for name in NAMES} | {"TOKENS": TOKENS}
-
-
 def aot_cases(plan: StaticPlan, dtype: torch.dtype) -> list[AotCase]:
     """What ``csrc_triton/aot.py`` compiles."""
-    constants = _constants(plan, dtype)
-    element = str(constants["DTYPE"])
-    pointers = {"key_ptr": element, "value_ptr": element, "kv_ptr": "u8", "slot_ptr": "i64",
-                "key_order_ptr": "i32", "value_order_ptr": "i32"}  # fmt: skip
-    signature = {name: f"*{kind}:16" for name, kind in pointers.items()} | {"num_tokens": "i32"}
-    strides = ("key_stride", "key_head_stride", "value_stride", "value_head_stride",
-               "block_stride", "head_stride")  # fmt: skip
-    signature |= dict.fromkeys(strides, "i32")
-    return [AotCase(static_store_kernel, signature, constants, dict(OPTIONS))]
+    layout = make_layout(plan, dtype)
+    element = str(layout.DTYPE)
+    pointers = {"key": element, "value": element, "kv": "u8", "slot": "i64"}
+    return [aot_case(static_store_kernel, {"L": layout}, dict(OPTIONS), **pointers)]
 
 
 # One binary whatever the batch: see ``csrc_triton/decode.py``.
@@ -114,52 +88,50 @@ def aot_cases(plan: StaticPlan, dtype: torch.dtype) -> list[AotCase]:
 def static_store_kernel(
     key_ptr, value_ptr, kv_ptr, slot_ptr, key_order_ptr, value_order_ptr, num_tokens,
     key_stride, key_head_stride, value_stride, value_head_stride, block_stride, head_stride,
-    D: tl.constexpr, N: tl.constexpr, C: tl.constexpr, V: tl.constexpr, C_PAD: tl.constexpr,
-    V_PAD: tl.constexpr, BITS: tl.constexpr, KEYS: tl.constexpr, KEY_SCALES: tl.constexpr,
-    VALUE_SCALES: tl.constexpr, DTYPE: tl.constexpr, TOKENS: tl.constexpr,
+    L: tl.constexpr,
 ):  # fmt: skip
     """One program per (tile of tokens, KV head)."""
     key_stride, key_head_stride = whole_stride(key_stride), whole_stride(key_head_stride)
     value_stride, value_head_stride = whole_stride(value_stride), whole_stride(value_head_stride)
     block_stride, head_stride = whole_stride(block_stride), whole_stride(head_stride)
-    SIZE: tl.constexpr = DTYPE.primitive_bitwidth // 8
+    SIZE: tl.constexpr = L.DTYPE.primitive_bitwidth // 8
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     head = tl.program_id(1).to(tl.int64)
     slot = tl.load(slot_ptr + token, mask=token < num_tokens, other=-1)
     stored = slot >= 0
-    block, place = slot // N, slot % N
+    block, place = slot // L.N, slot % L.N
     run = kv_ptr + block * block_stride + head * head_stride
     wide = token.to(tl.int64)
 
     # Channels first, so that threads write neighbouring tokens of a channel.
-    index = tl.arange(0, C_PAD)
-    channel = kept_channels(key_order_ptr, head, index, C, D)
-    mask = (index < C)[:, None] & stored[None, :]
+    index = tl.arange(0, L.C_PAD)
+    channel = kept_channels(key_order_ptr, head, index, L.C, L.D)
+    mask = (index < L.C)[:, None] & stored[None, :]
     source = element_pointer(key_ptr, SIZE) + head * key_head_stride + wide * key_stride
     bits = load_bits(source[None, :] + channel[:, None], mask)
-    if BITS == 8:
-        keys = as_float(bits, DTYPE)
+    if L.BITS == 8:
+        keys = as_float(bits, L.DTYPE)
         top = tl.max(keys.to(tl.int32, bitcast=True) & MAGNITUDE, axis=0)
         scales, inverse = fp8_inverse(top)
         codes = fp8_codes(keys * inverse[None, :]).to(tl.uint8)
-        tl.store((run + (KEYS + place))[None, :] + (index * N)[:, None], codes, mask=mask)
-        store_bits(element_pointer(run + KEY_SCALES, 4) + place, scales, stored)
+        tl.store((run + (L.KEYS + place))[None, :] + (index * L.N)[:, None], codes, mask=mask)
+        store_bits(element_pointer(run + L.KEY_SCALES, 4) + place, scales, stored)
     else:
-        target = element_pointer(run + KEYS, SIZE) + place
-        store_bits(target[None, :] + (index * N)[:, None], bits, mask)
+        target = element_pointer(run + L.KEYS, SIZE) + place
+        store_bits(target[None, :] + (index * L.N)[:, None], bits, mask)
 
-    index = tl.arange(0, V_PAD)
-    channel = kept_channels(value_order_ptr, head, index, V, D)
-    mask = stored[:, None] & (index < V)[None, :]
+    index = tl.arange(0, L.V_PAD)
+    channel = kept_channels(value_order_ptr, head, index, L.V, L.D)
+    mask = stored[:, None] & (index < L.V)[None, :]
     source = element_pointer(value_ptr, SIZE) + head * value_head_stride + wide * value_stride
     bits = load_bits(source[:, None] + channel[None, :], mask)
-    if BITS == 8:
-        values = as_float(bits, DTYPE)
+    if L.BITS == 8:
+        values = as_float(bits, L.DTYPE)
         top = tl.max(values.to(tl.int32, bitcast=True) & MAGNITUDE, axis=1)
         scales, inverse = fp8_inverse(top)
         codes = fp8_codes(values * inverse[:, None]).to(tl.uint8)
-        tl.store((run + place * V)[:, None] + index[None, :], codes, mask=mask)
-        store_bits(element_pointer(run + VALUE_SCALES, 4) + place, scales, stored)
+        tl.store((run + place * L.V)[:, None] + index[None, :], codes, mask=mask)
+        store_bits(element_pointer(run + L.VALUE_SCALES, 4) + place, scales, stored)
     else:
-        target = element_pointer(run, SIZE) + place * V
+        target = element_pointer(run, SIZE) + place * L.V
         store_bits(target[:, None] + index[None, :], bits, mask)

@@ -31,16 +31,14 @@ def weigh(scores, live, top, total, scale, cap, CAPPED: tl.constexpr):
 
 
 @triton.jit
-def gather_query(
-    query_at, row_mask, order_ptr, kv_head, C: tl.constexpr, C_PAD: tl.constexpr, D: tl.constexpr
-):
+def gather_query(query_at, row_mask, order_ptr, kv_head, L: tl.constexpr):
     """Kept key channels of queries ``[ROWS, C_PAD]``, 0 behind them and in rows without one.
 
     ``query_at`` ``[ROWS, 1]`` points to the first channel of each row's query.
     """
-    index = tl.arange(0, C_PAD)
-    channel = kept_channels(order_ptr, kv_head, index, C, D)
-    mask = row_mask[:, None] & (index < C)[None, :]
+    index = tl.arange(0, L.C_PAD)
+    channel = kept_channels(order_ptr, kv_head, index, L.C, L.D)
+    mask = row_mask[:, None] & (index < L.C)[None, :]
     return tl.load(query_at + channel[None, :], mask=mask, other=0.0)
 
 
@@ -48,21 +46,17 @@ def gather_query(
 def attend_static(
     top, total, sums, query, position, kv_ptr, table, kv_head, begin, end,
     scale, cap, block_stride, head_stride,
-    TILE: tl.constexpr, CAPPED: tl.constexpr, D: tl.constexpr, N: tl.constexpr, C: tl.constexpr,
-    V: tl.constexpr, C_PAD: tl.constexpr, V_PAD: tl.constexpr, BITS: tl.constexpr,
-    KEYS: tl.constexpr, KEY_ROW: tl.constexpr, VALUE_ROW: tl.constexpr, KEY_SCALES: tl.constexpr,
-    VALUE_SCALES: tl.constexpr, DTYPE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    TILE: tl.constexpr, CAPPED: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     """Attend to tokens ``begin .. end - 1`` of a request; ``begin`` is a multiple of TILE.
 
     ``query`` is of ``gather_query``. A row's query is at ``position`` ``[ROWS]`` and sees nothing
     behind it, nor from ``end`` on. ``sums`` ``[ROWS, V_PAD]`` are over kept channels. ``table``
-    points to the request's row of the block table; strides are bytes; the constants are those of
-    ``static_blocks.static_constants``.
+    points to the request's row of the block table; strides are bytes.
     """
-    kept = tl.arange(0, C_PAD)
+    kept = tl.arange(0, L.C_PAD)
     offset = tl.arange(0, TILE)
-    TILES: tl.constexpr = N // TILE
+    TILES: tl.constexpr = L.N // TILE
     for tile in range(begin // TILE, tl.cdiv(end, TILE)):
         page = tl.load(table + tile // TILES)
         run = find_run(kv_ptr, page, kv_head, block_stride, head_stride)
@@ -71,18 +65,22 @@ def attend_static(
         token = tile * TILE + offset
         live = token < end
         # What lies behind the last token is read, and left out below.
-        keys = load_codes(run + KEYS, kept, kept < C, start, TILE, TILE, KEY_ROW, BITS, DTYPE)
-        scores = dot(query, keys, DTYPE, DOT, PRECISION)
-        if BITS == 8:
-            at = as_elements(run + KEY_SCALES, tl.float32) + start + offset
+        keys = load_codes(
+            run + L.KEYS, kept, kept < L.C, start, TILE, TILE, L.KEY_ROW, L.BITS, L.DTYPE
+        )
+        scores = dot(query, keys, L.DTYPE, L.DOT)
+        if L.BITS == 8:
+            at = as_elements(run + L.KEY_SCALES, tl.float32) + start + offset
             scores = scores * tl.load(at, mask=live, other=0.0)[None, :]
         seen = live[None, :] & (token[None, :] <= position[:, None])
         weights, older, top, total = weigh(scores, seen, top, total, scale, cap, CAPPED)
         # Weights of tokens that no query sees are 0, which leaves a NaN a NaN.
-        values = load_codes(run, start + offset, live, 0, V_PAD, V, VALUE_ROW, BITS, DTYPE)
-        if BITS == 8:
+        values = load_codes(
+            run, start + offset, live, 0, L.V_PAD, L.V, L.VALUE_ROW, L.BITS, L.DTYPE
+        )
+        if L.BITS == 8:
             # Not into the weights: small ones would lose their digits in float16.
-            at = as_elements(run + VALUE_SCALES, tl.float32) + start + offset
+            at = as_elements(run + L.VALUE_SCALES, tl.float32) + start + offset
             values = values * tl.load(at, mask=live, other=0.0)[:, None]
-        sums = sums * older[:, None] + dot(weights, values, DTYPE, DOT, PRECISION)
+        sums = sums * older[:, None] + dot(weights, values, L.DTYPE, L.DOT)
     return top, total, sums

@@ -4,22 +4,21 @@ import torch
 import triton
 import triton.language as tl
 
-from csrc_triton.aot import AotCase
+from csrc_triton.aot import AotCase, aot_case
 from csrc_triton.blocks import (
     cache_bytes,
     cache_strides,
-    check_blocks,
-    check_cache,
     dense_rows,
-    element_type,
     find_run,
+    make_layout,
 )
-from csrc_triton.checks import check_heads, check_tensor
+from csrc_triton.checks import check_tensor, check_tokens
 from csrc_triton.launch import kernel, row_strides, whole_stride
+from think_vllm.kernels.checks import check_blocks, check_cache
 from think_vllm.plan.planner import BlockPlan
 
 #: Tokens of a program.
-TOKENS = 16
+TOKENS = tl.constexpr(16)
 WARPS = 4
 
 
@@ -46,25 +45,12 @@ def store_dense(
     Raises:
         ValueError: If shapes, dtypes or devices do not fit each other.
     """
-    who, device = "store_dense", kv_cache.device
+    who, num_tokens = "store_dense", slot_mapping.numel()
     check_blocks(who, kv_cache, plan)
-    for name, tensor in (("key", key), ("value", value)):
-        check_heads(who, name, tensor, (kv_cache.dtype,), plan.head_size, device)
-    if key.shape != value.shape or key.shape[1] != kv_cache.shape[1]:
-        raise ValueError(
-            f"{who}: key is {tuple(key.shape)}, value is {tuple(value.shape)}; expected both "
-            f"[tokens, {kv_cache.shape[1]}, {plan.head_size}]"
-        )
-    num_tokens = slot_mapping.numel()
-    check_tensor(who, "slot_mapping", slot_mapping, torch.int64, (num_tokens,), device)
-    if num_tokens > key.shape[0]:
-        raise ValueError(
-            f"{who}: slot_mapping has {num_tokens} slots; expected at most {key.shape[0]}, one for "
-            "each token"
-        )
+    check_tokens(who, key, value, slot_mapping, kv_cache, kv_cache.dtype, plan.head_size)
     if num_tokens == 0:
         return
-    grid = (triton.cdiv(num_tokens, TOKENS), key.shape[1])
+    grid = (triton.cdiv(num_tokens, TOKENS.value), key.shape[1])
     store_kernel[grid](
         key,
         value,
@@ -74,7 +60,7 @@ def store_dense(
         *row_strides(who, "key", key),
         *row_strides(who, "value", value),
         **cache_strides(who, kv_cache),
-        **_constants(plan, kv_cache.dtype),
+        L=make_layout(plan, kv_cache.dtype),
         num_warps=WARPS,
     )
 
@@ -108,29 +94,19 @@ def clear_tails(
         seq_len,
         block_table.stride(0),
         **cache_strides(who, kv_cache),
-        **_constants(plan, kv_cache.dtype),
+        L=make_layout(plan, kv_cache.dtype),
         num_warps=WARPS,
     )
-
-
-def _constants(plan: BlockPlan, dtype: torch.dtype) -> dict[str, object]:
-    return {
-        "D": plan.head_size,
-        "D_PAD": triton.next_power_of_2(plan.head_size),
-        "N": plan.block_size,
-        "DTYPE": element_type(dtype),
-        "TOKENS": TOKENS,
-    }
 
 
 @kernel(unaligned=("slot_ptr",))
 def store_kernel(
     key_ptr, value_ptr, kv_ptr, slot_ptr, num_tokens, key_stride, key_head_stride,
     value_stride, value_head_stride, block_stride, head_stride,
-    D: tl.constexpr, D_PAD: tl.constexpr, N: tl.constexpr, DTYPE: tl.constexpr,
-    TOKENS: tl.constexpr,
+    L: tl.constexpr,
 ):  # fmt: skip
     """One program per (tile of tokens, KV head)."""
+    D_PAD: tl.constexpr = triton.next_power_of_2(L.D)
     key_stride, key_head_stride = whole_stride(key_stride), whole_stride(key_head_stride)
     value_stride, value_head_stride = whole_stride(value_stride), whole_stride(value_head_stride)
     block_stride, head_stride = whole_stride(block_stride), whole_stride(head_stride)
@@ -138,65 +114,51 @@ def store_kernel(
     head = tl.program_id(1).to(tl.int64)
     slot = tl.load(slot_ptr + token, mask=token < num_tokens, other=-1)
     stored = slot >= 0
-    block, place = slot // N, slot % N
+    block, place = slot // L.N, slot % L.N
     run = kv_ptr + block * block_stride + head * head_stride
     # Elements before offsets, see csrc_triton/quantization.py.
-    run = run.to(tl.pointer_type(DTYPE), bitcast=True)
+    run = run.to(tl.pointer_type(L.DTYPE), bitcast=True)
     channel = tl.arange(0, D_PAD)
     wide = token.to(tl.int64)
 
-    mask = stored[:, None] & (channel < D)[None, :]
-    target = dense_rows(run, place, D)[:, None] + channel[None, :]
+    mask = stored[:, None] & (channel < L.D)[None, :]
+    target = dense_rows(run, place, L.D)[:, None] + channel[None, :]
     source = key_ptr + head * key_head_stride + wide * key_stride
     tl.store(target, tl.load(source[:, None] + channel[None, :], mask=mask), mask=mask)
     source = value_ptr + head * value_head_stride + wide * value_stride
-    tl.store(target + D, tl.load(source[:, None] + channel[None, :], mask=mask), mask=mask)
+    tl.store(target + L.D, tl.load(source[:, None] + channel[None, :], mask=mask), mask=mask)
 
 
 @kernel(unaligned=("table_ptr", "length_ptr"))
 def clear_kernel(
     kv_ptr, table_ptr, length_ptr, table_stride, block_stride, head_stride,
-    D: tl.constexpr, D_PAD: tl.constexpr, N: tl.constexpr, DTYPE: tl.constexpr,
-    TOKENS: tl.constexpr,
+    L: tl.constexpr,
 ):  # fmt: skip
     """One program per (context, KV head)."""
+    D_PAD: tl.constexpr = triton.next_power_of_2(L.D)
     block_stride, head_stride = whole_stride(block_stride), whole_stride(head_stride)
     context = tl.program_id(0)
     length = tl.load(length_ptr + context)
     if length == 0:
         return
-    entry = (length - 1) // N
+    entry = (length - 1) // L.N
     block = tl.load(table_ptr + context.to(tl.int64) * table_stride + entry)
     run = find_run(kv_ptr, block, tl.program_id(1), block_stride, head_stride)
-    run = run.to(tl.pointer_type(DTYPE), bitcast=True)
+    run = run.to(tl.pointer_type(L.DTYPE), bitcast=True)
     channel = tl.arange(0, D_PAD)
-    zeros = tl.zeros((TOKENS, D_PAD), DTYPE)
-    for first in range(length - entry * N, N, TOKENS):
+    zeros = tl.zeros((TOKENS, D_PAD), L.DTYPE)
+    for first in range(length - entry * L.N, L.N, TOKENS):
         place = first + tl.arange(0, TOKENS)
-        target = dense_rows(run, place, D)[:, None] + D + channel[None, :]
-        tl.store(target, zeros, mask=(place < N)[:, None] & (channel < D)[None, :])
+        target = dense_rows(run, place, L.D)[:, None] + L.D + channel[None, :]
+        tl.store(target, zeros, mask=(place < L.N)[:, None] & (channel < L.D)[None, :])
 
 
 def aot_cases(plan: BlockPlan, dtype: torch.dtype) -> list[AotCase]:
     """What ``csrc_triton/aot.py`` compiles."""
-    constants = _constants(plan, dtype)
-    element = f"*{constants['DTYPE']}"
-    signature = {
-        "key_ptr": f"{element}:16",
-        "value_ptr": f"{element}:16",
-        "kv_ptr": "*u8:16",
-        "slot_ptr": "*i64:16",
-        "num_tokens": "i32",
-        "key_stride": "i32",
-        "key_head_stride": "i32",
-        "value_stride": "i32",
-        "value_head_stride": "i32",
-        "block_stride": "i32",
-        "head_stride": "i32",
-    }
-    clear = {"kv_ptr": "*u8:16", "table_ptr": "*i32:16", "length_ptr": "*i32:16",
-             "table_stride": "i32", "block_stride": "i32", "head_stride": "i32"}  # fmt: skip
+    constants, options = {"L": make_layout(plan, dtype)}, {"num_warps": WARPS}
+    element = str(constants["L"].DTYPE)
+    pointers = {"key": element, "value": element, "kv": "u8", "slot": "i64"}
     return [
-        AotCase(store_kernel, signature, constants, {"num_warps": WARPS}),
-        AotCase(clear_kernel, clear, constants, {"num_warps": WARPS}),
+        aot_case(store_kernel, constants, options, **pointers),
+        aot_case(clear_kernel, constants, options, kv="u8"),
     ]

@@ -23,23 +23,15 @@ from csrc_triton.zeros import score_zeros
 
 
 @triton.constexpr_function
-def span_tiles(SPAN, N, TILE):
+def span_tiles(L):
     """Tiles that cover a span; the last one may overhang."""
-    return (SPAN * N + TILE - 1) // TILE
+    return (L.SPAN * L.N + L.TILE - 1) // L.TILE
 
 
 @triton.jit
 def attend_thin(
     top, total, sums, query_at, query_mask, kv_ptr, table, kv_head, begin, end,
-    scale, cap, block_stride, head_stride,
-    C_FIRST: tl.constexpr, C_REST: tl.constexpr, V_PAD: tl.constexpr, D_PAD: tl.constexpr,
-    TILE: tl.constexpr, NUMBER: tl.constexpr, ASM: tl.constexpr,
-    DTYPE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, CAPPED: tl.constexpr,
-    D: tl.constexpr, N: tl.constexpr, SPAN: tl.constexpr, T: tl.constexpr,
-    C: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, GROUP: tl.constexpr,
-    KEY_SCALES: tl.constexpr, KEY_ZEROS: tl.constexpr,
-    VALUES: tl.constexpr, VALUE_SCALES: tl.constexpr,
-    TABLE: tl.constexpr, V: tl.constexpr, VALUE_TABLE: tl.constexpr,
+    scale, cap, block_stride, head_stride, L: tl.constexpr,
 ):  # fmt: skip
     """Attend to tiles ``begin .. end - 1`` of a request's thin spans, ``span_tiles`` in each.
 
@@ -47,80 +39,60 @@ def attend_thin(
     and end with it: the next one can keep other channels. So queries are gathered once a span.
 
     ``query_at`` ``[QUERIES]`` points to the first channel of each query, ``query_mask`` says which
-    are queries, ``table`` points to the request's row of the block table. Strides are bytes; the
-    constants are those of ``blocks.LAYOUT_NAMES`` and ``decode.attention_constants``.
+    are queries, ``table`` points to the request's row of the block table. Strides are bytes; ``L``
+    is the ``AttentionLayout``.
     """
     QUERIES: tl.constexpr = query_at.shape[0]
-    TILES: tl.constexpr = span_tiles(SPAN, N, TILE)
+    TILES: tl.constexpr = span_tiles(L)
+    KEY_BITS: tl.constexpr = L.KEYS.BITS
+    VALUE_BITS: tl.constexpr = L.VALUES.BITS
+    VALUE_TABLE: tl.constexpr = L.VALUES.TABLE
     head_offset = kv_head.to(tl.int64) * head_stride
     factor = tl.full((QUERIES,), 1.0, tl.float32)
     scales = scale * factor
     if KEY_BITS != 0:
-        factor = query_exponent(query_at, query_mask, D_PAD, D)
+        factor = query_exponent(query_at, query_mask, L)
         # e4m3 codes come as a 256th of what they stand for.
         scales = scale / factor * (256.0 if KEY_BITS == 8 else 1.0)
-    place = natural_places(TILE, KEY_BITS)
+    place = natural_places(L.TILE, KEY_BITS)
     faded = tl.full((QUERIES,), 1.0, tl.float32)
-    kept_sums = tl.zeros((V_PAD, QUERIES), tl.float32)
-    QUERY: tl.constexpr = DTYPE if KEY_BITS == 0 else NUMBER
+    kept_sums = tl.zeros((L.V_PAD, QUERIES), tl.float32)
     for span in range(begin // TILES, tl.cdiv(end, TILES)):
-        entries = table + span * SPAN
+        entries = table + span * L.SPAN
         run = find_pages(kv_ptr, entries, 0, head_offset, block_stride)
-        query = gather_query(
-            query_at, query_mask, factor, run + TABLE, 0, C_FIRST, C, TABLE, KEY_BITS, QUERY
-        )
+        query = gather_query(query_at, query_mask, factor, run, 0, L.C_FIRST, L)
         query_rest = query
-        if C_REST:
-            query_rest = gather_query(
-                query_at, query_mask, factor, run + TABLE, C_FIRST, C_REST, C, TABLE, KEY_BITS,
-                QUERY,
-            )  # fmt: skip
-        last = tl.minimum(end - span * TILES, TILES) * TILE
-        for first in range(tl.maximum(begin - span * TILES, 0) * TILE, last, TILE):
+        if L.C_REST:
+            query_rest = gather_query(query_at, query_mask, factor, run, L.C_FIRST, L.C_REST, L)
+        last = tl.minimum(end - span * TILES, TILES) * L.TILE
+        for first in range(tl.maximum(begin - span * TILES, 0) * L.TILE, last, L.TILE):
             # Triton would not see that otherwise.
-            first = tl.multiple_of(first, TILE)
-            if KEY_BITS == 0:
-                keys = load_plain_keys(
-                    kv_ptr, entries, head_offset, block_stride, first, 0, TILE, C_FIRST, DTYPE,
-                    N, SPAN, T, C,
+            first = tl.multiple_of(first, L.TILE)
+            scores = score_keys(
+                query, kv_ptr, entries, head_offset, block_stride, first, 0, L.C_FIRST, L
+            )
+            if L.C_REST:
+                scores += score_keys(
+                    query_rest, kv_ptr, entries, head_offset, block_stride, first, L.C_FIRST,
+                    L.C_REST, L,
                 )  # fmt: skip
-                scores = dot(keys, query, DTYPE, DOT, PRECISION)
-                if C_REST:
-                    keys = load_plain_keys(
-                        kv_ptr, entries, head_offset, block_stride, first, C_FIRST, TILE, C_REST,
-                        DTYPE, N, SPAN, T, C,
-                    )  # fmt: skip
-                    scores += dot(keys, query_rest, DTYPE, DOT, PRECISION)
-            else:
-                keys = load_keys(
-                    kv_ptr, entries, head_offset, block_stride, first, 0, TILE, C_FIRST, ASM,
-                    NUMBER, N, SPAN, T, C, KEY_BITS, GROUP, KEY_SCALES,
-                )  # fmt: skip
-                scores = dot(keys, query, NUMBER, NUMBER, PRECISION)
-                if C_REST:
-                    keys = load_keys(
-                        kv_ptr, entries, head_offset, block_stride, first, C_FIRST, TILE, C_REST,
-                        ASM, NUMBER, N, SPAN, T, C, KEY_BITS, GROUP, KEY_SCALES,
-                    )  # fmt: skip
-                    scores += dot(keys, query_rest, NUMBER, NUMBER, PRECISION)
             if KEY_BITS == 8:
                 of_zeros = score_zeros(
-                    query, kv_ptr, entries, head_offset, block_stride, first, 0, TILE, C_FIRST,
-                    NUMBER, PRECISION, N, SPAN, T, C, KEY_ZEROS,
-                )  # fmt: skip
-                if C_REST:
+                    query, kv_ptr, entries, head_offset, block_stride, first, 0, L.C_FIRST, L
+                )
+                if L.C_REST:
                     of_zeros += score_zeros(
-                        query_rest, kv_ptr, entries, head_offset, block_stride, first, C_FIRST,
-                        TILE, C_REST, NUMBER, PRECISION, N, SPAN, T, C, KEY_ZEROS,
+                        query_rest, kv_ptr, entries, head_offset, block_stride, first, L.C_FIRST,
+                        L.C_REST, L,
                     )  # fmt: skip
                 of_tokens = load_scales(
-                    kv_ptr, entries, head_offset, block_stride, first, TILE, N, SPAN, T, KEY_SCALES
+                    kv_ptr, entries, head_offset, block_stride, first, L.KEYS.SCALES, L
                 )
                 scores = natural_order(scores, 32 // KEY_BITS, LANES) * of_tokens[:, None]
                 scores += of_zeros
-            live = first + place < SPAN * N
+            live = first + place < L.SPAN * L.N
             weights, older, top, total = weigh(
-                scores, live[:, None], top, total, scales, cap, CAPPED
+                scores, live[:, None], top, total, scales, cap, L.CAPPED
             )
             if VALUE_TABLE >= 0:
                 sums = sums * older[None, :]
@@ -128,20 +100,16 @@ def attend_thin(
                 faded *= older
             kept_sums = kept_sums * older[None, :]
             if VALUE_BITS == 0:
-                values = load_plain_values(
-                    kv_ptr, entries, head_offset, block_stride, first, TILE, V_PAD, DTYPE,
-                    N, SPAN, T, V, VALUES,
-                )  # fmt: skip
-                kept_sums += dot(values, weights, DTYPE, DOT, PRECISION)
+                values = load_plain_values(kv_ptr, entries, head_offset, block_stride, first, L)
+                kept_sums += dot(values, weights, L.DTYPE, L.DOT)
             else:
                 largest = 1.0
                 if VALUE_BITS == 8:
                     # Blocks of a tile have scales of their own; the largest stays out of the
                     # weights, so that these keep float16's range.
                     of_tokens = load_scales(
-                        kv_ptr, entries, head_offset, block_stride, first, TILE, N, SPAN, T,
-                        VALUE_SCALES,
-                    )  # fmt: skip
+                        kv_ptr, entries, head_offset, block_stride, first, L.VALUES.SCALES, L
+                    )
                     largest = tl.max(of_tokens, axis=0)
                     share = of_tokens / tl.where(largest == 0.0, 1.0, largest)
                     weights = weights * share[:, None]
@@ -153,18 +121,33 @@ def attend_thin(
                         some = natural_order(some, 8, LANES)
                     values = load_values(
                         kv_ptr, entries, head_offset, block_stride, first // 8 + part,
-                        TILE // PARTS, PARTS, V_PAD, ASM, NUMBER,
-                        N, SPAN, T, V, VALUE_BITS, GROUP, VALUES, VALUE_SCALES,
+                        L.TILE // PARTS, PARTS, L,
                     )  # fmt: skip
-                    added = dot(values, some, NUMBER, NUMBER, PRECISION)
+                    added = dot(values, some, L.NUMBER, L.NUMBER)
                     kept_sums += added * (largest * 256.0) if VALUE_BITS == 8 else added
         if VALUE_TABLE >= 0:
-            kept_sums = in_order(kept_sums, V_PAD, VALUE_BITS)
-            sums += scatter_channels(kept_sums, run + VALUE_TABLE, V, D_PAD)
-            kept_sums = tl.zeros((V_PAD, QUERIES), tl.float32)
+            kept_sums = in_order(kept_sums, L.V_PAD, VALUE_BITS)
+            sums += scatter_channels(kept_sums, run + VALUE_TABLE, L.V, L.D_PAD)
+            kept_sums = tl.zeros((L.V_PAD, QUERIES), tl.float32)
     if VALUE_TABLE < 0:
-        sums = sums * faded[None, :] + in_order(kept_sums, V_PAD, VALUE_BITS)
+        sums = sums * faded[None, :] + in_order(kept_sums, L.V_PAD, VALUE_BITS)
     return top, total, sums
+
+
+@triton.jit
+def score_keys(
+    query, kv_ptr, entries, head_offset, block_stride, first, channel,
+    CHANNELS: tl.constexpr, L: tl.constexpr,
+):  # fmt: skip
+    """Products ``[TILE, QUERIES]`` of a tile's keys and queries, over some channels."""
+    if L.KEYS.BITS == 0:
+        keys = load_plain_keys(
+            kv_ptr, entries, head_offset, block_stride, first, channel, CHANNELS, L
+        )
+        return dot(keys, query, L.DTYPE, L.DOT)
+    else:
+        keys = load_keys(kv_ptr, entries, head_offset, block_stride, first, channel, CHANNELS, L)
+        return dot(keys, query, L.NUMBER, L.NUMBER)
 
 
 @triton.jit
@@ -230,37 +213,34 @@ def scatter_channels(kept, table, V: tl.constexpr, D_PAD: tl.constexpr):
 @triton.jit
 def attend_dense(
     top, total, sums, query_at, query_mask, position, kv_ptr, table, kv_head, begin, end,
-    scale, cap, block_stride, head_stride,
-    D_PAD: tl.constexpr, TILE: tl.constexpr,
-    DTYPE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, CAPPED: tl.constexpr,
-    D: tl.constexpr, N: tl.constexpr,
+    scale, cap, block_stride, head_stride, L: tl.constexpr,
 ):  # fmt: skip
-    """Attend to tokens ``begin .. end - 1`` of a request's dense blocks, TILE at a time.
+    """Attend to tokens ``begin .. end - 1`` of a request's dense blocks, DENSE_TILE at a time.
 
     A query is at ``position`` ``[QUERIES]`` and sees nothing behind it. All else as in
     ``attend_thin``.
     """
-    channels = tl.arange(0, D_PAD)
+    channels = tl.arange(0, L.D_PAD)
     query = tl.load(
         query_at[None, :] + channels[:, None],
-        mask=query_mask[None, :] & (channels < D)[:, None],
+        mask=query_mask[None, :] & (channels < L.D)[:, None],
         other=0.0,
     )
     scales = tl.full((query.shape[1],), 1.0, tl.float32) * scale
     head_offset = kv_head.to(tl.int64) * head_stride
     # Loads ahead would take shared memory, and so programs, on GPUs.
-    for first in tl.range(begin, end, TILE, num_stages=1):
-        token = first + tl.arange(0, TILE)
+    for first in tl.range(begin, end, L.DENSE_TILE, num_stages=1):
+        token = first + tl.arange(0, L.DENSE_TILE)
         live = token < end
-        page = tl.load(table + token // N, mask=live, other=0).to(tl.int64)
-        run = as_elements(kv_ptr + page * block_stride + head_offset, DTYPE)
-        mask = live[:, None] & (channels < D)[None, :]
-        rows = dense_rows(run, token % N, D)[:, None] + channels[None, :]
+        page = tl.load(table + token // L.N, mask=live, other=0).to(tl.int64)
+        run = as_elements(kv_ptr + page * block_stride + head_offset, L.DTYPE)
+        mask = live[:, None] & (channels < L.D)[None, :]
+        rows = dense_rows(run, token % L.N, L.D)[:, None] + channels[None, :]
         keys = tl.load(rows, mask=mask, other=0.0)
-        scores = dot(keys, query, DTYPE, DOT, PRECISION)
+        scores = dot(keys, query, L.DTYPE, L.DOT)
         seen = live[:, None] & (token[:, None] <= position[None, :])
-        weights, older, top, total = weigh(scores, seen, top, total, scales, cap, CAPPED)
+        weights, older, top, total = weigh(scores, seen, top, total, scales, cap, L.CAPPED)
         # Weights of tokens that no query sees are 0, which leaves a NaN a NaN.
-        values = tl.load(rows + D, mask=mask, other=0.0)
-        sums = sums * older[None, :] + dot(tl.trans(values), weights, DTYPE, DOT, PRECISION)
+        values = tl.load(rows + L.D, mask=mask, other=0.0)
+        sums = sums * older[None, :] + dot(tl.trans(values), weights, L.DTYPE, L.DOT)
     return top, total, sums

@@ -214,51 +214,39 @@ def natural_order(tile, COLUMNS: tl.constexpr, SHARED: tl.constexpr):
 
 
 @triton.jit
-def channel_order(CHANNELS: tl.constexpr, C: tl.constexpr):
-    """Which channel of a part of the keys each column of ``load_keys`` is: int32 ``[CHANNELS]``."""
-    column = tl.arange(0, CHANNELS)
-    if C % 4 == 0:
-        return column
-    else:
-        # Rows of units are 8 bytes apart, and threads load no more than one at once.
-        return column % 2 + column // 4 % 4 * 2 + column // 2 % 2 * 8 + column // 16 * 16
-
-
-@triton.jit
 def load_keys(
     kv_ptr, entries, head_offset, block_stride, first, channel,
-    TILE: tl.constexpr, CHANNELS: tl.constexpr, ASM: tl.constexpr, NUMBER: tl.constexpr,
-    N: tl.constexpr, SPAN: tl.constexpr, T: tl.constexpr, C: tl.constexpr, BITS: tl.constexpr,
-    GROUP: tl.constexpr, FACTORS: tl.constexpr,
+    CHANNELS: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     """Load quantized keys of a span, across its thin blocks: ``[TILE, CHANNELS]`` of NUMBER.
 
     Tokens from ``first`` on, a multiple of TILE, in the order that ``natural_order`` mends; behind
     the last one of the span are some of its others. Channels from ``channel`` on, in the order of
-    ``channel_order``; those from C on are finite. ``entries`` points to the span's block numbers,
-    ``head_offset`` are the bytes from the start of a block to the run.
+    ``queries.channel_order``; those from C on are finite. ``entries`` points to the span's block
+    numbers, ``head_offset`` are the bytes from the start of a block to the run.
     """
-    COLUMNS: tl.constexpr = 32 // BITS
-    OUTER: tl.constexpr = TILE // (LANES * COLUMNS)
+    KEYS: tl.constexpr = L.KEYS
+    COLUMNS: tl.constexpr = 32 // KEYS.BITS
+    OUTER: tl.constexpr = L.TILE // (LANES * COLUMNS)
     # Units of neighbouring rows that a thread loads at once, 8 bytes each.
-    AT_ONCE: tl.constexpr = 2 if C % 4 == 0 else 1
+    AT_ONCE: tl.constexpr = 2 if L.C % 4 == 0 else 1
     WORDS: tl.constexpr = 8 * AT_ONCE  # of the four threads that share a token's channels
     TIMES: tl.constexpr = CHANNELS // WORDS
-    LAST: tl.constexpr = (SPAN * N + COLUMNS - 1) // COLUMNS - 1
+    LAST: tl.constexpr = (L.SPAN * L.N + COLUMNS - 1) // COLUMNS - 1
     unit = first // COLUMNS + tl.arange(0, OUTER)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     unit = tl.minimum(unit, LAST)
-    run = find_pages(kv_ptr, entries, unit // (T // COLUMNS), head_offset, block_stride)
+    run = find_pages(kv_ptr, entries, unit // (L.T // COLUMNS), head_offset, block_stride)
     run = run.to(tl.pointer_type(tl.int32), bitcast=True)
-    place = unit % (T // COLUMNS)
+    place = unit % (L.T // COLUMNS)
     times = channel + tl.arange(0, TIMES)[None, :, None, None] * WORDS
     word = times + tl.arange(0, WORDS)[None, None, None, :]
-    words = tl.load((run + place * C)[:, None, :, None] + word)
+    words = tl.load((run + place * L.C)[:, None, :, None] + word)
     factors = words
-    if BITS != 8:
+    if KEYS.BITS != 8:
         # What is no channel has a query of zero, which a NaN would survive.
-        at = (run + (FACTORS // 4 + place * COLUMNS // GROUP * C))[:, None, :, None] + word
-        factors = tl.load(at, mask=word < C, other=0)
-    numbers = unpack_words(words, factors, BITS, NUMBER, ASM)
+        factor = KEYS.SCALES // 4 + place * COLUMNS // KEYS.GROUP * L.C
+        factors = tl.load((run + factor)[:, None, :, None] + word, mask=word < L.C, other=0)
+    numbers = unpack_words(words, factors, KEYS.BITS, L.NUMBER, L.ASM)
     Y: tl.constexpr = COLUMNS // 2
     if AT_ONCE == 2:
         numbers = tl.reshape(numbers, [OUTER, TIMES, LANES, 4, 2, 2, Y, 2])
@@ -266,16 +254,13 @@ def load_keys(
     else:
         numbers = tl.reshape(numbers, [OUTER, TIMES // 2, 2, LANES, 4, 2, Y, 2])
         numbers = tl.permute(numbers, (0, 5, 6, 3, 1, 4, 2, 7))
-    return tl.reshape(numbers, [TILE, CHANNELS])
+    return tl.reshape(numbers, [L.TILE, CHANNELS])
 
 
 @triton.jit
 def load_values(
     kv_ptr, entries, head_offset, block_stride, first_octet,
-    TOKENS: tl.constexpr, STEP: tl.constexpr, V_PAD: tl.constexpr, ASM: tl.constexpr,
-    NUMBER: tl.constexpr,
-    N: tl.constexpr, SPAN: tl.constexpr, T: tl.constexpr, V: tl.constexpr, BITS: tl.constexpr,
-    GROUP: tl.constexpr, OFFSET: tl.constexpr, FACTORS: tl.constexpr,
+    TOKENS: tl.constexpr, STEP: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     """Load quantized values of a span, across its thin blocks: ``[V_PAD, TOKENS]`` of NUMBER.
 
@@ -283,28 +268,29 @@ def load_values(
     ``shared_units``, and those behind the last one are some of the others. Tokens are in order: the
     octets ``first_octet``, ``first_octet + STEP`` and so on.
     """
-    COLUMNS: tl.constexpr = 32 // BITS
-    SHARED: tl.constexpr = shared_units(V_PAD, BITS)
-    OUTER: tl.constexpr = V_PAD // (SHARED * COLUMNS)
+    VALUES: tl.constexpr = L.VALUES
+    COLUMNS: tl.constexpr = 32 // VALUES.BITS
+    SHARED: tl.constexpr = shared_units(L.V_PAD, VALUES.BITS)
+    OUTER: tl.constexpr = L.V_PAD // (SHARED * COLUMNS)
     TIMES: tl.constexpr = TOKENS // 16
     octet = tl.arange(0, TIMES)[:, None] * 2 + tl.arange(0, 2)[None, :]
-    octet = tl.minimum(first_octet + octet * STEP, SPAN * N // 8 - 1)
-    run = find_pages(kv_ptr, entries, octet // (T // 8), head_offset, block_stride)
+    octet = tl.minimum(first_octet + octet * STEP, L.SPAN * L.N // 8 - 1)
+    run = find_pages(kv_ptr, entries, octet // (L.T // 8), head_offset, block_stride)
     run = run.to(tl.pointer_type(tl.int32), bitcast=True)
-    place = octet % (T // 8)
+    place = octet % (L.T // 8)
     unit = tl.arange(0, OUTER)[:, None] * SHARED + tl.arange(0, SHARED)[None, :]
-    unit = tl.minimum(unit, (V + COLUMNS - 1) // COLUMNS - 1)[:, None, :, None, None]
-    at = (run + (OFFSET // 4 + place * 8))[None, :, None, :, None]
+    unit = tl.minimum(unit, (L.V + COLUMNS - 1) // COLUMNS - 1)[:, None, :, None, None]
+    at = (run + (VALUES.OFFSET // 4 + place * 8))[None, :, None, :, None]
     word = tl.arange(0, 8)[None, None, None, None, :]
-    words = tl.load(at + (unit * T + word))
+    words = tl.load(at + (unit * L.T + word))
     factors = words
-    if BITS != 8:
-        at = (run + (FACTORS // 4 + place * 8))[None, :, None, :, None]
-        factors = tl.load(at + (unit * COLUMNS // GROUP * T + word))
-    numbers = unpack_words(words, factors, BITS, NUMBER, ASM)
+    if VALUES.BITS != 8:
+        at = (run + (VALUES.SCALES // 4 + place * 8))[None, :, None, :, None]
+        factors = tl.load(at + (unit * COLUMNS // VALUES.GROUP * L.T + word))
+    numbers = unpack_words(words, factors, VALUES.BITS, L.NUMBER, L.ASM)
     numbers = tl.reshape(numbers, [OUTER, TIMES, SHARED, 2, 4, 2, COLUMNS // 2, 2])
     numbers = tl.permute(numbers, (0, 5, 6, 2, 1, 3, 4, 7))
-    return tl.reshape(numbers, [V_PAD, TOKENS])
+    return tl.reshape(numbers, [L.V_PAD, TOKENS])
 
 
 @triton.constexpr_function

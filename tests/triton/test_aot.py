@@ -61,7 +61,7 @@ STATIC_SCRIPT = """
 import torch
 from csrc_triton import aot
 
-for plan in aot.make_static_plans(aot.STATIC_FORMATS, torch.bfloat16, 128, 0.5, 0.3):
+for plan in aot.make_plans(aot.STATIC_FORMATS, torch.bfloat16, 128, 0.5, 0.3, static=True):
     for case in aot.cases(plan, torch.bfloat16):
         for capability in aot.CAPABILITIES:
             made = aot.compile_case(case, capability)

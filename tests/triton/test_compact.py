@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from csrc_triton import compact
-from csrc_triton.compact import compact_spans, compact_workspace, read_channels
+from csrc_triton.compact import compact_spans, compact_workspace
 from tests.kernels.helpers import KINDS, bits, formats, make_channels, make_plan
 from tests.triton.reference import compact_spans_ref, make_layers, split_dense
 
@@ -35,7 +35,6 @@ def check(layers, block_table, plan, device, request=(0,), span=(0,)):
     compact_spans(actual[1], table, *tasks, channels.to(device), plan)
     assert torch.equal(bits(actual), bits(expected))
     assert not torch.equal(bits(actual), bits(layers))
-    assert torch.equal(read_channels(actual[1], table, *tasks, plan).cpu(), channels)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # infinities and NaN, in numpy
@@ -111,7 +110,7 @@ def test_compact_spans_skips_what_is_not_due(device):
     plan = make_plan(32, BF16, 16, 0.5, "kivi4")
     layers, block_table = make_cache(plan, BF16, 3, 2)
     channels = make_channels(plan, HEADS, 5)
-    request, span = [0, 2, 1, 0, 2], [1, -1, 0, 0, 1]
+    request, span = [0, 2, 1, 0, 2], [1, -1, 0, -2, -1]
     table, expected = block_table.clone(), layers.clone()
     table[2] = 2**30  # whoever reads these blocks fails
     for task in (0, 2):
@@ -119,13 +118,10 @@ def test_compact_spans_skips_what_is_not_due(device):
             expected[1], block_table, request[task : task + 1], span[task : task + 1],
             channels[task : task + 1], plan,
         )  # fmt: skip
-    for active in (torch.tensor([True, True, True, False, False]), int32([1, 1, 7, 0, 0])):
-        actual = on_device(layers, device)
-        tasks = int32(request, device), int32(span, device)
-        compact_spans(
-            actual[1], table.to(device), *tasks, channels.to(device), plan, active=active.to(device)
-        )
-        assert torch.equal(bits(actual), bits(expected))
+    actual = on_device(layers, device)
+    tasks = int32(request, device), int32(span, device)
+    compact_spans(actual[1], table.to(device), *tasks, channels.to(device), plan)
+    assert torch.equal(bits(actual), bits(expected))
 
 
 def test_compact_spans_shares_out_more_tasks_than_programs(device, monkeypatch):
@@ -151,28 +147,18 @@ def test_compact_spans_shares_out_more_tasks_than_programs(device, monkeypatch):
 
 @pytest.mark.parametrize(("quant", "ratio"), [("none", 0.5), ("fp8", 0.0)])
 @pytest.mark.parametrize("value_ratio", [0.0, 0.5])
-def test_compact_spans_of_all_layers_inherits_tables(device, quant, ratio, value_ratio):
-    # All layers in one launch; channels, [L, 2, Hk, K], are for first spans only.
+def test_compact_spans_of_all_layers(device, quant, ratio, value_ratio):
+    # In one launch, with channels [L, 2, Hk, K].
     plan = make_plan(32, BF16, 16, ratio, quant, value_ratio=value_ratio)
     channels = make_channels(plan, HEADS, LAYERS, 2)
     layers, block_table = make_cache(plan, BF16, 2, 2)
     expected, actual = layers.clone(), on_device(layers, device)
-    table, request = block_table.to(device), int32([0, 1], device)
     addresses = torch.tensor([layer.data_ptr() for layer in actual], device=device)
     given = channels.to(device) if plan.prunes else None
-    first, due = [-1, 0], [0, 1]
-    for spans in (first, due):  # due: a first span, and one after a span that is thin
-        compact_spans(
-            actual[0], table, request, int32(spans, device), given, plan,
-            inherit=True, layers=addresses,
-        )  # fmt: skip
-        given = None if given is None else given.clone()
-        if given is not None:
-            given[:, 1] = 0  # not to be read again
-    for layer in range(LAYERS):
-        tables = channels[layer]
-        compact_spans_ref(expected[layer], block_table, [1], [0], tables[1:], plan)
-        compact_spans_ref(expected[layer], block_table, [0, 1], due, tables, plan)
+    tasks = int32([0, 1], device), int32([0, 1], device)
+    compact_spans(actual[0], block_table.to(device), *tasks, given, plan, layers=addresses)
+    for layer, tables in enumerate(channels):
+        compact_spans_ref(expected[layer], block_table, [0, 1], [0, 1], tables, plan)
     assert torch.equal(bits(actual), bits(expected))
 
 
@@ -183,16 +169,6 @@ def test_compact_spans_without_tasks(device):
     channels = torch.zeros(0, HEADS, plan.key_channels, dtype=torch.uint8, device=device)
     compact_spans(actual[1], block_table.to(device), none, none, channels, plan)
     assert torch.equal(bits(actual), bits(layers))
-    tables = read_channels(actual[1], block_table.to(device), none, none, plan)
-    assert tables.shape == channels.shape
-
-
-def test_read_channels_of_rows_that_are_not_due(device):
-    plan = make_plan(32, BF16)
-    layers, block_table = make_cache(plan, BF16, 1, 1)
-    tasks = int32([0, 0], device), int32([-1, -2], device)
-    table = block_table.to(device)
-    assert read_channels(on_device(layers, device)[1], table, *tasks, plan).shape[0] == 2
 
 
 def test_compact_spans_rejects(device):
@@ -211,9 +187,6 @@ def test_compact_spans_rejects(device):
     rejects(r"compact_spans: span is torch\.int32 .2,.*expected .* .1,.", zero,
             int32([0, 1], device), channels)  # fmt: skip
     rejects(r"compact_spans: request is torch\.int64", zero.long(), zero, channels)
-    rejects(r"compact_spans: active is torch\.float32", zero, zero, channels, active=zero.float())
     rejects(r"layers is torch\.int32", zero, zero, channels, layers=zero)
     rejects("workspace is torch.uint8 .4.; expected uint8 of at least", zero, zero, channels,
             workspace=torch.zeros(4, dtype=torch.uint8, device=device))  # fmt: skip
-    with pytest.raises(ValueError, match=r"read_channels: span is torch\.int64"):
-        read_channels(kv_cache, block_table, zero, zero.long(), plan)

@@ -187,7 +187,7 @@ def test_splits_count_the_programs_of_the_launch():
     [
         ("query", lambda case: case.query.bfloat16(), "expected one dtype"),
         ("query", lambda case: torch.zeros(1, 3, 64), "3 heads, there are 2 KV heads"),
-        ("query", lambda case: torch.zeros(1, 4, 80), "expected .R, Hq, 64"),
+        ("query", lambda case: torch.zeros(1, 4, 80), "expected .tokens, Hq, 64"),
         ("out", lambda case: torch.zeros(2, 4, 64), "out has shape"),
         ("kv_cache", lambda case: case.kv_cache.bfloat16(), "the plan is for blocks"),
         ("kv_cache", lambda case: case.kv_cache[0], "expected bfloat16"),

@@ -148,7 +148,7 @@ def test_add_query_energy_rejects(device):
     query, zero = torch.zeros(4, 6, 64, device=device), int32([0], device)
     with pytest.raises(ValueError, match=r"add_query_energy: energy is torch\.float64"):
         add_query_energy(query, zero, zero, torch.zeros(1, 2, 64, device=device).double())
-    with pytest.raises(ValueError, match="query has 6 heads, energy has 4 KV heads"):
+    with pytest.raises(ValueError, match="query has 6 heads, there are 4 KV heads"):
         add_query_energy(query, zero, zero, torch.zeros(1, 4, 64, device=device))
     with pytest.raises(ValueError, match="there are 1 windows"):
         add_query_energy(query, zero, zero, torch.zeros(2, 2, 64, device=device))

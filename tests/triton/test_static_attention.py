@@ -178,7 +178,7 @@ def test_attention_notices_a_wrong_key(device, quant):
         ("query", lambda case: case.query.bfloat16(), "keys and queries are torch.bfloat16"),
         ("query", lambda case: torch.zeros(1, 3, 64), "3 heads, there are 2 KV heads"),
         ("query", lambda case: torch.zeros(1, 4, 80), "expected .tokens, Hq, 64"),
-        ("out", lambda case: torch.zeros(2, 4, 64), "out is"),
+        ("out", lambda case: torch.zeros(2, 4, 64), "out has shape"),
         ("kv_cache", lambda case: case.kv_cache[:, :, :, 1:], "kv_cache has shape"),
         ("block_table", lambda case: case.block_table.long(), "block_table is torch.int64"),
         ("block_table", lambda case: case.block_table[:0], "block_table has 0 rows"),

@@ -4,10 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from think_vllm.kernels.checks import ELEMENTS, check_strides
 from think_vllm.plan.static_plan import StaticPlan
-
-#: Dtypes of models.
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -26,7 +24,7 @@ def check_static_cache(
     Raises:
         ValueError: Saying who, what was given and what is expected.
     """
-    if dtype not in DTYPES or dtype.itemsize != plan.itemsize:
+    if dtype not in ELEMENTS or dtype.itemsize != plan.itemsize:
         raise ValueError(
             f"{who}: keys and queries are {dtype}, plan.itemsize is {plan.itemsize}; "
             "expected bfloat16 or float16 with 2, float32 with 4"
@@ -43,7 +41,4 @@ def check_static_cache(
             f"{who}: kv_cache has shape {tuple(kv_cache.shape)}; expected [num_blocks, Hk, "
             f"{plan.block_size}, {width}]"
         )
-    if kv_cache.stride()[1:] != (plan.block_size * width, width, 1):
-        raise ValueError(
-            f"{who}: kv_cache has strides {kv_cache.stride()}; dims 1 to 3 must be contiguous"
-        )
+    check_strides(who, kv_cache)
