@@ -9,8 +9,7 @@ import torch
 from tests.kernels.helpers import ROUNDING, SUMMATION
 from tests.support.static_blocks import KEPT, QUANTS, StaticCase, make_plan
 from think_vllm.kernels.cpu.static_attention import static_attention
-from think_vllm.kernels.cpu.static_blocks import static_parts
-from think_vllm.kernels.cpu.static_store import read_back, store_static
+from think_vllm.kernels.cpu.static_store import read_back, static_parts, store_static
 from think_vllm.kernels.reference.static import read_run, run_parts, store_static_ref
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

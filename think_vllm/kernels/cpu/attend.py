@@ -43,18 +43,7 @@ class Scratch(NamedTuple):
 
 
 @kernel(parallel=True)
-def attend(
-    threads: int,
-    inputs: Any,
-    scale: Any,
-    cap: Any,
-    out: Any,
-    cache: Any,
-    shape: Any,
-    keys: Any,
-    values: Any,
-    sizes: Any,
-) -> None:
+def attend(threads, inputs, scale, cap, out, cache, shape, keys, values, sizes):
     """Attend with every row and write ``out``. The blocks are those of ``blocks.Blocks``."""
     seq_len = inputs.seq_len
     first_split, row_of_split = plan_splits(seq_len, inputs.thin_spans, shape, sizes)
@@ -79,20 +68,9 @@ def attend(
 
 @njit
 def _work(
-    inputs: Any,
-    scale: Any,
-    cap: Any,
-    out: Any,
-    cache: Any,
-    shape: Any,
-    keys: Any,
-    values: Any,
-    sizes: Any,
-    first_split: Any,
-    row_of_split: Any,
-    partials: Any,
-    counters: Any,
-) -> None:
+    inputs, scale, cap, out, cache, shape, keys, values, sizes, first_split, row_of_split, partials,
+    counters,
+):  # fmt: skip
     """Draw items until there are none left. One thread runs this."""
     split_blocks = max(sizes.thin_split_blocks, sizes.dense_split_blocks)
     longest = whole_lanes(max(shape.head_size, shape.thin_tokens))
@@ -135,9 +113,7 @@ def _work(
 
 
 @njit
-def _load_queries(
-    query: Any, row: int, kv_head: int, scale: Any, queries: Any, shape: Any, sizes: Any
-) -> None:
+def _load_queries(query, row, kv_head, scale, queries, shape, sizes):
     """Scale the group's queries, in float32, into the first half of ``queries``."""
     width = sizes.group * shape.head_size
     start = row * sizes.query_stride + kv_head * width
@@ -148,7 +124,7 @@ def _load_queries(
 
 
 @njit
-def _gather_queries(bytes: Any, run: int, queries: Any, shape: Any, sizes: Any) -> None:
+def _gather_queries(bytes, run, queries, shape, sizes):
     """Gather the queries through a thin block's table into the second half of ``queries``."""
     start = run * shape.itemsize + shape.channels_offset
     table = bytes[start : start + shape.key_channels]
@@ -160,9 +136,7 @@ def _gather_queries(bytes: Any, run: int, queries: Any, shape: Any, sizes: Any) 
 
 
 @njit
-def _score_thin(
-    cache: Any, keys: Any, begin: int, count: int, scratch: Any, shape: Any, sizes: Any
-) -> None:
+def _score_thin(cache, keys, begin, count, scratch, shape, sizes):
     """Scores [G, columns] of thin blocks; every block starts at a multiple of LANES columns."""
     pruned = shape.channels_offset >= 0
     queries = sizes.group * shape.head_size if pruned else 0
@@ -181,7 +155,7 @@ def _score_thin(
 
 
 @njit
-def _score_dense(cache: Any, count: int, scratch: Any, shape: Any, sizes: Any) -> None:
+def _score_dense(cache, count, scratch, shape, sizes):
     """Scores [G, columns] of dense blocks."""
     x = 0
     for i in range(count):
@@ -198,9 +172,7 @@ def _score_dense(cache: Any, count: int, scratch: Any, shape: Any, sizes: Any) -
 
 
 @njit
-def _apply_soft_cap(
-    count: int, cap: Any, first_head: int, scratch: Any, partials: Any, sizes: Any
-) -> None:
+def _apply_soft_cap(count, cap, first_head, scratch, partials, sizes):
     """Scores -> weights that have yet to be divided by their sum."""
     for head in range(sizes.group):
         start = head * sizes.split_columns
@@ -219,17 +191,7 @@ def _apply_soft_cap(
 
 
 @njit
-def _combine(
-    first: int,
-    end: int,
-    row: int,
-    kv_head: int,
-    sinks: Any,
-    partials: Any,
-    out: Any,
-    shape: Any,
-    sizes: Any,
-) -> None:
+def _combine(first, end, row, kv_head, sinks, partials, out, shape, sizes):
     """Weigh a row's splits ``first .. end - 1`` against each other and write its output.
 
     A sink is a score with weight but no value: it counts in the total alone.

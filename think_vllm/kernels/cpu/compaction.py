@@ -1,6 +1,4 @@
-"""Rewrite spans of dense blocks as thin blocks, and read the tables of those."""
-
-from typing import Any
+"""Rewrite spans of dense blocks as thin blocks."""
 
 import numpy as np
 import numpy.typing as npt
@@ -65,73 +63,15 @@ def compact_spans(
     )
 
 
-def read_channels(
-    kv_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    request: npt.NDArray[np.int32],
-    span: npt.NDArray[np.int32],
-    plan: BlockPlan,
-) -> torch.Tensor:
-    """Read the channel tables of thin spans, from each span's first block.
-
-    Args:
-        kv_cache: ``[num_blocks, Hk, N, 2 * D]``; stride of dim 0 is free.
-        block_table: ``[num_requests, W]`` int32.
-        request: ``[n]`` int32. Row of the block table.
-        span: ``[n]`` int32. Thin span of that request.
-        plan: How blocks are laid out.
-
-    Returns:
-        ``[n, Hk, K]`` uint8, a copy. As ``compact_spans`` takes them.
-
-    Raises:
-        ValueError: If shapes or dtypes do not fit each other.
-    """
-    who = "read_channels"
-    check_cache(who, kv_cache, block_table, plan)
-    check_tasks(who, request, span, "span")
-    entry = np.asarray(span, np.int64) * plan.span_blocks
-    blocks = block_table[torch.from_numpy(np.asarray(request, np.int64)), torch.from_numpy(entry)]
-    every = torch.arange(plan.head_size, dtype=torch.uint8)
-    every = every.repeat(len(blocks), kv_cache.shape[1], 1)
-    if not plan.prunes:
-        return every
-    stored = plan.kept_channels if plan.prunes_keys else plan.value_channels
-    start = plan.layout.table_offset
-    runs = kv_cache.flatten(2).view(torch.uint8)
-    tables = runs[:, :, start : start + stored][blocks.long()]
-    return tables if plan.prunes_keys else torch.cat([every, tables], dim=2)
-
-
 @kernel(parallel=True)
-def _compact(
-    threads: int,
-    table: Any,
-    request: Any,
-    span: Any,
-    channels: Any,
-    cache: Any,
-    shape: Any,
-    keys: Any,
-    values: Any,
-) -> None:
+def _compact(threads, table, request, span, channels, cache, shape, keys, values):
     counters = np.zeros(1, np.int64)
     for _ in prange(threads):
         _work(table, request, span, channels, cache, shape, keys, values, counters)
 
 
 @njit
-def _work(
-    table: Any,
-    request: Any,
-    span: Any,
-    channels: Any,
-    cache: Any,
-    shape: Any,
-    keys: Any,
-    values: Any,
-    counters: Any,
-) -> None:
+def _work(table, request, span, channels, cache, shape, keys, values, counters):
     """Draw (task, KV head) items until there are none left."""
     span_tokens = shape.span_blocks * shape.block_size
     # Sources are overwritten, so a span passes through scratch: keys [C, s * N], then values
@@ -153,16 +93,7 @@ def _work(
 
 
 @njit
-def _take_span(
-    cache: Any,
-    table: Any,
-    entry: int,
-    kv_head: int,
-    channels: Any,
-    kept: int,
-    scratch: Any,
-    shape: Any,
-) -> None:
+def _take_span(cache, table, entry, kv_head, channels, kept, scratch, shape):
     """Dense blocks -> scratch, kept channels only."""
     N, D, C = shape.block_size, shape.head_size, shape.key_channels
     kv, span_tokens = cache.elements, shape.span_blocks * N
@@ -179,9 +110,7 @@ def _take_span(
 
 
 @njit
-def _take_values(
-    scratch: Any, at: int, kv: Any, start: int, channels: Any, kept: int, shape: Any
-) -> None:
+def _take_values(scratch, at, kv, start, channels, kept, shape):
     """The values of a dense block -> scratch, kept channels only."""
     V = shape.value_channels
     table = channels[kept : kept + V]
@@ -193,18 +122,7 @@ def _take_values(
 
 
 @njit
-def _put_block(
-    cache: Any,
-    run: int,
-    k: int,
-    channels: Any,
-    kept: int,
-    scratch: Any,
-    floats: Any,
-    shape: Any,
-    keys: Any,
-    values: Any,
-) -> None:
+def _put_block(cache, run, k, channels, kept, scratch, floats, shape, keys, values):
     """Scratch -> the span's ``k``-th thin block."""
     C, V = shape.key_channels, shape.value_channels
     span_tokens = shape.span_blocks * shape.block_size

@@ -19,6 +19,7 @@ from think_vllm.kernels.cpu.elements import flat_elements, flat_indices
 from think_vllm.kernels.cpu.splits import Inputs, Sizes
 from think_vllm.kernels.cpu.threads import choose_threads
 from think_vllm.kernels.cpu.vectors import LANES
+from think_vllm.plan.matrix_layout import align_up
 from think_vllm.plan.planner import BlockPlan
 
 #: Tokens of a split, in whole blocks: enough to hide its cost, few enough to balance.
@@ -132,8 +133,8 @@ def _check_rows(
 
 
 def _sizes(query: torch.Tensor, num_kv_heads: int, plan: BlockPlan, out: torch.Tensor) -> Sizes:
-    dense = -(-plan.block_size // LANES) * LANES
-    thin = -(-plan.thin_block_tokens // LANES) * LANES
+    dense = align_up(plan.block_size, LANES)
+    thin = align_up(plan.thin_block_tokens, LANES)
     dense_blocks, thin_blocks = max(1, SPLIT_TOKENS // dense), max(1, SPLIT_TOKENS // thin)
     return Sizes(
         group=query.shape[1] // num_kv_heads,

@@ -48,7 +48,7 @@ def flat_indices(values: Any) -> npt.NDArray[np.int32]:
 
 
 @intrinsic
-def element_to_float32(typingctx: Any, bits: Any) -> Any:
+def element_to_float32(typingctx, bits):
     """``element_to_float32(bits)``: the float32 value of one element."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -64,7 +64,7 @@ def element_to_float32(typingctx: Any, bits: Any) -> Any:
 
 
 @intrinsic
-def float32_to_element(typingctx: Any, value: Any, like: Any) -> Any:
+def float32_to_element(typingctx, value, like):
     """``float32_to_element(value, like)``: the element nearest to a float32, ties to even.
 
     ``like`` is any element of the wanted type; its value is not used.
@@ -89,7 +89,7 @@ def float32_to_element(typingctx: Any, value: Any, like: Any) -> Any:
 
 
 @intrinsic
-def bits_to_float32(typingctx: Any, bits: Any) -> Any:
+def bits_to_float32(typingctx, bits):
     """``bits_to_float32(bits)``: the float32 that 32 bits spell."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -99,7 +99,7 @@ def bits_to_float32(typingctx: Any, bits: Any) -> Any:
 
 
 @intrinsic
-def float32_to_bits(typingctx: Any, value: Any) -> Any:
+def float32_to_bits(typingctx, value):
     """``float32_to_bits(value)``: the 32 bits that spell a float32."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -109,9 +109,7 @@ def float32_to_bits(typingctx: Any, value: Any) -> Any:
 
 
 @intrinsic
-def copy_elements(
-    typingctx: Any, target: Any, target_at: Any, source: Any, source_at: Any, count: Any
-) -> Any:
+def copy_elements(typingctx, target, target_at, source, source_at, count):
     """``copy_elements(target, target_at, source, source_at, count)``: memcpy between arrays.
 
     A loop would be slow: numba allows for negative indices, which keeps LLVM from seeing that

@@ -19,11 +19,6 @@ _HALVES = ir.VectorType(ir.HalfType(), LANES)
 _BITS = ir.VectorType(ir.IntType(1), LANES)
 
 
-def whole_lanes(count: int) -> int:
-    """Round up to a multiple of ``LANES``."""
-    return -(-count // LANES) * LANES
-
-
 def _loop(
     builder: Any, count: Any, carried: list[Any], body: Callable[..., list[Any]]
 ) -> list[Any]:
@@ -56,17 +51,7 @@ def _data(context: Any, builder: Any, kind: Any, array: Any) -> Any:
 
 
 @intrinsic
-def load_steps(
-    typingctx: Any,
-    halves: Any,
-    scales_at: Any,
-    zeros_at: Any,
-    count: Any,
-    unit: Any,
-    middle: Any,
-    steps: Any,
-    bases: Any,
-) -> Any:
+def load_steps(typingctx, halves, scales_at, zeros_at, count, unit, middle, steps, bases):
     """``load_steps(halves, scales_at, zeros_at, count, unit, middle, steps, bases)``.
 
     Writes ``steps = scale * unit`` and ``bases = zero + scale * middle`` for ``count`` rows.
@@ -109,16 +94,7 @@ def load_steps(
 
 
 @intrinsic
-def fold(
-    typingctx: Any,
-    factors: Any,
-    factors_at: Any,
-    steps: Any,
-    bases: Any,
-    count: Any,
-    folded: Any,
-    folded_at: Any,
-) -> Any:
+def fold(typingctx, factors, factors_at, steps, bases, count, folded, folded_at):
     """``fold(factors, factors_at, steps, bases, count, folded, folded_at)``.
 
     Writes ``folded = factors * steps`` and returns ``sum(factors * bases)``. Reads factors up to
@@ -160,7 +136,7 @@ def fold(
 
 
 @intrinsic
-def add_constant(typingctx: Any, sums: Any, sums_at: Any, count: Any, value: Any) -> Any:
+def add_constant(typingctx, sums, sums_at, count, value):
     """``add_constant(sums, sums_at, count, value)``: for ``count`` sums, a multiple of LANES."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from numba import njit
 from numba.extending import overload
 
 from think_vllm.kernels.cpu.blocks import (
@@ -27,30 +28,17 @@ from think_vllm.kernels.cpu.blocks import (
 )
 from think_vllm.kernels.cpu.compiling import named
 from think_vllm.kernels.cpu.folding import add_constant, fold, load_steps
+from think_vllm.kernels.cpu.splits import whole_lanes
 from think_vllm.kernels.cpu.tiles import add_fp8, add_int2, add_int4, add_products
-from think_vllm.kernels.cpu.vectors import LANES
 
 FP8_UNIT = np.float32(256.0)
 ZERO = np.float32(0.0)
 
 
 def add_matrix(
-    sums: Any,
-    sums_at: int,
-    sums_stride: int,
-    factors: Any,
-    factors_at: int,
-    factors_stride: int,
-    cache: Any,
-    run: int,
-    following: int,
-    matrix: Any,
-    itemsize: int,
-    num_rows: int,
-    heads: int,
-    columns: int,
-    scratch: Any,
-) -> None:
+    sums, sums_at, sums_stride, factors, factors_at, factors_stride, cache, run, following, matrix,
+    itemsize, num_rows, heads, columns, scratch,
+):  # fmt: skip
     """Add ``sums[h, x] += sum_r factors[h, r] * matrix[r, x]``, in compiled code only.
 
     ``Fp8Columns`` want sums that are zero before.
@@ -87,22 +75,34 @@ def _add_plain(
     )  # fmt: skip
 
 
-def _add_fp8(
+@njit
+def _add_with_unit(
     sums, sums_at, sums_stride, factors, factors_at, factors_stride, cache, run, following,
-    matrix, itemsize, num_rows, heads, columns, scratch,
+    matrix, itemsize, num_rows, heads, columns, scratch, unit,
 ):  # fmt: skip
-    start = run * itemsize
-    unit = FP8_UNIT * cache.floats[start // 4 + matrix.scale]
+    """Add fp8 codes that count ``unit`` times what ``add_fp8`` takes them for."""
     for head in range(heads):
         first = factors_at + head * factors_stride
         given = factors[first : first + num_rows]
         folded = scratch[head * num_rows : (head + 1) * num_rows]
         for r in range(num_rows):
             folded[r] = given[r] * unit
+    start = run * itemsize + matrix.offset
     add_fp8(
         sums, sums_at, sums_stride, scratch, 0, num_rows,
-        cache.bytes, start + matrix.offset, matrix.row_stride, num_rows, heads, columns,
+        cache.bytes, start, matrix.row_stride, num_rows, heads, columns,
         (following - run) * itemsize,
+    )  # fmt: skip
+
+
+def _add_fp8(
+    sums, sums_at, sums_stride, factors, factors_at, factors_stride, cache, run, following,
+    matrix, itemsize, num_rows, heads, columns, scratch,
+):  # fmt: skip
+    _add_with_unit(
+        sums, sums_at, sums_stride, factors, factors_at, factors_stride, cache, run, following,
+        matrix, itemsize, num_rows, heads, columns, scratch,
+        FP8_UNIT * cache.floats[run * itemsize // 4 + matrix.scale],
     )  # fmt: skip
 
 
@@ -111,7 +111,7 @@ def _add_fp8_keys(
     matrix, itemsize, num_rows, heads, columns, scratch,
 ):  # fmt: skip
     start = run * itemsize
-    padded = (num_rows + LANES - 1) // LANES * LANES
+    padded = whole_lanes(num_rows)
     steps = scratch[heads * padded : (heads + 1) * padded]
     bases = scratch[(heads + 1) * padded : (heads + 2) * padded]
     zeros = start // 2 + matrix.zeros
@@ -134,20 +134,12 @@ def _add_fp8_columns(
     sums, sums_at, sums_stride, factors, factors_at, factors_stride, cache, run, following,
     matrix, itemsize, num_rows, heads, columns, scratch,
 ):  # fmt: skip
-    start = run * itemsize
-    for head in range(heads):
-        first = factors_at + head * factors_stride
-        given = factors[first : first + num_rows]
-        folded = scratch[head * num_rows : (head + 1) * num_rows]
-        for r in range(num_rows):
-            folded[r] = given[r] * FP8_UNIT
-    add_fp8(
-        sums, sums_at, sums_stride, scratch, 0, num_rows,
-        cache.bytes, start + matrix.offset, matrix.row_stride, num_rows, heads, columns,
-        (following - run) * itemsize,
+    _add_with_unit(
+        sums, sums_at, sums_stride, factors, factors_at, factors_stride, cache, run, following,
+        matrix, itemsize, num_rows, heads, columns, scratch, FP8_UNIT,
     )  # fmt: skip
     # Scores have nothing in them before their block is added, so whole sums can be scaled.
-    first = start // 4 + matrix.scales
+    first = run * itemsize // 4 + matrix.scales
     scales = cache.floats[first : first + columns]
     for head in range(heads):
         scores = sums[sums_at + head * sums_stride : sums_at + head * sums_stride + columns]
@@ -186,7 +178,7 @@ def _make_add_integers(bits: int, add_codes: Callable[..., None]) -> Any:
     ):  # fmt: skip
         start = run * itemsize
         codes = start + matrix.offset
-        padded = (num_rows + LANES - 1) // LANES * LANES
+        padded = whole_lanes(num_rows)
         steps = scratch[heads * padded : (heads + 1) * padded]
         bases = scratch[(heads + 1) * padded : (heads + 2) * padded]
         for x in range(0, columns, matrix.group):
@@ -224,7 +216,7 @@ _ADDERS = {
 
 @overload(add_matrix)
 def _choose_adder(
-    sums, sums_at, sums_stride, factors, factors_at, factors_stride, cache, run, following,
-    matrix, itemsize, num_rows, heads, columns, scratch,
+    sums, sums_at, sums_stride, factors, factors_at, factors_stride, cache, run, following, matrix,
+    itemsize, num_rows, heads, columns, scratch,
 ):  # fmt: skip
     return _ADDERS[matrix.instance_class]

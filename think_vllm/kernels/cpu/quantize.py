@@ -4,7 +4,6 @@ No fast-math anywhere here: float32 operations in the reference's order give its
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from numba import njit
@@ -43,17 +42,8 @@ ZERO, ONE, NAN = np.float32(0.0), np.float32(1.0), np.float32(np.nan)
 
 
 def put_matrix(
-    cache: Any,
-    run: int,
-    matrix: Any,
-    itemsize: int,
-    source: Any,
-    source_at: int,
-    source_stride: int,
-    num_rows: int,
-    columns: int,
-    floats: Any,
-) -> None:
+    cache, run, matrix, itemsize, source, source_at, source_stride, num_rows, columns, floats
+):
     """Code a matrix into a run, in compiled code only.
 
     Args:
@@ -85,13 +75,13 @@ def _put_plain(
 
 
 @njit
-def _load(elements: Any, floats: Any) -> None:
+def _load(elements, floats):
     for x in range(len(elements)):
         floats[x] = element_to_float32(elements[x])
 
 
 @njit
-def _largest_magnitude(elements: Any) -> Any:
+def _largest_magnitude(elements):
     """Largest magnitude, NaN if one is NaN: bits without a sign sort like magnitudes."""
     top = np.int32(0)
     for x in range(len(elements)):
@@ -100,7 +90,7 @@ def _largest_magnitude(elements: Any) -> Any:
 
 
 @njit
-def _fp8_code(value: Any) -> Any:
+def _fp8_code(value):
     """The e4m3 code nearest to a float32, ties to even; beyond 448 the highest, NaN is 0."""
     value = ZERO if value != value else value
     value = min(max(value, -HIGHEST_CODE), HIGHEST_CODE)
@@ -165,7 +155,7 @@ def _put_fp8_keys(
 
 
 @njit
-def _fp8_scale(top: Any) -> Any:
+def _fp8_scale(top):
     """The scale of an fp8 matrix, by its largest magnitude, and what elements are times."""
     scale = top / HIGHEST_CODE if top == top else NAN
     scale = ZERO if scale < SMALLEST_NORMAL else scale
@@ -173,13 +163,13 @@ def _fp8_scale(top: Any) -> Any:
 
 
 @njit
-def _encode_fp8(elements: Any, zero: Any, inverse: Any, codes: Any) -> None:
+def _encode_fp8(elements, zero, inverse, codes):
     for x in range(len(elements)):
         codes[x] = _fp8_code((element_to_float32(elements[x]) - zero) * inverse)
 
 
 @njit
-def _sum_steps(values: Any, up: Any, mean: Any, most: Any) -> Any:
+def _sum_steps(values, up, mean, most):
     """Sum and number of the steps that are within ``most`` of a mean."""
     total, near = ORIGIN, ORIGIN
     for x in range(len(values)):
@@ -191,7 +181,7 @@ def _sum_steps(values: Any, up: Any, mean: Any, most: Any) -> Any:
 
 
 @njit
-def _sum_distances(values: Any, up: Any, mean: Any) -> Any:
+def _sum_distances(values, up, mean):
     """Sum of distances between steps and a mean."""
     total = ORIGIN
     for x in range(len(values)):
@@ -200,7 +190,7 @@ def _sum_distances(values: Any, up: Any, mean: Any) -> Any:
 
 
 @njit
-def _fp8_zero(values: Any) -> Any:
+def _fp8_zero(values):
     """The zero of a row of fp8 keys, float16 bits: ``reference.quantization.fp8_zeros``."""
     top = float32_to_bits(_largest_magnitude(values))
     if top < SMALLEST_ZERO_BITS or top >= INFINITY_BITS:
@@ -221,7 +211,7 @@ def _fp8_zero(values: Any) -> Any:
 
 
 @njit
-def _row_min(values: Any) -> Any:
+def _row_min(values):
     """Smallest value of a row, by the order of ``row_max``: a NaN shows in either of them."""
     low = np.int32(0x7FFFFFFF)
     for x in range(len(values)):
@@ -231,7 +221,7 @@ def _row_min(values: Any) -> Any:
 
 
 @njit
-def _encode_integers(values: Any, zero: Any, inverse: Any, levels: Any) -> None:
+def _encode_integers(values, zero, inverse, levels):
     """Replace values by their codes, as whole numbers."""
     for x in range(len(values)):
         code = np.rint((values[x] - zero) * inverse)
@@ -245,7 +235,7 @@ def _make_put_integers(bits: int) -> Callable[..., None]:
 
     @njit
     @named(bits)
-    def pack(values: Any, codes: Any) -> None:
+    def pack(values, codes):
         for i in range(len(values) // per_byte):
             byte = np.uint8(0)
             for k in range(per_byte):

@@ -6,7 +6,7 @@ mean runs over the heads of the group as well. A value channel scores the norm o
 queries' outputs; see ``kernels/reference/scoring.py``.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -128,32 +128,14 @@ def add_query_energy(query: torch.Tensor, begin: int, end: int, energy: torch.Te
 
 
 @kernel(parallel=True)
-def _key_energy(
-    threads: int,
-    kv: Any,
-    table: Any,
-    request: Any,
-    first_block: Any,
-    lengths: Any,
-    energy: Any,
-    shape: Any,
-) -> None:
+def _key_energy(threads, kv, table, request, first_block, lengths, energy, shape):
     counters = np.zeros(1, np.int64)
     for _ in prange(threads):
         _work(kv, table, request, first_block, lengths, energy, shape, counters)
 
 
 @njit
-def _work(
-    kv: Any,
-    table: Any,
-    request: Any,
-    first_block: Any,
-    lengths: Any,
-    energy: Any,
-    shape: Any,
-    counters: Any,
-) -> None:
+def _work(kv, table, request, first_block, lengths, energy, shape, counters):
     """Draw (prompt, KV head) items until there are none left."""
     num_items = len(request) * shape.kv_heads
     N, D = shape.block_size, shape.head_size
@@ -174,7 +156,7 @@ def _work(
 
 
 @njit(fastmath={"reassoc", "contract", "nsz"})
-def _sum_squares(kv: Any, start: int, count: int) -> Any:
+def _sum_squares(kv, start, count):
     # A slice, because an index that might be negative would keep LLVM from vectorizing.
     elements, total = kv[start : start + count], np.float32(0.0)
     for x in range(count):
@@ -184,16 +166,7 @@ def _sum_squares(kv: Any, start: int, count: int) -> Any:
 
 
 @kernel()
-def _add_query_energy(
-    query: Any,
-    query_stride: int,
-    begin: int,
-    end: int,
-    energy: Any,
-    kv_heads: int,
-    group: int,
-    head_size: int,
-) -> None:
+def _add_query_energy(query, query_stride, begin, end, energy, kv_heads, group, head_size):
     squares = np.empty(head_size, np.float32)
     for token in range(begin, end):
         for kv_head in range(kv_heads):

@@ -6,7 +6,6 @@ No fast-math flag here lets LLVM assume that NaN or infinity cannot occur.
 """
 
 import math
-from typing import Any
 
 import numpy as np
 from numba import njit
@@ -23,7 +22,7 @@ REASSOCIATE = {"reassoc", "contract", "nsz"}
 
 
 @njit(fastmath=REASSOCIATE)
-def exp(x: Any) -> Any:
+def exp(x):
     """``e ** x`` in float32 for x <= 88; below 2 ** -126 it is 0.
 
     The relative error is below 2e-7, plus 1e-7 times ``|x|``: that of ``x * LOG2_E``.
@@ -44,7 +43,7 @@ def exp(x: Any) -> Any:
 
 
 @njit
-def row_max(scores: Any) -> Any:
+def row_max(scores):
     """Largest score of a row, NaN if one is NaN.
 
     Compares the bits as integers that sort like the floats (apart from -0 < +0): unlike
@@ -59,7 +58,7 @@ def row_max(scores: Any) -> Any:
 
 
 @njit(fastmath=REASSOCIATE)
-def exp_row(scores: Any, top: Any) -> Any:
+def exp_row(scores, top):
     """Replace scores by ``exp(score - top)`` and return their sum."""
     total = np.float32(0.0)
     for x in range(len(scores)):
@@ -70,7 +69,7 @@ def exp_row(scores: Any, top: Any) -> Any:
 
 
 @njit(fastmath=REASSOCIATE)
-def cap_row(scores: Any, cap: Any) -> None:
+def cap_row(scores, cap):
     """Replace scores by ``cap * tanh(score / cap)``, with ``tanh`` in terms of ``exp``."""
     for x in range(len(scores)):
         ratio = abs(scores[x] / cap)

@@ -31,7 +31,7 @@ class Sizes(NamedTuple):
 
 
 @njit
-def plan_splits(seq_len: Any, thin_spans: Any, shape: Any, sizes: Any) -> Any:
+def plan_splits(seq_len, thin_spans, shape, sizes):
     """First split of every row, and behind the last one the end; the row of every split."""
     num_rows = len(seq_len)
     first_split = np.zeros(num_rows + 1, np.int64)
@@ -46,28 +46,26 @@ def plan_splits(seq_len: Any, thin_spans: Any, shape: Any, sizes: Any) -> Any:
 
 
 @njit
-def ceil_div(count: int, size: int) -> int:
+def ceil_div(count, size):
     """Parts of at most ``size`` that ``count`` needs."""
     return (count + size - 1) // size
 
 
 @njit
-def count_blocks(seq_len: int, thin_spans: int, shape: Any) -> Any:
+def count_blocks(seq_len, thin_spans, shape):
     """Thin and dense blocks that hold a context."""
     dense = seq_len - thin_spans * shape.span_blocks * shape.block_size
     return thin_spans * shape.thin_blocks, ceil_div(dense, shape.block_size)
 
 
 @njit
-def whole_lanes(tokens: int) -> int:
+def whole_lanes(tokens):
     """Columns that are read for ``tokens`` tokens."""
     return (tokens + LANES - 1) // LANES * LANES
 
 
 @njit
-def find_blocks(
-    inputs: Any, row: int, split: int, kv_head: int, runs: Any, tokens: Any, shape: Any, sizes: Any
-) -> Any:
+def find_blocks(inputs, row, split, kv_head, runs, tokens, shape, sizes):
     """Write where the runs of a row's ``split``-th split are, and their tokens.
 
     Returns:

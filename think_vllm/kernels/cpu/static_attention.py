@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from think_vllm.kernels.checks import check_block_table
 from think_vllm.kernels.cpu.attend import attend
 from think_vllm.kernels.cpu.blocks import (
     BlockShape,
@@ -22,7 +23,7 @@ from think_vllm.kernels.cpu.checks import check_query
 from think_vllm.kernels.cpu.decode import SPLIT_TOKENS, flat_sinks
 from think_vllm.kernels.cpu.elements import flat_elements, flat_indices
 from think_vllm.kernels.cpu.splits import Inputs, Sizes
-from think_vllm.kernels.cpu.static_blocks import gather_channels
+from think_vllm.kernels.cpu.static_store import gather_channels
 from think_vllm.kernels.cpu.threads import choose_threads
 from think_vllm.kernels.cpu.vectors import LANES
 from think_vllm.kernels.static_cache import StaticChannels, check_static_cache
@@ -74,11 +75,7 @@ def static_attention(
             f"{who}: query is {query.dtype} {tuple(query.shape)}, out {out.dtype} "
             f"{tuple(out.shape)}; expected one dtype and one shape"
         )
-    if block_table.dtype != torch.int32 or block_table.dim() != 2 or block_table.stride(1) != 1:
-        raise ValueError(
-            f"{who}: block_table is {block_table.dtype} {tuple(block_table.shape)} with strides "
-            f"{block_table.stride()}; expected int32 [num_requests, W], rows contiguous"
-        )
+    check_block_table(who, block_table)
     rows, num_heads, _ = query.shape
     if request.shape != (rows,) or seq_len.shape != (rows,):
         raise ValueError(

@@ -1,7 +1,5 @@
 """The second half of attention: weighted sums of a split's values, for the heads of a group."""
 
-from typing import Any
-
 import numpy as np
 from numba import njit
 
@@ -11,16 +9,7 @@ from think_vllm.kernels.cpu.tiles import add_products
 
 
 @njit
-def sum_thin_values(
-    cache: Any,
-    values: Any,
-    count: int,
-    start: int,
-    scratch: Any,
-    partials: Any,
-    shape: Any,
-    sizes: Any,
-) -> None:
+def sum_thin_values(cache, values, count, start, scratch, partials, shape, sizes):
     """Weighted sums [G, D] of thin blocks' values."""
     x = 0
     for i in range(count):
@@ -33,17 +22,7 @@ def sum_thin_values(
 
 
 @njit
-def sum_kept_values(
-    cache: Any,
-    values: Any,
-    begin: int,
-    count: int,
-    start: int,
-    scratch: Any,
-    partials: Any,
-    shape: Any,
-    sizes: Any,
-) -> None:
+def sum_kept_values(cache, values, begin, count, start, scratch, partials, shape, sizes):
     """Weighted sums [G, D] of thin blocks' values, some channels of which were pruned."""
     width = whole_lanes(shape.value_channels)
     x = 0
@@ -62,9 +41,7 @@ def sum_kept_values(
 
 
 @njit
-def _scatter_sums(
-    bytes: Any, run: int, start: int, scratch: Any, partials: Any, shape: Any, sizes: Any
-) -> None:
+def _scatter_sums(bytes, run, start, scratch, partials, shape, sizes):
     """Add the sums over kept channels where a thin block's table says."""
     first = run * shape.itemsize + shape.value_channels_offset
     table = bytes[first : first + shape.value_channels]
@@ -77,9 +54,7 @@ def _scatter_sums(
 
 
 @njit
-def sum_dense_values(
-    cache: Any, count: int, start: int, scratch: Any, partials: Any, shape: Any, sizes: Any
-) -> None:
+def sum_dense_values(cache, count, start, scratch, partials, shape, sizes):
     """Weighted sums [G, D] of dense blocks' values."""
     x = 0
     for i in range(count):

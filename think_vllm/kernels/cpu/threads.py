@@ -56,7 +56,7 @@ def _start_threads() -> None:
 
 
 @intrinsic
-def fetch_add(typingctx: Any, counters: Any, index: Any) -> Any:
+def fetch_add(typingctx, counters, index):
     """``fetch_add(counters, index)``: add 1 to an int64 atomically, return the old value.
 
     Acquires and releases: who draws the last number sees what the others wrote before.

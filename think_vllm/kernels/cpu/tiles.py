@@ -98,39 +98,18 @@ def _emit_tile(
 
 @intrinsic(prefer_literal=True)
 def _add_tile(
-    typingctx: Any,
-    heads: Any,
-    vectors: Any,
-    bits: Any,
-    sums: Any,
-    sums_at: Any,
-    sums_stride: Any,
-    factors: Any,
-    factors_at: Any,
-    factors_stride: Any,
-    rows: Any,
-    rows_at: Any,
-    rows_stride: Any,
-    num_rows: Any,
-    ahead: Any,
-) -> Any:
+    typingctx, heads, vectors, bits, sums, sums_at, sums_stride, factors, factors_at,
+    factors_stride, rows, rows_at, rows_stride, num_rows, ahead,
+):  # fmt: skip
     """Products for literally ``heads`` heads, ``vectors * LANES`` columns, codes of ``bits``."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> None:
         pointers = [
             context.make_array(signature.args[i])(context, builder, args[i]).data for i in (3, 6, 9)
         ]
-        names = {
-            "sums_at": 4,
-            "sums_stride": 5,
-            "factors_at": 7,
-            "factors_stride": 8,
-            "rows_at": 10,
-            "rows_stride": 11,
-            "num_rows": 12,
-            "ahead": 13,
-        }
-        at = {name: args[i] for name, i in names.items()}
+        names = "sums_at sums_stride factors_at factors_stride rows_at rows_stride num_rows ahead"
+        places = (4, 5, 7, 8, 10, 11, 12, 13)
+        at = {name: args[i] for name, i in zip(names.split(), places, strict=True)}
         shape = (bits.literal_value, heads.literal_value, vectors.literal_value)
         _emit_tile(builder, signature.args[9].dtype, *shape, pointers, at)
 
@@ -147,19 +126,9 @@ def _make_stripe(vectors: int, bits: int) -> Any:
     @njit
     @named(f"{vectors}_{bits}")
     def add_stripe(
-        sums: Any,
-        sums_at: int,
-        sums_stride: int,
-        factors: Any,
-        factors_at: int,
-        factors_stride: int,
-        rows: Any,
-        rows_at: int,
-        rows_stride: int,
-        num_rows: int,
-        heads: int,
-        ahead: int,
-    ) -> None:
+        sums, sums_at, sums_stride, factors, factors_at, factors_stride, rows, rows_at, rows_stride,
+        num_rows, heads, ahead,
+    ):  # fmt: skip
         # fmt: off
         head = 0
         while head < heads:
@@ -190,20 +159,9 @@ def _make_products(bits: int) -> Callable[..., None]:
     @njit
     @named(bits)
     def add_products(
-        sums: Any,
-        sums_at: int,
-        sums_stride: int,
-        factors: Any,
-        factors_at: int,
-        factors_stride: int,
-        rows: Any,
-        rows_at: int,
-        rows_stride: int,
-        num_rows: int,
-        heads: int,
-        columns: int,
-        ahead: int,
-    ) -> None:
+        sums, sums_at, sums_stride, factors, factors_at, factors_stride, rows, rows_at, rows_stride,
+        num_rows, heads, columns, ahead,
+    ):  # fmt: skip
         # fmt: off
         # 32 wide registers hold 4 heads by 4 vectors of sums; 16 narrow ones hold 4 by 1.
         x = 0

@@ -47,6 +47,22 @@ def gather_context(
     return keys, values
 
 
+def softmax_ref(
+    scores: torch.Tensor, logits_soft_cap: float, sinks: torch.Tensor | None, head: int
+) -> torch.Tensor:
+    """Weights of one query head's scores ``[n]`` float64.
+
+    Scores become ``cap * tanh(score / cap)`` if the cap is positive. ``sinks`` ``[Hq]`` are one
+    more score per query head, not capped, whose weight goes to no value.
+    """
+    length = scores.shape[0]
+    if logits_soft_cap > 0:
+        scores = logits_soft_cap * torch.tanh(scores / logits_soft_cap)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks[head : head + 1].double()])
+    return torch.softmax(scores, dim=0)[:length]
+
+
 def decode_attention_ref(
     query: torch.Tensor,
     kv_cache: torch.Tensor,
@@ -91,10 +107,6 @@ def decode_attention_ref(
         )
         for head in range(query.shape[1]):
             scores = keys[head // group] @ query[row, head].double() * scale
-            if logits_soft_cap > 0:
-                scores = logits_soft_cap * torch.tanh(scores / logits_soft_cap)
-            if sinks is not None:
-                scores = torch.cat([scores, sinks[head : head + 1].double()])
-            weights = torch.softmax(scores, dim=0)[: int(length)]
+            weights = softmax_ref(scores, logits_soft_cap, sinks, head)
             out[row, head] = weights @ values[head // group]
     return out

@@ -8,6 +8,7 @@ pooling is an average (SnapKV's code offers that and the maximum).
 
 import torch
 
+from think_vllm.kernels.reference.attention import softmax_ref
 from think_vllm.kernels.reference.compaction import dense_tokens, split_dense
 from think_vllm.plan.layout import BlockForm
 from think_vllm.plan.planner import BlockPlan
@@ -45,11 +46,8 @@ def attention_sums_ref(
         seen = first + index + 1
         for head in range(query.shape[1]):
             scores = keys[head // group, :seen].double() @ query[index, head].double() * scale
-            if logits_soft_cap > 0:
-                scores = logits_soft_cap * torch.tanh(scores / logits_soft_cap)
-            if sinks is not None:
-                scores = torch.cat([scores, sinks[head : head + 1].double()])
-            sums[head // group, :seen] += torch.softmax(scores, dim=0)[:seen] / group
+            weights = softmax_ref(scores, logits_soft_cap, sinks, head)
+            sums[head // group, :seen] += weights / group
     return sums
 
 

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 
 import torch
 
+from think_vllm.kernels.reference.attention import softmax_ref
 from think_vllm.kernels.reference.compaction import dense_tokens
 from think_vllm.plan.layout import BlockForm
 from think_vllm.plan.planner import BlockPlan
@@ -135,11 +136,7 @@ def value_energy_ref(
         for token in range(num_tokens):
             seen = length - num_tokens + token + 1
             scores = keys[kv_head, :seen].double() @ query[token, head].double() * scale
-            if logits_soft_cap > 0:
-                scores = logits_soft_cap * torch.tanh(scores / logits_soft_cap)
-            if sinks is not None:
-                scores = torch.cat([scores, sinks[head : head + 1].double()])
-            weights = torch.softmax(scores, dim=0)[:seen]
+            weights = softmax_ref(scores, logits_soft_cap, sinks, head)
             energy[kv_head] += (weights @ values[kv_head, :seen].double()).square()
     return energy / (num_tokens * group)
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
+from think_vllm.kernels.reference.attention import softmax_ref
 from think_vllm.kernels.reference.quantization import quantize_fp8
 from think_vllm.plan.static_plan import StaticPlan
 
@@ -122,10 +123,6 @@ def static_attention_ref(
             keys = torch.cat([keys for keys, _ in parts], dim=1)[:, : int(length)]
             values = torch.cat([values for _, values in parts])[: int(length)]
             scores = query[row, head, list(kept_keys[of])].double() @ keys * scale
-            if logits_soft_cap > 0:
-                scores = logits_soft_cap * torch.tanh(scores / logits_soft_cap)
-            if sinks is not None:
-                scores = torch.cat([scores, sinks[head : head + 1].double()])
-            weights = torch.softmax(scores, dim=0)[: int(length)]
+            weights = softmax_ref(scores, logits_soft_cap, sinks, head)
             out[row, head, list(kept_values[of])] = weights @ values
     return out
