@@ -15,56 +15,32 @@ from think_vllm.plan.planner import BlockPlan
 
 @dataclass(frozen=True, eq=False)
 class Matrix(CompileTime):
-    """Where the keys or the values of a thin block are, in bytes from the start of a run.
+    """Where the keys or the values of a thin block are, in bytes from the start of a run."""
 
-    Args:
-        OFFSET: Where codes begin.
-        ROW: Bytes of a row of codes.
-        ROWS: Of the matrix: kept channels of keys, tokens of values.
-        BITS: Of a code; 0 for elements of the cache's dtype, 8 for e4m3.
-        GROUP: Elements that share a scale.
-        SCALES: Where scales begin; integer codes have their zeros among them.
-        ZEROS: Where zeros of e4m3 keys begin.
-        TABLE: Where the table of kept channels is; -1 if none was pruned.
-    """
-
-    OFFSET: int
-    ROW: int
-    ROWS: int
-    BITS: int
-    GROUP: int
-    SCALES: int
-    ZEROS: int
-    TABLE: int
+    OFFSET: int  # where codes begin
+    ROW: int  # bytes of a row of codes
+    ROWS: int  # of the matrix: kept channels of keys, tokens of values
+    BITS: int  # of a code; 0 for elements of the cache's dtype, 8 for e4m3
+    GROUP: int  # elements that share a scale
+    SCALES: int  # where scales begin; integer codes have their zeros among them
+    ZEROS: int  # where zeros of e4m3 keys begin
+    TABLE: int  # where the table of kept channels is; -1 if none was pruned
 
 
 @dataclass(frozen=True, eq=False)
 class Layout(CompileTime):
-    """What a kernel knows of a plan at compile time.
+    """What a kernel knows of a plan at compile time."""
 
-    Args:
-        D: Head size.
-        N: Tokens of a dense block.
-        SPAN: Blocks of a span.
-        THIN: Those that are left of it.
-        T: Tokens of a thin block.
-        C: Kept key channels.
-        V: Kept value channels.
-        KEYS: Keys of a thin block.
-        VALUES: Values of a thin block.
-        DTYPE: Of the cache.
-    """
-
-    D: int
-    N: int
-    SPAN: int
-    THIN: int
-    T: int
-    C: int
-    V: int
-    KEYS: Matrix
-    VALUES: Matrix
-    DTYPE: Any
+    D: int  # head size
+    N: int  # tokens of a dense block
+    SPAN: int  # blocks of a span
+    THIN: int  # those that are left of it
+    T: int  # tokens of a thin block
+    C: int  # kept key channels
+    V: int  # kept value channels
+    KEYS: Matrix  # keys of a thin block
+    VALUES: Matrix  # values of a thin block
+    DTYPE: Any  # of the cache
 
 
 @cache

@@ -170,35 +170,20 @@ def launch_options(options: dict[str, int], dtype: torch.dtype) -> dict[str, int
 
 @dataclass(frozen=True, eq=False)
 class AttentionLayout(Layout):
-    """What the attention kernels, this one and ``context.py``'s, know at compile time.
+    """What the attention kernels, this one and ``context.py``'s, know at compile time."""
 
-    Args:
-        G: Query heads of a KV head.
-        QUERIES: Of a program: heads, or heads times tokens.
-        C_FIRST: Key channels of a first part, a power of two.
-        C_REST: Of a second part: two waste fewer than one. 0 if there is none.
-        V_PAD: Value channels, rounded up to a power of two.
-        D_PAD: The same of the head size.
-        TILE: Tokens of a tile of thin blocks.
-        DENSE_TILE: The same of dense blocks.
-        NUMBER: What codes become.
-        ASM: Whether to use instructions of a GPU for that.
-        CAPPED: Whether scores become ``cap * tanh(score / cap)``.
-        DOT: See ``dots.dot``.
-    """
-
-    G: int
-    QUERIES: int
-    C_FIRST: int
-    C_REST: int
-    V_PAD: int
-    D_PAD: int
-    TILE: int
-    DENSE_TILE: int
-    NUMBER: Any
-    ASM: bool
-    CAPPED: bool
-    DOT: Any
+    G: int  # query heads of a KV head
+    QUERIES: int  # of a program: heads, or heads times tokens
+    C_FIRST: int  # key channels of a first part, a power of two
+    C_REST: int  # of a second part: two waste fewer than one. 0 if there is none
+    V_PAD: int  # value channels, rounded up to a power of two
+    D_PAD: int  # the same of the head size
+    TILE: int  # tokens of a tile of thin blocks
+    DENSE_TILE: int  # the same of dense blocks
+    NUMBER: Any  # what codes become
+    ASM: bool  # whether to use instructions of a GPU for that
+    CAPPED: bool  # whether scores become ``cap * tanh(score / cap)``
+    DOT: Any  # see ``dots.dot``
 
 
 @cache

@@ -51,39 +51,22 @@ def order_channels(channels: StaticChannels, head_size: int, device: torch.devic
 
 @dataclass(frozen=True, eq=False)
 class StaticLayout(CompileTime):
-    """What every kernel over static blocks knows at compile time.
+    """What every kernel over static blocks knows at compile time."""
 
-    Args:
-        D: Head size.
-        N: Tokens of a block.
-        C: Kept key channels.
-        V: Kept value channels.
-        C_PAD: A power of two that holds ``C``.
-        V_PAD: The same of ``V``.
-        BITS: Of a code; 0 for elements of the model's dtype, 8 for e4m3.
-        KEYS: Byte at which keys begin in a run; values are in front of them.
-        KEY_ROW: Bytes of a row of keys.
-        VALUE_ROW: Bytes of a row of values.
-        KEY_SCALES: Byte at which the scales of keys begin.
-        VALUE_SCALES: The same of values.
-        DTYPE: Of the model.
-        DOT: See ``dots.dot``.
-    """
-
-    D: int
-    N: int
-    C: int
-    V: int
-    C_PAD: int
-    V_PAD: int
-    BITS: int
-    KEYS: int
-    KEY_ROW: int
-    VALUE_ROW: int
-    KEY_SCALES: int
-    VALUE_SCALES: int
-    DTYPE: Any
-    DOT: Any
+    D: int  # head size
+    N: int  # tokens of a block
+    C: int  # kept key channels
+    V: int  # kept value channels
+    C_PAD: int  # A power of two that holds ``C``
+    V_PAD: int  # the same of ``V``
+    BITS: int  # of a code; 0 for elements of the model's dtype, 8 for e4m3
+    KEYS: int  # byte at which keys begin in a run; values are in front of them
+    KEY_ROW: int  # bytes of a row of keys
+    VALUE_ROW: int  # bytes of a row of values
+    KEY_SCALES: int  # byte at which the scales of keys begin
+    VALUE_SCALES: int  # the same of values
+    DTYPE: Any  # of the model
+    DOT: Any  # see ``dots.dot``
 
 
 @cache

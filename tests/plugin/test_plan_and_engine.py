@@ -133,17 +133,11 @@ def make_family(path: Path, name: str) -> Path:
 
 @dataclass(frozen=True)
 class Configured:
-    """An engine that was configured, and not started.
+    """An engine that was configured, and not started."""
 
-    Args:
-        config: Its own.
-        info: What think-vllm logged of its plan.
-        warnings: What it warned of.
-    """
-
-    config: VllmConfig
-    info: list[str]
-    warnings: list[str]
+    config: VllmConfig  # its own
+    info: list[str]  # what think-vllm logged of its plan
+    warnings: list[str]  # what it warned of
 
 
 def configure(model: Path, arguments: Sequence[str]) -> Configured:

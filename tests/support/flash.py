@@ -21,16 +21,13 @@ LOAD_BYTES = 16
 
 @dataclass
 class FlashStandIn:
-    """Stands for ``vllm.vllm_flash_attn.flash_attn_varlen_func``, and remembers its calls.
+    """Stands for ``vllm.vllm_flash_attn.flash_attn_varlen_func``, and remembers its calls."""
 
-    Args:
-        dtype: The only one that it takes. The real one has no float32, in which tests compare.
-        fresh: Lengths of the prompts of each call over their own keys.
-        paged: Queries and tokens of each request of each call over pages.
-    """
-
+    #: The only one that it takes. The real one has no float32, in which tests compare.
     dtype: torch.dtype = torch.float32
+    #: Lengths of the prompts of each call over their own keys.
     fresh: list[list[int]] = field(default_factory=list)
+    #: Queries and tokens of each request of each call over pages.
     paged: list[list[tuple[int, int]]] = field(default_factory=list)
 
     def __call__(

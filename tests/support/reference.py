@@ -33,8 +33,8 @@ from think_vllm.plan.planner import BlockPlan
 class Thinning:
     """How thin old spans are, and when; names and units are those of a plan and its settings.
 
-    ``thin_block_tokens`` are quantized together, the last ones of a span may be fewer; None is a whole
-    span. ``kept_tokens`` are old tokens of a prompt that each head keeps at most, if it ``evict``s.
+    ``thin_block_tokens`` are quantized together, the last ones of a span may be fewer; None is a
+    whole span. ``kept_tokens`` are old tokens that each head keeps at most, if it ``evict``s.
     """
 
     key_channels: int

@@ -13,7 +13,7 @@ from tests.support.served import Completion
 from tests.support.server import Server
 from tests.support.soak_jobs import Job
 
-#: Float32, as in ``tests/e2e/checks.py``: other orders of the same sums.
+#: float32, as in ``tests/e2e/checks.py``: other orders of the same sums.
 TOLERANCE = 1e-4
 #: Sums of squares that differ by less, relatively, can change places when they are added in
 #: another order; another channel is kept then, which shows as 1e-3 and more.

@@ -54,8 +54,8 @@ def mask(rankings: list[list[list[int]]], count: int) -> Tensor:
 class MaskedModel:
     """A plain transformers model in float32 that keeps keys and values where masks are true.
 
-    Masks are bool [layers, Hk, D]. If ``quantized``, each token's keys, and its values, come back from
-    fp8 of their own.
+    Masks are bool [layers, Hk, D]. If ``quantized``, each token's keys, and its values, come back
+    from fp8 of their own.
     """
 
     def __init__(self, model: Path, keys: Tensor, values: Tensor, quantized: bool = False) -> None:

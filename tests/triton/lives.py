@@ -21,7 +21,7 @@ PLANS = {
 }
 #: Of a plan that only evicts.
 EVICTED_ONLY = ("none", 1, 1, 16, 64, 64, (4, 2))
-#: Float32 sums in another order, of values of about 1.
+#: float32 sums in another order, of values of about 1.
 TOLERANCE = 2e-5
 
 

@@ -25,7 +25,7 @@ from think_vllm.worker.heads import RankHeads
 from think_vllm.worker.static.cuda import StaticCUDABackend
 
 SCALE = 0.2
-#: Float32 sums in another order, of values of about 1.
+#: float32 sums in another order, of values of about 1.
 TOLERANCE = 2e-5
 
 

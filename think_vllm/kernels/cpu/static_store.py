@@ -12,19 +12,12 @@ from think_vllm.plan.static_plan import StaticPlan
 
 @dataclass(frozen=True)
 class StaticParts:
-    """Views of all blocks of a cache.
+    """Views of all blocks of a cache."""
 
-    Args:
-        keys: ``[B, Hk, C, N]``.
-        values: ``[B, Hk, N, V]``.
-        key_scales: float32 ``[B, Hk, N]``; without elements unless keys are quantized.
-        value_scales: As ``key_scales``.
-    """
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    key_scales: torch.Tensor
-    value_scales: torch.Tensor
+    keys: torch.Tensor  # ``[B, Hk, C, N]``
+    values: torch.Tensor  # ``[B, Hk, N, V]``
+    key_scales: torch.Tensor  # float32 ``[B, Hk, N]``; without elements unless keys are quantized
+    value_scales: torch.Tensor  # as ``key_scales``
 
 
 def static_parts(kv_cache: torch.Tensor, plan: StaticPlan) -> StaticParts:
