@@ -90,7 +90,7 @@ quality-tables: setup ## Quality of every configuration on the bundled model, fo
 	$(OFFLINE) $(BIN)/python -m bench.quality_tables $(ARGS)
 
 image-check: setup ## Build the CPU image on a stand-in base, start it, ask it; as root, 5 to 12 minutes (ARGS=--keep)
-	$(BIN)/python -m scripts.image_check.check $(ARGS)
+	$(BIN)/python -m scripts.image_check $(ARGS)
 
 gpu-kit: setup ## Pack vLLM's CUDA build into .kit/, for gpu-check on a machine without an index
 	$(BIN)/python -m scripts.gpu_kit.build $(ARGS)
