@@ -1,7 +1,7 @@
 """How kernels are declared and launched, so that none is compiled while requests wait.
 
 Triton compiles a kernel again for integers that are 1 or multiples of 16, and for pointers that are
-not. Which these are depends on the batch, so here no integer is told apart. What kernels need to
+not. Which these are depends on the batch, so kernels turn that off for integers. What they need to
 know for wide loads, that strides are multiples of 16, lies in the code: strides come as so many
 times 16, which launchers check and kernels multiply out (``whole_stride``).
 """

@@ -1,4 +1,4 @@
-"""The one exception of this package that a user is meant to read, and what goes into it."""
+"""``ThinkError``, the error that users are shown, and texts for its messages."""
 
 import re
 

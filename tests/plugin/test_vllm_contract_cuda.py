@@ -15,7 +15,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from tests.support import source
 from tests.support.contract import check, rows, tight
 from tests.support.flash import FlashStandIn
-from think_vllm.hooks.model_runner import hook_runner, step_rows
+from think_vllm.hooks.model_runner import step_rows, track_rows
 from think_vllm.plan.layout import BlockForm
 from think_vllm.plan.spans import SpanRule
 from think_vllm.worker.token_selection import split_runs
@@ -190,9 +190,9 @@ def test_watching_a_runner_wraps_it_once(use_v2: bool, monkeypatch: pytest.Monke
     monkeypatch.setattr(GPUModelRunner, name, original)
     config = SimpleNamespace(use_v2_model_runner=use_v2)
     rule = SpanRule(2, 3, 2, 5, True)
-    hook_runner(config, rule, None)  # type: ignore[arg-type]
+    track_rows(config, rule, None)  # type: ignore[arg-type]
     wrapped = getattr(GPUModelRunner, name)
-    hook_runner(config, rule, None)  # type: ignore[arg-type]
+    track_rows(config, rule, None)  # type: ignore[arg-type]
     assert getattr(GPUModelRunner, name) is wrapped
     # Runners without thin blocks, and dummy runs of those with, see the original.
     arguments: dict[str, Any] = {"scheduler_output": None, "dummy_run": True}

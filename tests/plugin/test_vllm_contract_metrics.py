@@ -123,7 +123,7 @@ def test_what_a_rank_measured_is_sent_by_ranks_that_sample(
         return SimpleNamespace(kv_connector_output=runner.kv_connector_output)
 
     monkeypatch.setattr(runner_class, "sample_tokens", original)
-    metrics.hook_runner(SimpleNamespace(use_v2_model_runner=use_v2))  # type: ignore[arg-type]
+    metrics.report_metrics(SimpleNamespace(use_v2_model_runner=use_v2))  # type: ignore[arg-type]
 
     def sent(backend: Any, samples: bool) -> Any:
         attention = SimpleNamespace(backend=backend)

@@ -73,7 +73,7 @@ class Engine:
         chosen = EnginePlan(plan, thin_prefixes=not plan.rule.delay_prompt, in_flight_tokens=0)
         with (
             patch("think_vllm.worker.metadata_builder.selected_engine", return_value=chosen),
-            patch.object(model_runner, "hook_runner") as watch,
+            patch.object(model_runner, "track_rows") as watch,
         ):
             self.builder = ThinkCUDABackend.get_builder_cls()(
                 ThinKVCacheSpec.from_dense(spec, chosen),

@@ -101,7 +101,7 @@ def test_manager_of_requests_that_stay_dense_by_what_they_would_lose(
     drive(Engine(spec, lag=0, caching=caching), actions)
 
 
-def test_manager_frees_nothing_of_requests_that_are_not_settled(
+def test_manager_frees_nothing_of_requests_that_are_not_resolved(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(ThinKVCacheManager, "resolve", lambda *_: None)
@@ -112,7 +112,7 @@ def test_manager_frees_nothing_of_requests_that_are_not_settled(
             engine.finish()
 
 
-def test_requests_stay_as_they_were_settled() -> None:
+def test_requests_stay_as_they_were_resolved() -> None:
     engine = Engine(make_spec(delay_prompt=True, limits_loss=True), lag=0)
     for _ in range(2):
         engine.arrive(prompt_len=41, max_tokens=12)

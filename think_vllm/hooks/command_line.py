@@ -1,4 +1,4 @@
-"""Whether thin blocks were requested on a command line, whose errors are one line long."""
+"""Remember that a command line has our flags: its errors are then printed as one line."""
 
 import contextlib
 from collections.abc import Iterator

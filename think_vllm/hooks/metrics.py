@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 _take_decisions: Callable[[], dict[str, bool]] | None = None
 
 
-def hook_runner(
+def report_metrics(
     vllm_config: VllmConfig, take_decisions: Callable[[], dict[str, bool]] | None = None
 ) -> None:
     """Send what the layers of this process measure with every step.

@@ -47,7 +47,7 @@ class StepRows:
 def step_rows() -> StepRows | None:
     """Rows of the step that is being prepared; None if it is a dummy without requests.
 
-    Known after ``hook_runner``.
+    Known after ``track_rows``.
     """
     return _step_rows
 
@@ -69,7 +69,7 @@ def resolve(decisions: Mapping[str, bool]) -> None:
         _own_rules.update((name, dense) for name, stays in decisions.items() if stays)
 
 
-def hook_runner(
+def track_rows(
     vllm_config: VllmConfig,
     rule: SpanRule,
     count_cached: CountCached | None,

@@ -1,6 +1,6 @@
 """Names of vLLM that moved between the series that we extend: where each of them is.
 
-Newest place first. A row goes when the last series that has the name elsewhere is dropped.
+Newest place first. Delete a row once no supported vLLM has the name elsewhere.
 """
 
 import importlib

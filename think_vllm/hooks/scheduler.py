@@ -1,4 +1,4 @@
-"""Wrappers of vLLM's scheduler: requests go to our block managers, their reports to its clients."""
+"""Pass vLLM's new requests to our block managers, and add our figures to its statistics."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ Pure data. A report is a dict of plain values, since it crosses processes as msg
      "shares": [[observations of each bucket], [sum of each bucket's observations]],
      "resolved": {request: whether it stays dense}}
 
-The last goes no further than the scheduler.
+The scheduler takes ``resolved`` out; it never reaches an API server.
 
 Every part may be missing. Counters add up wherever a report goes: vLLM gives each to one of its
 API servers.

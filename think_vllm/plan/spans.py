@@ -9,7 +9,7 @@ For a query at position ``p`` (so ``p`` tokens come before it) of a request whos
 
 * the ``cached`` leading spans that came thin from the prefix cache, for every query;
 * a prompt query (``p < P``) sees no other span thin, because ThinK prunes after the prompt; with
-  ``prune_prefill`` it sees those that its step's first token is ``recent_window`` tokens past;
+  ``prune_prefill`` it sees those thin that end ``recent_window`` tokens before its step's first;
 * afterwards every span that ends at least ``recent_window`` tokens before ``p`` is thin
   (with ``prune_decode``), or every span that ended so before ``P`` (without).
 

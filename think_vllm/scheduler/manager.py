@@ -180,7 +180,7 @@ class ThinKVCacheManager(FullAttentionManager):
         publisher, rows = self._publisher, self.req_to_blocks[request.request_id]
         prompt_len = request.num_prompt_tokens
         compacted = state.rule.freeable_spans(prompt_len, scheduled, state.cached_spans)
-        self._check_settled(state, compacted, request.request_id)
+        self._check_resolved(state, compacted, request.request_id)
         state.next_compaction = state.rule.next_freeable(prompt_len, scheduled, compacted)
         if not self.rule.delay_prompt:
             publisher.uncache(state, rows, compacted)
@@ -229,7 +229,7 @@ class ThinKVCacheManager(FullAttentionManager):
         freeable = rule.freeable_spans(
             num_prompt_tokens, processed_computed_tokens, state.cached_spans
         )
-        self._check_settled(state, freeable, request_id)
+        self._check_resolved(state, freeable, request_id)
         self._publisher.publish_thin(state, self.req_to_blocks[request_id], freeable)
         evicted = rule.evicted_spans(num_prompt_tokens)
         for span in range(state.freed_spans, freeable):
@@ -276,7 +276,7 @@ class ThinKVCacheManager(FullAttentionManager):
             state = self._states[request_id] = RequestState(*self.rules.find(request_id, self.rule))
         return state
 
-    def _check_settled(self, state: RequestState, spans: int, request_id: str) -> None:
+    def _check_resolved(self, state: RequestState, spans: int, request_id: str) -> None:
         if spans and not state.resolved:
             raise RuntimeError(
                 f"think-vllm: spans of request {request_id} are due, and its worker has not said "

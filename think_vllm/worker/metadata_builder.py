@@ -75,8 +75,8 @@ class ThinkMetadataBuilder(AttentionMetadataBuilder[ThinkMetadata]):
         count_cached = None
         if engine.thin_prefixes and vllm_config.cache_config.enable_prefix_caching:
             count_cached = partial(leading_thin_spans, self.plan.rule)
-        model_runner.hook_runner(vllm_config, self.plan.rule, count_cached)
-        metrics.hook_runner(vllm_config, take_decisions if self.plan.limits_loss else None)
+        model_runner.track_rows(vllm_config, self.plan.rule, count_cached)
+        metrics.report_metrics(vllm_config, take_decisions if self.plan.limits_loss else None)
         begin_loss_limit(self.plan.config.kv_prune_max_loss if self.plan.limits_loss else None)
         self.state = GroupState(
             layer_names,

@@ -8,7 +8,8 @@ after the new keys and values have been stored densely, a forward pass runs
 3. ``finished_prompts``: prompts that end here select their channels and are compacted; with
    ``prune_prefill``, so are ``finished_chunks`` of prompts that go on, each by its last queries;
 4. ``passes``: queries past the prompt attend to thin and dense blocks, each pass after the
-   spans that became due for it have been compacted.
+   spans that became due for it have been compacted. Prompts whose tokens are evicted are repacked
+   before that (``eviction_step.py``).
 
 A step has one pass, except when a preempted request recomputes generated tokens: a chunk
 that crosses the end of its prompt, or several due positions, needs one pass per position at

@@ -1,4 +1,4 @@
-"""Tokens of a step: a slice where they are neighbours, so that tensors are cut, not copied."""
+"""Tokens of a step: a slice where they are contiguous (a view, no copy), else their indices."""
 
 import torch
 

@@ -1,7 +1,7 @@
 """Reports of workers and schedulers.
 
-A report goes the way that vLLM made for those of KV connectors, which thin blocks do not support:
-rank, scheduler, API server. It stays in ``kv_connector_stats`` all along, as a plain dict.
+Reports travel from rank to scheduler to API server in vLLM's field ``kv_connector_stats``, as plain
+dicts: thin blocks do not support KV connectors, which the field is for.
 """
 
 from think_vllm.hooks.patches.patch import Kind, Patch, Role

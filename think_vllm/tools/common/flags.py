@@ -1,4 +1,4 @@
-"""Flags of a server, as an option of our own has them in quotes."""
+"""Parse flags of a server that one of our options has as one quoted string."""
 
 import shlex
 

@@ -1,9 +1,9 @@
 """Attention layers with a sliding window, beside full ones: vLLM's own, on blocks that were thin.
 
 A window holds few tokens, so there is little to compact; spec, block manager, metadata and
-kernels stay vLLM's. But all groups of layers share one block pool, and vLLM's kernels weigh what
-lies beyond a context with zero, which leaves a NaN a NaN. The codes and tables of a thin block
-can spell one, so a block is cleared before its first token is stored.
+kernels stay vLLM's. But all groups of layers share one block pool, and vLLM's kernels multiply
+unused tokens by 0, and 0 * NaN is NaN. Bytes of a block that was thin may read as NaN, so a block
+is cleared before its first token is stored.
 """
 
 from typing import Any

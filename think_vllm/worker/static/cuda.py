@@ -1,7 +1,7 @@
 """The attention backend on NVIDIA GPUs with ``--kv-select static``.
 
 A step's keys and values are stored first, and then every query reads everything from the cache, its
-own token included, whole prompts as well: one form of what is seen, however a prompt is cut.
+own token included, whole prompts as well, so chunk boundaries do not change results.
 vLLM's FlashAttention has no part in it.
 
 Nothing is sorted and nothing is sent: vLLM's own lengths and block table are used where they are,
