@@ -1,6 +1,7 @@
 """The byte layout, against bytes counted by hand."""
 
 import itertools
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -11,6 +12,8 @@ from think_vllm.plan.formats import FORMATS, GROUP_SIZES, Encoding
 from think_vllm.plan.layout import BlockForm, DenseLayout, ThinLayout, max_key_channels
 from think_vllm.plan.matrix_layout import ALIGN_BYTES, MatrixLayout
 from think_vllm.plan.static_layout import StaticLayout
+
+FP8, KIVI4, K4V2, KIVI2 = (FORMATS[name] for name in ("fp8", "kivi4", "k4v2", "kivi2"))
 
 
 @pytest.mark.parametrize(
@@ -35,64 +38,34 @@ def test_plain_thin_layout_has_the_bytes_counted_by_hand(
 
 
 @pytest.mark.parametrize(
-    ("layout", "keys", "values", "used"),
+    ("arguments", "keys", "values", "used"),
     [
-        # fp8: codes, scale, zeros of keys, end. The worked example of layout.py:
+        # fp8: codes (of keys at 0), scale, zeros of keys, end. The worked example of layout.py:
         # 62 * 128 = 7,936; 62 * 2 = 124; 128 * 128 = 16,384; table 62
-        (
-            ThinLayout(128, 62, 128, 48, 2, FORMATS["fp8"]),
-            (0, 7_936, 7_952, 8_076),
-            (8_080, 24_464, 24_468),
-            24_530,
-        ),
+        ((128, 62, 128, 48, 2, FP8), (7_936, 7_952, 8_076), (8_080, 24_464, 24_468), 24_530),
         # 128 * 60 = 7,680 each, no table
-        (
-            ThinLayout(128, 128, 60, 32, 2, FORMATS["fp8"]),
-            (0, 7_680, 7_696, 7_952),
-            (7_952, 15_632, 15_636),
-            15_636,
-        ),
+        ((128, 128, 60, 32, 2, FP8), (7_680, 7_696, 7_952), (7_952, 15_632, 15_636), 15_636),
         # Two rows make a unit: 32 * 20; a code is one byte in a cache of fp32 too
-        (
-            ThinLayout(64, 31, 20, 16, 4, FORMATS["fp8"]),
-            (0, 640, 656, 718),
-            (720, 2_000, 2_004),
-            2_035,
-        ),
+        ((64, 31, 20, 16, 4, FP8), (640, 656, 718), (720, 2_000, 2_004), 2_035),
         # Integers: codes, scales, zeros, end.
         # Keys 74 rows of 32 B, 2 groups: 296 B of scales, padded; values 64 rows of 64 B, 4 groups
-        (
-            ThinLayout(128, 74, 64, 16, 2, FORMATS["kivi4"], 32),
-            (0, 2_368, 2_672, 2_968),
-            (2_976, 7_072, 7_584, 8_096),
-            8_170,
-        ),
+        ((128, 74, 64, 16, 2, KIVI4), (2_368, 2_672, 2_968), (2_976, 7_072, 7_584, 8_096), 8_170),
         # The worked example of layout.py: 88 tokens are 2.75 groups of 32
-        (
-            ThinLayout(128, 64, 88, 16, 2, FORMATS["k4v2"], 32),
-            (0, 2_816, 3_200, 3_584),
-            (3_584, 6_400, 7_104, 7_808),
-            7_872,
-        ),
+        ((128, 64, 88, 16, 2, K4V2), (2_816, 3_200, 3_584), (3_584, 6_400, 7_104, 7_808), 7_872),
         # 62 rows of 28 B = 1,736 are padded; 112 tokens are 3.5 groups of 32
-        (
-            ThinLayout(128, 62, 112, 16, 2, FORMATS["kivi2"], 32),
-            (0, 1_744, 2_240, 2_736),
-            (2_736, 6_320, 7_216, 8_112),
-            8_174,
-        ),
+        ((128, 62, 112, 16, 2, KIVI2), (1_744, 2_240, 2_736), (2_736, 6_320, 7_216, 8_112), 8_174),
         # One group of 112 tokens, none of 128; no table
         (
-            ThinLayout(128, 128, 112, 16, 2, FORMATS["kivi2"], 128),
-            (0, 3_584, 3_840, 4_096),
+            (128, 128, 112, 16, 2, KIVI2, 128),
+            (3_584, 3_840, 4_096),
             (4_096, 7_680, 7_904, 8_128),
             8_128,
         ),
         # The cache's own dtype plays no part: keys 64 rows of 13 units of 8 tokens, 52 B for the 50
         # that they need; values 100 rows of 32 B
         (
-            ThinLayout(64, 64, 100, 16, 4, FORMATS["kivi4"], 64),
-            (0, 3_328, 3_584, 3_840),
+            (64, 64, 100, 16, 4, KIVI4, 64),
+            (3_328, 3_584, 3_840),
             (3_840, 7_040, 7_248, 7_448),
             7_448,
         ),
@@ -100,14 +73,16 @@ def test_plain_thin_layout_has_the_bytes_counted_by_hand(
     ids=["fp8", "fp8-all", "fp8-padded", "kivi4", "k4v2", "kivi2", "kivi2-g128", "fp32-kivi4-g64"],
 )
 def test_coded_thin_layout_has_the_bytes_counted_by_hand(
-    layout: ThinLayout, keys: tuple[int, ...], values: tuple[int, ...], used: int
+    arguments: Any, keys: tuple[int, ...], values: tuple[int, ...], used: int
 ) -> None:
+    layout = ThinLayout(*arguments)
+
     def offsets(matrix: MatrixLayout) -> tuple[int, ...]:
         has_zero_points = matrix.encoding.is_integer or matrix.has_zero_points
         zeros = (matrix.zero_points_offset,) if has_zero_points else ()
         return matrix.offset, matrix.scales_offset, *zeros, matrix.end
 
-    assert (offsets(layout.keys), offsets(layout.values)) == (keys, values)
+    assert (offsets(layout.keys), offsets(layout.values)) == ((0, *keys), values)
     assert (layout.table_offset, layout.used_bytes) == (values[-1], used)
 
 
@@ -130,48 +105,28 @@ def test_content_bytes_leave_padding_out(format: str, keys: int, values: int) ->
 
 
 @pytest.mark.parametrize(
-    ("layout", "values", "tables", "used"),
+    ("layout", "values", "value_table", "used"),
     [
-        # values: offset and end; where the tables of keys and of values start.
+        # values: offset and end; where the table of values starts; that of keys is at the end.
         # The worked example of layout.py: values 64 * 64 * 2 = 8,192
-        (
-            ThinLayout(128, 63, 64, 32, 2, value_channels=64),
-            (8_064, 16_256),
-            (16_256, 16_319),
-            16_383,
-        ),
+        (ThinLayout(128, 63, 64, 32, 2, value_channels=64), (8_064, 16_256), 16_319, 16_383),
         # All key channels: 128 * 56 * 2 = 14,336, then 56 * 88 * 2 = 9,856, and one table
-        (
-            ThinLayout(128, 128, 56, 48, 2, value_channels=88),
-            (14_336, 24_192),
-            (24_192, 24_192),
-            24_280,
-        ),
+        (ThinLayout(128, 128, 56, 48, 2, value_channels=88), (14_336, 24_192), 24_192, 24_280),
         # fp8: 62 * 112 = 6,944; values 112 * 44 = 4,928 behind a scale and 61 zeros
-        (
-            ThinLayout(64, 61, 112, 96, 2, FORMATS["fp8"], value_channels=44),
-            (7_088, 12_020),
-            (12_020, 12_081),
-            12_125,
-        ),
+        (ThinLayout(64, 61, 112, 96, 2, FP8, value_channels=44), (7_088, 12_020), 12_081, 12_125),
         # Values 224 rows of 6 units of 16 channels, 24 B for the 22 that 88 need, and 3 groups, the
         # last one of 24 channels
-        (
-            ThinLayout(128, 50, 224, 32, 2, FORMATS["k4v2"], 32, 88),
-            (7_008, 15_072),
-            (15_072, 15_122),
-            15_210,
-        ),
+        (ThinLayout(128, 50, 224, 32, 2, K4V2, 32, 88), (7_008, 15_072), 15_122, 15_210),
         # A vector of 16 columns of the last row ends 24 B behind its 4 values, table or not
-        (ThinLayout(16, 16, 17, 16, 2, value_channels=4), (544, 680), (680, 680), 704),
+        (ThinLayout(16, 16, 17, 16, 2, value_channels=4), (544, 680), 680, 704),
     ],
     ids=["plain", "keys-whole", "fp8", "k4v2", "read-behind"],
 )
 def test_layout_with_pruned_values_has_the_bytes_counted_by_hand(
-    layout: ThinLayout, values: tuple[int, int], tables: tuple[int, int], used: int
+    layout: ThinLayout, values: tuple[int, int], value_table: int, used: int
 ) -> None:
     assert (layout.values.offset, layout.values.end) == values
-    assert (layout.table_offset, layout.value_table_offset) == tables
+    assert (layout.table_offset, layout.value_table_offset) == (values[1], value_table)
     assert layout.used_bytes == used
     assert layout.has_value_table
 
