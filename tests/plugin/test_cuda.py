@@ -1,13 +1,12 @@
 """Choosing the CUDA backend, and rejecting what it cannot do, without a GPU."""
 
-import subprocess
-import sys
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from tests.support.processes import run_python
 from think_vllm.errors import ThinkError
 from think_vllm.hooks import engine_support
 from think_vllm.hooks.backend import select_backend
@@ -108,5 +107,5 @@ assert not theirs, theirs
 
 @pytest.mark.parametrize("code", [IMPORTS_ON_CPUS, IMPORTS_ON_GPUS], ids=["cpu", "cuda"])
 def test_backends_import_no_kernels_of_the_other_device(code: str) -> None:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = run_python("-c", code)
     assert done.returncode == 0, done.stderr[-2000:]

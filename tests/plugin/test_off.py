@@ -2,11 +2,10 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 
+from tests.support.processes import run_python
 from think_vllm.hooks.patches import PATCHES
 from think_vllm.hooks.patches.patch import Role
 
@@ -40,13 +39,8 @@ print("RESULT" + json.dumps({
 def probe(
     model: object, additional: dict[str, object], plugins: str = "think_vllm"
 ) -> dict[str, object]:
-    done = subprocess.run(
-        [sys.executable, "-c", PROBE, str(model), json.dumps(additional)],
-        env={**os.environ, "VLLM_PLUGINS": plugins},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    environment = {**os.environ, "VLLM_PLUGINS": plugins}
+    done = run_python("-c", PROBE, str(model), json.dumps(additional), env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     line = next(x for x in done.stdout.splitlines() if x.startswith("RESULT"))
     result: dict[str, object] = json.loads(line.removeprefix("RESULT"))

@@ -3,7 +3,6 @@
 import io
 import json
 import subprocess
-import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 from tests.plugin.test_rejections import SMALL
 from tests.support.models import make_config, make_llama
 from tests.support.plans import make_plan
+from tests.support.processes import run_python
 from think_vllm.hooks.model_support import AttentionLayers
 from think_vllm.tools.cli import main
 from think_vllm.tools.plan import budget_fields, parse_bytes
@@ -37,9 +37,8 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_plan_program_prints_json_with_the_documented_fields(recall_model: Path) -> None:
-    command = [sys.executable, "-m", "think_vllm.tools.cli", "plan", str(recall_model)]
-    command += ["--kv-channel-prune", "0.5", "--memory", "1GiB", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    flags = ["--kv-channel-prune", "0.5", "--memory", "1GiB", "--json"]
+    done = run_python("-m", "think_vllm.tools.cli", "plan", recall_model, *flags)
     assert done.returncode == 0, done.stderr
     fields = json.loads(done.stdout)
     assert set(fields) >= FIELDS

@@ -1,9 +1,8 @@
 """Another vLLM: inert, one line, and a rejection only if the flag is used."""
 
-import subprocess
-import sys
-
 import pytest
+
+from tests.support.processes import run_python
 
 PROBE = """
 import json, sys, vllm
@@ -29,12 +28,7 @@ print("CREATED")
 def test_register_on_another_version_rejects_only_the_flags(
     recall_model: object, additional: str, used: bool
 ) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", PROBE, str(recall_model), additional],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_python("-c", PROBE, str(recall_model), additional)
     output = done.stdout + done.stderr
     flags = "--kv-channel-prune, --kv-value-prune, --kv-quant and --kv-evict"
     assert output.count(f"this is vLLM 0.99.1: {flags} are off") == 1

@@ -282,11 +282,7 @@ def test_manager_frees_too_early_is_noticed() -> None:
 
     spec = make_spec()
     engine = Engine(spec, lag=0)
-    rule = spec.rule
-    manager = engine.manager.coordinator.single_type_managers[0]
-    manager.rule = Hasty(
-        rule.block_size, rule.span_blocks, rule.thin_blocks, rule.recent_window, True
-    )
+    engine.manager.coordinator.single_type_managers[0].rule = Hasty(**vars(spec.rule))
     for _ in range(4):
         engine.arrive(prompt_len=30, max_tokens=40)
 

@@ -201,9 +201,6 @@ def test_blocks_freed_a_step_too_early_are_noticed(config: VllmConfig) -> None:
             return self.thin_spans(prompt_len, max(prompt_len, processed_tokens + 1))
 
     pipeline = Pipeline(config, 2)
-    rule = SPEC.rule
-    pipeline.manager.rule = Hasty(
-        rule.block_size, rule.span_blocks, rule.thin_blocks, rule.recent_window, True
-    )
+    pipeline.manager.rule = Hasty(**vars(SPEC.rule))
     with pytest.raises(AssertionError, match="finds"):
         serve_load(pipeline, 0)
