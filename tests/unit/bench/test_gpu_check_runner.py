@@ -6,8 +6,6 @@ import sys
 import tarfile
 from pathlib import Path
 
-import pytest
-
 from bench.gpu_check import runner
 from bench.gpu_check.runner import FAILED, NOT_RUN, PASSED, TIMED_OUT, Section, run_all
 
@@ -48,7 +46,7 @@ def is_alive(process: int) -> bool:
     return state != "Z"
 
 
-def test_failures_do_not_stop_the_next_one(tmp_path: Path) -> None:
+def test_failures_do_not_stop_the_next_one(tmp_path):
     out = tmp_path / "results"
     sections = [
         python("fails", "import sys; print('no'); sys.exit(3)"),
@@ -67,7 +65,7 @@ def test_failures_do_not_stop_the_next_one(tmp_path: Path) -> None:
     assert kept["sections"][2]["command"][-1] == str(out)
 
 
-def test_results_are_kept_after_each_section(tmp_path: Path) -> None:
+def test_results_are_kept_after_each_section(tmp_path):
     code = "import sys; print(open(sys.argv[1] + '/check-2.json').read())"
     done = run_all("2", [python("first", ""), python("second", code)], tmp_path, 100, MACHINE)
     assert done[1].status == PASSED
@@ -75,7 +73,7 @@ def test_results_are_kept_after_each_section(tmp_path: Path) -> None:
     assert [one["name"] for one in told["sections"]] == ["first"]
 
 
-def test_results_are_packed_after_each_section(tmp_path: Path) -> None:
+def test_results_are_packed_after_each_section(tmp_path):
     out, archive = tmp_path / "results", tmp_path / "given" / "part-1.tar.gz"
     code = f"import tarfile; print(sorted(tarfile.open({str(archive)!r}).getnames()))"
     run_all("1", [python("first", ""), python("second", code)], out, 100, MACHINE, archive)
@@ -86,9 +84,7 @@ def test_results_are_packed_after_each_section(tmp_path: Path) -> None:
     assert list(archive.parent.iterdir()) == [archive]
 
 
-def test_a_section_that_hangs_is_ended_with_all_its_processes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_section_that_hangs_is_ended_with_all_its_processes(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "GRACE_S", 0.1)
     done = run_all("1", [python("hangs", HANGS, 2), python("next", "")], tmp_path, 100, MACHINE)
     assert [ended.status for ended in done] == [TIMED_OUT, PASSED]
@@ -98,12 +94,12 @@ def test_a_section_that_hangs_is_ended_with_all_its_processes(
     assert not any(map(is_alive, processes))
 
 
-def test_a_section_out_of_time_can_write_what_it_has(tmp_path: Path) -> None:
+def test_a_section_out_of_time_can_write_what_it_has(tmp_path):
     (ended,) = run_all("1", [python("slow", INTERRUPTED, 10)], tmp_path, 100, MACHINE)
     assert (ended.status, ended.figures) == (TIMED_OUT, ["partial.json"])
 
 
-def test_what_cannot_run(tmp_path: Path) -> None:
+def test_what_cannot_run(tmp_path):
     absent = python("absent", "", needs="no-such-program")
     present = python("present", "", needs="sh")
     done = run_all("1", [absent, present], tmp_path, 100, MACHINE)
@@ -113,7 +109,7 @@ def test_what_cannot_run(tmp_path: Path) -> None:
     assert (late.status, late.why) == (NOT_RUN, "no time left")
 
 
-def test_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("KEPT", "1")
     code = "import os; print(os.environ['KEPT'], os.environ['GIVEN'])"
     run_all("1", [python("env", code, environment=(("GIVEN", "2"),))], tmp_path, 100, MACHINE)

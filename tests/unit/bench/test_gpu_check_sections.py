@@ -26,16 +26,12 @@ from tests.conftest import REPOSITORY
 
 MEASURED = {
     "machine": {"gpu": "some", "copy_bytes_per_second": 1e12},
-    "results": [
-        {
-            "batch": 64,
-            "context": 8192,
-            "microseconds": {"FlashAttention 3": 200.0, "k4v2 0.5": 50.0},
-            "bytes": {"FlashAttention 3": 100_000_000, "k4v2 0.5": 25_000_000},
-            "errors": {"torch": "OutOfMemoryError: none left"},
-        }
-    ],
-}
+    "results": [{
+        "batch": 64, "context": 8192, "errors": {"torch": "OutOfMemoryError: none left"},
+        "microseconds": {"FlashAttention 3": 200.0, "k4v2 0.5": 50.0},
+        "bytes": {"FlashAttention 3": 100_000_000, "k4v2 0.5": 25_000_000},
+    }],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("part", BUDGETS)
@@ -46,9 +42,7 @@ def test_sections_fit_their_part(part: int) -> None:
     assert len(names) == len(set(names))
 
 
-@pytest.mark.parametrize(
-    "section", [*sections_of(1), *sections_of(2)], ids=lambda section: section.name
-)
+@pytest.mark.parametrize("section", sections_of(1) + sections_of(2), ids=lambda one: one.name)
 def test_commands_of_sections_can_be_parsed(section) -> None:
     assert "-m" in section.command
     at = section.command.index("-m")
@@ -101,11 +95,10 @@ def test_compilations_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_faults_of_answers() -> None:
-    good = {"prompts": 40, "compilations": {"vllm.other": 1}, "turns": [
-        {"right": 38, "cached_tokens": 0}, {"right": 40, "cached_tokens": 900},
-    ]}  # fmt: skip
+    turns = [{"right": 38, "cached_tokens": 0}, {"right": 40, "cached_tokens": 900}]
+    good = {"prompts": 40, "compilations": {"vllm.other": 1}, "turns": turns}
     assert faults_of(good) == []
-    bad = good | {"turns": [good["turns"][0] | {"right": 37}, good["turns"][0]]}
+    bad = good | {"turns": [turns[0] | {"right": 37}, turns[0]]}
     assert faults_of(bad) == ["turn 1: 37 of 40 right", "no prefix hits"]
     compiled = good | {"compilations": {"csrc_triton.decode._attend": 1}}
     assert faults_of(compiled) == ["compiled while serving: csrc_triton.decode._attend"]
@@ -118,9 +111,8 @@ def test_results_of_cases() -> None:
     assert read_result("", log)["error"] == "RuntimeError: the kernel failed"
     assert read_result("", "")["error"] == "no output"
     assert make_samples(3) == make_samples(3)
-    assert {case.think.get("kv_quant") for case in CASES.values()} == {
-        None, "none", "fp8", "kivi4", "k4v2", "kivi2",
-    }  # fmt: skip
+    formats = {case.think.get("kv_quant") for case in CASES.values()}
+    assert formats == {None, "none", "fp8", "kivi4", "k4v2", "kivi2"}
 
 
 def test_counters() -> None:
@@ -184,11 +176,9 @@ def test_attention_table_and_bars() -> None:
     table = table_of(MEASURED["results"][0], 1e12)
     assert "| k4v2 0.5 | 50.0 | 50 % |" in table
     assert "torch: OutOfMemoryError" in table
-    assert attention_bars(MEASURED) == {
-        "batch 64, 8192 tokens": [
-            ("FlashAttention 3", 1.0, pytest.approx(50)), ("k4v2 0.5", 4.0, pytest.approx(50)),
-        ]
-    }  # fmt: skip
+    half = pytest.approx(50)
+    bars = [("FlashAttention 3", 1.0, half), ("k4v2 0.5", 4.0, half)]
+    assert attention_bars(MEASURED) == {"batch 64, 8192 tokens": bars}
 
 
 def test_pictures(tmp_path: Path) -> None:

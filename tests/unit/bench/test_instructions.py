@@ -5,12 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.instructions import (
-    iterations_of_span,
-    loads_code,
-    per_token,
-    thin_loops,
-)
+from bench.instructions import iterations_of_span, loads_code, per_token, thin_loops
 from bench.sass import parse
 from bench.source_lines import function_at, number_lines
 from csrc_triton import aot
@@ -103,9 +98,8 @@ def test_lines_are_numbered_by_chains_of_calls(tmp_path: Path) -> None:
         f"\t.loc\t1 5 7  // tiles.py:5:7 @[ gone.py:2:4 @[ tiles.py:2:40 ] ]\n"
         f'\t.file\t1 "{source}"\n'
     )
-    assert [row for row in ptx.splitlines() if ".loc" in row] == [
-        "\t.loc 1 1 0", "\t.loc 1 2 0", "\t.loc 1 1 0",
-    ]  # fmt: skip
+    numbered = [row for row in ptx.splitlines() if ".loc" in row]
+    assert numbered == [f"\t.loc 1 {number} 0" for number in (1, 2, 1)]
     assert "add.s32" in ptx
     assert chains == [(), ("inner", "", "outer"), ("outer",)]
     assert function_at(str(source), 99) == ""

@@ -49,16 +49,9 @@ def test_nested_loops() -> None:
 @pytest.mark.parametrize(
     "branch",
     [
-        "@P0 BRA `(.L_x_0)",
-        "@!P0 BRA `(.L_1)",
-        "@P0 BRA .L_x_0",
-        "@!UP0 BRA.U `(.L_x_0)",
-        "BRA.U UP0, `(.L_x_0)",
-        "BRA.U.ANY !UP0, `(.L_x_0)",
-        "BRA P0, `(.L_x_0)",
-        "BRA.DIV UR4, `(.L_x_0)",
-        "@P0 BRA 0x10",
-        "@P0 JMP 0x10",
+        *("@P0 BRA `(.L_x_0)", "@!P0 BRA `(.L_1)", "@P0 BRA .L_x_0", "@!UP0 BRA.U `(.L_x_0)"),
+        *("BRA.U UP0, `(.L_x_0)", "BRA.U.ANY !UP0, `(.L_x_0)", "BRA P0, `(.L_x_0)"),
+        *("BRA.DIV UR4, `(.L_x_0)", "@P0 BRA 0x10", "@P0 JMP 0x10"),
     ],
 )
 def test_branches_of_all_assemblers(branch: str) -> None:
@@ -135,9 +128,8 @@ def test_what_cannot_be_read() -> None:
     ],
 )
 def test_kinds(kind: str, opcodes: str) -> None:
-    assert {opcode: kind_of(opcode) for opcode in opcodes.split()} == dict.fromkeys(
-        opcodes.split(), kind
-    )
+    names = opcodes.split()
+    assert {name: kind_of(name) for name in names} == dict.fromkeys(names, kind)
 
 
 def test_counts_have_every_kind() -> None:

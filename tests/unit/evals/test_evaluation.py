@@ -22,17 +22,31 @@ def forgetful(prompt: str) -> str:
 
 
 def evaluate(out, *arguments):
-    status = main(["eval", "--out", str(out), *arguments])
+    status = main(["eval", "--out", str(out), *CELLS, *arguments])
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
     lines = (out / "answers.jsonl").read_text(encoding="utf-8").splitlines()
     return status, results, [json.loads(line) for line in lines]
+
+
+def mean_of_recall(out, api, *arguments):
+    """Of one server that answers all."""
+    given = ("--base-url", api.url, "--tasks", "recall", "--no-plots", *arguments)
+    status, results, _ = evaluate(out, *given)
+    assert status == 0
+    return results["by_task"][0]["figures"][0]["mean"]["value"]
+
+
+def rejection(capsys, *arguments):
+    """Why a command that asked nothing ended."""
+    assert main(["eval", *map(str, arguments)]) == 2
+    return capsys.readouterr().err
 
 
 def test_two_servers_are_compared_on_the_same_questions(tmp_path, capsys):
     with FakeApi(read_recall) as right, FakeApi(forgetful) as worse:
         status, results, answers = evaluate(
             tmp_path, "--base-url", right.url, "--base-url", worse.url + "/v1/",
-            "--label", "plain", "--label", "thin", "--tasks", "recall-keys", "recall", *CELLS,
+            "--label", "plain", "--label", "thin", "--tasks", "recall-keys", "recall",
         )  # fmt: skip
         asked = [
             [body["prompt"] for path, body in api.requests if path == "/v1/completions"]
@@ -76,14 +90,11 @@ def test_two_servers_are_compared_on_the_same_questions(tmp_path, capsys):
 def test_provenance_says_where_figures_come_from(tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     with FakeApi(read_recall, key="sk-secret") as api:
-        arguments = ["--base-url", api.url, "--tasks", "recall", "--no-plots", *CELLS]
-        status, results, _ = evaluate(tmp_path, *arguments)
-    assert status == 0
+        mean_of_recall(tmp_path, api)
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     (server,) = results["servers"]
-    assert server["version"] == "1.2.3"
-    assert server["model"] == "fake"
-    assert server["max_model_len"] == 4096
-    assert server["flags"] is None
+    assert (server["version"], server["model"]) == ("1.2.3", "fake")
+    assert (server["max_model_len"], server["flags"]) == (4096, None)
     assert results["settings"]["seed"] == 3
     assert results["settings"]["lengths"] == [400, 800]
     assert "--tasks recall --no-plots" in results["provenance"]["command"]
@@ -99,8 +110,8 @@ def test_failed_requests_are_counted_and_not_scored(tmp_path, capsys):
 
     with FakeApi(forgetful) as first, FakeApi(failing) as second:
         status, results, answers = evaluate(
-            tmp_path, "--base-url", first.url, "--base-url", second.url, "--tasks", "recall-needle",
-            "--no-plots", *CELLS,
+            tmp_path, "--base-url", first.url, "--base-url", second.url,
+            "--tasks", "recall-needle", "--no-plots",
         )  # fmt: skip
     assert status == 1
     failed = [line for line in answers if line["score"] is None]
@@ -108,12 +119,9 @@ def test_failed_requests_are_counted_and_not_scored(tmp_path, capsys):
     assert all(line["error"].startswith("HTTP 422: ") for line in failed)
     one, other = results["by_task"][0]["figures"]
     assert (one["failed"], other["failed"]) == (0, len(failed))
-    answered = [
-        line for line in answers if line["server"] == second.url and line["score"] is not None
-    ]
-    assert other["mean"]["value"] == pytest.approx(
-        sum(x["score"] for x in answered) / len(answered)
-    )
+    scores = [line["score"] for line in answers if line["server"] == second.url]
+    answered = [score for score in scores if score is not None]
+    assert other["mean"]["value"] == pytest.approx(sum(answered) / len(answered))
     # The same function answered both, so what both answered is equal.
     assert other["difference"]["pairs"] == 20 - len(failed)
     assert other["difference"]["estimate"]["value"] == 0
@@ -125,9 +133,8 @@ def test_failed_requests_are_counted_and_not_scored(tmp_path, capsys):
 
 def test_server_without_any_answer_is_reported(tmp_path):
     with FakeApi(lambda _: 400) as api:
-        status, results, _ = evaluate(
-            tmp_path, "--base-url", api.url, "--tasks", "recall-needle", *CELLS
-        )
+        arguments = ("--base-url", api.url, "--tasks", "recall-needle")
+        status, results, _ = evaluate(tmp_path, *arguments)
     assert status == 1
     (figure,) = results["by_task"][0]["figures"]
     assert (figure["failed"], figure["mean"]) == (20, None)
@@ -135,14 +142,10 @@ def test_server_without_any_answer_is_reported(tmp_path):
 
 def test_chat_sends_messages_and_extra_fields(tmp_path):
     with FakeApi(read_recall) as api:
-        status, results, _ = evaluate(
-            tmp_path, "--base-url", api.url, "--tasks", "recall", "--chat", "--no-plots", *CELLS,
-            "--extra-body", '{"chat_template_kwargs": {"enable_thinking": false}, "seed": 1}',
-        )  # fmt: skip
+        extra = '{"chat_template_kwargs": {"enable_thinking": false}, "seed": 1}'
+        assert mean_of_recall(tmp_path, api, "--chat", "--extra-body", extra) == 1
         sent = [body for path, body in api.requests if path == "/v1/chat/completions"]
         counted = [body for path, body in api.requests if path == "/tokenize"]
-    assert status == 0
-    assert results["by_task"][0]["figures"][0]["mean"]["value"] == 1
     assert all(body["messages"][0]["role"] == "user" for body in sent)
     assert all(body["temperature"] == 0 and body["seed"] == 1 for body in sent)
     # A template that thinks is longer than one that does not.
@@ -151,9 +154,8 @@ def test_chat_sends_messages_and_extra_fields(tmp_path):
 
 def test_tasks_that_are_too_hard_are_pointed_out(tmp_path):
     with FakeApi(lambda _: "dunno") as api:
-        status, results, _ = evaluate(
-            tmp_path, "--base-url", api.url, "--tasks", "needle", "multi-value", *CELLS
-        )
+        arguments = ("--base-url", api.url, "--tasks", "needle", "multi-value")
+        status, results, _ = evaluate(tmp_path, *arguments)
     assert status == 0
     scores = {group["task"]: group["figures"][0]["mean"]["value"] for group in results["by_task"]}
     assert scores == {"needle": 0, "multi-value": 0}
@@ -171,23 +173,13 @@ def test_failures_that_pass_are_tried_again(tmp_path):
         return 503
 
     with FakeApi(busy) as api:
-        status, results, _ = evaluate(
-            tmp_path, "--base-url", api.url, "--tasks", "recall", "--lengths", "400",
-            "--samples", "2", "--no-plots",
-        )  # fmt: skip
-    assert status == 0
-    assert results["by_task"][0]["figures"][0]["mean"]["value"] == 1
+        assert mean_of_recall(tmp_path, api, "--lengths", "400", "--samples", "2") == 1
 
 
 def test_tokenizer_on_disk_replaces_the_servers(tmp_path, recall_model):
     with FakeApi(read_recall) as api:
-        status, results, _ = evaluate(
-            tmp_path, "--base-url", api.url, "--tasks", "recall", "--no-plots", *CELLS,
-            "--tokenizer", str(recall_model),
-        )  # fmt: skip
+        assert mean_of_recall(tmp_path, api, "--tokenizer", str(recall_model)) == 1
         assert {path for path, _ in api.requests} == {"/v1/completions"}
-    assert status == 0
-    assert results["by_task"][0]["figures"][0]["mean"]["value"] == 1
 
 
 #: What is started in place of vLLM: a fake that forgets more with one flag, and dies with another.
@@ -211,14 +203,12 @@ def test_serve_starts_one_server_after_the_other(tmp_path, monkeypatch):
     monkeypatch.setattr("think_vllm.tools.common.server.server_command", fake_command)
     status, results, answers = evaluate(
         tmp_path, "--serve", "m", "--config", "--thin 1", "--server-args", "--all 2",
-        "--tasks", "recall", "--no-plots", *CELLS,
+        "--tasks", "recall", "--no-plots",
     )  # fmt: skip
     assert status == 0
-    servers = [(server["label"], server["url"], server["flags"]) for server in results["servers"]]
-    assert servers == [
-        ("plain", None, ["--all", "2"]),
-        ("thin 1", None, ["--all", "2", "--thin", "1"]),
-    ]
+    servers = {server["label"]: server["flags"] for server in results["servers"]}
+    assert servers == {"plain": ["--all", "2"], "thin 1": ["--all", "2", "--thin", "1"]}
+    assert [server["url"] for server in results["servers"]] == [None, None]
     plain, thin = results["by_task"][0]["figures"]
     assert plain["mean"]["value"] == 1
     assert thin["difference"]["worse"] == sum(line["score"] == 0 for line in answers) > 0
@@ -227,9 +217,8 @@ def test_serve_starts_one_server_after_the_other(tmp_path, monkeypatch):
 
 def test_serve_reports_the_servers_before_one_that_fails(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("think_vllm.tools.common.server.server_command", fake_command)
-    status, results, _ = evaluate(
-        tmp_path, "--serve", "m", "--config", "--die now", "--tasks", "recall", "--no-plots", *CELLS
-    )
+    arguments = ("--serve", "m", "--config", "--die now", "--tasks", "recall", "--no-plots")
+    status, results, _ = evaluate(tmp_path, *arguments)
     assert status == 2
     assert "eval: die now: the server ended with status 1" in (error := capsys.readouterr().err)
     assert "the reason" in error
@@ -260,31 +249,29 @@ def test_serve_reports_the_servers_before_one_that_fails(tmp_path, monkeypatch, 
 def test_wrong_usage_is_explained(tmp_path, capsys, arguments, message):
     with FakeApi(read_recall) as api:
         given = [argument.format(url=api.url) for argument in arguments]
-        assert main(["eval", "--out", str(tmp_path / "out"), *given]) == 2
+        error = rejection(capsys, "--out", tmp_path / "out", *given)
         assert not any(path.startswith("/v1/c") for path, _ in api.requests)
-    error = capsys.readouterr().err
     assert error.startswith("think-vllm: error: eval: ")
     assert message in error
 
 
 def test_several_models_want_a_choice(tmp_path, capsys):
     with FakeApi(read_recall, models=("a", "b")) as api:
-        common = ["eval", "--base-url", api.url, "--out", str(tmp_path), "--no-plots"]
-        assert main(common) == 2
-        assert "serves a, b; choose one with --model NAME" in capsys.readouterr().err
-        assert main([*common, "--model", "b", "--tasks", "recall", *CELLS]) == 0
+        error = rejection(capsys, "--base-url", api.url, "--out", tmp_path, "--no-plots")
+        assert "serves a, b; choose one with --model NAME" in error
+        mean_of_recall(tmp_path, api, "--model", "b")
         assert api.requests[-1][1]["model"] == "b"
 
 
 def test_server_that_says_no_length_needs_one(tmp_path, capsys):
     with FakeApi(read_recall, max_model_len=None) as api:
-        assert main(["eval", "--base-url", api.url, "--out", str(tmp_path), "--no-plots"]) == 2
-    assert "give --lengths TOKENS" in capsys.readouterr().err
+        error = rejection(capsys, "--base-url", api.url, "--out", tmp_path, "--no-plots")
+    assert "give --lengths TOKENS" in error
 
 
 def test_plots_without_matplotlib_are_rejected_before_anything_runs(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with FakeApi(read_recall) as api:
-        assert main(["eval", "--base-url", api.url, "--out", str(tmp_path)]) == 2
+        error = rejection(capsys, "--base-url", api.url, "--out", tmp_path)
         assert not api.requests
-    assert "pip install 'think-vllm[bench]', or give --no-plots" in capsys.readouterr().err
+    assert "pip install 'think-vllm[bench]', or give --no-plots" in error

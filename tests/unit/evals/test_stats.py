@@ -2,13 +2,8 @@ import math
 
 import pytest
 
-from think_vllm.tools.eval.stats import (
-    estimate_difference,
-    estimate_mean,
-    mcnemar_exact,
-    paired_interval,
-    wilson_interval,
-)
+from think_vllm.tools.eval import stats
+from think_vllm.tools.eval.stats import estimate_difference, estimate_mean, mcnemar_exact
 
 
 @pytest.mark.parametrize(
@@ -22,7 +17,7 @@ from think_vllm.tools.eval.stats import (
     ],
 )
 def test_wilson_interval_is_the_published_one(hits, count, low, high):
-    assert wilson_interval(hits, count) == pytest.approx((low, high), abs=6e-5)
+    assert stats.wilson_interval(hits, count) == pytest.approx((low, high), abs=6e-5)
 
 
 @pytest.mark.parametrize(
@@ -36,25 +31,19 @@ def test_wilson_interval_is_the_published_one(hits, count, low, high):
 )
 def test_paired_interval_is_the_published_one(cells, low, high, digits):
     # There it is first minus second.
-    second_minus_first = paired_interval(*cells)
+    second_minus_first = stats.paired_interval(*cells)
     assert [round(-x, digits) for x in reversed(second_minus_first)] == [low, high]
 
 
 def test_paired_interval_of_equal_answers_has_width():
-    low, high = paired_interval(both=20, lost=0, won=0, neither=0)
+    low, high = stats.paired_interval(both=20, lost=0, won=0, neither=0)
     assert low < -0.05
     assert high > 0.05
 
 
 @pytest.mark.parametrize(
     ("better", "worse", "p_value"),
-    [
-        (0, 0, 1.0),
-        (1, 1, 1.0),
-        (2, 12, 2 * 106 / 2**14),
-        (12, 2, 212 / 2**14),
-        (6, 0, 2 / 64),
-    ],
+    [(0, 0, 1.0), (1, 1, 1.0), (2, 12, 2 * 106 / 2**14), (12, 2, 212 / 2**14), (6, 0, 2 / 64)],
 )
 def test_mcnemar_exact_is_the_binomial_tail(better, worse, p_value):
     assert mcnemar_exact(better, worse) == pytest.approx(p_value, rel=1e-12)
@@ -69,7 +58,7 @@ def test_estimate_mean_of_binary_scores_is_wilsons():
     estimate = estimate_mean([1.0] * 19 + [0.0], binary=True, seed=0)
     assert estimate is not None
     assert estimate.value == 0.95
-    assert (estimate.low, estimate.high) == wilson_interval(19, 20)
+    assert (estimate.low, estimate.high) == stats.wilson_interval(19, 20)
 
 
 def test_estimate_mean_of_graded_scores_is_near_the_normal_interval():
@@ -98,7 +87,7 @@ def test_estimate_difference_pairs_the_answers():
     assert difference is not None
     assert (difference.better, difference.worse, difference.pairs) == (1, 2, 5)
     assert difference.estimate.value == pytest.approx(-0.2)
-    ends = paired_interval(both=1, lost=2, won=1, neither=1)
+    ends = stats.paired_interval(both=1, lost=2, won=1, neither=1)
     assert (difference.estimate.low, difference.estimate.high) == ends
     assert difference.p_value == mcnemar_exact(1, 2)
 

@@ -132,9 +132,8 @@ def test_haystack_is_cleaned_of_what_is_asked():
     (before,) = make(["needle"], (700,), (0.5,), samples=1)
     number = re.findall(r"\d{7}", before.prompt)[0]
     sentences = (f"It cost {number} pounds.", "It was worth it.")
-    (question,) = make(
-        ["needle"], (700,), (0.5,), samples=1, frame=replace(FRAME, sentences=sentences)
-    )
+    frame = replace(FRAME, sentences=sentences)
+    (question,) = make(["needle"], (700,), (0.5,), samples=1, frame=frame)
     assert question.answers == before.answers
     assert "It was worth it." in question.prompt
     assert f"It cost {number} pounds." not in question.prompt
@@ -162,9 +161,8 @@ def test_fill_stops_at_the_longest_prompt_that_fits():
 
 
 def test_check_tasks_names_those_there_are():
-    with pytest.raises(
-        ThinkError, match=r"needles is no task; there are needle,.*tasks of --harness"
-    ):
+    message = r"needles is no task; there are needle,.*tasks of --harness"
+    with pytest.raises(ThinkError, match=message):
         check_tasks(["needle", "needles"])
 
 

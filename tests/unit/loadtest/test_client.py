@@ -17,20 +17,11 @@ def test_complete_sends_fields_that_replace_others() -> None:
         client = client_of(f"{api.url}/v1/")
         assert client.complete("m", "a", 3, chat=False, extra={"top_k": 1}) == ("A", "stop")
         assert client.complete("m", "b", 3, chat=True, extra={"max_tokens": 5}) == ("B", "stop")
+    both = {"model": "m", "temperature": 0}
+    chat = {"messages": [{"role": "user", "content": "b"}], "max_tokens": 5}
     assert api.requests == [
-        (
-            "/v1/completions",
-            {"model": "m", "prompt": "a", "max_tokens": 3, "temperature": 0, "top_k": 1},
-        ),
-        (
-            "/v1/chat/completions",
-            {
-                "model": "m",
-                "messages": [{"role": "user", "content": "b"}],
-                "max_tokens": 5,
-                "temperature": 0,
-            },
-        ),
+        ("/v1/completions", both | {"prompt": "a", "max_tokens": 3, "top_k": 1}),
+        ("/v1/chat/completions", both | chat),
     ]
 
 

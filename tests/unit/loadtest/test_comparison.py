@@ -71,11 +71,8 @@ def test_check_comparable_tells_differences() -> None:
         scenarios=[SCENARIO.changed(concurrency=(8, 9), num_prompts=8)],
     )
     notes = check_comparable(now, RUN, None)
-    assert [note.split(":")[0] for note in notes] == [
-        "short, 9 at a time",
-        "other versions then",
-        "another KV cache then",
-    ]
+    told = ["short, 9 at a time", "other versions then", "another KV cache then"]
+    assert [note.split(":")[0] for note in notes] == told
     assert check_comparable(now, RUN, "http://x")[-1].startswith("whether http://x has as much")
 
 
@@ -83,10 +80,7 @@ def test_check_comparable_tells_differences() -> None:
     ("changes", "message"),
     [
         ({"machine": MACHINE.model_copy(update={"cores": 4})}, "of different machines say nothing"),
-        (
-            {"scenarios": [SCENARIO.changed(concurrency=(3,))]},
-            "loads: short, 2 at a time; short, 8",
-        ),
+        ({"scenarios": [SCENARIO.changed(concurrency=(3,))]}, "s: short, 2 at a time; short, 8"),
         ({"scenarios": [SCENARIO.changed(prompt_tokens=99)]}, "none of them is run"),
         ({"scenarios": [SCENARIO.changed(name="other")]}, "none of them is run"),
     ],

@@ -5,27 +5,17 @@ import shlex
 import pytest
 
 from think_vllm.errors import ThinkError
-from think_vllm.tools.bench.configuration import (
-    DEFAULT_FLAGS,
-    make_configurations,
-    shared_flags,
-)
+from think_vllm.tools.bench.configuration import DEFAULT_FLAGS, make_configurations, shared_flags
 
 
 def test_make_configurations_begins_with_what_others_are_compared_with() -> None:
     configurations = make_configurations(DEFAULT_FLAGS, fp8_cache=True)
-    assert [one.label for one in configurations] == [
-        "plain",
-        "fp8 cache",
-        "prune 0.5 + fp8",
-        "prune 0.4 + kivi4",
-        "prune 0.5 + k4v2",
-    ]
+    ours = ["prune 0.5 + fp8", "prune 0.4 + kivi4", "prune 0.5 + k4v2"]
+    assert [one.label for one in configurations] == ["plain", "fp8 cache", *ours]
     assert [one.kind for one in configurations] == ["plain", "fp8 cache", "thin", "thin", "thin"]
     assert configurations[0].flags == ()
-    assert [one.flags for one in configurations[2:]] == [
-        tuple(shlex.split(x)) for x in DEFAULT_FLAGS
-    ]
+    split = [tuple(shlex.split(flags)) for flags in DEFAULT_FLAGS]
+    assert [one.flags for one in configurations[2:]] == split
 
 
 def test_make_configurations_without_plain() -> None:

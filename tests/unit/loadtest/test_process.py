@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 from contextlib import suppress
-from pathlib import Path
 
 import psutil
 import pytest
@@ -44,9 +43,7 @@ def wait_for_child(group: ProcessGroup) -> None:
 
 
 @pytest.mark.parametrize("program", [PARENT, STUBBORN], ids=["obedient", "stubborn"])
-def test_stop_leaves_no_member_of_the_group(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str
-) -> None:
+def test_stop_leaves_no_member_of_the_group(tmp_path, monkeypatch, program):
     monkeypatch.setattr(process, "GRACE_S", 0.5)
     group = ProcessGroup([sys.executable, "-c", program], tmp_path / "log")
     with group:
@@ -60,7 +57,7 @@ def test_stop_leaves_no_member_of_the_group(
     assert members(number) == []
 
 
-def test_exit_status_and_log_of_a_program_that_ends(tmp_path: Path) -> None:
+def test_exit_status_and_log_of_a_program_that_ends(tmp_path):
     program = "import sys; print('first'); sys.exit('last words')"
     with ProcessGroup([sys.executable, "-c", program], tmp_path / "log") as group:
         assert group._process is not None
@@ -69,7 +66,7 @@ def test_exit_status_and_log_of_a_program_that_ends(tmp_path: Path) -> None:
         assert group.log_tail(lines=1) == "last words"
 
 
-def test_log_tail_names_the_first_error(tmp_path: Path) -> None:
+def test_log_tail_names_the_first_error(tmp_path):
     log = tmp_path / "log"
     lines = [
         "(Worker pid=1) WARNING 11-23 [a.py:1] this can cause `OSError: too many files`",
@@ -84,7 +81,7 @@ def test_log_tail_names_the_first_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_interruptible_ends_what_runs(tmp_path: Path, number: signal.Signals) -> None:
+def test_interruptible_ends_what_runs(tmp_path, number):
     before = signal.getsignal(number)
     group = ProcessGroup([sys.executable, "-c", PARENT], tmp_path / "log")
     leader = 0
@@ -105,7 +102,7 @@ def test_interruptible_ends_what_runs(tmp_path: Path, number: signal.Signals) ->
     assert signal.getsignal(number) == before
 
 
-def test_held_delays_a_signal_and_a_second_one_is_ignored() -> None:
+def test_held_delays_a_signal_and_a_second_one_is_ignored():
     reached = []
 
     def interrupted() -> None:

@@ -7,20 +7,15 @@ import yaml
 
 from tests.conftest import REPOSITORY
 from think_vllm.errors import ThinkError
-from think_vllm.tools.bench.scenario import (
-    FOLDER,
-    LoadPoint,
-    Scenario,
-    known_scenarios,
-    load_scenario,
-)
+from think_vllm.tools.bench import scenario as scenarios
+from think_vllm.tools.bench.scenario import LoadPoint, Scenario, known_scenarios, load_scenario
 
 SMALL = {"name": "x", "description": "d", "prompt_tokens": 100, "output_tokens": 10}
 PREFIXES = {**SMALL, "dataset": "prefix_repetition", "prefix_tokens": 60}
 
 
 def test_known_scenarios_are_those_of_the_configs() -> None:
-    assert (REPOSITORY / "configs" / "load").resolve() == FOLDER
+    assert (REPOSITORY / "configs" / "load").resolve() == scenarios.FOLDER
     assert set(known_scenarios()) == {
         *("paper", "context-1k", "document-8k", "prompt-2k", "chat", "tenants", "mixed", "burst")
     }
@@ -47,11 +42,8 @@ def test_every_field_says_what_it_means() -> None:
 
 def test_points_send_some_requests_for_each_place() -> None:
     scenario = Scenario(**SMALL, concurrency=(2, 50, 300), num_prompts=100, prompts_per_place=3)
-    assert scenario.points() == [
-        LoadPoint(6, concurrency=2),
-        LoadPoint(100, concurrency=50),
-        LoadPoint(300, concurrency=300),
-    ]
+    points = {2: 6, 50: 100, 300: 300}
+    assert scenario.points() == [LoadPoint(n, concurrency=places) for places, n in points.items()]
     assert scenario.most_in_flight == 300
 
 
@@ -69,9 +61,7 @@ def test_longest_request_counts_the_spread() -> None:
 def test_check_length_says_the_way_out() -> None:
     scenario = load_scenario("document-8k")
     scenario.check_length(8448)
-    with pytest.raises(
-        ThinkError, match=r"8448 tokens .* takes 8447 .*choose a scenario with shor"
-    ):
+    with pytest.raises(ThinkError, match=r"8448 tokens .* takes 8447 .*a scenario with shor"):
         scenario.check_length(8447)
 
 

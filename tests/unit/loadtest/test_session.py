@@ -59,15 +59,13 @@ def survivors(out: Path) -> list[str]:
     return running
 
 
-def test_server_under_test_keeps_connections_unless_told_otherwise() -> None:
+def test_server_under_test_keeps_connections_unless_told_otherwise():
     assert server_environment({"A": "b"}) == {"A": "b", KEEP_ALIVE: str(KEEP_ALIVE_S)}
     assert server_environment({KEEP_ALIVE: "7"}) == {KEEP_ALIVE: "7"}
 
 
 @pytest.mark.slow
-def test_server_that_fails_is_reported_and_the_others_go_on(
-    recall_model: Path, tmp_path: Path
-) -> None:
+def test_server_that_fails_is_reported_and_the_others_go_on(recall_model, tmp_path):
     out = tmp_path / "out"
     arguments = (*FAILING, *UNSTEADY, "--config", "--enforce-eager", "--no-plots")
     done = start(recall_model, out, *arguments)
@@ -101,9 +99,7 @@ def test_server_that_fails_is_reported_and_the_others_go_on(
 
 
 @pytest.mark.slow
-def test_interrupt_in_the_middle_of_a_load_leaves_no_process(
-    recall_model: Path, tmp_path: Path
-) -> None:
+def test_interrupt_in_the_middle_of_a_load_leaves_no_process(recall_model, tmp_path):
     out = tmp_path / "out"
     config = ("--config", "--block-size 11", "--num-prompts", "4")
     run = start(recall_model, out, *config)
