@@ -56,5 +56,5 @@ def test_models_are_those_of_the_server() -> None:
 
 def test_models_of_no_server() -> None:
     url = f"http://127.0.0.1:{free_port()}"
-    with pytest.raises(ThinkError, match=f"test: --base-url {url}: no OpenAI-compatible.*rejected"):
+    with pytest.raises(ThinkError, match=f"test: --base-url {url}: no OpenAI-compatible.*refused"):
         client_of(url).models()
