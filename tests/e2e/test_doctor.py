@@ -3,14 +3,13 @@
 import json
 import subprocess
 from argparse import Namespace
-from pathlib import Path
 
 import pytest
 import torch
 
 from tests.support.checks import EAGER, TOLERANCE, plan_served
 from tests.support.processes import run_python
-from tests.support.reference import Reference, Thinning
+from tests.support.reference import Thinning
 from tests.support.server import offline_environment
 from think_vllm.errors import ThinkError
 from think_vllm.tools.cli import main
@@ -36,17 +35,11 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
 
 
-def test_figures_are_those_of_the_reference(
-    recall_model: Path, recall_reference: Reference
-) -> None:
+def test_figures_are_those_of_the_reference(recall_model, recall_reference):
     generation = Namespace(
-        text=None,
-        num_prompts=2,
-        prompt_tokens=500,
-        new_tokens=30,
-        max_perplexity_change=0.05,
+        text=None, num_prompts=2, prompt_tokens=500, new_tokens=30, max_perplexity_change=0.05,
         min_agreement=0.9,
-    )
+    )  # fmt: skip
     examination = Examination(str(recall_model), ARGUMENTS, generation)
     findings = list(examination.findings())
     assert all(finding.level is Level.GOOD for finding in findings), findings
@@ -66,23 +59,18 @@ def test_figures_are_those_of_the_reference(
     assert json.dumps(examination.fields())
 
 
-def test_an_engine_that_fails_is_shown(recall_model: Path, tmp_path: Path) -> None:
+def test_an_engine_that_fails_is_shown(recall_model, tmp_path):
     text = tmp_path / "text"
     text.write_text("the code of k1 is 1 2 3 4 .")
     job = ProbeJob(
-        arguments=["--max-model-len", "4096"],
-        model=str(recall_model),
-        dense=True,
-        num_prompts=1,
-        prompt_tokens=500,
-        new_tokens=1,
-        out=tmp_path / "out",
-    )
+        arguments=["--max-model-len", "4096"], model=str(recall_model), dense=True, num_prompts=1,
+        prompt_tokens=500, new_tokens=1, out=tmp_path / "out",
+    )  # fmt: skip
     with pytest.raises(ThinkError, match=r"(?s)without the flags failed.*max_model_len"):
         run_probe(job)
 
 
-def test_no_generation_says_so_and_goes(recall_model: Path) -> None:
+def test_no_generation_says_so_and_goes(recall_model):
     done = run(str(recall_model), "--no-generation", *FLAGS)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
@@ -101,9 +89,7 @@ def test_no_generation_says_so_and_goes(recall_model: Path) -> None:
         (["--kv-channel-prune", "0.5", "--max-model-len", "100"], "raise --max-model-len"),
     ],
 )
-def test_what_rules_a_model_out(
-    recall_model: Path, arguments: list[str], reason: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_rules_a_model_out(recall_model, arguments, reason, capsys):
     assert main(["doctor", str(recall_model), "--json", *arguments]) == 1
     report = json.loads(capsys.readouterr().out)
     assert report["go"] is False
@@ -111,7 +97,7 @@ def test_what_rules_a_model_out(
     assert reason in bad["text"]
 
 
-def test_a_plugin_that_is_not_loaded(recall_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plugin_that_is_not_loaded(recall_model, monkeypatch):
     monkeypatch.setenv("VLLM_PLUGINS", "other")
     done = run(str(recall_model), "--no-generation")
     assert done.returncode == 1

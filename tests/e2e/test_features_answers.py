@@ -13,14 +13,8 @@ import pytest
 import torch
 
 from tests.e2e.conftest import Serve
-from tests.support.checks import (
-    EAGER,
-    HALF,
-    TOLERANCE,
-    assert_equal,
-    assert_unequal,
-    random_prompts,
-)
+from tests.support import checks
+from tests.support.checks import EAGER, HALF, TOLERANCE
 from tests.support.models import BUNDLED, make_llama
 from tests.support.reference import Reference
 from tests.support.served import Completion
@@ -28,25 +22,18 @@ from tests.support.server import Server, completion_of
 
 pytestmark = pytest.mark.e2e
 
-PROMPT = random_prompts([400], seed=5)[0]
+PROMPT = checks.random_prompts([400], seed=5)[0]
 #: Index of the answer's first token whose query sees the second span thin.
 SECOND_SPAN = 2 * HALF.span_tokens + HALF.recent_window - len(PROMPT)
 COUNT = SECOND_SPAN + 24
 #: Token ids, none of which the text leaves out.
 IDS = {
-    "return_token_ids": True,
-    "return_tokens_as_token_ids": True,
-    "ignore_eos": True,
+    **{"return_token_ids": True, "return_tokens_as_token_ids": True, "ignore_eos": True},
     "logit_bias": {str(special): -100 for special in range(4)},
 }
 #: Greedy answers in which no token comes twice, so that each stands for one place.
-VARIED = {
-    "temperature": 0,
-    "frequency_penalty": 2.0,
-    "presence_penalty": 2.0,
-    "max_tokens": COUNT,
-    **IDS,
-}
+VARIED = IDS | {"temperature": 0, "max_tokens": COUNT}
+VARIED |= {"frequency_penalty": 2.0, "presence_penalty": 2.0}
 
 
 @pytest.fixture(scope="module")
@@ -81,10 +68,10 @@ def whole(server: Server) -> Completion:
 def test_answer_is_varied_and_pruned(whole: Completion, reference: Reference) -> None:
     # What the other tests rest on.
     assert len(set(whole.tokens)) == len(whole.text.split()) == COUNT
-    assert_equal(reference, [PROMPT], [whole], HALF)
+    checks.assert_equal(reference, [PROMPT], [whole], HALF)
     # The second span counts, too.
     for other in (None, replace(HALF, prune_decode=False)):
-        assert_unequal(reference, [PROMPT], [whole], other)
+        checks.assert_unequal(reference, [PROMPT], [whole], other)
 
 
 def sampled(server: Server, seed: int, **options: Any) -> list[Completion]:
@@ -105,7 +92,7 @@ def test_choices_equal_single_requests(server: Server, reference: Reference) -> 
     assert tokens == [choice.tokens for choice in alone]
     assert len({tuple(chosen) for chosen in tokens}) == 4
     for choice in choices:
-        assert_equal(reference, [PROMPT], [choice], HALF)
+        checks.assert_equal(reference, [PROMPT], [choice], HALF)
 
 
 def test_choices_without_chance_are_greedy(server: Server, whole: Completion) -> None:

@@ -6,16 +6,9 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.conftest import Serve
+from tests.support import checks
 from tests.support.adapters import make_adapter, merge_adapter
-from tests.support.checks import (
-    EAGER,
-    TOLERANCE,
-    assert_equal,
-    assert_unequal,
-    differences,
-    plan_served,
-    random_prompts,
-)
+from tests.support.checks import EAGER, TOLERANCE
 from tests.support.models import make_llama
 from tests.support.reference import Reference, Thinning
 from tests.support.served import Completion
@@ -65,38 +58,38 @@ def adapted(tmp_path_factory: pytest.TempPathFactory) -> Adapted:
 
 
 def test_adapters_and_base_model_in_one_batch(serve: Serve, adapted: Adapted) -> None:
-    plan, arguments = plan_served(128, kv_channel_prune=0.5, kv_prefix_cache="dense")
+    plan, arguments = checks.plan_served(128, kv_channel_prune=0.5, kv_prefix_cache="dense")
     # In chunks; and --disable-log-stats, which takes the statistics out of the scheduler.
     chunks = ("--max-num-batched-tokens", "256", "--disable-log-stats")
     server = serve(*EAGER, *arguments, *adapted.arguments, *chunks, model=adapted.base)
-    prompts = random_prompts([40, plan.span_tokens + 32, 700])
+    prompts = checks.random_prompts([40, plan.span_tokens + 32, 700])
     # Some 250 tokens more: spans fill while decoding, too.
     answers = adapted.ask(server, prompts, plan.span_tokens + 60)
     thinning = Thinning.of(plan)
     for name, reference in adapted.references.items():
         own = answers[name]
-        assert_equal(reference, prompts, own, thinning)
+        checks.assert_equal(reference, prompts, own, thinning)
         # The comparison would notice another adapter, and keys that are not pruned.
         for other in adapted.references.values():
             if other is not reference:
-                assert_unequal(other, prompts, own, thinning)
-        assert_unequal(reference, prompts, own, None)
+                checks.assert_unequal(other, prompts, own, thinning)
+        checks.assert_unequal(reference, prompts, own, None)
 
 
 def test_adapters_with_codes(serve: Serve, adapted: Adapted) -> None:
-    plan, arguments = plan_served(128, kv_channel_prune=0.5, kv_quant="kivi4")
+    plan, arguments = checks.plan_served(128, kv_channel_prune=0.5, kv_quant="kivi4")
     server = serve(*EAGER, *arguments, *adapted.arguments, model=adapted.base)
-    prompts = random_prompts([plan.span_tokens + 32, 700])
+    prompts = checks.random_prompts([plan.span_tokens + 32, 700])
     answers = adapted.ask(server, prompts, plan.span_tokens // 2)
     thinning = Thinning.of(plan)
     for name, reference in adapted.references.items():
         for prompt, answer in zip(prompts, answers[name], strict=True):
             # A key between two codes may get the other one: few tokens differ by more.
-            served = differences(reference, prompt, answer, thinning)
+            served = checks.differences(reference, prompt, answer, thinning)
             assert served.median() < 10 * TOLERANCE, (name, len(prompt))
             for other in adapted.references.values():
                 if other is not reference:
-                    others = differences(other, prompt, answer, thinning)
+                    others = checks.differences(other, prompt, answer, thinning)
                     assert others.median() > 100 * TOLERANCE
-            dense = differences(reference, prompt, answer, None)
+            dense = checks.differences(reference, prompt, answer, None)
             assert dense.median() > 100 * TOLERANCE

@@ -46,14 +46,14 @@ def server(serve: Serve, exact_model: Path) -> Iterator[Server]:
 # Rejections first: while the server above runs, even idle, another start takes longer.
 
 
-def test_pool_one_block_smaller_is_rejected(exact_model: Path) -> None:
+def test_pool_one_block_smaller_is_rejected(exact_model):
     size = ("--kv-cache-memory-bytes", str(POOL_BYTES - BLOCK_BYTES))
     done = run_serve(exact_model, [*ARGUMENTS, *size])
     assert done.returncode != 0
     assert "To serve at least one request with the model" in done.stdout + done.stderr
 
 
-def test_sleep_mode_is_rejected_as_vllm_does(exact_model: Path) -> None:
+def test_sleep_mode_is_rejected_as_vllm_does(exact_model):
     done = run_serve(exact_model, [*ARGUMENTS, "--enable-sleep-mode"])
     assert done.returncode != 0
     assert "Sleep mode is not supported on current platform" in done.stdout + done.stderr
@@ -67,7 +67,7 @@ def assert_nothing_lost(server: Server, exact_reference: Reference) -> None:
     assert_equal(exact_reference, prompts, [server.complete(prompts[0], 1)], THIN)
 
 
-def test_longest_requests(server: Server, exact_reference: Reference) -> None:
+def test_longest_requests(server, exact_reference):
     prompts = random_prompts([MAX_MODEL_LEN - 1, MAX_MODEL_LEN - 60, 1], seed=1)
     counts = [MAX_MODEL_LEN - len(prompt) for prompt in prompts]
     before = server.metric("vllm:num_preemptions_total")
@@ -82,7 +82,7 @@ def test_longest_requests(server: Server, exact_reference: Reference) -> None:
         assert_equal(exact_reference, prompts[1:2], answers[1:2], None)
 
 
-def test_priorities_and_lengths_mixed(server: Server, exact_reference: Reference) -> None:
+def test_priorities_and_lengths_mixed(server, exact_reference):
     # Long and short prompts share chunks of 128 tokens; whoever comes last may go first.
     # The last six need few blocks at first and more than there are in the end.
     lengths = [700, 5, 450, 33, 600, 300, 17, 500, 90, 310, *range(20, 26)]
@@ -99,7 +99,7 @@ def test_priorities_and_lengths_mixed(server: Server, exact_reference: Reference
     assert server.metric("vllm:num_preemptions_total") > before
 
 
-def test_clients_that_hang_up(server: Server, exact_reference: Reference) -> None:
+def test_clients_that_hang_up(server, exact_reference):
     # Their prompts end 20 tokens before a second span is due.
     length = 2 * PLAN.span_tokens + 12
 
@@ -124,9 +124,7 @@ def test_clients_that_hang_up(server: Server, exact_reference: Reference) -> Non
     assert_nothing_lost(server, exact_reference)
 
 
-def test_client_that_does_not_wait_for_the_answer(
-    server: Server, exact_reference: Reference
-) -> None:
+def test_client_that_does_not_wait_for_the_answer(server, exact_reference):
     count, answers = 700, 4
     body = {"model": server.model, "max_tokens": count, "ignore_eos": True}
     headers = {"Content-Type": "application/json"}
@@ -183,7 +181,7 @@ def interrupted_answers(
     return prompts, answers
 
 
-def test_reset_of_the_prefix_cache(server: Server, exact_reference: Reference) -> None:
+def test_reset_of_the_prefix_cache(server, exact_reference):
     def reset() -> None:
         answer = server.ask("/reset_prefix_cache?reset_running_requests=true")
         assert answer == {"success": True}
@@ -192,7 +190,7 @@ def test_reset_of_the_prefix_cache(server: Server, exact_reference: Reference) -
     assert server.ask("/reset_prefix_cache") == {"success": True}
 
 
-def test_sleep_in_the_middle_of_answers(server: Server, exact_reference: Reference) -> None:
+def test_sleep_in_the_middle_of_answers(server, exact_reference):
     # On CPUs vLLM frees no memory then, but forgets the blocks of those it keeps.
     def sleep() -> None:
         assert server.ask("/sleep?level=1&mode=keep")["status"] == "sleeping"

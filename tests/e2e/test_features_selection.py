@@ -62,7 +62,7 @@ def counts_before(tokens: list[int], size: int) -> torch.Tensor:
     return came.cumsum(0) - came
 
 
-def test_penalties(server: Server, exact_reference: Reference) -> None:
+def test_penalties(server, exact_reference):
     tokens = choose(server, temperature=0, frequency_penalty=0.7, presence_penalty=0.4)
     scores = scores_of(exact_reference, tokens)
     counts = counts_before(tokens, scores.shape[1])
@@ -76,7 +76,7 @@ def test_penalties(server: Server, exact_reference: Reference) -> None:
         assert_best(dense - 0.7 * counts - 0.4 * (counts > 0), tokens)
 
 
-def test_repetition_penalty_counts_the_prompt(server: Server, exact_reference: Reference) -> None:
+def test_repetition_penalty_counts_the_prompt(server, exact_reference):
     tokens = choose(server, temperature=0, repetition_penalty=1.5)
     logits = exact_reference.logits(PROMPT, tokens, THIN)[len(PROMPT) - 1 :]
     seen = counts_before(tokens, logits.shape[1]) > 0
@@ -87,7 +87,7 @@ def test_repetition_penalty_counts_the_prompt(server: Server, exact_reference: R
         assert_best(logits, tokens)
 
 
-def test_logit_bias(server: Server, exact_reference: Reference) -> None:
+def test_logit_bias(server, exact_reference):
     bias = {150: 2.0, 200: 1.5, 250: 2.5, 300: -100.0}
     tokens = choose(server, temperature=0, logit_bias={str(i): x for i, x in bias.items()})
     scores = scores_of(exact_reference, tokens)
@@ -99,7 +99,7 @@ def test_logit_bias(server: Server, exact_reference: Reference) -> None:
         assert_best(scores, tokens)
 
 
-def test_thresholds_of_sampling(server: Server, exact_reference: Reference) -> None:
+def test_thresholds_of_sampling(server, exact_reference):
     # Not seeded: with prompts in chunks, seeds end the CPU engine of vLLM 0.32.
     def allowed(tokens: list[int], rest: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         scores = scores_of(exact_reference, tokens)
@@ -153,12 +153,7 @@ INTEGER = {"name": "integer", "schema": {"type": "integer"}}
     ],
     ids=["regex", "choice", "json-schema"],
 )
-def test_structured_output(
-    server: Server,
-    exact_reference: Reference,
-    grammar: dict[str, Any],
-    allowed: Callable[[list[int]], list[int]],
-) -> None:
+def test_structured_output(server, exact_reference, grammar, allowed):
     # Ends are unlikely, so that the integer becomes a long one, too.
     options = {**IDS, "ignore_eos": False, "max_tokens": COUNT + 1, "logprobs": 0, **grammar}
     options["logit_bias"] = {str(end): -100 for end in ENDS}

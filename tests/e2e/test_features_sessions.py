@@ -1,12 +1,10 @@
 """Streaming-input sessions, whose prompts grow: rejected one by one, and nobody else notices."""
 
 import json
-from pathlib import Path
 
 import pytest
 
 from tests.support.checks import HALF, TOLERANCE, random_prompts
-from tests.support.reference import Reference
 from tests.support.server import run_script
 
 pytestmark = pytest.mark.e2e
@@ -52,9 +50,7 @@ if __name__ == "__main__":
 """
 
 
-def test_sessions_are_rejected_alone(
-    recall_model: Path, recall_reference: Reference, tmp_path: Path
-) -> None:
+def test_sessions_are_rejected_alone(recall_model, recall_reference, tmp_path):
     [prompt] = random_prompts([420])
     settings = {"think": {"kv_channel_prune": 0.5, "kv_prefix_cache": "dense"}}
     given = str(recall_model), json.dumps(prompt), json.dumps(settings)

@@ -1,12 +1,10 @@
 """Offline: ``LLM(..., additional_config=...)``, as in a script of a user."""
 
 import json
-from pathlib import Path
 
 import pytest
 
 from tests.support.checks import HALF, TOLERANCE, random_prompts
-from tests.support.reference import Reference
 from tests.support.server import run_script
 
 pytestmark = pytest.mark.e2e
@@ -36,9 +34,7 @@ if __name__ == "__main__":
 """
 
 
-def test_llm_takes_additional_config(
-    recall_model: Path, recall_reference: Reference, tmp_path: Path
-) -> None:
+def test_llm_takes_additional_config(recall_model, recall_reference, tmp_path):
     prompts = random_prompts([300, 1000, 1001])
     answers, printed = run_script(SCRIPT, tmp_path, str(recall_model), json.dumps(prompts))
     assert "REFUSED kv_channel_prune is 0.4" in printed

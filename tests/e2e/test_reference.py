@@ -1,7 +1,6 @@
 """The reference of served tests against the kernels' reference: two truths, one answer."""
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -39,14 +38,7 @@ def random_tokens(num_tokens: int) -> list[torch.Tensor]:
     ],
 )
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_both_references_attend_alike(
-    ratio: float,
-    value_ratio: float,
-    quant: str,
-    group: int,
-    block_size: int | None,
-    softcap: float | None,
-) -> None:
+def test_both_references_attend_alike(ratio, value_ratio, quant, group, block_size, softcap):
     settings = {"kv_channel_prune": ratio, "kv_value_prune": value_ratio, "kv_quant": quant}
     if FORMATS[quant].has_groups:
         settings["kv_quant_group"] = group
@@ -107,7 +99,7 @@ def test_both_references_attend_alike(
         ("none", {"tables": "span"}),
     ],
 )
-def test_every_setting_shows(quant: str, change: dict[str, Any]) -> None:
+def test_every_setting_shows(quant, change):
     values = 0.3 if "value_channels" in change else 0.0
     keys = 0.5 if {"select", "tables"} & set(change) else 0.0
     plan, _ = plan_served(HEAD_SIZE, kv_quant=quant, kv_value_prune=values, kv_channel_prune=keys)

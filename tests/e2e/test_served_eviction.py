@@ -6,14 +6,8 @@ from typing import Any
 import pytest
 
 from tests.e2e.conftest import Serve
-from tests.support.checks import (
-    EAGER,
-    assert_equal,
-    assert_unequal,
-    check_served,
-    plan_served,
-    random_prompts,
-)
+from tests.support import checks
+from tests.support.checks import EAGER
 from tests.support.reference import Reference, Thinning
 from tests.support.server import Server
 from think_vllm.plan.planner import BlockPlan
@@ -31,7 +25,9 @@ def pool_bytes(plan: BlockPlan, heads: int, layers: int) -> int:
 class TestSnapKV:
     """Pruned by half and evicted, in small chunks, in a pool too small for the load."""
 
-    plan, flags = plan_served(128, kv_channel_prune=0.5, kv_evict="snapkv", kv_evict_budget=256)
+    plan, flags = checks.plan_served(
+        128, kv_channel_prune=0.5, kv_evict="snapkv", kv_evict_budget=256
+    )
     thinning = Thinning.of(plan)
 
     @pytest.fixture(scope="class")
@@ -45,7 +41,7 @@ class TestSnapKV:
         span, kept = self.plan.span_tokens, self.thinning.kept_tokens
         first = kept + span + self.thinning.recent_window
         lengths = [20, kept, first - 1, first, first + 1, first + span]
-        check_served(server, recall_reference, lengths, [2 * span + 5] * 6, self.thinning)
+        checks.check_served(server, recall_reference, lengths, [2 * span + 5] * 6, self.thinning)
         assert recall_reference.margin > 0
 
     def test_budgets_of_requests(self, server: Server, recall_reference: Reference) -> None:
@@ -57,12 +53,12 @@ class TestSnapKV:
             (900, {"kv_evict_budget": False}, replace(self.thinning, evict=None)),
             (700, {"kv_channel_prune": False}, None),
         ]
-        prompts = random_prompts([length for length, _, _ in asks], seed=4)
+        prompts = checks.random_prompts([length for length, _, _ in asks], seed=4)
         answers = server.complete_each(prompts, 200, [{"vllm_xargs": x} for _, x, _ in asks])
         for prompt, answer, (_, asked, thinning) in zip(prompts, answers, asks, strict=True):
-            assert_equal(recall_reference, [prompt], [answer], thinning)
+            checks.assert_equal(recall_reference, [prompt], [answer], thinning)
             if asked:
-                assert_unequal(recall_reference, [prompt], [answer], self.thinning)
+                checks.assert_unequal(recall_reference, [prompt], [answer], self.thinning)
         short = {"prompt": [5] * 9, "max_tokens": 1, "vllm_xargs": {"kv_evict_budget": span - 1}}
         rejected = server.post("/v1/completions", short)
         assert rejected.status_code == 400
@@ -72,18 +68,18 @@ class TestSnapKV:
         lengths = [1433, 610, 1100, 420, 955, 300, 1970]
         before = server.metric("vllm:num_preemptions_total")
         counts = [400] * (len(lengths) - 1) + [70]
-        completions = check_served(server, recall_reference, lengths, counts, self.thinning)
+        completions = checks.check_served(server, recall_reference, lengths, counts, self.thinning)
         assert server.metric("vllm:num_preemptions_total") > before
         # The comparison would notice if all tokens were kept, or others.
-        prompts = random_prompts(lengths)
+        prompts = checks.random_prompts(lengths)
         for other in ({"evict": None}, {"evict": "h2o"}):
             thinning = replace(self.thinning, **other)
-            assert_unequal(recall_reference, prompts[:1], completions[:1], thinning)
+            checks.assert_unequal(recall_reference, prompts[:1], completions[:1], thinning)
 
     def test_prompt_hit_in_the_cache(self, server: Server, recall_reference: Reference) -> None:
         hits = server.metric("vllm:prefix_cache_hits_total")
         for _ in range(2):
-            check_served(server, recall_reference, [1500], [40], self.thinning)
+            checks.check_served(server, recall_reference, [1500], [40], self.thinning)
         assert server.metric("vllm:prefix_cache_hits_total") - hits > 1000
 
     def test_freed_blocks_admit_more_requests(self, server: Server) -> None:
@@ -91,6 +87,6 @@ class TestSnapKV:
         # an evicted one holds a fifth of that, so they decode together.
         steps = "vllm:iteration_tokens_total_count"
         before = server.metric(steps)
-        server.complete_all(random_prompts([1300] * 3, seed=2), [150] * 3)
+        server.complete_all(checks.random_prompts([1300] * 3, seed=2), [150] * 3)
         prompts = 3 * (1300 // 96 + 1)
         assert server.metric(steps) - before < 150 + prompts + 50

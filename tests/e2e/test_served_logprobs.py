@@ -7,7 +7,6 @@ import pytest
 
 from tests.e2e.conftest import Serve
 from tests.support.checks import EAGER, HALF, check_served
-from tests.support.reference import Reference
 from tests.support.server import Server
 
 pytestmark = pytest.mark.e2e
@@ -30,14 +29,12 @@ def server(serve: Serve) -> Server:
     ],
     ids=["span edges", "decoded spans", "long"],
 )
-def test_logprobs_equal_the_reference(
-    server: Server, recall_reference: Reference, lengths: list[int], counts: list[int]
-) -> None:
+def test_logprobs_equal_the_reference(server, recall_reference, lengths, counts):
     # The comparison would notice if nothing were pruned, or too late.
     others = [None] if lengths[-1] == 1000 else []
     check_served(server, recall_reference, lengths, counts, HALF, others=others)
 
 
-def test_prompts_shorter_than_the_windows(server: Server, recall_reference: Reference) -> None:
+def test_prompts_shorter_than_the_windows(server, recall_reference):
     lengths = [1, 2, 31, 32, 33, 50]
     check_served(server, recall_reference, lengths, [8] * len(lengths), HALF, together=False)

@@ -12,16 +12,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 from tests.e2e.conftest import Serve
-from tests.support.checks import (
-    EAGER,
-    FLOAT32,
-    TOLERANCE,
-    assert_equal,
-    check_served,
-    plan_served,
-    random_prompts,
-    worst_differences,
-)
+from tests.support import checks
+from tests.support.checks import EAGER, FLOAT32, TOLERANCE
 from tests.support.metrics import read_metrics, steady_metrics
 from tests.support.models import copy_tokenizer, make_llama
 from tests.support.reference import Reference, Thinning
@@ -77,7 +69,9 @@ class Ranks:
         self.lengths = [1, 5, 33, 40, 60, 90, span + 31, span + 32, 2 * span + 33, 380, 610, 1500]
         counts = [min(2 * span + 40, 500)] * (len(self.lengths) - 1) + [120]
         thinning = Thinning.of(self.plan)
-        done = check_served(self.server, reference, self.lengths, counts, thinning, **options)
+        done = checks.check_served(
+            self.server, reference, self.lengths, counts, thinning, **options
+        )
         assert self.server.metric(PREEMPTIONS) > 0
         # The comparison would notice if nothing were thin.
         assert self.longest_difference(reference, done, None) > 10 * TOLERANCE
@@ -88,18 +82,22 @@ class Ranks:
     def check_dense(self, reference: Reference, **options: float) -> None:
         """Compare a request that stays dense, on every rank, beside pruned ones."""
         asks = [{}, {"kv_channel_prune": False}, {}]
-        prompts = random_prompts([700, 900, 610], seed=6)
+        prompts = checks.random_prompts([700, 900, 610], seed=6)
         wishes = [{"vllm_xargs": asked, **options} for asked in asks]
         answers = self.server.complete_each(prompts, 150, wishes)
         for prompt, asked, answer in zip(prompts, asks, answers, strict=True):
-            assert_equal(reference, [prompt], [answer], None if asked else Thinning.of(self.plan))
+            checks.assert_equal(
+                reference, [prompt], [answer], None if asked else Thinning.of(self.plan)
+            )
 
     def longest_difference(
         self, reference: Reference, done: list[Completion], thinning: Thinning | None
     ) -> float:
         """How far the longest request is from a reference."""
-        prompts = random_prompts(self.lengths)
-        return worst_differences(reference, prompts[-1:], done[-1:], thinning)[self.lengths[-1]]
+        prompts = checks.random_prompts(self.lengths)
+        return checks.worst_differences(reference, prompts[-1:], done[-1:], thinning)[
+            self.lengths[-1]
+        ]
 
     def _check_size(self) -> None:
         assert self.server.log_tail(10_000).count("multiply by these") == 1
@@ -125,7 +123,7 @@ class Ranks:
 
 def test_tensor_parallel(serve: Serve, exact_model: Path, exact_reference: Reference) -> None:
     # One KV head a rank, pruned and quantized.
-    plan, arguments = plan_served(128, kv_channel_prune=0.5, kv_quant="k4v2")
+    plan, arguments = checks.plan_served(128, kv_channel_prune=0.5, kv_quant="k4v2")
     arguments += [*EAGER, "--tensor-parallel-size", "2"]
     ranks = Ranks(serve, plan, arguments, heads=1, layers=1, block_runs=2, model=exact_model)
     # Greedy answers of a random model go round in circles: groups of equal tokens.
@@ -137,7 +135,7 @@ def test_tensor_parallel_with_a_shared_kv_head(serve: Serve, tmp_path: Path) -> 
     # Fewer KV heads than ranks: vLLM gives the one head to both, and each prunes it for the query
     # heads that it has, as if the model had a KV head for each rank.
     model = make_llama(tmp_path / "one", head_size=64, num_heads=8, num_kv_heads=1)
-    plan, arguments = plan_served(64, kv_channel_prune=0.5)
+    plan, arguments = checks.plan_served(64, kv_channel_prune=0.5)
     arguments += [*EAGER, "--tensor-parallel-size", "2"]
     ranks = Ranks(serve, plan, arguments, heads=1, layers=2, block_runs=4, model=model)
     done = ranks.check(Reference(repeat_kv_heads(model, tmp_path / "two", 2)))
@@ -149,7 +147,7 @@ def test_pipeline_parallel(serve: Serve, tmp_path: Path) -> None:
     # Two steps are under way at a time. Not eager: with --enforce-eager vLLM's CPU build fails
     # with or without thin blocks, as its second stage gets no buffers for what it receives.
     model = make_llama(tmp_path, head_size=64, num_heads=4, num_kv_heads=2, num_layers=3)
-    plan, arguments = plan_served(64, kv_channel_prune=0.5)
+    plan, arguments = checks.plan_served(64, kv_channel_prune=0.5)
     arguments += [*FLOAT32, "--pipeline-parallel-size", "2"]
     ranks = Ranks(serve, plan, arguments, heads=2, layers=2, block_runs=6, model=model)
     ranks.check(Reference(model))
@@ -158,7 +156,7 @@ def test_pipeline_parallel(serve: Serve, tmp_path: Path) -> None:
 
 def test_data_parallel(serve: Serve, recall_reference: Reference) -> None:
     # Either of two API servers shows the metrics of both engines.
-    plan, arguments = plan_served(128, kv_channel_prune=0.5)
+    plan, arguments = checks.plan_served(128, kv_channel_prune=0.5)
     arguments += [*EAGER, "--data-parallel-size", "2", "--api-server-count", "2"]
     ranks = Ranks(serve, plan, arguments, heads=2, layers=2, block_runs=4, engines=2)
     ranks.check(recall_reference)
@@ -167,7 +165,7 @@ def test_data_parallel(serve: Serve, recall_reference: Reference) -> None:
         assert ranks.server.metric("vllm:request_success_total", f'engine="{engine}"') > 0
         assert seen.value("score_mass_kept_count", engine=engine) > 0
     # Two at a time, so that nothing is preempted: every span counts once, wherever it was made.
-    prompts = random_prompts([600] * 6, seed=5)
+    prompts = checks.random_prompts([600] * 6, seed=5)
     spans = len(prompts) * plan.rule.prompt_spans(600)
     for first in range(0, len(prompts), 2):
         ranks.server.complete_all(prompts[first : first + 2], [4, 4])

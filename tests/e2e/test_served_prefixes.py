@@ -2,27 +2,15 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 
 from tests.e2e.conftest import Serve
-from tests.support.checks import (
-    BOTH,
-    EAGER,
-    HALF,
-    HITS,
-    TOLERANCE,
-    assert_equal,
-    assert_unequal,
-    hit_of,
-    plan_served,
-    random_prompts,
-    worst_differences,
-)
+from tests.support import checks
+from tests.support.checks import BOTH, EAGER, HALF, HITS, TOLERANCE
 from tests.support.metrics import Snapshot, read_metrics, steady_metrics
-from tests.support.prefix_reference import PrefixReference, view_of, worst
+from tests.support.prefix_reference import view_of, worst
 from tests.support.reference import Reference
 from tests.support.served import Completion
 from tests.support.server import Server
@@ -41,15 +29,15 @@ class TestThinPrefixes:
     def server(self, serve: Serve) -> Server:
         return serve(*PRUNED)
 
-    def test_hit_on_thin_spans(self, server: Server, prefix_reference: PrefixReference) -> None:
-        donor, other = random_prompts([1000, 150], seed=11)
-        left, hit = hit_of(server, donor, 8)
+    def test_hit_on_thin_spans(self, server, prefix_reference):
+        donor, other = checks.random_prompts([1000, 150], seed=11)
+        left, hit = checks.hit_of(server, donor, 8)
         assert hit == 0
         view = view_of(donor, left, HALF)
         assert worst(prefix_reference, donor, left, view) < TOLERANCE
         # 900 shared tokens hold four spans; the fifth is thin and has others' tokens.
         prompt = donor[:900] + other
-        answer, hit = hit_of(server, prompt, 300)
+        answer, hit = checks.hit_of(server, prompt, 300)
         assert hit == 4 * 192
         hit_view = view_of(prompt, answer, HALF, cached=view, cached_spans=4, cached_tokens=4 * 192)
         assert worst(prefix_reference, prompt, answer, hit_view) < TOLERANCE
@@ -58,22 +46,22 @@ class TestThinPrefixes:
             worst(prefix_reference, prompt, answer, view_of(prompt, answer, HALF)) > 10 * TOLERANCE
         )
 
-    def test_conversation(self, server: Server, prefix_reference: PrefixReference) -> None:
-        first, second = random_prompts([1000, 60], seed=12)
-        left, hit = hit_of(server, first, 16)
+    def test_conversation(self, server, prefix_reference):
+        first, second = checks.random_prompts([1000, 60], seed=12)
+        left, hit = checks.hit_of(server, first, 16)
         view = view_of(first, left, HALF)
         assert worst(prefix_reference, first, left, view) < TOLERANCE
         prompt = first + left.tokens + second
-        answer, hit = hit_of(server, prompt, 40)
+        answer, hit = checks.hit_of(server, prompt, 40)
         # (1015 - 32) // 192 = 5 thin spans, and one dense block of question and answer behind.
         assert hit == 5 * 192 + 48
         hit_view = view_of(prompt, answer, HALF, cached=view, cached_spans=5, cached_tokens=hit)
         assert worst(prefix_reference, prompt, answer, hit_view) < TOLERANCE
 
-    def test_many_requests_share_a_prefix(
-        self, server: Server, prefix_reference: PrefixReference
-    ) -> None:
-        system, *questions = random_prompts([800, *[40 + 13 * i for i in range(12)]], seed=13)
+    def test_many_requests_share_a_prefix(self, server, prefix_reference):
+        system, *questions = checks.random_prompts(
+            [800, *[40 + 13 * i for i in range(12)]], seed=13
+        )
         left = server.complete(system, 2)
         view = view_of(system, left, HALF)
         prefix_reference.logprobs(system, left.tokens, view)
@@ -87,48 +75,43 @@ class TestThinPrefixes:
         assert server.metric(HITS) - before == len(prompts) * 768
         server.wait_for_metric("vllm:kv_cache_usage_perc", 0)
 
-    def test_first_of_equal_prompts_is_exact(
-        self, server: Server, recall_reference: Reference
-    ) -> None:
+    def test_first_of_equal_prompts_is_exact(self, server, recall_reference):
         # Those of its step are, too; whichever comes a step later may hit what it left.
-        (prompt,) = random_prompts([500], seed=14)
+        (prompt,) = checks.random_prompts([500], seed=14)
         answers = server.complete_all([prompt] * 3, [30] * 3)
         found = [
-            worst_differences(recall_reference, [prompt], [answer], HALF)[500] for answer in answers
+            checks.worst_differences(recall_reference, [prompt], [answer], HALF)[500]
+            for answer in answers
         ]
         assert min(found) < TOLERANCE, found
 
-    def test_dense_requests_beside_pruned_ones(
-        self, server: Server, recall_reference: Reference
-    ) -> None:
-        prompts = random_prompts([700, 1001, 60, 640, 1003, 230], seed=15)
+    def test_dense_requests_beside_pruned_ones(self, server, recall_reference):
+        prompts = checks.random_prompts([700, 1001, 60, 640, 1003, 230], seed=15)
         answers = server.complete_each(prompts, 300, [{}, DENSE] * 3)
-        assert_equal(recall_reference, prompts[1::2], answers[1::2], None)
-        assert_equal(recall_reference, prompts[::2], answers[::2], HALF)
+        checks.assert_equal(recall_reference, prompts[1::2], answers[1::2], None)
+        checks.assert_equal(recall_reference, prompts[::2], answers[::2], HALF)
         # The comparison sees which of them were pruned.
-        assert_unequal(recall_reference, prompts[1::2], answers[1::2], HALF)
+        checks.assert_unequal(recall_reference, prompts[1::2], answers[1::2], HALF)
         server.wait_for_metric("vllm:kv_cache_usage_perc", 0)
 
-    def test_dense_requests_hit_nothing_thin(
-        self, server: Server, recall_reference: Reference
-    ) -> None:
-        donor, *others = random_prompts([1000, 150, 140, 130], seed=18)
+    def test_dense_requests_hit_nothing_thin(self, server, recall_reference):
+        donor, *others = checks.random_prompts([1000, 150, 140, 130], seed=18)
         server.complete(donor, 8)
         first, second, third = (donor[:900] + other for other in others)
         # Of what the pruned one has left, it takes no thin span: all is computed.
-        dense, hit = hit_of(server, first, 300, **DENSE)
+        dense, hit = checks.hit_of(server, first, 300, **DENSE)
         assert hit == 0
         # Exact blocks of a dense one are as good for others, dense and pruned.
-        again, hit = hit_of(server, second, 100, **DENSE)
+        again, hit = checks.hit_of(server, second, 100, **DENSE)
         assert hit == 900 // 48 * 48
-        pruned, hit = hit_of(server, third, 100)
+        pruned, hit = checks.hit_of(server, third, 100)
         assert hit == 900 // 48 * 48
         for prompt, answer, thinning in (
             (first, dense, None),
             (second, again, None),
             (third, pruned, HALF),
         ):
-            assert_equal(recall_reference, [prompt], [answer], thinning)
+            checks.assert_equal(recall_reference, [prompt], [answer], thinning)
 
     @pytest.mark.parametrize(
         ("asked", "message"),
@@ -140,10 +123,8 @@ class TestThinPrefixes:
         ],
         ids=str,
     )
-    def test_wrong_overrides_are_rejected_alone(
-        self, server: Server, asked: dict[str, Any], message: str
-    ) -> None:
-        (prompt,) = random_prompts([500], seed=19)
+    def test_wrong_overrides_are_rejected_alone(self, server, asked, message):
+        (prompt,) = checks.random_prompts([500], seed=19)
         with ThreadPoolExecutor(1) as pool:
             running = pool.submit(server.complete, prompt, 60)
             body = {"prompt": prompt, "max_tokens": 5, "vllm_xargs": asked}
@@ -152,9 +133,9 @@ class TestThinPrefixes:
         assert rejected.status_code == 400, rejected.text
         assert message in rejected.text
 
-    def test_metrics(self, server: Server, recall_reference: Reference) -> None:
-        plan, _ = plan_served(128, kv_channel_prune=0.5)
-        prompts = random_prompts([40, 230, 700, 1000], seed=16)
+    def test_metrics(self, server, recall_reference):
+        plan, _ = checks.plan_served(128, kv_channel_prune=0.5)
+        prompts = checks.random_prompts([40, 230, 700, 1000], seed=16)
         spans = sum(plan.rule.prompt_spans(len(prompt)) for prompt in prompts)
         before = read_metrics(server)
         answers = server.complete_all(prompts, [4] * len(prompts))
@@ -209,10 +190,10 @@ class TestThinPrefixes:
             least, most = ((expected <= edge + x).sum() for x in (-1e-5, 1e-5))
             assert least <= then - earlier <= most
 
-    def test_metrics_while_a_request_runs(self, server: Server) -> None:
+    def test_metrics_while_a_request_runs(self, server):
         # The server does not wait for its clients, and a request may be done before they look.
         for seed in range(17, 27):
-            (prompt,) = random_prompts([1000], seed=seed)
+            (prompt,) = checks.random_prompts([1000], seed=seed)
             stream = server.stream(prompt=prompt, max_tokens=1000, ignore_eos=True)
             held = 0.0
             for _ in stream:
@@ -231,29 +212,27 @@ class TestThinPrefixes:
         assert seen.value("capacity_multiple") == rows / (rows - held / 192)
 
 
-def test_dense_prefixes_are_exact(serve: Serve, recall_reference: Reference) -> None:
+def test_dense_prefixes_are_exact(serve, recall_reference):
     # Spans choose their channels a step before they are compacted, each its own.
     dense = ("--kv-prefix-cache", "dense", "--kv-channel-tables", "span")
     server = serve(*PRUNED, "--kv-value-prune", "0.3", *dense)
     thinning = replace(BOTH, tables="span")
-    donor, other = random_prompts([1000, 150], seed=21)
-    left, hit = hit_of(server, donor, 500)  # two more spans fill up and are compacted
+    donor, other = checks.random_prompts([1000, 150], seed=21)
+    left, hit = checks.hit_of(server, donor, 500)  # two more spans fill up and are compacted
     assert hit == 0
     prompt = donor[:900] + other
-    answer, hit = hit_of(server, prompt, 300)
+    answer, hit = checks.hit_of(server, prompt, 300)
     assert hit == 18 * 48
     # What was decoded over thin spans is not exact, and not in the cache.
     conversation = donor + left.tokens + other
-    again, hit = hit_of(server, conversation, 100)
+    again, hit = checks.hit_of(server, conversation, 100)
     assert hit == 1000 // 48 * 48
     for tokens, completion in ((donor, left), (prompt, answer), (conversation, again)):
-        assert_equal(recall_reference, [tokens], [completion], thinning)
+        checks.assert_equal(recall_reference, [tokens], [completion], thinning)
     server.wait_for_metric("vllm:kv_cache_usage_perc", 0)
 
 
-def test_length_that_vllm_chooses_for_a_small_pool(
-    serve: Serve, prefix_reference: PrefixReference
-) -> None:
+def test_length_that_vllm_chooses_for_a_small_pool(serve, prefix_reference):
     # 23 blocks of 48 tokens hold 1,104 dense ones, and more while chunks of a prompt are compacted.
     chunk = 64
     arguments = ("--kv-prune-prefill", "--max-num-batched-tokens", str(chunk))
@@ -265,7 +244,7 @@ def test_length_that_vllm_chooses_for_a_small_pool(
     (model,) = server.get("/v1/models").json()["data"]
     longest = model["max_model_len"]
     assert 23 * 48 < longest < 2048
-    (prompt,) = random_prompts([longest - 40], seed=3)
+    (prompt,) = checks.random_prompts([longest - 40], seed=3)
     completion = server.complete(prompt, 40)
     assert len(completion.tokens) == 40
     view = view_of(prompt, completion, BOTH)

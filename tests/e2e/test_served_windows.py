@@ -19,15 +19,10 @@ def test_windows_in_blocks_that_held_codes(serve: Serve, tmp_path: Path) -> None
     # A pool little larger than one request: sliding windows get blocks that were thin a moment ago,
     # and whose codes spell NaNs; full layers get theirs, and requests are preempted.
     model = make_exact_llama(
-        tmp_path,
-        head_size=HEAD_SIZE,
-        num_heads=4,
-        num_kv_heads=2,
-        num_layers=2,
+        tmp_path, head_size=HEAD_SIZE, num_heads=4, num_kv_heads=2, num_layers=2,
         # In this order, so that the quantized keys are the exact ones of the first layer.
-        layer_types=[FULL, WINDOW],
-        sliding_window=100,
-    )
+        layer_types=[FULL, WINDOW], sliding_window=100,
+    )  # fmt: skip
     plan, flags = plan_served(HEAD_SIZE, kv_channel_prune=0.5, kv_quant="kivi4")
     limits = ("--max-model-len", "2048", "--max-num-batched-tokens", "256")
     # A whole request, and what a window and a chunk take.
@@ -39,11 +34,7 @@ def test_windows_in_blocks_that_held_codes(serve: Serve, tmp_path: Path) -> None
         server.complete(prompt, 40)
     lengths = [1500, 950, 500, *range(20, 200, 15)]
     check_served(
-        server,
-        Reference(model),
-        lengths,
-        [300] * len(lengths),
-        Thinning.of(plan),
+        server, Reference(model), lengths, [300] * len(lengths), Thinning.of(plan),
         frequency_penalty=2.0,
-    )
+    )  # fmt: skip
     assert server.metric("vllm:num_preemptions_total") > 0

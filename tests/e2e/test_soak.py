@@ -6,23 +6,14 @@ With ``-s`` it prints what has come of them.
 import os
 from collections import Counter
 from copy import deepcopy
-from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import Serve
+from tests.support import soak_checks
 from tests.support.reference import Reference, Thinning
 from tests.support.served import Completion
 from tests.support.soak import CASES, MAX_MODEL_LEN, soak
-from tests.support.soak_checks import (
-    TOLERANCE,
-    Findings,
-    Outcome,
-    check_outcomes,
-    comparable,
-    compare_with_reference,
-    distance,
-)
+from tests.support.soak_checks import TOLERANCE, Findings, Outcome
 from tests.support.soak_jobs import Job, draw_jobs
 
 REQUESTS = int(os.environ.get("SOAK_REQUESTS", "250"))
@@ -30,21 +21,16 @@ REQUESTS = int(os.environ.get("SOAK_REQUESTS", "250"))
 
 @pytest.mark.e2e
 @pytest.mark.parametrize("name", CASES)
-def test_soak(serve: Serve, tmp_path: Path, name: str) -> None:
+def test_soak(serve, tmp_path, name):
     case = CASES[name]
     model = case.model(tmp_path)
     server = serve(*case.server_arguments(), model=model, kv_cache_bytes=case.pool_bytes())
     reference, thinning = Reference(model), Thinning.of(case.plan)
     jobs = case.jobs(1, REQUESTS)
     done = soak(
-        server,
-        reference,
-        thinning,
-        jobs,
-        case.precise(),
-        alone=max(15, REQUESTS // 12),
+        server, reference, thinning, jobs, case.precise(), alone=max(15, REQUESTS // 12),
         exact_prefixes=case.exact_prefixes,
-    )
+    )  # fmt: skip
     kinds = Counter(
         "rejected" if job.status != 200 else "answered" if got.done else "cut off"
         for job, got in zip(done.jobs, done.outcomes, strict=True)
@@ -67,11 +53,11 @@ def test_soak(serve: Serve, tmp_path: Path, name: str) -> None:
     assert done.found.compared > (0.7 if case.exact_prefixes else 0.5) * REQUESTS
     # The comparison would notice if nothing were thin.
     longest = sorted(
-        comparable(done.jobs, done.outcomes, exact_prefixes=False),
+        soak_checks.comparable(done.jobs, done.outcomes, exact_prefixes=False),
         key=lambda index: -len(jobs[index].prompt),
     )[:3]
     dense = Findings()
-    compare_with_reference(reference, None, done.jobs, done.outcomes, longest, dense)
+    soak_checks.compare_with_reference(reference, None, done.jobs, done.outcomes, longest, dense)
     assert len(dense.failures) == 3
 
 
@@ -105,9 +91,9 @@ def changed(outcome: Outcome, **changes: object) -> Outcome:
         (Job(PROMPT, patience_s=0.1), Outcome(503), "status 503"),
     ],
 )
-def test_check_outcomes_finds_what_is_wrong(job: Job, got: Outcome, problem: str | None) -> None:
+def test_check_outcomes_finds_what_is_wrong(job, got, problem):
     found = Findings()
-    check_outcomes([job], [got], found)
+    soak_checks.check_outcomes([job], [got], found)
     assert len(found.failures) == (problem is not None)
     assert all(problem in line for line in found.failures)
 
@@ -125,13 +111,13 @@ def test_check_outcomes_finds_what_is_wrong(job: Job, got: Outcome, problem: str
         ([7, 7, 3], [-1.0, -2.0, -9.0], 1.5),
     ],
 )
-def test_distance_is_that_of_the_first_difference(
-    tokens: list[int], logprobs: list[float], expected: float
-) -> None:
-    assert distance(WHOLE, Completion(tokens, logprobs, ""), 1.5) == pytest.approx(expected)
+def test_distance_is_that_of_the_first_difference(tokens, logprobs, expected):
+    assert soak_checks.distance(WHOLE, Completion(tokens, logprobs, ""), 1.5) == pytest.approx(
+        expected
+    )
 
 
-def test_answers_from_other_keys_are_noticed(recall_reference: Reference) -> None:
+def test_answers_from_other_keys_are_noticed(recall_reference):
     thinning = Thinning.of(CASES["prune 0.5"].plan)
     job = draw_jobs(1, 3, MAX_MODEL_LEN)[1]
     prompt = (job.prompt * 300)[:300]
@@ -141,12 +127,12 @@ def test_answers_from_other_keys_are_noticed(recall_reference: Reference) -> Non
         for asked in (prompt, [*prompt[:-1], (prompt[-1] + 1) % 300 + 4])
     ]
     found = Findings()
-    compare_with_reference(recall_reference, thinning, jobs, answers, [0, 1], found)
+    soak_checks.compare_with_reference(recall_reference, thinning, jobs, answers, [0, 1], found)
     assert found.worst < TOLERANCE
     assert [line.split(":")[0] for line in found.failures] == ["request 1"]
 
 
-def test_draw_jobs_are_the_same_ones_and_fit() -> None:
+def test_draw_jobs_are_the_same_ones_and_fit():
     jobs = draw_jobs(0, 2000, MAX_MODEL_LEN)
     assert jobs == draw_jobs(0, 2000, MAX_MODEL_LEN)
     assert jobs != draw_jobs(1, 2000, MAX_MODEL_LEN)

@@ -12,15 +12,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 from tests.engine.conftest import Load
-from tests.support.checks import (
-    EAGER,
-    FLOAT32,
-    TOLERANCE,
-    check_served,
-    differences,
-    plan_served,
-    random_prompts,
-)
+from tests.support import checks
+from tests.support.checks import EAGER, FLOAT32, TOLERANCE
 from tests.support.models import make_exact_llama
 from tests.support.reference import Reference, Thinning
 from think_vllm.plan.formats import FORMATS
@@ -70,7 +63,9 @@ def test_logprobs_equal_the_reference(load: Load, tmp_path: Path, case: Case) ->
     head_size, num_heads, num_kv_heads = case.heads
     heads = {"head_size": head_size, "num_heads": num_heads, "num_kv_heads": num_kv_heads}
     model = make_exact_llama(tmp_path, **heads, key_bias=case.key_bias)
-    plan, arguments = plan_served(head_size, case.block_size, kv_quant=case.quant, **case.settings)
+    plan, arguments = checks.plan_served(
+        head_size, case.block_size, kv_quant=case.quant, **case.settings
+    )
     options = {}
     if case.small_pool:
         block_bytes = plan.layout.run_bytes * num_kv_heads
@@ -89,18 +84,18 @@ def test_logprobs_equal_the_reference(load: Load, tmp_path: Path, case: Case) ->
     reference, thinning = Reference(model), Thinning.of(plan)
     # Greedy answers of a random model go round in circles: groups of equal tokens.
     options = {"frequency_penalty": 2.0, "others": [replace(thinning, format=FORMATS["none"])]}
-    completions = check_served(engine, reference, lengths, counts, thinning, **options)
+    completions = checks.check_served(engine, reference, lengths, counts, thinning, **options)
     if case.small_pool:
         assert engine.metric("vllm:num_preemptions_total") > 0
     if case.chunk:
         # Alone, so that its chunks are whole: the last one of its prompt is a single token.
         alone = [1 + case.chunk * (1 + (2 * span + 32) // case.chunk)]
-        check_served(engine, reference, alone, [40], thinning, frequency_penalty=2.0)
+        checks.check_served(engine, reference, alone, [40], thinning, frequency_penalty=2.0)
     if case.key_bias:
-        prompts = random_prompts(lengths)
+        prompts = checks.random_prompts(lengths)
         # By what the reference says of both, and a server of one: 8 bits are better than 4.
-        other = Thinning.of(plan_served(head_size, kv_quant="kivi4")[0])
-        lost = differences(reference, prompts[-1], completions[-1], None)
+        other = Thinning.of(checks.plan_served(head_size, kv_quant="kivi4")[0])
+        lost = checks.differences(reference, prompts[-1], completions[-1], None)
         exact = torch.tensor(reference.logprobs(prompts[-1], completions[-1].tokens, None))
         by_other = reference.logprobs(prompts[-1], completions[-1].tokens, other)
         assert lost.mean() < 0.5 * (torch.tensor(by_other) - exact).abs().mean()
@@ -110,13 +105,13 @@ def test_bundled_model(load: Load, recall_model: Path, recall_reference: Referen
     # Several layers, and positions. Its keys differ from the reference's by 1e-7 and more, so
     # one that lies between two codes may get the other one, and its layer's successors differ by
     # more: a few log-probabilities of a request then do, by up to 1e-3.
-    plan, arguments = plan_served(128, kv_channel_prune=0.5, kv_quant="k4v2")
+    plan, arguments = checks.plan_served(128, kv_channel_prune=0.5, kv_quant="k4v2")
     engine = load(*EAGER, *arguments)
     lengths = [33, plan.span_tokens + 32, 300, 700, 1000, 1700]
-    prompts = random_prompts(lengths)
+    prompts = checks.random_prompts(lengths)
     completions = engine.complete_all(prompts, [300] * len(lengths))
     for prompt, completion in zip(prompts, completions, strict=True):
-        served = differences(recall_reference, prompt, completion, Thinning.of(plan))
+        served = checks.differences(recall_reference, prompt, completion, Thinning.of(plan))
         assert served.median() < TOLERANCE, len(prompt)
         assert served.max() < 0.01, len(prompt)
 
@@ -136,16 +131,16 @@ def half_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("quant", FORMATS)
 def test_float16(load: Load, half_model: Path, quant: str) -> None:
-    plan, arguments = plan_served(64, itemsize=2, kv_channel_prune=0.5, kv_quant=quant)
+    plan, arguments = checks.plan_served(64, itemsize=2, kv_channel_prune=0.5, kv_quant=quant)
     engine = load("--dtype", "float16", "--enforce-eager", *arguments, model=half_model)
     lengths = [40, plan.span_tokens + 32, 900]
-    prompts = random_prompts(lengths)
+    prompts = checks.random_prompts(lengths)
     completions = engine.complete_all(prompts, [plan.span_tokens + 20] * 3, frequency_penalty=2.0)
     reference, thinning = Reference(half_model), Thinning.of(plan)
     for prompt, completion in zip(prompts, completions, strict=True):
-        served = differences(reference, prompt, completion, thinning)
+        served = checks.differences(reference, prompt, completion, thinning)
         # Activations behind are rounded to 11 bits: transformers in float16 differs by up to 0.01.
         assert served.max() < 0.03, len(prompt)
         # The comparison would notice if nothing were thin.
-        dense = differences(reference, prompt, completion, None)
+        dense = checks.differences(reference, prompt, completion, None)
         assert dense.max() > 0.3, len(prompt)

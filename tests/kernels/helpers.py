@@ -30,11 +30,8 @@ FORMATS = [
 formats = pytest.mark.parametrize("thin", FORMATS, ids=lambda x: "-".join(map(str, x.values())))
 #: Of blocks that are compacted: all magnitudes, NaN and infinities, if they are random bits.
 KINDS = [
-    (torch.bfloat16, "usual"),
-    (torch.bfloat16, "biased"),
-    (torch.float32, "biased"),
-    (torch.float32, "bits"),
-    (torch.float16, "bits"),
+    *((torch.bfloat16, "usual"), (torch.bfloat16, "biased"), (torch.float32, "biased")),
+    *((torch.float32, "bits"), (torch.float16, "bits")),
 ]
 
 
@@ -47,12 +44,8 @@ def make_plan(
     group: int = 32,
     value_ratio: float = 0.0,
 ) -> BlockPlan:
-    settings = {
-        "kv_channel_prune": ratio,
-        "kv_value_prune": value_ratio,
-        "kv_quant": quant,
-        "kv_quant_group": group,
-    }
+    settings = {"kv_channel_prune": ratio, "kv_value_prune": value_ratio}
+    settings |= {"kv_quant": quant, "kv_quant_group": group}
     config = ThinkConfig.model_validate(settings)
     plan = plan_blocks(config, head_size, dtype.itemsize, block_size)
     assert plan is not None

@@ -22,7 +22,7 @@ def cache_file(folder: Path, sources: str = "a") -> _CacheFile:
     return _CacheFile(str(folder), "kernel-1.py311", sources)
 
 
-def test_cache_file_keeps_what_two_processes_save_at_once(tmp_path: Path) -> None:
+def test_cache_file_keeps_what_two_processes_save_at_once(tmp_path):
     # Both start from an empty cache; numba's own numbering would give both the same file.
     one, other = cache_file(tmp_path), cache_file(tmp_path)
     assert one.load("int8") is None
@@ -34,7 +34,7 @@ def test_cache_file_keeps_what_two_processes_save_at_once(tmp_path: Path) -> Non
         assert file.load("int16") == "code for int16"
 
 
-def test_cache_file_of_other_sources_is_not_loaded(tmp_path: Path) -> None:
+def test_cache_file_of_other_sources_is_not_loaded(tmp_path):
     cache_file(tmp_path, "a").save("int8", "old")
     assert cache_file(tmp_path, "b").load("int8") is None
     cache_file(tmp_path, "b").save("int8", "new")
@@ -120,9 +120,7 @@ def installation(
 
 
 @pytest.mark.parametrize("place", ["package", "home", "named"])
-def test_kernels_are_loaded_from_a_warm_cache_that_is_read_only(
-    installation: Installation, place: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_kernels_are_loaded_from_a_warm_cache_that_is_read_only(installation, place, caplog):
     if place == "named":
         installation.name(installation.folders["named"])
     if place == "home":
@@ -136,8 +134,8 @@ def test_kernels_are_loaded_from_a_warm_cache_that_is_read_only(
 
 @pytest.mark.parametrize("place", ["named", "package"])
 def test_a_warm_cache_that_is_read_only_is_loaded_from_beside_one_that_is_not(
-    installation: Installation, place: str, caplog: pytest.LogCaptureFixture
-) -> None:
+    installation, place, caplog
+):
     if place == "named":
         installation.name(installation.folders["named"])
     assert installation.run() == 1
@@ -149,9 +147,7 @@ def test_a_warm_cache_that_is_read_only_is_loaded_from_beside_one_that_is_not(
     assert installation.run() == 1
 
 
-def test_reasons_that_differ_give_one_warning(
-    installation: Installation, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_reasons_that_differ_give_one_warning(installation, caplog):
     installation.run()
     compiling._warn_of_compiling("no space for a")
     compiling._warn_of_compiling("no space for b")
@@ -163,8 +159,8 @@ def test_reasons_that_differ_give_one_warning(
 )
 @pytest.mark.parametrize("has_folder", [True, False])
 def test_kernels_are_compiled_anew_where_nothing_can_be_written(
-    installation: Installation, named: str, has_folder: bool, caplog: pytest.LogCaptureFixture
-) -> None:
+    installation, named, has_folder, caplog
+):
     if has_folder:
         installation.folders["package"].mkdir()
     installation.close("package", "home", "named")
@@ -176,9 +172,7 @@ def test_kernels_are_compiled_anew_where_nothing_can_be_written(
         assert "set NUMBA_CACHE_DIR to a folder" in record.getMessage()
 
 
-def test_a_disk_that_fills_up_ends_nothing(
-    installation: Installation, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_disk_that_fills_up_ends_nothing(installation, monkeypatch, caplog):
     def full(*args: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -201,7 +195,7 @@ for quant in sys.argv[1:]:
 
 
 @pytest.mark.slow
-def test_formats_that_other_processes_compiled_do_not_mix(tmp_path: Path) -> None:
+def test_formats_that_other_processes_compiled_do_not_mix(tmp_path):
     # Each format is compiled in a process of its own, as servers do; the last one loads both.
     environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
     for formats in (["kivi4"], ["kivi2"], ["kivi4", "kivi2"], ["kivi2", "kivi4"]):

@@ -142,15 +142,9 @@ def test_gather_tokens(dtype):
 
 
 def evicting_plan(dtype, ratio, quant, method="snapkv", budget=200):
-    config = ThinkConfig.model_validate(
-        {
-            "kv_channel_prune": ratio,
-            "kv_quant": quant,
-            "kv_evict": method,
-            "kv_evict_budget": budget,
-            "kv_observation_window": 20,
-        }
-    )
+    evicted = {"kv_evict": method, "kv_evict_budget": budget, "kv_observation_window": 20}
+    pruned = {"kv_channel_prune": ratio, "kv_quant": quant}
+    config = ThinkConfig.model_validate(pruned | evicted)
     plan = plan_blocks(config, 64, dtype.itemsize, 16)
     assert plan is not None
     return plan
@@ -211,10 +205,8 @@ def test_attention_to_a_packed_prompt(method, ratio, quant, dtype):
     untouched = torch.ones(len(before), dtype=torch.bool)
     untouched[heads] = False
     as_bits = torch.int32 if dtype is torch.float32 else torch.int16
-    assert torch.equal(
-        case.kv_cache[untouched].contiguous().view(as_bits),
-        before[untouched].contiguous().view(as_bits),
-    )
+    now, then = (cache[untouched].contiguous().view(as_bits) for cache in (case.kv_cache, before))
+    assert torch.equal(now, then)
     # Nobody reads the empty spans.
     case.block_table[0, : first * plan.span_blocks] = 0
     case.block_table[0, : spans * plan.span_blocks].view(spans, -1)[:, plan.thin_blocks :] = 0

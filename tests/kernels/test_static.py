@@ -38,39 +38,37 @@ def check(case: StaticCase, cap: float = 0.0, sinks: torch.Tensor | None = None)
 @pytest.mark.parametrize("quant", QUANTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kept", KEPT, ids=str)
-def test_static_attention_reads_kept_channels(
-    kept: tuple[int, int], dtype: torch.dtype, quant: str
-) -> None:
+def test_static_attention_reads_kept_channels(kept, dtype, quant):
     lengths = [1, 2, 15, 16, 17, 31, 32, 33, 100]
     check(StaticCase(make_plan(*kept, dtype, quant=quant), dtype, (4, 2), lengths))
 
 
 @pytest.mark.parametrize("heads", [(1, 1), (2, 2), (6, 2), (8, 1)], ids=str)
-def test_static_attention_serves_any_group(heads: tuple[int, int]) -> None:
+def test_static_attention_serves_any_group(heads):
     check(StaticCase(make_plan(32, 64, torch.bfloat16), torch.bfloat16, heads, [3, 40]))
 
 
 @pytest.mark.parametrize("quant", QUANTS)
-def test_static_attention_combines_splits(quant: str) -> None:
+def test_static_attention_combines_splits(quant):
     # 512 tokens are a split; three, and one token more.
     plan = make_plan(64, 96, torch.float32, block_size=128, head_size=128, quant=quant)
     check(StaticCase(plan, torch.float32, (4, 2), [1537, 1536, 513, 512]))
 
 
 @pytest.mark.parametrize("quant", QUANTS)
-def test_static_attention_reads_blocks_with_gaps(quant: str) -> None:
+def test_static_attention_reads_blocks_with_gaps(quant):
     # As vLLM lays out layers that share an allocation.
     plan = make_plan(31, 48, torch.bfloat16, quant=quant)
     check(StaticCase(plan, torch.bfloat16, (4, 2), [5, 70], gap_blocks=2))
 
 
-def test_static_attention_caps_and_sinks() -> None:
+def test_static_attention_caps_and_sinks():
     case = StaticCase(make_plan(32, 48, torch.float32), torch.float32, (4, 2), [5, 70])
     check(case, cap=2.0)
     check(case, sinks=torch.tensor([0.5, -1.0, 3.0, 0.0]))
 
 
-def test_static_attention_of_padding_is_zero() -> None:
+def test_static_attention_of_padding_is_zero():
     for kept in ((32, 64), (32, 40)):
         case = StaticCase(make_plan(*kept, torch.float32), torch.float32, (4, 2), [5, 20])
         out = attend(case, [0, 20])
@@ -78,7 +76,7 @@ def test_static_attention_of_padding_is_zero() -> None:
         assert out[1].any()
 
 
-def test_static_attention_notices_a_wrong_key() -> None:
+def test_static_attention_notices_a_wrong_key():
     case = StaticCase(make_plan(32, 64, torch.float32), torch.float32, (4, 2), [40])
     before = attend(case)
     keys, _, _ = run_parts(case.kv_cache, int(case.block_table[0, 1]), 0, case.plan)
@@ -89,9 +87,7 @@ def test_static_attention_notices_a_wrong_key() -> None:
 @pytest.mark.parametrize("quant", QUANTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kept", KEPT, ids=str)
-def test_store_static_writes_the_reference_bytes(
-    kept: tuple[int, int], dtype: torch.dtype, quant: str
-) -> None:
+def test_store_static_writes_the_reference_bytes(kept, dtype, quant):
     plan = make_plan(*kept, dtype, quant=quant)
     case = StaticCase(plan, dtype, (4, 2), [37, 16, 1], gap_blocks=1)
     key, value = case.random(60, 2), case.random(60, 2)
@@ -107,7 +103,7 @@ def test_store_static_writes_the_reference_bytes(
 
 
 @pytest.mark.parametrize("quant", QUANTS)
-def test_read_back_is_what_the_cache_says(quant: str) -> None:
+def test_read_back_is_what_the_cache_says(quant):
     # What prompts see that start in a step, and what later queries see of them.
     plan = make_plan(31, 48, torch.float32, quant=quant)
     case = StaticCase(plan, torch.float32, (4, 2), [16])
@@ -124,7 +120,7 @@ def test_read_back_is_what_the_cache_says(quant: str) -> None:
         assert int(whole_value[:, head].any(dim=0).sum()) == 48
 
 
-def test_static_parts_are_those_of_the_reference() -> None:
+def test_static_parts_are_those_of_the_reference():
     plan = make_plan(31, 48, torch.bfloat16, quant="fp8")
     case = StaticCase(plan, torch.bfloat16, (4, 2), [40], gap_blocks=1)
     parts = static_parts(case.kv_cache, plan)
@@ -137,7 +133,7 @@ def test_static_parts_are_those_of_the_reference() -> None:
         assert torch.equal(parts.value_scales[block, head], scales[1])
 
 
-def test_launchers_reject_what_does_not_fit() -> None:
+def test_launchers_reject_what_does_not_fit():
     plan = make_plan(32, 64, torch.float32)
     case = StaticCase(plan, torch.float32, (4, 2), [5])
     slots, key = torch.tensor(case.slots(0)), case.random(5, 2)

@@ -64,23 +64,18 @@ class Engine:
         self.config = self._make_config(layers)
         self.layers = self._make_layers(num_blocks, layers)
         spec = FullAttentionSpec(
-            block_size=plan.block_size,
-            num_kv_heads=heads[1],
-            head_size=plan.head_size,
-            head_size_v=plan.head_size,
-            dtype=torch.float32,
-        )
+            block_size=plan.block_size, num_kv_heads=heads[1], head_size=plan.head_size,
+            head_size_v=plan.head_size, dtype=torch.float32,
+        )  # fmt: skip
         chosen = EnginePlan(plan, thin_prefixes=not plan.rule.delay_prompt, in_flight_tokens=0)
         with (
             patch("think_vllm.worker.metadata_builder.selected_engine", return_value=chosen),
             patch.object(model_runner, "track_rows") as watch,
         ):
             self.builder = ThinkCUDABackend.get_builder_cls()(
-                ThinKVCacheSpec.from_dense(spec, chosen),
-                [x.layer_name for x in self.layers],
-                self.config,
-                device,
-            )
+                ThinKVCacheSpec.from_dense(spec, chosen), [x.layer_name for x in self.layers],
+                self.config, device,
+            )  # fmt: skip
         (_, model_runner._rule, model_runner._count_cached), _ = watch.call_args
         self.runner = make_runner(version, self.config)
         self.captured: dict[int, Any] = {}

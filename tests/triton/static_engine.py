@@ -95,14 +95,11 @@ class StaticWorker:
                 for _ in range(layers)
             ]
         with patch("think_vllm.hooks.static_spec.selected_static", return_value=engine):
-            self.spec = StaticCUDABackend.customize_spec(
-                FullAttentionSpec(
-                    block_size=plan.block_size,
-                    num_kv_heads=heads[1],
-                    head_size=plan.head_size,
-                    dtype=torch.float32,
-                )
-            )
+            dense = FullAttentionSpec(
+                block_size=plan.block_size, num_kv_heads=heads[1], head_size=plan.head_size,
+                dtype=torch.float32,
+            )  # fmt: skip
+            self.spec = StaticCUDABackend.customize_spec(dense)
         caches = self._make_caches(num_blocks, layers)
         self.layers = {
             name: SimpleNamespace(layer_name=name, impl=impl, kv_cache=caches[:, i])

@@ -8,15 +8,8 @@ from tests.triton.lives import Life
 def evicting(name: str, version: int, device, method: str = "snapkv", **settings) -> Life:
     """A backend that keeps one span of old tokens, or as many tokens in blocks."""
     budget = 48 if name == "evicted-only" else 80
-    return Life(
-        name,
-        version,
-        device,
-        kv_evict=method,
-        kv_evict_budget=budget,
-        kv_prefix_cache="dense",
-        **settings,
-    )
+    evicted = {"kv_evict": method, "kv_evict_budget": budget, "kv_prefix_cache": "dense"}
+    return Life(name, version, device, **evicted, **settings)
 
 
 @pytest.mark.parametrize("version", [1, 2])

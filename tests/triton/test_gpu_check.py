@@ -19,15 +19,15 @@ def finite_memory(num_bytes: int, device: torch.device) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("quant", ["none", "fp8"])
-def test_every_kernel_is_launched(quant: str, device: torch.device) -> None:
+def test_every_kernel_is_launched(quant, device):
     launch_all(plan_of(quant), (4, 2), batch=2, spans=1, device=device)
 
 
-def test_compaction_repeats_itself(device: torch.device) -> None:
+def test_compaction_repeats_itself(device):
     assert compact_again(plan_of("fp8"), times=1, device=device, spans=1) == 0
 
 
-def test_our_kernel_over_memory_that_is_shared(device: torch.device) -> None:
+def test_our_kernel_over_memory_that_is_shared(device):
     query = torch.randn(2, 4, 128, device=device).to(torch.bfloat16)
     memory = finite_memory(memory_needed(2, 500, 2, 128), device)
     plan = plan_of("none")
@@ -39,7 +39,7 @@ def test_our_kernel_over_memory_that_is_shared(device: torch.device) -> None:
     assert dense / 2 < kernel.num_bytes < dense
 
 
-def test_int4_kernel_of_vllm(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_int4_kernel_of_vllm(device, monkeypatch):
     from vllm.v1.attention.ops import int4_per_token_head
 
     # vLLM's CPU build has no kernels of Triton: what would be launched is looked at instead.
@@ -58,7 +58,7 @@ def test_int4_kernel_of_vllm(device: torch.device, monkeypatch: pytest.MonkeyPat
     assert kernel.num_bytes == 2 * 40 * 2 * 2 * (64 + 4)
 
 
-def test_torch_kernel(device: torch.device) -> None:
+def test_torch_kernel(device):
     query = torch.randn(2, 4, 128, device=device).to(torch.bfloat16)
     kernel = torch_kernel(query, 2, 40, finite_memory(2**18, device))
     assert kernel.run().shape == (2, 4, 1, 128)
@@ -66,9 +66,7 @@ def test_torch_kernel(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float8_e4m3fn])
-def test_flash_attention(
-    dtype: torch.dtype | None, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_flash_attention(dtype, device, monkeypatch):
     fake = MagicMock()
     fake.is_fa_version_supported = lambda version: version == 3
     for name in ("vllm.vllm_flash_attn", "vllm.vllm_flash_attn.flash_attn_interface"):
@@ -87,7 +85,7 @@ def test_flash_attention(
     assert kernel.num_bytes == 2 * 2 * 40 * 2 * 128 * keys.itemsize
 
 
-def test_rows(device: torch.device) -> None:
+def test_rows(device):
     rows = rows_of(torch.zeros(3, 4, 128, device=device), 40)
     assert (rows.num_blocks, rows.table.shape, rows.starts.tolist()) == (9, (3, 3), [0, 1, 2, 3])
     assert sorted(rows.table.flatten().tolist()) == list(range(9))

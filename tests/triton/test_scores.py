@@ -19,14 +19,10 @@ def int32(values, device):
 
 def energy_of(case, requests, prompt_lens, device, max_tokens=None, first_block=None):
     return key_energy(
-        case.kv_cache.to(device),
-        case.block_table.to(device),
-        int32(requests, device),
-        int32(prompt_lens, device),
-        case.plan,
-        max_tokens or max(prompt_lens),
+        case.kv_cache.to(device), case.block_table.to(device), int32(requests, device),
+        int32(prompt_lens, device), case.plan, max_tokens or max(prompt_lens),
         None if first_block is None else int32(first_block, device),
-    ).cpu()
+    ).cpu()  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

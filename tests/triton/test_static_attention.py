@@ -188,14 +188,10 @@ def test_attention_notices_a_wrong_key(device, quant):
 )
 def test_attention_rejects(name, change, message):
     case = StaticCase(make_plan(32, 48, torch.float32), torch.float32, (4, 2), [20])
-    arguments = {
-        "query": case.query,
-        "kv_cache": case.kv_cache,
-        "block_table": case.block_table,
+    shared = ("query", "kv_cache", "block_table", "plan", "scale")
+    arguments = {key: getattr(case, key) for key in shared} | {
         "seq_len": torch.full((1,), 20, dtype=torch.int32),
         "order": order_channels(case.channels, 64, torch.device("cpu")),
-        "plan": case.plan,
-        "scale": case.scale,
         "out": torch.empty_like(case.query),
     }
     arguments[name] = change(case)

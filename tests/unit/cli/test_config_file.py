@@ -45,7 +45,7 @@ def settings_of(path: Path, text: str) -> dict[str, object]:
         ("no-kv-prune-decode:", "no-kv-prune-decode is None; write `kv-prune-decode: true`"),
     ],
 )
-def test_values_of_another_kind_are_rejected(tmp_path: Path, line: str, message: str) -> None:
+def test_values_of_another_kind_are_rejected(tmp_path, line, message):
     path = tmp_path / "serve.yaml"
     settings = settings_of(path, line)
     with pytest.raises(ThinkError) as rejected:
@@ -57,18 +57,15 @@ def test_values_of_another_kind_are_rejected(tmp_path: Path, line: str, message:
 @pytest.mark.parametrize(
     "line",
     [
-        "kv-quant: none",
-        "kv-channel-prune: 0.5",
-        "kv-prune-decode: off",
-        "kv-prune-decode: true",
-        "no-kv-prune-decode: true",
+        *("kv-quant: none", "kv-channel-prune: 0.5", "kv-prune-decode: off"),
+        *("kv-prune-decode: true", "no-kv-prune-decode: true"),
         "no-port: x",  # no option
         "kv-evict: snapkv",
         "model: no",  # vLLM's own
         "a: [1",  # no YAML, which vLLM says
     ],
 )
-def test_other_values_are_left_alone(tmp_path: Path, line: str) -> None:
+def test_other_values_are_left_alone(tmp_path, line):
     check_settings("x", settings_of(tmp_path / "serve.yaml", line))
 
 
@@ -88,7 +85,7 @@ def parser_with_a_command() -> argparse.ArgumentParser:
     return parser
 
 
-def test_false_is_said_to_those_who_know_how(tmp_path: Path) -> None:
+def test_false_is_said_to_those_who_know_how(tmp_path):
     known = known_options(parser_with_a_command())
     text = "kv_prune_decode: false\nenable-prefix-caching: off\ntop: no\n"
     text += "enforce-eager: false\nport: false\nkv-prune-prefill: true\nlora: false\n"
@@ -114,9 +111,7 @@ def test_false_is_said_to_those_who_know_how(tmp_path: Path) -> None:
         ("- a list", "holds no settings; write lines like"),
     ],
 )
-def test_what_vllm_would_drop_is_rejected(
-    tmp_path: Path, line: str, message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_vllm_would_drop_is_rejected(tmp_path, line, message, capsys):
     path = tmp_path / "serve.yaml"
     path.write_text(line)
     parser = parser_with_a_command()
@@ -130,14 +125,12 @@ def test_what_vllm_would_drop_is_rejected(
     assert message in capsys.readouterr().err
 
 
-def test_a_file_named_behind_a_sign_is_read() -> None:
+def test_a_file_named_behind_a_sign_is_read():
     words = split_config(["m", "--config=a=b.yaml", "--x=1"])
     assert words == ["m", "--config", "a=b.yaml", "--x=1"]
 
 
-def test_only_our_options_are_touched_in_vllms_own_program(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_only_our_options_are_touched_in_vllms_own_program(tmp_path, capsys):
     path = tmp_path / "serve.yaml"
     path.write_text("kv-prune-decode: false\nenable-prefix-caching: false\n")
     parser = parser_with_a_command()

@@ -51,9 +51,7 @@ SSL = {"ssl_keyfile": "k", "ssl_certfile": "c"}
     ],
     ids=str,
 )
-def test_line_reaches_the_server(
-    model: Path, given: dict[str, Any], options: list[str], server: str
-) -> None:
+def test_line_reaches_the_server(model, given, options, server):
     found = command(serve_arguments(str(model), **given))
     json_type = ["-H", "Content-Type: application/json"]
     url = f"{server}/v1/completions"
@@ -69,13 +67,11 @@ def test_line_reaches_the_server(
     ],
     ids=str,
 )
-def test_line_names_the_model_as_it_is_served(
-    model: Path, given: dict[str, Any], name: str | None
-) -> None:
+def test_line_names_the_model_as_it_is_served(model, given, name):
     assert command(serve_arguments(str(model), **given))[-1] == (name or str(model))
 
 
-def test_model_may_come_from_a_file(model: Path) -> None:
+def test_model_may_come_from_a_file(model):
     assert command(serve_arguments(None, model=str(model)))[-1] == str(model)
     # What a person writes goes before.
     assert command(serve_arguments(str(model), model="other"))[-1] == str(model)
@@ -83,9 +79,7 @@ def test_model_may_come_from_a_file(model: Path) -> None:
 
 @pytest.mark.parametrize("environment", [{}, {"VLLM_API_KEY": "secret"}])
 @pytest.mark.parametrize("given", [{}, {"api_key": ["secret"]}])
-def test_line_has_the_key_by_its_variable(
-    model: Path, given: dict[str, Any], environment: dict[str, str]
-) -> None:
+def test_line_has_the_key_by_its_variable(model, given, environment):
     hint = example_hint(serve_arguments(str(model), **given), environment)
     assert hint is not None
     assert "secret" not in hint
@@ -94,12 +88,10 @@ def test_line_has_the_key_by_its_variable(
 
 
 @pytest.mark.parametrize("given", [{"headless": True}, {"grpc": True}, {"ssl_cert_reqs": 2}])
-def test_servers_that_the_line_would_not_reach_have_none(
-    model: Path, given: dict[str, Any]
-) -> None:
+def test_servers_that_the_line_would_not_reach_have_none(model, given):
     assert example_hint(serve_arguments(str(model), **given), {}) is None
 
 
-def test_models_without_an_example_have_no_line(tmp_path: Path) -> None:
+def test_models_without_an_example_have_no_line(tmp_path):
     assert example_hint(serve_arguments(str(tmp_path)), {}) is None
     assert example_hint(serve_arguments("org/model"), {}) is None

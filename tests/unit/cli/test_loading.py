@@ -1,7 +1,5 @@
 """A plugin that vLLM is told not to load says so, instead of vanishing."""
 
-from pathlib import Path
-
 import pytest
 
 from think_vllm.errors import ThinkError
@@ -19,14 +17,14 @@ from think_vllm.tools.loading import VARIABLE, check_loaded, left_out
         ("a, think_vllm", "a,think_vllm"),
     ],
 )
-def test_left_out_says_what_to_set(chosen: str, names: str) -> None:
+def test_left_out_says_what_to_set(chosen, names):
     why = left_out({VARIABLE: chosen})
     assert f"{VARIABLE} is {chosen!r}, so vLLM does not load it" in why
     assert f"set {VARIABLE}={names}, or unset it" in why
 
 
 @pytest.mark.parametrize("environment", [{}, {VARIABLE: "think_vllm"}, {VARIABLE: "a,think_vllm"}])
-def test_left_out_is_silent_where_it_is_loaded(environment: dict[str, str]) -> None:
+def test_left_out_is_silent_where_it_is_loaded(environment):
     assert left_out(environment) == ""
 
 
@@ -47,9 +45,7 @@ def test_left_out_is_silent_where_it_is_loaded(environment: dict[str, str]) -> N
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
-def test_our_options_are_rejected_where_it_is_not_loaded(
-    arguments: list[str], named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_our_options_are_rejected_where_it_is_not_loaded(arguments, named, tmp_path, monkeypatch):
     path = tmp_path / "serve_it.yaml"
     path.write_text("model: m\nkv_quant: fp8\n")
     (tmp_path / "json.yaml").write_text("additional-config: '{\"think\": {}}'\n")
@@ -66,14 +62,10 @@ def test_our_options_are_rejected_where_it_is_not_loaded(
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["m"],
-        ["m", "--port", "1"],
-        ["m", "--additional-config", '{"other": {}}'],
-        ["m", "--additional-config", "x"],
+        *(["m"], ["m", "--port", "1"]),
+        *(["m", "--additional-config", value] for value in ('{"other": {}}', "x")),
     ],
 )
-def test_plain_servers_may_leave_it_out(
-    arguments: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_plain_servers_may_leave_it_out(arguments, monkeypatch):
     monkeypatch.setenv(VARIABLE, "other")
     check_loaded(arguments)

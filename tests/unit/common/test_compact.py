@@ -6,9 +6,7 @@ from pathlib import Path
 from think_vllm.tools.common.compact import compact_json, write_json
 
 FIELDS = {
-    "name": "x",
-    "numbers": [1, 2.0],
-    "empty": {},
+    **{"name": "x", "numbers": [1, 2.0], "empty": {}},
     "records": [{"a": 1 / 3}, {"a": float("nan")}],
     "by_name": {"b": {"c": (1, None)}, 7: {"d": True}},
 }
@@ -20,9 +18,7 @@ def test_compact_json_has_a_line_for_each_record() -> None:
         '"records": [', '{"a": 0.3333333},', '{"a": null}', "],"
     ]  # fmt: skip
     assert json.loads(text) == {
-        "name": "x",
-        "numbers": [1, 2.0],
-        "empty": {},
+        **{"name": "x", "numbers": [1, 2.0], "empty": {}},
         "records": [{"a": 0.3333333}, {"a": None}],
         "by_name": {"b": {"c": [1, None]}, "7": {"d": True}},
     }
