@@ -24,11 +24,7 @@ def check_tensor(
 
 
 def check_tasks(
-    who: str,
-    request: torch.Tensor,
-    name: str,
-    other: torch.Tensor,
-    device: torch.device,
+    who: str, request: torch.Tensor, name: str, other: torch.Tensor, device: torch.device
 ) -> None:
     """Check two parallel vectors of tasks: ``request`` and the one called ``name``, int32 [n]."""
     check_tensor(who, "request", request, torch.int32, (request.numel(),), device)

@@ -93,14 +93,7 @@ def key_energy(
         num_warps=WARPS,
     )
     mean_kernel[(num_tasks, num_heads)](
-        parts,
-        prompt_len,
-        first_block,
-        energy,
-        num_heads,
-        num_chunks,
-        **constants,
-        num_warps=1,
+        parts, prompt_len, first_block, energy, num_heads, num_chunks, **constants, num_warps=1
     )
     return energy
 

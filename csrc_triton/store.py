@@ -5,13 +5,7 @@ import triton
 import triton.language as tl
 
 from csrc_triton.aot import AotCase, aot_case
-from csrc_triton.blocks import (
-    cache_bytes,
-    cache_strides,
-    dense_rows,
-    find_run,
-    make_layout,
-)
+from csrc_triton.blocks import cache_bytes, cache_strides, dense_rows, find_run, make_layout
 from csrc_triton.checks import check_tensor, check_tokens
 from csrc_triton.launch import kernel, row_strides, whole_stride
 from think_vllm.kernels.checks import check_blocks, check_cache

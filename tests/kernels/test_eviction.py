@@ -19,6 +19,7 @@ from think_vllm.plan.planner import BlockPlan, plan_blocks
 from think_vllm.plan.settings import ThinkConfig
 from think_vllm.worker.channel_selection import ChannelSelector
 from think_vllm.worker.cpu.kernels import CPUKernels
+from think_vllm.worker.device import Blocks
 from think_vllm.worker.eviction_step import Accumulation, Repack
 from think_vllm.worker.evictor import Evictor
 from think_vllm.worker.policies import LayerHeads
@@ -225,7 +226,7 @@ def test_attention_to_a_packed_prompt(method, ratio, quant, dtype):
     rows = skip_evicted(rule, queries, evicted, case.block_table.stride(0)).rows
     table, out = table_of_entries(case.block_table), torch.empty_like(case.query)
     kernels = CPUKernels(plan, 0.125)
-    kernels.attend_rows(case.query, case.kv_cache, table, rows, out, length)
+    kernels.attend_rows(case.query, Blocks(case.kv_cache, table), rows, out, length)
     for head in range(4):
         of = head // 2
         thin_keys, thin_values = code_spans(

@@ -27,59 +27,45 @@ def check_engine(vllm_config: VllmConfig) -> None:
     check_windows(vllm_config)
     cache_dtype = vllm_config.cache_config.cache_dtype
     check_cache_dtype(vllm_config.model_config, cache_dtype, vllm_config.quant_config)
-    parallel = vllm_config.parallel_config
-    unsupported: list[tuple[Any, str, str, str]] = [
-        (
-            vllm_config.speculative_config,
-            "--speculative-config",
-            "a rejected token rolls its request back, and thin blocks cannot become dense again",
-            "leave it out",
-        ),
+    for name, reason in unsupported_options(vllm_config):
+        raise ThinkError(
+            f"thin KV blocks do not support {name} yet: {reason}; leave it out, or serve without "
+            f"{FLAGS}"
+        )
+    events = vllm_config.kv_events_config
+    if events is not None and events.enable_kv_cache_events:
+        raise ThinkError(
+            "thin KV blocks do not support --kv-events-config yet: blocks change their form "
+            f"without an event; leave it out, or serve without {FLAGS}"
+        )
+
+
+def unsupported_options(vllm_config: VllmConfig) -> list[tuple[str, str]]:
+    """Options of a config that work with dense blocks alone, and why."""
+    parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
+    decode, prefill = parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size
+    rolls_back = (
+        "a rejected token rolls its request back, and thin blocks cannot become dense again"
+    )
+    cuts = "it cuts spans into pieces on several ranks"
+    options: list[tuple[Any, str, str]] = [
+        (vllm_config.speculative_config, "--speculative-config", rolls_back),
         (
             vllm_config.kv_transfer_config,
             "--kv-transfer-config (a KV connector)",
             "connectors move dense blocks and know nothing of channel tables",
-            "leave it out",
-        ),
-        (
-            vllm_config.kv_events_config is not None
-            and vllm_config.kv_events_config.enable_kv_cache_events,
-            "--kv-events-config",
-            "blocks change their form without an event",
-            "leave it out",
         ),
         # vLLM turns this into a KV connector only later.
+        (cache.kv_offloading_size, "--kv-offloading-size", "it moves dense blocks alone"),
+        (decode > 1, f"--decode-context-parallel-size {decode}", cuts),
+        (prefill > 1, f"--prefill-context-parallel-size {prefill}", cuts),
         (
-            vllm_config.cache_config.kv_offloading_size,
-            "--kv-offloading-size",
-            "offloading moves dense blocks and knows nothing of channel tables",
-            "leave it out",
-        ),
-        (
-            parallel.decode_context_parallel_size > 1,
-            f"--decode-context-parallel-size {parallel.decode_context_parallel_size}",
-            "it cuts spans into pieces on several ranks",
-            "use 1",
-        ),
-        (
-            parallel.prefill_context_parallel_size > 1,
-            f"--prefill-context-parallel-size {parallel.prefill_context_parallel_size}",
-            "it cuts spans into pieces on several ranks",
-            "use 1",
-        ),
-        (
-            vllm_config.cache_config.kv_sharing_fast_prefill,
+            cache.kv_sharing_fast_prefill,
             "--kv-sharing-fast-prefill",
             "queries that select channels would be left out",
-            "leave it out",
         ),
     ]
-    for present, name, reason, remedy in unsupported:
-        if present:
-            raise ThinkError(
-                f"thin KV blocks do not support {name} yet: {reason}; {remedy}, or serve without "
-                f"{FLAGS}"
-            )
+    return [(name, reason) for present, name, reason in options if present]
 
 
 def check_cache_dtype(model_config: ModelConfig, requested: str, quant_config: Any = None) -> None:

@@ -69,11 +69,7 @@ def resolve(decisions: Mapping[str, bool]) -> None:
         _own_rules.update((name, dense) for name, stays in decisions.items() if stays)
 
 
-def track_rows(
-    vllm_config: VllmConfig,
-    rule: SpanRule,
-    count_cached: CountCached | None,
-) -> None:
+def track_rows(vllm_config: VllmConfig, rule: SpanRule, count_cached: CountCached | None) -> None:
     """Fill ``step_rows`` from now on, and keep prompts out of full decode graphs.
 
     Called by metadata builders: their runner's module has been imported by then.

@@ -9,10 +9,7 @@ from typing import Any
 PLACES = {
     # 0.33: both programs of the server share one folder.
     "make_arg_parser": ("vllm.entrypoints.common.cli_args", "vllm.entrypoints.launchers.cli_args"),
-    "cli_env_setup": (
-        "vllm.entrypoints.common.startup",
-        "vllm.entrypoints.serve.utils.api_utils",
-    ),
+    "cli_env_setup": ("vllm.entrypoints.common.startup", "vllm.entrypoints.serve.utils.api_utils"),
 }
 
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from think_vllm.errors import FLAGS, ThinkError
 from think_vllm.hooks.backend import claim_backend
 from think_vllm.hooks.engine import Engine, describe_engine, find_engine
-from think_vllm.hooks.engine_support import check_cache_dtype, check_device, requested_block_size
+from think_vllm.hooks.engine_support import (
+    check_cache_dtype,
+    check_device,
+    requested_block_size,
+    unsupported_options,
+)
 from think_vllm.hooks.kv_cache import fix_block_size
 from think_vllm.hooks.model_support import check_static_model
 from think_vllm.plan.channel_tables import ChannelTables, tables_of
@@ -93,20 +98,10 @@ def check_static(vllm_config: VllmConfig) -> None:
     """
     check_device(vllm_config)
     check_static_model(vllm_config.model_config)
-    parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
-    check_cache_dtype(vllm_config.model_config, cache.cache_dtype, vllm_config.quant_config)
-    unsupported: list[tuple[Any, str]] = [
-        (vllm_config.speculative_config, "--speculative-config"),
-        (vllm_config.kv_transfer_config, "--kv-transfer-config (a KV connector)"),
-        # vLLM turns this into a KV connector only later.
-        (cache.kv_offloading_size, "--kv-offloading-size"),
-        (parallel.decode_context_parallel_size > 1, "--decode-context-parallel-size above 1"),
-        (parallel.prefill_context_parallel_size > 1, "--prefill-context-parallel-size above 1"),
-        (cache.kv_sharing_fast_prefill, "--kv-sharing-fast-prefill"),
-    ]
-    for present, name in unsupported:
-        if present:
-            raise ThinkError(
-                f"{WHO} does not support {name} yet: it was not tested with blocks whose keys "
-                f"are shorter than its values; leave it out, or serve without {FLAGS}"
-            )
+    cache_dtype = vllm_config.cache_config.cache_dtype
+    check_cache_dtype(vllm_config.model_config, cache_dtype, vllm_config.quant_config)
+    for name, _ in unsupported_options(vllm_config):
+        raise ThinkError(
+            f"{WHO} does not support {name} yet: it was not tested with blocks whose keys "
+            f"are shorter than its values; leave it out, or serve without {FLAGS}"
+        )

@@ -32,10 +32,7 @@ def parse_config(settings: Mapping[str, Any]) -> ThinkConfig:
 
 
 #: What a person may have written who gets a truth value.
-TRUTH_WORDS = {
-    True: "`on`, `yes` and `true` are true",
-    False: "`off`, `no` and `false` are false",
-}
+TRUTH_WORDS = {True: "`on`, `yes` and `true` are true", False: "`off`, `no` and `false` are false"}
 
 
 def value_form(name: str) -> str:

@@ -190,10 +190,7 @@ class ThinKVCacheManager(FullAttentionManager):
         self.num_cached_block[request.request_id] = state.published
 
     def remove_skipped_blocks(
-        self,
-        request_id: str,
-        processed_computed_tokens: int,
-        num_prompt_tokens: int | None = None,
+        self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
     ) -> None:
         """Free the blocks that spans no longer need since the worker made them thin.
 

@@ -127,7 +127,5 @@ class Publisher:
             own = prompt_len // rule.span_tokens if rule.prune_prefill else state.cached_spans
             window = max(1, self._observation_window)
             request.block_hashes = LimitedHashes(
-                request.block_hashes,
-                max_tokens=max(0, prompt_len - window),
-                max_thin_spans=own,
+                request.block_hashes, max_tokens=max(0, prompt_len - window), max_thin_spans=own
             )

@@ -12,16 +12,7 @@ from vllm.distributed.utils import get_pp_indices
 
 from think_vllm.hooks.engine import find_engine
 from think_vllm.hooks.model_support import attention_layers
-from think_vllm.metrics.catalog import (
-    BLOCKS,
-    BYTES,
-    CAPACITY,
-    HELD,
-    HITS,
-    MULTIPLE,
-    SPANS,
-    Report,
-)
+from think_vllm.metrics.catalog import BLOCKS, BYTES, CAPACITY, HELD, HITS, MULTIPLE, SPANS, Report
 from think_vllm.plan.capacity import PoolShape, pool_capacity
 from think_vllm.scheduler.manager import ThinKVCacheManager
 

@@ -80,8 +80,7 @@ def plan_report(
     # Every rank gets as many blocks as the one with most layers has room for.
     stages = [model_config.get_layers_start_end_indices(rank) for rank in ranks]
     share = max(
-        (attention_layers(model_config, stage) for stage in stages),
-        key=engine.layers.block_layers,
+        (attention_layers(model_config, stage) for stage in stages), key=engine.layers.block_layers
     )
     prefix_caching = namespace.enable_prefix_caching and config.allows_prefix_caching
     fields = (engine.fields(prefix_caching) or {}) | budget_fields(

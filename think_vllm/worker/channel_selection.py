@@ -112,10 +112,7 @@ def count_sources(plan: BlockPlan) -> int:
 
 def _window_sources(plan: BlockPlan) -> tuple[bool, bool]:
     policy = POLICIES[plan.config.kv_select]
-    return (
-        plan.prunes_keys and policy.uses_queries,
-        plan.prunes_values and policy.uses_outputs,
-    )
+    return (plan.prunes_keys and policy.uses_queries, plan.prunes_values and policy.uses_outputs)
 
 
 def top_channels(score: torch.Tensor, count: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -18,7 +18,7 @@ from think_vllm.plan.planner import BlockPlan
 
 if TYPE_CHECKING:
     from think_vllm.worker.metadata_builder import ThinkMetadata
-    from think_vllm.worker.step_tensors import Chunks, Rows
+    from think_vllm.worker.step_tensors import Chunks, KeyRanges, Rows
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,13 @@ class LayerCall:
     value: torch.Tensor  # [num_tokens, Hk, D]. As ``key``
     kv_cache: torch.Tensor  # of the layer
     output: torch.Tensor  # [num_tokens, Hq, D]. Written for every query of the step
+
+
+class Blocks(NamedTuple):
+    """Blocks of one layer, and which of them requests have."""
+
+    kv_cache: torch.Tensor  # the layer's
+    table: torch.Tensor  # int32 [num_reqs, width]. The block table
 
 
 class AttentionKernels(ABC):
@@ -66,20 +73,13 @@ class AttentionKernels(ABC):
 
     @abstractmethod
     def attend_rows(
-        self,
-        query: torch.Tensor,
-        kv_cache: torch.Tensor,
-        block_table: torch.Tensor,
-        rows: Rows,
-        out: torch.Tensor,
-        max_context: int,
+        self, query: torch.Tensor, blocks: Blocks, rows: Rows, out: torch.Tensor, max_context: int
     ) -> None:
         """Attend with single queries to thin, then dense blocks.
 
         Args:
             query: [R, Hq, D]. Of the rows alone, as is ``out``.
-            kv_cache: The layer's.
-            block_table: That ``rows.request`` is of.
+            blocks: Of the layer, and of the requests that ``rows`` names.
             rows: Whose queries they are.
             out: [R, Hq, D]. Written.
             max_context: Tokens of the longest context, at most.
@@ -129,24 +129,12 @@ class Kernels(AttentionKernels):
         """Add queries ``begin[i] .. end[i] - 1`` to the ``i``-th window: float32 [n, Hk, D]."""
 
     @abstractmethod
-    def key_energy(
-        self,
-        kv_cache: torch.Tensor,
-        block_table: torch.Tensor,
-        request: torch.Tensor,
-        num_tokens: torch.Tensor,
-        first_block: torch.Tensor,
-        max_tokens: int,
-    ) -> torch.Tensor:
+    def key_energy(self, blocks: Blocks, keys: KeyRanges) -> torch.Tensor:
         """Average squared keys over dense blocks: float32 [n, Hk, D].
 
         Args:
-            kv_cache: The layer's.
-            block_table: That ``request`` is of.
-            request: int32 [n]. Row of the block table.
-            num_tokens: int32 [n]. Tokens up to the last one that counts.
-            first_block: int32 [n]. First block that counts.
-            max_tokens: Tokens that count, at most.
+            blocks: Of the layer, and of the requests that ``keys`` names.
+            keys: Which ones.
         """
 
     @abstractmethod

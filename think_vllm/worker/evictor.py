@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 
 from think_vllm.worker.channel_selection import ChannelSelector
-from think_vllm.worker.device import Kernels
+from think_vllm.worker.device import Blocks, Kernels
 from think_vllm.worker.eviction_step import Accumulation, Repack
+from think_vllm.worker.step_tensors import KeyRanges
 from think_vllm.worker.token_selection import add_attention, gather_tokens, pool, select_tokens
 
 
@@ -124,7 +125,8 @@ class Evictor:
             if selector is not None and kept.energy is not None and plan.prunes:
                 keys = None
                 if selector.uses_keys:
-                    keys = self._energy_of_kept(kv_cache, block_table, repack, repacked)[None]
+                    table = Blocks(kv_cache, block_table)
+                    keys = self._energy_of_kept(table, repack, repacked)[None]
                 selection = selector.select(kept.energy[None], keys)
                 selection.report()
                 channels = selection.channels[0]
@@ -139,23 +141,16 @@ class Evictor:
         return selected
 
     def _energy_of_kept(
-        self,
-        kv_cache: torch.Tensor,
-        block_table: torch.Tensor,
-        repack: Repack,
-        repacked: torch.Tensor,
+        self, blocks: Blocks, repack: Repack, repacked: torch.Tensor
     ) -> torch.Tensor:
         """Mean squared keys of repacked tokens and those behind them: float32 [Hk, D]."""
         plan = self.plan
         num_kept = repack.num_spans * plan.span_tokens
         old_blocks = (repack.first_span + repack.num_spans) * plan.span_blocks
         num_rest = repack.prompt_len - old_blocks * plan.block_size
-        table = torch.arange(len(repacked), dtype=torch.int32, device=repacked.device)[None]
-        energy = self._key_energy(repacked, table, 0, num_kept, 0) * num_kept
+        energy = self._key_energy(_neighbours(repacked), 0, num_kept, 0) * num_kept
         if num_rest:
-            rest = self._key_energy(
-                kv_cache, block_table, repack.row, repack.prompt_len, old_blocks
-            )
+            rest = self._key_energy(blocks, repack.row, repack.prompt_len, old_blocks)
             energy = energy + rest * num_rest
         return energy / (num_kept + num_rest)
 
@@ -165,20 +160,15 @@ class Evictor:
         return block_table[row, begin // size : -(-end // size)].long()
 
     def _key_energy(
-        self,
-        kv_cache: torch.Tensor,
-        block_table: torch.Tensor,
-        row: int,
-        num_tokens: int,
-        first_block: int,
+        self, blocks: Blocks, row: int, num_tokens: int, first_block: int
     ) -> torch.Tensor:
         """Mean squared keys of a row's tokens from a block on: float32 [Hk, D]."""
         request, length, first = (
-            torch.full((1,), number, dtype=torch.int32, device=kv_cache.device)
+            torch.full((1,), number, dtype=torch.int32, device=blocks.kv_cache.device)
             for number in (row, num_tokens, first_block)
         )
         dense = num_tokens - first_block * self.plan.block_size
-        return self.kernels.key_energy(kv_cache, block_table, request, length, first, dense)[0]
+        return self.kernels.key_energy(blocks, KeyRanges(request, length, first, dense))[0]
 
     def _compact(self, repacked: torch.Tensor, channels: torch.Tensor | None) -> None:
         """Compact spans of dense blocks in place, which lie one after the other.
@@ -191,5 +181,11 @@ class Evictor:
         span = torch.arange(len(repacked) // plan.span_blocks, dtype=torch.int32, device=device)
         if channels is not None:
             channels = channels.repeat(len(span), 1, 1)
-        table = torch.arange(len(repacked), dtype=torch.int32, device=device)[None]
-        self.kernels.compact_spans(repacked, table, torch.zeros_like(span), span, channels)
+        blocks = _neighbours(repacked)
+        self.kernels.compact_spans(*blocks, torch.zeros_like(span), span, channels)
+
+
+def _neighbours(blocks: torch.Tensor) -> Blocks:
+    """Blocks of one request, which lie one after the other."""
+    table = torch.arange(len(blocks), dtype=torch.int32, device=blocks.device)[None]
+    return Blocks(blocks, table)

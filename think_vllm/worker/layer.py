@@ -9,7 +9,7 @@ import torch
 
 from think_vllm.plan.planner import BlockPlan
 from think_vllm.worker.channel_selection import ChannelSelector
-from think_vllm.worker.device import AttentionKernels, Kernels, LayerCall
+from think_vllm.worker.device import AttentionKernels, Blocks, Kernels, LayerCall
 from think_vllm.worker.evictor import Evictor
 from think_vllm.worker.heads import RankHeads
 from think_vllm.worker.loss_limit import loss_limit
@@ -61,9 +61,9 @@ class AttentionLayer(ABC, Generic[K]):
         self, call: LayerCall, table: torch.Tensor, rows: Rows, max_context: int
     ) -> None:
         """Attend with single queries; see ``AttentionKernels``."""
-        where, cache = rows.tokens, call.kv_cache
+        where, blocks = rows.tokens, Blocks(call.kv_cache, table)
         answer = call.output[where]
-        self.kernels.attend_rows(call.query[where], cache, table, rows, answer, max_context)
+        self.kernels.attend_rows(call.query[where], blocks, rows, answer, max_context)
         put_back(call.output, where, answer)
 
 
@@ -218,14 +218,7 @@ class ThinkLayer(AttentionLayer[Kernels]):
             windows = windows[ended.window]
         keys = None
         if self._selector.uses_keys:
-            keys = self.kernels.key_energy(
-                kv_cache,
-                metadata.block_table,
-                ended.request,
-                ended.num_tokens,
-                ended.first_block,
-                ended.max_tokens,
-            )
+            keys = self.kernels.key_energy(Blocks(kv_cache, metadata.block_table), ended.keys)
         selection = self._selector.select(windows, keys)
         selection.report(ended.final)
         if ended.names:

@@ -48,13 +48,20 @@ class Observed:
 
 
 @dataclass(frozen=True)
+class KeyRanges:
+    """Keys in dense blocks, of several requests."""
+
+    request: torch.Tensor  # int32 [m]. Row of the block table
+    num_tokens: torch.Tensor  # int32 [m]. Tokens up to the last one that counts
+    first_block: torch.Tensor  # int32 [m]. First block that counts
+    max_tokens: int  # most tokens that count
+
+
+@dataclass(frozen=True)
 class FinishedTensors:
     """Prompts, or chunks of prompts, that end in this step, and the spans compacted then."""
 
-    request: torch.Tensor  # int32 [m]. Row of the block table, for each selection of channels
-    num_tokens: torch.Tensor  # int32 [m]. Tokens up to the last one whose key counts
-    first_block: torch.Tensor  # int32 [m]. First dense block whose keys count
-    max_tokens: int  # most tokens whose keys count
+    keys: KeyRanges  # those that count, for each selection of channels
     #: int32 [m]. Which of the windows that end here; None if that is one each, in order.
     window: torch.Tensor | None
     kept: Slots | None  # selections that are kept for spans that fall due later; None for none

@@ -24,6 +24,7 @@ from think_vllm.worker.step_tensors import (
     Chunks,
     DueSpans,
     FinishedTensors,
+    KeyRanges,
     Observed,
     PassTensors,
     Rows,
@@ -236,10 +237,12 @@ def _ended(
             parts = zip(given, selections.begin[index], selections.count[index], strict=True)
             tables = [(slot, int(begin), int(count)) for slot, begin, count in parts]
     return FinishedTensors(
-        request=_ints(ends.request[selections.end]),
-        num_tokens=_ints(selections.num_tokens),
-        first_block=_ints(selections.first_block),
-        max_tokens=int((selections.num_tokens - selections.first_block * rule.block_size).max()),
+        keys=KeyRanges(
+            _ints(ends.request[selections.end]),
+            _ints(selections.num_tokens),
+            _ints(selections.first_block),
+            int((selections.num_tokens - selections.first_block * rule.block_size).max()),
+        ),
         window=_ints(selections.end) if selects_per_span else None,
         kept=kept,
         tables=tables,

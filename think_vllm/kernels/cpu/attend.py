@@ -13,11 +13,7 @@ from think_vllm.kernels.cpu.compiling import kernel
 from think_vllm.kernels.cpu.elements import element_to_float32, float32_to_element
 from think_vllm.kernels.cpu.products import add_matrix
 from think_vllm.kernels.cpu.softmax import LOWEST, cap_row, exp, exp_row, row_max
-from think_vllm.kernels.cpu.splits import (
-    find_blocks,
-    plan_splits,
-    whole_lanes,
-)
+from think_vllm.kernels.cpu.splits import find_blocks, plan_splits, whole_lanes
 from think_vllm.kernels.cpu.sums import sum_dense_values, sum_kept_values, sum_thin_values
 from think_vllm.kernels.cpu.threads import fetch_add
 from think_vllm.kernels.cpu.tiles import add_products

@@ -9,13 +9,7 @@ import numpy as np
 from numba import njit
 from numba.extending import overload
 
-from think_vllm.kernels.cpu.blocks import (
-    Fp8Keys,
-    Fp8Matrix,
-    Int2Matrix,
-    Int4Matrix,
-    PlainMatrix,
-)
+from think_vllm.kernels.cpu.blocks import Fp8Keys, Fp8Matrix, Int2Matrix, Int4Matrix, PlainMatrix
 from think_vllm.kernels.cpu.compiling import named
 from think_vllm.kernels.cpu.elements import (
     bits_to_float32,

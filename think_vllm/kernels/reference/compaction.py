@@ -26,10 +26,7 @@ def split_dense(kv_cache: torch.Tensor, form: BlockForm) -> tuple[torch.Tensor, 
 
 
 def dense_tokens(
-    kv_cache: torch.Tensor,
-    blocks: Sequence[int],
-    num_tokens: int,
-    form: BlockForm = BlockForm.CPU,
+    kv_cache: torch.Tensor, blocks: Sequence[int], num_tokens: int, form: BlockForm = BlockForm.CPU
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Read keys and values of consecutive dense blocks.
 

@@ -176,10 +176,7 @@ def _read_codes(run: torch.Tensor, layout: MatrixLayout, form: BlockForm) -> tor
 
 
 def write_matrix(
-    run: torch.Tensor,
-    matrix: torch.Tensor,
-    layout: MatrixLayout,
-    form: BlockForm = BlockForm.CPU,
+    run: torch.Tensor, matrix: torch.Tensor, layout: MatrixLayout, form: BlockForm = BlockForm.CPU
 ) -> None:
     """Code a matrix into a run.
 
@@ -252,9 +249,7 @@ def read_matrix(
     scales, zeros = _factors(run, layout, form)
     groups = -(-columns // layout.group)
     quantized = Quantized(
-        unpack(codes[:rows], encoding.value, columns),
-        scales[:groups, :rows],
-        zeros[:groups, :rows],
+        unpack(codes[:rows], encoding.value, columns), scales[:groups, :rows], zeros[:groups, :rows]
     )
     return dequantize(quantized, layout.group)
 

@@ -17,9 +17,9 @@ from think_vllm.plan.layout import BlockForm
 from think_vllm.plan.planner import BlockPlan
 from think_vllm.worker.cpu.dense import clear_tail
 from think_vllm.worker.cpu.prompts import CachePrompts, ScratchPrompts
-from think_vllm.worker.device import Kernels, LayerCall
+from think_vllm.worker.device import Blocks, Kernels, LayerCall
 from think_vllm.worker.metadata_builder import ThinkMetadata
-from think_vllm.worker.step_tensors import Chunks, Rows
+from think_vllm.worker.step_tensors import Chunks, KeyRanges, Rows
 
 #: vLLM's ``CPUAttentionBackendImpl.forward`` of a layer.
 PromptAttention = Callable[..., Any]
@@ -66,7 +66,8 @@ class CPUKernels(Kernels):
         """Attend by vLLM's kernel where the builder has prepared that; else query by query."""
         query, prepared = call.query[chunks.tokens], chunks.prepared
         if isinstance(prepared, Rows):
-            self.attend_rows(query, call.kv_cache, table, prepared, out, chunks.max_seq_len)
+            blocks = Blocks(call.kv_cache, table)
+            self.attend_rows(query, blocks, prepared, out, chunks.max_seq_len)
             return
         assert self._prompt_attention is not None
         key, value, kv_cache = call.key[chunks.tokens], call.value[chunks.tokens], call.kv_cache
@@ -76,20 +77,13 @@ class CPUKernels(Kernels):
         self._prompt_attention(call.layer, query, key, value, kv_cache, prepared.metadata, out)
 
     def attend_rows(
-        self,
-        query: torch.Tensor,
-        kv_cache: torch.Tensor,
-        block_table: torch.Tensor,
-        rows: Rows,
-        out: torch.Tensor,
-        max_context: int,
+        self, query: torch.Tensor, blocks: Blocks, rows: Rows, out: torch.Tensor, max_context: int
     ) -> None:
         """See ``decode_attention``."""
         assert rows.thin_spans is not None
         decode_attention(
             query,
-            kv_cache,
-            block_table,
+            *blocks,
             DecodeRows(rows.request.numpy(), rows.seq_len.numpy(), rows.thin_spans.numpy()),
             self.plan,
             self.scale,
@@ -106,18 +100,10 @@ class CPUKernels(Kernels):
         for first, last, total in windows:
             add_query_energy(source, first, last, total)
 
-    def key_energy(
-        self,
-        kv_cache: torch.Tensor,
-        block_table: torch.Tensor,
-        request: torch.Tensor,
-        num_tokens: torch.Tensor,
-        first_block: torch.Tensor,
-        max_tokens: int,
-    ) -> torch.Tensor:
+    def key_energy(self, blocks: Blocks, keys: KeyRanges) -> torch.Tensor:
         """See ``kernels/cpu/scoring.py``."""
-        tasks = request.numpy(), num_tokens.numpy()
-        return key_energy(kv_cache, block_table, *tasks, self.plan, first_block.numpy())
+        tasks = keys.request.numpy(), keys.num_tokens.numpy()
+        return key_energy(*blocks, *tasks, self.plan, keys.first_block.numpy())
 
     def compact_spans(
         self,

@@ -12,9 +12,9 @@ from csrc_triton.store import clear_tails
 from think_vllm.plan.layout import BlockForm
 from think_vllm.plan.planner import BlockPlan
 from think_vllm.worker.cuda.flash import flash_pages, flash_prompts, load_flash
-from think_vllm.worker.device import Kernels, LayerCall
+from think_vllm.worker.device import Blocks, Kernels, LayerCall
 from think_vllm.worker.metadata_builder import ThinkMetadata
-from think_vllm.worker.step_tensors import Chunks, Rows
+from think_vllm.worker.step_tensors import Chunks, KeyRanges, Rows
 
 
 class CUDAKernels(Kernels):
@@ -81,20 +81,13 @@ class CUDAKernels(Kernels):
             )
 
     def attend_rows(
-        self,
-        query: torch.Tensor,
-        kv_cache: torch.Tensor,
-        block_table: torch.Tensor,
-        rows: Rows,
-        out: torch.Tensor,
-        max_context: int,
+        self, query: torch.Tensor, blocks: Blocks, rows: Rows, out: torch.Tensor, max_context: int
     ) -> None:
         """See ``decode_attention``."""
         assert rows.thin_spans is not None
         decode_attention(
             query,
-            kv_cache,
-            block_table,
+            *blocks,
             rows.request,
             rows.seq_len,
             rows.thin_spans,
@@ -111,19 +104,10 @@ class CUDAKernels(Kernels):
         """See ``csrc_triton/scores.py``."""
         add_query_energy(source, begin, end, energy)
 
-    def key_energy(
-        self,
-        kv_cache: torch.Tensor,
-        block_table: torch.Tensor,
-        request: torch.Tensor,
-        num_tokens: torch.Tensor,
-        first_block: torch.Tensor,
-        max_tokens: int,
-    ) -> torch.Tensor:
+    def key_energy(self, blocks: Blocks, keys: KeyRanges) -> torch.Tensor:
         """See ``csrc_triton/scores.py``."""
-        return key_energy(
-            kv_cache, block_table, request, num_tokens, self.plan, max_tokens, first_block
-        )
+        tasks = keys.request, keys.num_tokens
+        return key_energy(*blocks, *tasks, self.plan, keys.max_tokens, keys.first_block)
 
     def compact_spans(
         self,

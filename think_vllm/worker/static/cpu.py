@@ -25,7 +25,7 @@ from think_vllm.worker.cpu.backend import CustomCPUBackend
 from think_vllm.worker.cpu.kernels import PromptAttention
 from think_vllm.worker.cpu.layer import CPULayerImpl
 from think_vllm.worker.cpu.prompts import ScratchBuilder, each_query
-from think_vllm.worker.device import LayerCall
+from think_vllm.worker.device import Blocks, LayerCall
 from think_vllm.worker.static.builder import StaticMetadata, StaticMetadataBuilder
 from think_vllm.worker.static.layer import StaticKernels, StaticLayer
 from think_vllm.worker.step import Prefill
@@ -82,19 +82,12 @@ class StaticCPUKernels(StaticKernels):
         self._prompt_attention(call.layer, query, keys, values, scratch.blocks, metadata, out)
 
     def attend_rows(
-        self,
-        query: torch.Tensor,
-        kv_cache: torch.Tensor,
-        block_table: torch.Tensor,
-        rows: Rows,
-        out: torch.Tensor,
-        max_context: int,
+        self, query: torch.Tensor, blocks: Blocks, rows: Rows, out: torch.Tensor, max_context: int
     ) -> None:
         """See ``static_attention``."""
         static_attention(
             query,
-            kv_cache,
-            block_table,
+            *blocks,
             rows.request.numpy(),
             rows.seq_len.numpy(),
             self.channels,
@@ -192,7 +185,7 @@ class StaticCPUMetadataBuilder(StaticMetadataBuilder):
         rows = Rows(slice(0, 1), torch.zeros_like(one), one, None)
         table = torch.zeros(1, 1, dtype=torch.int32)
         kernels = impl.attention.kernels
-        kernels.attend_rows(query, kv_cache, table, rows, torch.empty_like(query), 1)
+        kernels.attend_rows(query, Blocks(kv_cache, table), rows, torch.empty_like(query), 1)
 
 
 class StaticCPUBackend(CustomCPUBackend):

@@ -29,7 +29,7 @@ from think_vllm.plan.static_plan import StaticPlan
 from think_vllm.worker.cuda.backend import CustomCUDABackend
 from think_vllm.worker.cuda.layer import CUDALayerImpl
 from think_vllm.worker.cuda.warmup import warm_up_static_layers
-from think_vllm.worker.device import LayerCall
+from think_vllm.worker.device import Blocks, LayerCall
 from think_vllm.worker.static.builder import StaticMetadata, StaticMetadataBuilder
 from think_vllm.worker.static.layer import StaticKernels, StaticLayer
 from think_vllm.worker.step_tensors import Chunks, Rows
@@ -82,19 +82,12 @@ class StaticCUDAKernels(StaticKernels):
         )
 
     def attend_rows(
-        self,
-        query: torch.Tensor,
-        kv_cache: torch.Tensor,
-        block_table: torch.Tensor,
-        rows: Rows,
-        out: torch.Tensor,
-        max_context: int,
+        self, query: torch.Tensor, blocks: Blocks, rows: Rows, out: torch.Tensor, max_context: int
     ) -> None:
         """See ``static_decode``."""
         static_decode(
             query,
-            kv_cache,
-            block_table,
+            *blocks,
             rows.seq_len,
             self.order,
             self.plan,
