@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 
-from tests.deploy.conftest import Parse
 from tests.support.deploy import (
     DEPLOY,
     compose_services,
@@ -32,16 +31,12 @@ def test_compose_file_fits_the_schema(file: str) -> None:
     assert done.returncode == 0, done.stdout
 
 
-def test_thin_server_gets_flags_that_vllm_knows(
-    services: dict[str, dict[str, Any]], parse: Parse
-) -> None:
+def test_thin_server_gets_flags_that_vllm_knows(services, parse):
     think = parse(services["thin"]["command"]).additional_config["think"]
     assert parse_config(think).enabled
 
 
-def test_plain_server_differs_in_our_flags_only(
-    services: dict[str, dict[str, Any]], parse: Parse
-) -> None:
+def test_plain_server_differs_in_our_flags_only(services, parse):
     thin, plain = parse(services["thin"]["command"]), parse(services["plain"]["command"])
     assert plain.additional_config == {}
     thin.additional_config = {}

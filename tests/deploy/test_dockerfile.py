@@ -49,9 +49,7 @@ def test_vllm_is_the_version_of_the_project(stages: dict[str, Stage]) -> None:
     assert f"vllm=={version}" in gpu
 
 
-def test_base_images_have_a_version_and_a_python_that_is_supported(
-    stages: dict[str, Stage],
-) -> None:
+def test_base_images_have_a_version_and_a_python_that_is_supported(stages):
     for name, stage in stages.items():
         if name:
             _, _, tag = stage[0][1].split()[0].partition(":")

@@ -77,9 +77,7 @@ def test_services_with_more_rights_are_rejected(name: str, value: Any) -> None:
         mounts(service, Path("/work"))
 
 
-def test_main_says_in_one_line_what_is_missing(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_main_says_in_one_line_what_is_missing(monkeypatch, capsys):
     monkeypatch.setattr(image_check.shutil, "which", lambda name: None)
     assert main([]) == 1
     (line,) = capsys.readouterr().err.splitlines()

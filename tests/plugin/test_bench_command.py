@@ -43,13 +43,7 @@ def vllm_level() -> Iterator[None]:
         (["--base-url", "http://x", "--no-plain"], "--no-plain is for servers that are started"),
     ],
 )
-def test_bench_rejects_in_one_line(
-    recall_model: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    arguments: list[str],
-    message: str,
-) -> None:
+def test_bench_rejects_in_one_line(recall_model, tmp_path, capsys, arguments, message):
     out = tmp_path / "out"
     status = main(["bench", str(recall_model), "--out", str(out), "--no-plots", *arguments])
     said = capsys.readouterr().err
@@ -60,9 +54,7 @@ def test_bench_rejects_in_one_line(
     assert not out.exists()
 
 
-def test_bench_rejects_a_server_that_is_not_there(
-    recall_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bench_rejects_a_server_that_is_not_there(recall_model, tmp_path, capsys):
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{nobody.getsockname()[1]}"
@@ -71,9 +63,7 @@ def test_bench_rejects_a_server_that_is_not_there(
     assert f"--base-url {url}: no OpenAI-compatible server answers there" in capsys.readouterr().err
 
 
-def test_bench_rejects_a_folder_with_results(
-    recall_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bench_rejects_a_folder_with_results(recall_model, tmp_path, capsys):
     (tmp_path / "results.json").write_text("{}", encoding="utf-8")
     assert main(["bench", str(recall_model), *MEMORY, "--out", str(tmp_path)]) == 2
     assert "holds the results of another run; name another directory" in capsys.readouterr().err

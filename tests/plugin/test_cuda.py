@@ -52,9 +52,7 @@ def config(
 
 @pytest.mark.parametrize("capability", [80, 90, 100, 120])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_gpus_are_served(
-    capability: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gpus_are_served(capability, dtype, monkeypatch):
     monkeypatch.setattr("vllm.platforms.current_platform", Platform("cuda", capability))
     engine_support.check_device(config(dtype))
     path = select_backend(config(dtype))
@@ -73,9 +71,7 @@ def test_gpus_are_served(
     ],
     ids=["capability", "float32", "head-size", "microbatches", "rocm", "cpu-v2"],
 )
-def test_what_gpus_cannot_do_is_rejected(
-    platform: Platform, engine: Any, message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_gpus_cannot_do_is_rejected(platform, engine, message, monkeypatch):
     monkeypatch.setattr("vllm.platforms.current_platform", platform)
     with pytest.raises(ThinkError, match=message) as error:
         engine_support.check_device(engine)

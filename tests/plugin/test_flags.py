@@ -41,9 +41,7 @@ def test_flags_complete_what_json_began(parser: argparse.ArgumentParser) -> None
 
 
 @pytest.mark.parametrize("flag_first", [True, False], ids=["flag-first", "json-first"])
-def test_flags_win_over_json_in_any_order(
-    parser: argparse.ArgumentParser, flag_first: bool
-) -> None:
+def test_flags_win_over_json_in_any_order(parser, flag_first):
     flag = ["--kv-channel-prune", "0.4"]
     given = {"think": {"kv_channel_prune": 0.5, "kv_recent_window": 64}, "other": 1}
     extra = ["--additional-config", json.dumps(given)]
@@ -66,12 +64,7 @@ def test_flags_absent_leave_additional_config_alone(parser: argparse.ArgumentPar
         (["--kv-quant-group", "64"], "--kv-quant-group given without --kv-channel-prune RATIO or"),
     ],
 )
-def test_flags_out_of_range_end_the_program_in_words(
-    parser: argparse.ArgumentParser,
-    arguments: list[str],
-    message: str,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_flags_out_of_range_end_the_program_in_words(parser, arguments, message, capsys):
     with pytest.raises(SystemExit) as ended:
         parser.parse_args(["m", *arguments])
     assert ended.value.code == 2
@@ -89,9 +82,7 @@ def test_configs_are_shipped() -> None:
     assert names >= {"think-0.5", "think-0.4-kivi4", "think-0.5-k4v2"}
 
 
-def test_yaml_without_a_ratio_takes_a_format(
-    parser: argparse.ArgumentParser, tmp_path: Path
-) -> None:
+def test_yaml_without_a_ratio_takes_a_format(parser, tmp_path):
     path = tmp_path / "quant.yaml"
     path.write_text("model: m\nkv-quant: kivi2\nkv-quant-group: 64\n", encoding="utf-8")
     namespace = parser.parse_args(["--config", str(path)])

@@ -66,9 +66,7 @@ def plain(recall_model: object) -> dict[str, object]:
     ],
     ids=["no-flag", "zero-and-none", "no-channel"],
 )
-def test_register_leaves_vllm_alone_without_thin_blocks(
-    recall_model: object, plain: dict[str, object], additional: dict[str, object]
-) -> None:
+def test_register_leaves_vllm_alone_without_thin_blocks(recall_model, plain, additional):
     result = probe(recall_model, additional)
     wrapped = role_targets(Role.PLUGIN, Role.BACKEND)
     assert result == {**plain, "wrapped": wrapped}
@@ -81,9 +79,7 @@ def test_register_leaves_vllm_alone_without_thin_blocks(
     [({"kv_channel_prune": 0.5}, 48), ({"kv_quant": "kivi4"}, 16)],
     ids=["prune", "quant"],
 )
-def test_register_selects_our_backend_with_thin_blocks(
-    recall_model: object, settings: dict[str, object], block_size: int
-) -> None:
+def test_register_selects_our_backend_with_thin_blocks(recall_model, settings, block_size):
     result = probe(recall_model, {"think": settings})
     assert result["backend"] == "think_vllm.worker.cpu.backend.ThinkCPUBackend"
     assert result["block_size"] == block_size

@@ -209,9 +209,7 @@ def test_a_process_has_the_wrappers_of_its_role(recall_model: Path) -> None:
         ),
     ],
 )
-def test_what_a_vllm_lacks_is_named(
-    target: str, settings: dict[str, Any], message: str | None
-) -> None:
+def test_what_a_vllm_lacks_is_named(target, settings, message):
     problem = Patch(target, Kind.READ, "hooks", "", "", **settings).problem()
     if message is None:
         assert problem is None

@@ -306,9 +306,7 @@ def test_plan_is_the_engines_for_every_family(tmp_path: Path, name: str) -> None
 
 
 @pytest.mark.parametrize("name", STATIC_FLAGS)
-def test_plan_is_the_engines_for_static_channels(
-    recall_model: Path, tmp_path: Path, name: str
-) -> None:
+def test_plan_is_the_engines_for_static_channels(recall_model, tmp_path, name):
     file = tmp_path / "tables.json"
     random_tables(recall_model).save(file)
     select = ["--kv-select", "static", "--kv-channel-tables-file", str(file)]

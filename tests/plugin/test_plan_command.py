@@ -53,9 +53,7 @@ def test_plan_program_prints_json_with_the_documented_fields(recall_model: Path)
     ("tensor", "pipeline", "heads", "layers"),
     [(2, 1, 1, 2), (1, 2, 2, 1), (2, 2, 1, 1), (4, 1, 1, 2)],  # 4: each KV head is on two ranks
 )
-def test_plan_counts_what_one_rank_holds(
-    recall_model: Path, tensor: int, pipeline: int, heads: int, layers: int
-) -> None:
+def test_plan_counts_what_one_rank_holds(recall_model, tensor, pipeline, heads, layers):
     ranks = ["-tp", str(tensor), "-pp", str(pipeline)]
     done = run(str(recall_model), "--kv-channel-prune", "0.5", *ranks, "--memory", "1GiB", "--json")
     fields = json.loads(done.stdout)

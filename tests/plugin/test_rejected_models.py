@@ -1,7 +1,5 @@
 """Models that cannot be served are rejected by their configuration, with the reason."""
 
-from pathlib import Path
-
 import pytest
 
 from tests.plugin.test_rejections import SMALL, rejected
@@ -72,14 +70,7 @@ MODELS: list[tuple[str, str, dict[str, object], str]] = [
 @pytest.mark.parametrize(
     ("architecture", "model_type", "settings", "message"), MODELS, ids=[row[1] for row in MODELS]
 )
-def test_models_are_rejected(
-    tmp_path: Path,
-    architecture: str,
-    model_type: str,
-    settings: dict[str, object],
-    message: str,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_models_are_rejected(tmp_path, architecture, model_type, settings, message, capsys):
     model = make_config(tmp_path, model_type, **SMALL | settings, architectures=[architecture])
     assert message in rejected(capsys, model, "--kv-channel-prune", "0.5")
 
@@ -93,13 +84,8 @@ def test_models_are_rejected(
     ids=["one-group", "cuda"],
 )
 def test_windows_are_rejected_where_they_have_no_group_of_their_own(
-    tmp_path: Path,
-    cpu: bool,
-    arguments: list[str],
-    message: str,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    tmp_path, cpu, arguments, message, capsys, monkeypatch
+):
     monkeypatch.setattr("think_vllm.hooks.engine_support.is_cpu", lambda: cpu)
     monkeypatch.setattr("think_vllm.hooks.engine_support.check_device", lambda vllm_config: None)
     shape = {**HEADS, "architectures": ["Gemma2ForCausalLM"]}

@@ -77,9 +77,7 @@ def rejected(capsys: pytest.CaptureFixture[str], model: Path, *arguments: str) -
     ],
     ids=lambda value: " ".join(value[2:4]) if isinstance(value, list) else None,
 )
-def test_engine_options_are_rejected(
-    recall_model: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_engine_options_are_rejected(recall_model, arguments, message, capsys):
     assert message in rejected(capsys, recall_model, *arguments)
 
 
@@ -108,12 +106,8 @@ def test_engine_options_are_rejected(
     ids=str,
 )
 def test_settings_in_the_wrong_place_are_rejected(
-    recall_model: Path,
-    additional: dict[str, object],
-    named: str,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    recall_model, additional, named, capsys, monkeypatch
+):
     message = (
         f'below "think": write {{"think": {{"{named}": ...}}}}, or give --{named.replace("_", "-")}'
     )
@@ -139,13 +133,7 @@ def test_settings_in_the_wrong_place_are_rejected(
         ('{"think": {"kv_channel_prune": 0.5, "kv_evict_budget": true}}', [], "such as `1024`"),
     ],
 )
-def test_settings_of_another_kind_are_rejected(
-    recall_model: Path,
-    additional: str,
-    flags: list[str],
-    message: str,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_settings_of_another_kind_are_rejected(recall_model, additional, flags, message, capsys):
     with pytest.raises(SystemExit) as ended:
         reject(recall_model, "--additional-config", additional, *flags)
     assert ended.value.code == 2
@@ -164,9 +152,7 @@ def test_settings_of_another_kind_are_rejected(
     ],
     ids=str,
 )
-def test_settings_of_others_are_left_alone(
-    recall_model: Path, additional: dict[str, object]
-) -> None:
+def test_settings_of_others_are_left_alone(recall_model, additional):
     reject(recall_model, "--additional-config", json.dumps(additional))
 
 
@@ -188,13 +174,7 @@ MODELOPT = {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": []}
         (COMPRESSED, ["--kv-quant", "fp8", "--kv-cache-dtype", "fp8"], "kv_cache_scheme="),
     ],
 )
-def test_cache_types_of_checkpoints_are_rejected(
-    tmp_path: Path,
-    quantization: dict[str, object],
-    flags: list[str],
-    named: str,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_cache_types_of_checkpoints_are_rejected(tmp_path, quantization, flags, named, capsys):
     model = make_config(tmp_path, "llama", **LLAMA, quantization_config=quantization)
     line = rejected(capsys, model, *flags)
     assert f"the checkpoint {model} sets ({named}" in line
@@ -204,17 +184,13 @@ def test_cache_types_of_checkpoints_are_rejected(
 
 
 @pytest.mark.parametrize("said", ["bfloat16", "torch.bfloat16", "auto", None])
-def test_checkpoints_that_keep_keys_as_computed_are_served(
-    tmp_path: Path, said: str | None
-) -> None:
+def test_checkpoints_that_keep_keys_as_computed_are_served(tmp_path, said):
     quantization = {"quant_method": "fp8", "activation_scheme": "dynamic", "kv_cache_dtype": said}
     model = make_config(tmp_path, "llama", **LLAMA, quantization_config=quantization)
     reject(model, *KEYS)
 
 
-def test_offline_engines_get_an_exception_with_the_same_words(
-    recall_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_offline_engines_get_an_exception_with_the_same_words(recall_model, monkeypatch):
     register()
     monkeypatch.setattr("think_vllm.hooks.command_line._requested", False)
     engine = EngineArgs(
@@ -239,9 +215,7 @@ def test_offline_engines_get_an_exception_with_the_same_words(
     ],
     ids=["flag", "json", "plan"],
 )
-def test_serve_ends_in_one_line_without_a_traceback(
-    recall_model: Path, arguments: list[str], message: str
-) -> None:
+def test_serve_ends_in_one_line_without_a_traceback(recall_model, arguments, message):
     done = run_serve(recall_model, arguments)
     assert done.returncode == 2
     assert message in done.stderr

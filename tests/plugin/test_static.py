@@ -75,9 +75,7 @@ def test_static_that_prunes_no_channel_is_off(recall_model: Path, file: Path) ->
     assert result["ours"] == []
 
 
-def test_spec_is_vllms_own_with_fewer_bytes(
-    recall_model: Path, file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_spec_is_vllms_own_with_fewer_bytes(recall_model, file, monkeypatch):
     engine = EngineArgs(
         model=str(recall_model), dtype="bfloat16", enforce_eager=True,
         additional_config=settings(file, kv_value_prune=0.25),
@@ -111,19 +109,11 @@ def test_spec_is_vllms_own_with_fewer_bytes(
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
-def test_engine_options_are_rejected(
-    recall_model: Path,
-    file: Path,
-    arguments: list[str],
-    message: str,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_engine_options_are_rejected(recall_model, file, arguments, message, capsys):
     assert message in rejected(capsys, recall_model, *flags(file), *arguments)
 
 
-def test_tables_of_another_model_are_rejected(
-    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_tables_of_another_model_are_rejected(file, tmp_path, capsys):
     model = make_llama(tmp_path / "model", head_size=64, num_heads=4, num_kv_heads=2)
     line = rejected(capsys, model, *flags(file))
     assert "was made for another model" in line
@@ -132,9 +122,7 @@ def test_tables_of_another_model_are_rejected(
     assert "No such file or directory; make the file with `think-vllm calibrate MODEL`" in missing
 
 
-def test_sliding_windows_are_rejected(
-    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_sliding_windows_are_rejected(file, tmp_path, capsys):
     shape = {**SMALL, "head_dim": 64, "sliding_window": 256}
     shape["layer_types"] = ["sliding_attention", "full_attention"]
     model = make_config(tmp_path, "gemma3_text", **shape, architectures=["Gemma3ForCausalLM"])
@@ -143,12 +131,7 @@ def test_sliding_windows_are_rejected(
     assert "some of its layers have a sliding window" in line
 
 
-def test_gpus_get_the_same_plan_and_a_warning(
-    recall_model: Path,
-    file: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_gpus_get_the_same_plan_and_a_warning(recall_model, file, monkeypatch, caplog):
     engine = EngineArgs(
         model=str(recall_model), dtype="bfloat16", enforce_eager=True,
         additional_config=settings(file),
@@ -176,9 +159,7 @@ def test_other_devices_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
         check_static(config)
 
 
-def test_plan_of_static_pruning(
-    recall_model: Path, file: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_plan_of_static_pruning(recall_model, file, capsys):
     arguments = [*flags(file), "--memory", "1GiB", "--context-length", "1024"]
     assert main(["plan", str(recall_model), *arguments, "--json"]) == 0
     fields = json.loads(capsys.readouterr().out)

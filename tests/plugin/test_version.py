@@ -25,9 +25,7 @@ print("CREATED")
     ],
     ids=["no-flag", "prune", "quant"],
 )
-def test_register_on_another_version_rejects_only_the_flags(
-    recall_model: object, additional: str, used: bool
-) -> None:
+def test_register_on_another_version_rejects_only_the_flags(recall_model, additional, used):
     done = run_python("-c", PROBE, str(recall_model), additional)
     output = done.stdout + done.stderr
     flags = "--kv-channel-prune, --kv-value-prune, --kv-quant and --kv-evict"

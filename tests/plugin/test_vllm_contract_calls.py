@@ -51,9 +51,7 @@ def take(calls: Mock) -> list[str]:
     return names
 
 
-def test_allocate_slots_frees_before_it_counts_and_allocates(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_allocate_slots_frees_before_it_counts_and_allocates(monkeypatch):
     manager = make_manager(caching=True)
     calls = record(manager, monkeypatch)
     request = make_request("first")

@@ -106,9 +106,7 @@ def test_engines_without_thin_blocks_keep_vllms_objects() -> None:
 
 
 @pytest.mark.parametrize("use_v2", [False, True])
-def test_what_a_rank_measured_is_sent_by_ranks_that_sample(
-    use_v2: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_rank_measured_is_sent_by_ranks_that_sample(use_v2, monkeypatch):
     report = {"counters": {"compaction_seconds": 1.0}}
     monkeypatch.setattr(
         metrics,

@@ -139,9 +139,7 @@ def test_task_prompts_are_those_of_the_evaluation(recall_model: Path) -> None:
         task_prompts("riddles", tokenizer.encode, 7, 256, seed=100)
 
 
-def test_calibrate_writes_a_file(
-    recall_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_calibrate_writes_a_file(recall_model, tmp_path, capsys):
     out = tmp_path / "tables.json"
     options = ["--task", "recall", "--num-prompts", "2", "--prompt-tokens", "200"]
     assert main(["calibrate", str(recall_model), *options, "--out", str(out)]) == 0
@@ -166,8 +164,6 @@ def test_calibrate_writes_a_file(
         (["--task", "recall", "--out", "nowhere/tables.json"], "there is no such directory"),
     ],
 )
-def test_calibrate_rejects(
-    recall_model: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
-) -> None:
+def test_calibrate_rejects(recall_model, capsys, options, message):
     assert main(["calibrate", str(recall_model), *options]) == 2
     assert message in capsys.readouterr().err

@@ -75,9 +75,7 @@ def test_a_file_for_another_model_is_rejected(tables: ChannelTables, tmp_path: P
         ({"surprise": 1}, "surprise: Extra inputs are not permitted"),
     ],
 )
-def test_files_that_are_none_of_ours_are_rejected(
-    tables: ChannelTables, tmp_path: Path, changes: dict[str, Any], message: str
-) -> None:
+def test_files_that_are_none_of_ours_are_rejected(tables, tmp_path, changes, message):
     path = save(tables, tmp_path / "tables.json", **changes)
     with pytest.raises(ThinkError) as rejected:
         load_tables(path, tables.shape)
@@ -124,8 +122,6 @@ def test_plan_static_is_none_below_one_channel() -> None:
     ("head_size", "block_size", "message"),
     [(40, None, "head size is 40"), (128, 24, "--block-size is 24"), (512, None, "is 512")],
 )
-def test_plan_static_rejects_what_kernels_cannot_take(
-    head_size: int, block_size: int | None, message: str
-) -> None:
+def test_plan_static_rejects_what_kernels_cannot_take(head_size, block_size, message):
     with pytest.raises(ThinkError, match=message):
         plan_static(config(kv_channel_prune=0.5), head_size, 2, block_size)

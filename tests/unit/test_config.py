@@ -117,9 +117,7 @@ def test_parse_config_names_what_is_wrong(settings: dict[str, object], message: 
         {"think": {"kv_channel_prune": 0, "kv_quant": "none", "kv_recent_window": 64}},
     ],
 )
-def test_config_from_additional_is_none_when_thin_blocks_are_not_asked_for(
-    additional: object,
-) -> None:
+def test_config_from_additional_is_none_when_thin_blocks_are_not_asked_for(additional):
     assert config_from_additional(additional) is None
 
 

@@ -121,9 +121,7 @@ def test_decode_step_is_built_alike(requests: list[tuple[int, int, int]], dense:
     budget=st.sampled_from([256, 500]),
     own_spans=st.sampled_from([None, 0, 1, 3]),
 )
-def test_decode_step_of_evicted_prompts_is_built_alike(
-    requests: list[tuple[int, int, int]], ratio: float, budget: int, own_spans: int | None
-) -> None:
+def test_decode_step_of_evicted_prompts_is_built_alike(requests, ratio, budget, own_spans):
     config = ThinkConfig(kv_channel_prune=ratio, kv_evict="snapkv", kv_evict_budget=budget)
     plan = plan_blocks(config, 128, 2)
     assert plan is not None

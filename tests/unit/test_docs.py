@@ -108,9 +108,7 @@ def test_flags_page_is_fresh() -> None:
     assert page == with_table(page), "run python -m scripts.flags_page"
 
 
-def test_plan_prints_what_the_readme_shows(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_plan_prints_what_the_readme_shows(monkeypatch, capsys):
     readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     shown = re.search(r"```console\n\$ think-vllm (plan .*)\n([^`]*)```", readme)
     assert shown

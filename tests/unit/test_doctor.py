@@ -77,9 +77,7 @@ def test_prompts_are_cut_from_a_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("device", "level"), [(None, Level.BAD), ("cpu", Level.BAD), ("cuda", Level.NOTE)]
 )
-def test_what_vllm_lacks_stands_in_the_way_where_it_is_needed(
-    device: str | None, level: Level, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_vllm_lacks_stands_in_the_way_where_it_is_needed(device, level, monkeypatch):
     there = Patch("argparse:Action", Kind.READ, "hooks.flags", "reason", None)
     missing = Patch("nowhere:A.b", Kind.CALLED, "hooks.flags", "reason", "change", device=device)
     monkeypatch.setattr("think_vllm.tools.doctor.patches.PATCHES", (there, missing))

@@ -27,9 +27,7 @@ RULES = st.builds(
 @given(
     data=st.data(), rule=RULES, length=st.integers(1, 60), window=st.sampled_from([WINDOW, None])
 )
-def test_each_query_is_watched_once_and_each_prompt_packed_once(
-    data: st.DataObject, rule: SpanRule, length: int, window: int | None
-) -> None:
+def test_each_query_is_watched_once_and_each_prompt_packed_once(data, rule, length, window):
     computed, total, thin = 0, length + 30, 0
     seen: list[int] = []
     repacked = 0
@@ -82,9 +80,7 @@ def test_each_query_is_watched_once_and_each_prompt_packed_once(
 
 
 @given(rule=RULES, length=st.integers(1, 60))
-def test_prompts_that_end_keep_no_channels_for_tokens_yet_to_be_packed(
-    rule: SpanRule, length: int
-) -> None:
+def test_prompts_that_end_keep_no_channels_for_tokens_yet_to_be_packed(rule, length):
     def ends(rule: SpanRule) -> bool:
         step = sort_step(
             rule, WINDOW, np.array([0, length]), np.array([length]), np.array([length])

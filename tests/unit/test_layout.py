@@ -1,7 +1,6 @@
 """The byte layout, against bytes counted by hand."""
 
 import itertools
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -30,9 +29,7 @@ FP8, KIVI4, K4V2, KIVI2 = (FORMATS[name] for name in ("fp8", "kivi4", "k4v2", "k
     ],
     ids=["bf16-n48", "bf16-n64", "bf16-n32", "bf16-padded", "fp32-n48"],
 )
-def test_plain_thin_layout_has_the_bytes_counted_by_hand(
-    layout: ThinLayout, run: int, values: int, table: int, used: int
-) -> None:
+def test_plain_thin_layout_has_the_bytes_counted_by_hand(layout, run, values, table, used):
     counted = (layout.run_bytes, layout.values.offset, layout.table_offset, layout.used_bytes)
     assert counted == (run, values, table, used)
 
@@ -72,9 +69,7 @@ def test_plain_thin_layout_has_the_bytes_counted_by_hand(
     ],
     ids=["fp8", "fp8-all", "fp8-padded", "kivi4", "k4v2", "kivi2", "kivi2-g128", "fp32-kivi4-g64"],
 )
-def test_coded_thin_layout_has_the_bytes_counted_by_hand(
-    arguments: Any, keys: tuple[int, ...], values: tuple[int, ...], used: int
-) -> None:
+def test_coded_thin_layout_has_the_bytes_counted_by_hand(arguments, keys, values, used):
     layout = ThinLayout(*arguments)
 
     def offsets(matrix: MatrixLayout) -> tuple[int, ...]:
@@ -122,9 +117,7 @@ def test_content_bytes_leave_padding_out(format: str, keys: int, values: int) ->
     ],
     ids=["plain", "keys-whole", "fp8", "k4v2", "read-behind"],
 )
-def test_layout_with_pruned_values_has_the_bytes_counted_by_hand(
-    layout: ThinLayout, values: tuple[int, int], value_table: int, used: int
-) -> None:
+def test_layout_with_pruned_values_has_the_bytes_counted_by_hand(layout, values, value_table, used):
     assert (layout.values.offset, layout.values.end) == values
     assert (layout.table_offset, layout.value_table_offset) == (values[1], value_table)
     assert layout.used_bytes == used
@@ -236,8 +229,6 @@ def test_parts_are_aligned_and_do_not_overlap(
         (StaticLayout(13, 24, 16, 4, is_quantized=True), 384, 720),
     ],
 )
-def test_static_layout_has_the_bytes_counted_by_hand(
-    layout: StaticLayout, keys: int, run: int
-) -> None:
+def test_static_layout_has_the_bytes_counted_by_hand(layout, keys, run):
     assert (layout.keys_offset, layout.run_bytes) == (keys, run)
     assert layout.keys_offset % ALIGN_BYTES == 0 == layout.run_bytes % ALIGN_BYTES

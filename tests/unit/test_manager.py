@@ -84,26 +84,20 @@ def drive(engine: Engine, actions: list[tuple[Any, ...]]) -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(actions=st.lists(ACTIONS, min_size=5, max_size=60), lag=st.integers(0, 2), form=FORMS)
-def test_manager_frees_nothing_that_the_worker_reads_and_leaks_nothing(
-    actions: list[tuple[Any, ...]], lag: int, form: dict[str, Any]
-) -> None:
+def test_manager_frees_nothing_that_the_worker_reads_and_leaks_nothing(actions, lag, form):
     caching = form["mode"] not in ("off", "evict-uncached")
     drive(Engine(form_spec(form), lag, caching=caching), actions)
 
 
 @settings(max_examples=150, deadline=None)
 @given(actions=st.lists(ACTIONS, min_size=5, max_size=60), form=FORMS, caching=st.booleans())
-def test_manager_of_requests_that_stay_dense_by_what_they_would_lose(
-    actions: list[tuple[Any, ...]], form: dict[str, Any], caching: bool
-) -> None:
+def test_manager_of_requests_that_stay_dense_by_what_they_would_lose(actions, form, caching):
     # Decided at a prompt's end, and known to the scheduler before its next step.
     spec = replace(form_spec({**form, "mode": "dense"}), limits_loss=True)
     drive(Engine(spec, lag=0, caching=caching), actions)
 
 
-def test_manager_frees_nothing_of_requests_that_are_not_resolved(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_manager_frees_nothing_of_requests_that_are_not_resolved(monkeypatch):
     monkeypatch.setattr(ThinKVCacheManager, "resolve", lambda *_: None)
     for caching in (True, False):
         engine = Engine(make_spec(delay_prompt=True, limits_loss=True), lag=0, caching=caching)
@@ -138,9 +132,7 @@ def test_requests_stay_as_they_were_resolved() -> None:
     form=FORMS,
     thin_groups=st.integers(1, 2),
 )
-def test_manager_beside_groups_with_a_window(
-    actions: list[tuple[Any, ...]], lag: int, form: dict[str, Any], thin_groups: int
-) -> None:
+def test_manager_beside_groups_with_a_window(actions, lag, form, thin_groups):
     # Thin spans are not shared beside windows; nor are those of evicted prompts.
     mode = form["mode"] if form["mode"] == "evict" else "dense"
     spec = form_spec({**form, "mode": mode})
@@ -166,9 +158,7 @@ def test_longest_request_of_a_pool_ends(prune_decode: bool) -> None:
     recent=st.sampled_from([0, 5, 32]),
     in_flight=st.integers(1, 200),
 )
-def test_shorter_requests_fit_where_longer_ones_do(
-    spans: tuple[int, int], recent: int, in_flight: int
-) -> None:
+def test_shorter_requests_fit_where_longer_ones_do(spans, recent, in_flight):
     # Else a shorter one waits for ever in a pool made for the longest.
     spec = make_spec(
         span_blocks=spans[0],

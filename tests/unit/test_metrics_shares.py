@@ -55,9 +55,7 @@ def test_share_histogram_hands_out_what_came_since() -> None:
         assert histogram.take() is None
 
 
-def test_share_histogram_of_a_gpu_hands_out_copies_that_are_complete(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_share_histogram_of_a_gpu_hands_out_copies_that_are_complete(monkeypatch):
     class Event:
         """Of a stream that has done nothing yet."""
 

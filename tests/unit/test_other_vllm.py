@@ -48,9 +48,7 @@ def test_operators_are_those_of_the_installed_build() -> None:
     assert all(path.is_file() for path, _ in found)
 
 
-def test_make_is_whole_or_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_make_is_whole_or_leaves_nothing(tmp_path, monkeypatch, capsys):
     wanted: list[str] = []
 
     def pip(command: str, *arguments: str) -> None:

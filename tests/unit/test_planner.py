@@ -75,9 +75,7 @@ def test_plans_for_short_requests_save_more_there() -> None:
         (0.7, 32, (39, 32, 3, 2, 48)),
     ],
 )
-def test_plan_blocks_bf16_head_128(
-    ratio: float, block_size: int | None, expected: tuple[int, ...]
-) -> None:
+def test_plan_blocks_bf16_head_128(ratio, block_size, expected):
     assert shape(make(ratio, block_size=block_size)) == expected
 
 
@@ -117,13 +115,8 @@ def test_plan_blocks_bf16_head_128_is_worth_what_is_promised(
     ],
 )
 def test_plan_blocks_with_pruned_values(
-    ratio: float,
-    value_ratio: float,
-    quant: str,
-    value_channels: int,
-    expected: tuple[int, ...],
-    capacity: float,
-) -> None:
+    ratio, value_ratio, quant, value_channels, expected, capacity
+):
     plan = make(ratio, quant=quant, value_ratio=value_ratio)
     assert (plan.value_channels, shape(plan)) == (value_channels, expected)
     assert plan.capacity_multiple == pytest.approx(capacity)

@@ -149,9 +149,7 @@ def test_policies_are_those_of_the_flag() -> None:
         ("random", D, 32, 0, False),
     ],
 )
-def test_nothing_is_summed_up_that_a_policy_does_not_use(
-    select: str, keys: int, values: int, sources: int, mass: bool
-) -> None:
+def test_nothing_is_summed_up_that_a_policy_does_not_use(select, keys, values, sources, mass):
     plan = make_plan(select, keys, values)
     assert count_sources(plan) == sources
     selector = ChannelSelector(plan, HEADS)

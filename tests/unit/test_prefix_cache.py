@@ -165,9 +165,7 @@ def mix_versions(
     ],
     ids=["shares heads", "leaves heads cached", "mixes versions"],
 )
-def test_the_model_notices(
-    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, broken: Any
-) -> None:
+def test_the_model_notices(monkeypatch, owner, name, broken):
     monkeypatch.setattr(owner, name, broken)
     engine = make_engine(chunk=20)
 
@@ -238,9 +236,7 @@ def test_limits_of_a_resumed_request_hold_whatever_is_hashed(hashed: int, resume
     ("max_tokens", "max_spans", "expected"),
     [(None, None, 60), (40, 9, 40), (100, 1, 16), (100, 0, 4), (30, 0, 4), (11, 9, 4)],
 )
-def test_limits_hold_through_a_view_of_the_hashes(
-    hashed: int, viewed: bool, max_tokens: int | None, max_spans: int | None, expected: int
-) -> None:
+def test_limits_hold_through_a_view_of_the_hashes(hashed, viewed, max_tokens, max_spans, expected):
     spec = make_spec(observation_window=1)
     pool = make_manager([spec], caching=True).block_pool
     pool.hash_block_size = hashed

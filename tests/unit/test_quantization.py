@@ -127,15 +127,8 @@ def check(
 )
 @settings(max_examples=100, deadline=None, derandomize=True)
 def test_error_stays_within_the_stated_bound(
-    encoding: Encoding,
-    has_zero_points: bool,
-    seed: int,
-    exponent: int,
-    offset: float,
-    columns: int,
-    group: int,
-    dtype: torch.dtype,
-) -> None:
+    encoding, has_zero_points, seed, exponent, offset, columns, group, dtype
+):
     matrix = ((randn(6, columns, seed=seed) + offset) * 2.0**exponent).to(dtype)
     matrix = matrix.clamp(-60_000, 60_000)
     matrix[1] = matrix[1, 0]  # a constant row
@@ -190,9 +183,7 @@ def test_magnitudes_beyond_float16_saturate(encoding: Encoding) -> None:
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("place", [0, 37, 63])
 @pytest.mark.parametrize("encoding", INTEGER)
-def test_what_is_not_finite_makes_its_group_nan_and_no_other(
-    encoding: Encoding, place: int, poison: float
-) -> None:
+def test_what_is_not_finite_makes_its_group_nan_and_no_other(encoding, place, poison):
     matrix = randn(4, 80)
     clean = code_and_back(matrix, encoding, 32)
     matrix[2, place] = poison
@@ -338,9 +329,7 @@ def touched(matrix: MatrixLayout, rows: int, columns: int) -> torch.Tensor:
     layouts(),
     ids=lambda x: f"{x.format.name}-C{x.key_channels}-t{x.block_tokens}-g{x.group}",
 )
-def test_write_matrix_touches_its_own_bytes_only(
-    layout: ThinLayout, missing: int, poison: int
-) -> None:
+def test_write_matrix_touches_its_own_bytes_only(layout, missing, poison):
     # 0xFF is NaN in every dtype involved, so reading what was not written would show.
     count = layout.block_tokens - missing
     keys = randn(layout.key_channels, count, seed=1).bfloat16()

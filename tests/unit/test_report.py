@@ -63,9 +63,7 @@ def test_plan_summary_says_what_it_is_worth() -> None:
         ({"kv_prune_prefill": True}, False, "at the end of every chunk of a prompt)"),
     ],
 )
-def test_plan_summary_speaks_of_prefixes_where_they_are_cached(
-    settings: dict[str, object], caching: bool, expected: str
-) -> None:
+def test_plan_summary_speaks_of_prefixes_where_they_are_cached(settings, caching, expected):
     plan = make_plan(kv_channel_prune=0.5, **settings)
     assert plan_summary(plan, caching)[1].endswith(expected)
     cached = settings.get("kv_prefix_cache", "thin") if caching else None
@@ -83,9 +81,7 @@ def test_plan_summary_speaks_of_prefixes_where_they_are_cached(
         ({"kv_evict": "h2o", "kv_channel_prune": 0.5}, "shrink once"),
     ],
 )
-def test_never_thin_is_said_up_to_the_last_length_that_saves_nothing(
-    settings: dict[str, object], named: str
-) -> None:
+def test_never_thin_is_said_up_to_the_last_length_that_saves_nothing(settings, named):
     plan = make_plan(**settings)
     least = plan.rule.shortest_saving
     assert never_thin(plan, least) == []
@@ -115,9 +111,7 @@ def test_context_hint_is_given_where_it_pays() -> None:
         ({"kv_value_prune": 0.5}, None),
     ],
 )
-def test_plan_fields_are_json_and_name_a_group_where_there_is_one(
-    settings: dict[str, object], group: int | None
-) -> None:
+def test_plan_fields_are_json_and_name_a_group_where_there_is_one(settings, group):
     fields = json.loads(json.dumps(plan_fields(make_plan(**settings), True)))
     assert fields["kv_quant"] == settings.get("kv_quant", "none")
     assert fields["kv_quant_group"] == group

@@ -52,9 +52,7 @@ def test_request_override_has_the_budget_in_whole_spans(value: Any, spans: int |
         (EVICTING, {"kv_evict_budget": 319, "kv_channel_prune": True}),
     ],
 )
-def test_request_override_is_none_where_it_is_the_servers(
-    rule: SpanRule, asked: dict[str, Any] | None
-) -> None:
+def test_request_override_is_none_where_it_is_the_servers(rule, asked):
     assert request_override(rule, asked) is None
 
 

@@ -39,9 +39,7 @@ def simulate(rule: SpanRule, prompt_len: int, position: int) -> int:
     computed=st.integers(0, 60),
     cached=st.integers(0, 4),
 )
-def test_thin_spans_equals_token_by_token(
-    rule: SpanRule, prompt_len: int, position: int, computed: int, cached: int
-) -> None:
+def test_thin_spans_equals_token_by_token(rule, prompt_len, position, computed, cached):
     expected = simulate(rule, prompt_len, position)
     if rule.prune_prefill and position < prompt_len:
         expected = simulate(replace(rule, prune_decode=True), 0, computed)
@@ -71,9 +69,7 @@ def test_freeable_spans_were_thin_for_a_processed_query_or_at_an_end(
 
 @settings(deadline=None)
 @given(rule=RULES, thin_blocks=st.sampled_from([1, 4]), longest=st.integers(2, 40))
-def test_shortest_saving_equals_looking_at_every_request(
-    rule: SpanRule, thin_blocks: int, longest: int
-) -> None:
+def test_shortest_saving_equals_looking_at_every_request(rule, thin_blocks, longest):
     rule = replace(rule, thin_blocks=thin_blocks, span_blocks=max(thin_blocks, rule.span_blocks))
     saves = False
     for prompt_len in range(1, longest):
@@ -91,9 +87,7 @@ def test_prompt_spans_leaves_the_recent_window_dense() -> None:
 
 
 @given(rule=RULES, prompt_len=st.integers(1, 60), cached=st.integers(0, 4))
-def test_nothing_is_freeable_before_next_freeable(
-    rule: SpanRule, prompt_len: int, cached: int
-) -> None:
+def test_nothing_is_freeable_before_next_freeable(rule, prompt_len, cached):
     for processed in range(120):
         freed = rule.freeable_spans(prompt_len, processed, cached)
         following = rule.next_freeable(prompt_len, processed, freed)

@@ -162,9 +162,7 @@ def test_sort_step_follows_every_request(data: st.DataObject, rule: SpanRule) ->
 
 @settings(max_examples=100, deadline=None)
 @given(data=st.data(), rule=RULES.filter(lambda rule: not rule.prune_prefill))
-def test_sort_step_chunks_do_not_change_what_queries_see(
-    data: st.DataObject, rule: SpanRule
-) -> None:
+def test_sort_step_chunks_do_not_change_what_queries_see(data, rule):
     length, total = data.draw(st.integers(1, 40)), 80
     seen = []
     for _ in range(2):

@@ -132,9 +132,7 @@ def test_begun_blocks_are_cleared_unless_they_are_filled() -> None:
         ),
     ],
 )
-def test_layers_are_counted_by_kind(
-    settings: dict[str, Any], window: int | None, expected: AttentionLayers
-) -> None:
+def test_layers_are_counted_by_kind(settings, window, expected):
     config: Any = SimpleNamespace(
         hf_text_config=SimpleNamespace(**settings),
         get_sliding_window=lambda: window,
@@ -147,9 +145,7 @@ def test_layers_are_counted_by_kind(
     ("full", "window", "groups"),
     [(32, 0, (32, 1, 0)), (5, 25, (5, 1, 5)), (12, 12, (12, 1, 1)), (4, 5, (5, 1, 1))],
 )
-def test_layers_share_blocks_as_in_vllm(
-    full: int, window: int, groups: tuple[int, int, int]
-) -> None:
+def test_layers_share_blocks_as_in_vllm(full, window, groups):
     counted = AttentionLayers(full, window, 64)
     assert counted.groups == groups
     assert counted.block_layers(counted) == groups[0]
@@ -164,9 +160,7 @@ def test_layers_share_blocks_as_in_vllm(
     ("stage", "expected"),
     [((2, 10), 2), ((0, 10), 2), ((2, 0), 2), ((1, 1), 1), ((0, 4), 1), ((0, 0), 0)],
 )
-def test_a_rank_pays_for_its_part_of_the_largest_group(
-    stage: tuple[int, int], expected: int
-) -> None:
+def test_a_rank_pays_for_its_part_of_the_largest_group(stage, expected):
     # 4 full layers are a group, 20 with a window five more; a stage may have none of a kind.
     layers = AttentionLayers(4, 20, 64)
     assert layers.block_layers(AttentionLayers(*stage, 64)) == expected
