@@ -144,6 +144,8 @@ def run_all(
             gives back can be limited to a few files.
     """
     out.mkdir(parents=True, exist_ok=True)
+    # Not ignored, as it is in what a shell starts in the background: sections would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     end = time.monotonic() + budget_s
     done: list[Ended] = []
     for section in sections:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 import tarfile
 from pathlib import Path
@@ -95,6 +96,7 @@ def test_a_section_that_hangs_is_ended_with_all_its_processes(tmp_path, monkeypa
 
 
 def test_a_section_out_of_time_can_write_what_it_has(tmp_path):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in the background of a shell
     (ended,) = run_all("1", [python("slow", INTERRUPTED, 10)], tmp_path, 100, MACHINE)
     assert (ended.status, ended.figures) == (TIMED_OUT, ["partial.json"])
 
