@@ -61,9 +61,9 @@ def test_pip_settings_name_what_has_to_be_mounted(tmp_path: Path) -> None:
 
 def test_server_may_write_where_its_service_may() -> None:
     service = compose_services("compose.cpu.yaml")["thin"]
-    assert mounts(service, Path("/work/cache")) == [
+    assert mounts(service, Path("/volumes/cache")) == [
         *("-t tmpfs -o size=1g tmpfs", "/dev/shm"),
-        *("--bind /work/cache", "/cache"),
+        *("--bind /volumes/cache", "/cache"),
         *("-t tmpfs -o nosuid,nodev,exec,mode=1777 tmpfs", "/tmp"),
     ]
 

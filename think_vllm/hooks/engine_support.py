@@ -48,6 +48,7 @@ def unsupported_options(vllm_config: VllmConfig) -> list[tuple[str, str]]:
         "a rejected token rolls its request back, and thin blocks cannot become dense again"
     )
     cuts = "it cuts spans into pieces on several ranks"
+    moves = "it moves dense blocks and knows nothing of channel tables"
     options: list[tuple[Any, str, str]] = [
         (vllm_config.speculative_config, "--speculative-config", rolls_back),
         (
@@ -56,7 +57,7 @@ def unsupported_options(vllm_config: VllmConfig) -> list[tuple[str, str]]:
             "connectors move dense blocks and know nothing of channel tables",
         ),
         # vLLM turns this into a KV connector only later.
-        (cache.kv_offloading_size, "--kv-offloading-size", "it moves dense blocks alone"),
+        (cache.kv_offloading_size, "--kv-offloading-size", moves),
         (decode > 1, f"--decode-context-parallel-size {decode}", cuts),
         (prefill > 1, f"--prefill-context-parallel-size {prefill}", cuts),
         (

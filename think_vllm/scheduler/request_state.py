@@ -15,7 +15,7 @@ class RequestState:
     rule: SpanRule  # when its spans are thin
     #: Whether its worker has said that it may be compacted, or that it stays dense.
     resolved: bool = True
-    #: VLLM's own; None until its first step is scheduled, or without prefix caching.
+    #: vLLM's own; None until its first step is scheduled, or without prefix caching.
     request: Any = None
     prompt_len: int | None = None  # tokens of its prompt; None until known
     cached_spans: int = 0  # leading spans that came thin from the prefix cache

@@ -125,8 +125,8 @@ class Evictor:
             if selector is not None and kept.energy is not None and plan.prunes:
                 keys = None
                 if selector.uses_keys:
-                    table = Blocks(kv_cache, block_table)
-                    keys = self._energy_of_kept(table, repack, repacked)[None]
+                    dense = Blocks(kv_cache, block_table)
+                    keys = self._energy_of_kept(dense, repack, repacked)[None]
                 selection = selector.select(kept.energy[None], keys)
                 selection.report()
                 channels = selection.channels[0]
