@@ -15,9 +15,10 @@ ARGS ?=
 
 # Of `make contract`: a release without a CPU build, and what depends on a release.
 VLLM ?= 0.33.0
-CONTRACT := tests/plugin $(patsubst %,tests/unit/test_%.py,compat_requests compat_rows cpu_builder \
-	manager metrics_engine metrics_prometheus pipeline prefix_cache step windows) \
-	tests/engine tests/e2e/test_served_logprobs.py
+CONTRACT := tests/plugin tests/engine tests/e2e/test_served_logprobs.py $(patsubst %,tests/unit/%.py, \
+	hooks/test_model_runner hooks/test_requests metrics/test_prometheus scheduler/test_manager \
+	scheduler/test_pipeline scheduler/test_prefix scheduler/test_report worker/cpu/test_builder \
+	worker/cpu/test_window worker/test_step)
 
 BIN := .venv/bin
 BUNDLED := models/tiny-recall

@@ -11,7 +11,7 @@ import vllm
 from tests.e2e.conftest import Serve
 from tests.support.processes import run_python
 from tests.support.server import Server, offline_environment, serve_arguments
-from tests.unit.loadtest.example_results import figures, measurement, results
+from tests.unit.tools.bench.example_results import figures, measurement, results
 from think_vllm.tools.bench.comparison import rows_of
 from think_vllm.tools.bench.results import Results
 from think_vllm.tools.bench.scenario import load_scenario

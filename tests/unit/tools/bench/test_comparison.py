@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.unit.loadtest.example_results import MACHINE, SCENARIO, figures, measurement, results
+from tests.unit.tools.bench.example_results import MACHINE, SCENARIO, figures, measurement, results
 from think_vllm.errors import ThinkError
 from think_vllm.tools.bench.comparison import check_comparable, rows_of
 

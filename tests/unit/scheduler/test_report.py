@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tests.support.block_engine import NUM_BLOCKS, Engine
 from tests.support.block_worker import make_spec
-from tests.unit.test_manager import ACTIONS
+from tests.unit.scheduler.test_manager import ACTIONS
 from think_vllm.metrics.catalog import BLOCKS, BYTES, HELD, HITS, MULTIPLE, SPANS
 from think_vllm.scheduler.report import LOOK_SECONDS, EngineReport
 

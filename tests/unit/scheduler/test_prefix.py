@@ -9,7 +9,7 @@ from vllm.v1.request import Request
 
 from tests.support.block_engine import BLOCK, NUM_BLOCKS, Engine, make_hasher, make_manager
 from tests.support.block_worker import Thin, make_spec
-from tests.unit.test_manager import WINDOW
+from tests.unit.scheduler.test_manager import WINDOW
 from think_vllm.hooks import kv_cache
 from think_vllm.scheduler import publisher as publisher_module
 from think_vllm.scheduler.manager import ThinKVCacheManager

@@ -186,7 +186,7 @@ def test_tokenizer_on_disk_replaces_the_servers(tmp_path, recall_model):
 SERVER = """
 import sys, threading
 from tests.support.fake_api import FakeApi, read_recall
-from tests.unit.evals.test_evaluation import forgetful
+from tests.unit.tools.eval.test_evaluation import forgetful
 if "--die" in sys.argv:
     sys.exit("the reason")
 reply = forgetful if "--thin" in sys.argv else read_recall

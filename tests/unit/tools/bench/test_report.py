@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.loadtest.example_results import figures, measurement, results
+from tests.unit.tools.bench.example_results import figures, measurement, results
 from think_vllm.errors import ThinkError
 from think_vllm.tools.bench.comparison import rows_of
 from think_vllm.tools.bench.plots import draw
