@@ -13,77 +13,9 @@ from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.worker.gpu import model_runner as v2
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from tests.support.contract import check, rows
 from think_vllm.hooks import metrics
 from think_vllm.hooks.installation import install
 from think_vllm.hooks.patches.patch import Role
-
-TABLE = """
-hooks/metrics.py
-    distributed.kv_transfer.kv_connector.v1.metrics:KVConnectorProm.observe(self, \
-        transfer_stats_data, engine_idx)
-    v1.worker.gpu.async_utils:AsyncOutput{model_runner_output}
-    v1.outputs:KVConnectorOutput{kv_connector_stats}
-    # From the rank to the scheduler.
-    v1.worker.gpu_model_runner:GPUModelRunner.sample_tokens
-        if self.execute_model_state is None:
-        kv_connector_output = self.kv_connector_output
-        self.kv_connector_output = None
-        output = ModelRunnerOutput(
-        kv_connector_output=kv_connector_output
-    v1.worker.gpu.model_runner:GPUModelRunner.sample_tokens
-        if self.execute_model_state is None:
-        return None
-        model_runner_output.kv_connector_output =
-        return async_output
-    # Without a connector, nothing else reads what we send. The second argument of make_stats:
-    # decisions are read there, with or without statistics.
-    v1.core.sched.scheduler:Scheduler.update_from_output
-        if kv_connector_output and kv_connector_output.failed_recving
-        if kv_connector_output and kv_connector_output.invalid_block_ids
-        if kv_connector_output: self._update_from_kv_xfer_finished(
-        kv_connector_output.kv_connector_stats if kv_connector_output else None
-        if self.connector:
-        stats := self.make_stats(spec_decoding_stats, kv_connector_stats,
-        eco.scheduler_stats = stats
-    # From there to one of the API servers.
-    .make_stats
-        if not self.log_stats: return None
-        kv_connector_stats.to_dict()
-    distributed.kv_transfer.kv_connector.v1.metrics:KVConnectorStats.to_dict
-        return self.data
-    v1.metrics.loggers:PrometheusStatLogger.record
-        if scheduler_stats.kv_connector_stats is not None:
-        self.kv_connector_prom.observe(scheduler_stats.kv_connector_stats, engine_idx
-    .__init__
-        self._kv_connector_cls(vllm_config, labelnames, per_engine_labelvalues)
-    v1.metrics.loggers:LoggingStatLogger.record
-        if kv_connector_stats := scheduler_stats.kv_connector_stats:
-        self.kv_connector_logging.observe(kv_connector_stats)
-    .log
-        self.kv_connector_logging.log(log_fn=log_fn)
-    v1.metrics.loggers:AggregatedLoggingStatLogger.__init__
-        LoggingStatLogger.__init__(self, vllm_config,
-metrics/prometheus.py
-    distributed.kv_transfer.kv_connector.v1.metrics:KVConnectorPromMetrics.__init__(self, \
-        vllm_config, metric_types, labelnames, per_engine_labelvalues)
-    .observe(self, transfer_stats_data, engine_idx)
-metrics/log.py
-    distributed.kv_transfer.kv_connector.v1.metrics:KVConnectorLogging.observe(self, \
-        transfer_stats_data)
-    .log(self, log_fn)
-scheduler/report.py
-    distributed.utils:get_pp_indices(num_hidden_layers, pp_rank, pp_size)
-    v1.core.sched.scheduler:Scheduler{kv_cache_config, kv_cache_manager, running}
-    v1.core.kv_cache_manager:KVCacheManager{coordinator}
-    v1.kv_cache_interface:KVCacheConfig{kv_cache_groups, num_blocks}
-    config.parallel:ParallelConfig{pipeline_parallel_size, tensor_parallel_size}
-"""
-
-
-@pytest.mark.parametrize(("ours", "use", "pieces"), rows(TABLE))
-def test_vllm_is_what_we_rely_on(ours: str, use: str, pieces: list[str]) -> None:
-    check(ours, use, pieces)
 
 
 def test_rays_metrics_are_made_as_vllms_own() -> None:

@@ -10,38 +10,11 @@ from vllm import SamplingParams
 from vllm.benchmarks.serve import add_cli_args
 from vllm.v1.sample.logits_processor import RequestLogitsProcessor
 
-from tests.support.contract import check, rows
+from tests.support.contract import check
 from think_vllm.tools.bench.driver import generator_arguments
 from think_vllm.tools.bench.scenario import known_scenarios, load_scenario
 from think_vllm.tools.common.server import KEEP_ALIVE, KEEP_ALIVE_S
 from think_vllm.tools.doctor.forced import FORCED_TOKENS, ForcedTokens
-
-TABLE = """
-tools/doctor/probe.py
-    entrypoints.llm:LLM.from_engine_args(engine_args)
-    .generate(..., prompts, sampling_params)
-    sampling_params:SamplingParams(..., temperature, max_tokens, ignore_eos, logprobs, extra_args)
-    engine.arg_utils:AsyncEngineArgs.add_cli_args(parser, async_args_only)
-    engine.arg_utils:EngineArgs{additional_config, logits_processors}
-    .from_cli_args(args)
-tools/doctor/machine.py
-    platforms.interface:Platform{is_cpu, is_cuda, get_device_name, get_device_total_memory}
-tools/doctor/forced.py
-    v1.sample.logits_processor:AdapterLogitsProcessor.new_req_logits_processor(self, params)
-    .is_argmax_invariant(self)
-tools/bench/configuration.py
-    # In 0.33, and before.
-    entrypoints.common.cli_args:make_arg_parser | \
-        entrypoints.launchers.cli_args:make_arg_parser(parser)
-tools/bench/generator_program.py
-    benchmarks.serve:add_cli_args(parser)
-    benchmarks.serve:main(args)
-"""
-
-
-@pytest.mark.parametrize(("ours", "use", "pieces"), rows(TABLE))
-def test_vllm_is_what_we_rely_on(ours: str, use: str, pieces: list[str]) -> None:
-    check(ours, use, pieces)
 
 
 def test_server_under_test_keeps_connections_longer_than_the_load_generator() -> None:

@@ -32,7 +32,7 @@ def rows(table: str) -> list[Any]:
     """Read a table as parameters ``ours``, ``use`` and ``pieces`` of a test."""
     found: list[tuple[str, str, list[str]]] = []
     ours = owner = ""
-    for line in table.splitlines():
+    for line in table.replace("\\\n", "").splitlines():
         text = " ".join(line.split())
         if not text or text.startswith("#"):
             continue
