@@ -13,7 +13,7 @@ from tests.unit.scheduler.test_manager import WINDOW
 from think_vllm.hooks import kv_cache
 from think_vllm.scheduler import publisher as publisher_module
 from think_vllm.scheduler.manager import ThinKVCacheManager
-from think_vllm.scheduler.prefix import LimitedHashes, thin_groups
+from think_vllm.scheduler.prefix import LimitedHashes, cache_thin, find_thin, thin_groups
 from think_vllm.scheduler.publisher import Publisher
 from think_vllm.scheduler.request_state import RequestState
 
@@ -139,6 +139,19 @@ def test_one_version_of_a_span_is_cached() -> None:
     assert all(
         not isinstance(entry, dict) for key, entry in cached.items() if key[-4:-2] != b"\0\0"
     )
+
+
+def test_what_is_left_of_a_version_is_not_found_with_another() -> None:
+    spec = make_spec()
+    pool, rule = make_manager([spec], True).block_pool, spec.rule
+    params = SamplingParams(max_tokens=1)
+    request = Request("a", list(range(SPAN)), params, None, block_hasher=make_hasher(BLOCK))
+    hashes, old, new = request.block_hashes, pool.get_new_blocks(2), pool.get_new_blocks(2)
+    cache_thin(pool, hashes[-1], old, SPAN, 0, rule)
+    pool.evict_blocks({old[1].block_id})
+    assert find_thin(pool, hashes, SPAN, 0, rule) == []
+    cache_thin(pool, hashes[-1], new, SPAN, 0, rule)
+    assert find_thin(pool, hashes, SPAN, 0, rule) == [*new, pool.null_block]
 
 
 def mix_versions(
