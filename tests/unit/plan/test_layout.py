@@ -167,7 +167,7 @@ FITTING = {
 
 @pytest.mark.parametrize("format", FORMATS)
 @given(**FITTING)
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 def test_max_key_channels_is_the_largest_that_fits(
     format: str, head_size: int, block_size: int, itemsize: int, group: int, quarters: int
 ) -> None:
@@ -190,7 +190,7 @@ def test_max_key_channels_keeps_all_where_only_the_table_would_not_fit() -> None
 
 @pytest.mark.parametrize("format", FORMATS)
 @given(**FITTING)
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 def test_parts_are_aligned_and_do_not_overlap(
     format: str, head_size: int, block_size: int, itemsize: int, group: int, quarters: int
 ) -> None:

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from think_vllm.plan.spans import ENDLESS, RowLimits, SpanRule
@@ -67,7 +67,6 @@ def test_freeable_spans_were_thin_for_a_processed_query_or_at_an_end(
     assert rule.freeable_spans(prompt_len, processed, cached) == max(cached, expected)
 
 
-@settings(deadline=None)
 @given(rule=RULES, thin_blocks=st.sampled_from([1, 4]), longest=st.integers(2, 40))
 def test_shortest_saving_equals_looking_at_every_request(rule, thin_blocks, longest):
     rule = replace(rule, thin_blocks=thin_blocks, span_blocks=max(thin_blocks, rule.span_blocks))

@@ -82,14 +82,14 @@ def drive(engine: Engine, actions: list[tuple[Any, ...]]) -> None:
     assert engine.free_blocks == engine.num_blocks - 1
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(actions=st.lists(ACTIONS, min_size=5, max_size=60), lag=st.integers(0, 2), form=FORMS)
 def test_manager_frees_nothing_that_the_worker_reads_and_leaks_nothing(actions, lag, form):
     caching = form["mode"] not in ("off", "evict-uncached")
     drive(Engine(form_spec(form), lag, caching=caching), actions)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(actions=st.lists(ACTIONS, min_size=5, max_size=60), form=FORMS, caching=st.booleans())
 def test_manager_of_requests_that_stay_dense_by_what_they_would_lose(actions, form, caching):
     # Decided at a prompt's end, and known to the scheduler before its next step.
@@ -125,7 +125,7 @@ def test_requests_stay_as_they_were_resolved() -> None:
     assert not len(manager.rules)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     actions=st.lists(ACTIONS, min_size=5, max_size=60),
     lag=st.integers(0, 2),

@@ -92,7 +92,7 @@ def test_report_goes_along_with_that_of_a_rank() -> None:
     assert reports.report.take(dict(measured)) == measured
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(actions=st.lists(ACTIONS, min_size=5, max_size=40), lag=st.integers(0, 2))
 def test_reports_add_up_over_random_lives(actions: list[tuple[Any, ...]], lag: int) -> None:
     engine = Engine(make_spec(observation_window=3), lag, caching=True)

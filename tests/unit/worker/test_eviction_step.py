@@ -23,7 +23,7 @@ RULES = st.builds(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     data=st.data(), rule=RULES, length=st.integers(1, 60), window=st.sampled_from([WINDOW, None])
 )

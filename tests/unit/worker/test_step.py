@@ -121,7 +121,7 @@ RULES = st.builds(
 ).filter(lambda rule: not (rule.prune_prefill and rule.delay_prompt))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(data=st.data(), rule=RULES)
 def test_sort_step_follows_every_request(data: st.DataObject, rule: SpanRule) -> None:
     prompts = data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=4))
@@ -160,7 +160,7 @@ def test_sort_step_follows_every_request(data: st.DataObject, rule: SpanRule) ->
             assert sorted(row.answered) == list(range(first, count))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(data=st.data(), rule=RULES.filter(lambda rule: not rule.prune_prefill))
 def test_sort_step_chunks_do_not_change_what_queries_see(data, rule):
     length, total = data.draw(st.integers(1, 40)), 80

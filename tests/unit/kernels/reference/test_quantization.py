@@ -125,7 +125,7 @@ def check(
     group=st.sampled_from(GROUP_SIZES),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
 )
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100)
 def test_error_stays_within_the_stated_bound(
     encoding, has_zero_points, seed, exponent, offset, columns, group, dtype
 ):
@@ -144,7 +144,7 @@ def test_error_stays_within_the_stated_bound(
         max_size=4,
     )
 )
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150)
 def test_error_stays_within_the_bound_for_any_numbers(rows: list[list[float]]) -> None:
     for encoding in INTEGER:
         check(torch.tensor(rows), encoding, 3)

@@ -93,7 +93,7 @@ def build_both(
 LENGTHS = st.tuples(st.integers(1, 1500), st.integers(1, 1500), st.integers(0, 4))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(requests=st.lists(LENGTHS, min_size=1, max_size=6), dense=st.sets(st.integers(0, 5)))
 def test_decode_step_is_built_alike(requests: list[tuple[int, int, int]], dense: set[int]) -> None:
     dense = {row for row in dense if row < len(requests)}
@@ -114,7 +114,7 @@ def test_decode_step_is_built_alike(requests: list[tuple[int, int, int]], dense:
     assert (decode.rows.thin_spans >= torch.from_numpy(found)).all()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     requests=st.lists(LENGTHS, min_size=1, max_size=6),
     ratio=st.sampled_from([0.0, 0.5]),
