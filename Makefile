@@ -15,7 +15,7 @@ ARGS ?=
 
 # Of `make contract`: a release without a CPU build, and what depends on a release.
 VLLM ?= 0.33.0
-CONTRACT := tests/plugin tests/engine tests/e2e/test_served_logprobs.py $(patsubst %,tests/unit/%.py, \
+CONTRACT := tests/plugin tests/engine tests/e2e/test_served_pruned.py $(patsubst %,tests/unit/%.py, \
 	hooks/test_model_runner hooks/test_requests metrics/test_prometheus scheduler/test_manager \
 	scheduler/test_pipeline scheduler/test_prefix scheduler/test_report worker/cpu/test_builder \
 	worker/cpu/test_window worker/test_step)

@@ -17,7 +17,7 @@ from tests.e2e.conftest import Serve
 from tests.support.checks import EAGER, assert_equal, plan_served, random_prompts
 from tests.support.reference import Reference, Thinning
 from tests.support.served import Completion
-from tests.support.server import Server, completion_of, run_serve
+from tests.support.server import Server, completion_of
 
 pytestmark = pytest.mark.e2e
 
@@ -41,22 +41,6 @@ def server(serve: Serve, exact_model: Path) -> Iterator[Server]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_SERVER_DEV_MODE", "1")  # /sleep and /reset_prefix_cache
         yield serve(*ARGUMENTS, *options, model=exact_model, kv_cache_bytes=POOL_BYTES)
-
-
-# Rejections first: while the server above runs, even idle, another start takes longer.
-
-
-def test_pool_one_block_smaller_is_rejected(exact_model):
-    size = ("--kv-cache-memory-bytes", str(POOL_BYTES - BLOCK_BYTES))
-    done = run_serve(exact_model, [*ARGUMENTS, *size])
-    assert done.returncode != 0
-    assert "To serve at least one request with the model" in done.stdout + done.stderr
-
-
-def test_sleep_mode_is_rejected_as_vllm_does(exact_model):
-    done = run_serve(exact_model, [*ARGUMENTS, "--enable-sleep-mode"])
-    assert done.returncode != 0
-    assert "Sleep mode is not supported on current platform" in done.stdout + done.stderr
 
 
 def assert_nothing_lost(server: Server, exact_reference: Reference) -> None:

@@ -1,4 +1,4 @@
-"""Log-probabilities against a masked transformers model; over HTTP: e2e/test_served_logprobs.py."""
+"""Log-probabilities against a masked transformers model; over HTTP: e2e/test_served_pruned.py."""
 
 from dataclasses import replace
 

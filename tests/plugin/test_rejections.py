@@ -202,6 +202,13 @@ def test_offline_engines_get_an_exception_with_the_same_words(recall_model, monk
     assert isinstance(error.value, ThinkError) or "ThinkError" not in str(error.value)
 
 
+def test_sleep_mode_is_rejected_as_vllm_does(recall_model):
+    settings = {"think": {"kv_channel_prune": 0.5}}
+    engine = EngineArgs(model=str(recall_model), enable_sleep_mode=True, additional_config=settings)
+    with pytest.raises(ValueError, match="Sleep mode is not supported on current platform"):
+        engine.create_engine_config()
+
+
 @pytest.mark.e2e
 @pytest.mark.parametrize(
     ("arguments", "message"),

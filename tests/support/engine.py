@@ -5,6 +5,7 @@ Most of a server's start is imports: here they come once, and an engine starts i
 The process is not that of the tests, as vLLM and our hooks change theirs for good.
 """
 
+import gc
 import io
 import logging
 import multiprocessing
@@ -48,6 +49,9 @@ class Engine(Served):
         """What think-vllm logged while the engine started."""
         return self._log
 
+    def max_model_len(self) -> int:
+        return self._process.submit(_max_model_len).result()
+
     def metrics_text(self) -> str:
         return self._process.submit(_metrics_text).result()
 
@@ -73,6 +77,10 @@ def _load(model: str, arguments: list[str]) -> str:
     global _llm
     _stop()
     _override_kernels()
+    # vLLM collects garbage eight times in the life of an engine, among all that was ever imported.
+    # Here once, of the engine before; the rest is out of the way from then on.
+    gc.collect()
+    gc.freeze()
     from vllm import LLM
     from vllm.logger import configure_logging_if_needed
 
@@ -101,9 +109,10 @@ def _stop() -> None:
         return
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    _llm.llm_engine.engine_core.shutdown()
-    _llm = None
-    cleanup_dist_env_and_memory()
+    with patch("gc.collect"):  # see ``_load``
+        _llm.llm_engine.engine_core.shutdown()
+        _llm = None
+        cleanup_dist_env_and_memory()
 
 
 def _complete(
@@ -122,6 +131,10 @@ def _completion_of(done: Any) -> Completion:
     return Completion(
         list(answer.token_ids), [step[token].logprob for token, step in steps], answer.text
     )
+
+
+def _max_model_len() -> int:
+    return _llm.model_config.max_model_len
 
 
 def _metrics_text() -> str:

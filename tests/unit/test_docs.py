@@ -88,11 +88,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "think_vllm/plan/nowhere.py",
-        "plan/layout.py::Nowhere",
-        "e2e/test_served_windows.py::test_no",
-    ],
+    ["think_vllm/plan/nowhere.py", "plan/layout.py::Nowhere", "engine/test_windows.py::test_no"],
 )
 def test_missing_files_are_noticed(name: str) -> None:
     assert missing_file(*_FILE.findall(name)[0])
@@ -101,6 +97,23 @@ def test_missing_files_are_noticed(name: str) -> None:
 @pytest.mark.parametrize("name", ["think_vllm.plan.nowhere", "think_vllm.plan.layout.Nowhere"])
 def test_missing_names_are_noticed(name: str) -> None:
     assert missing_name(*_DOTTED.findall(name))
+
+
+def folders_in(path: Path) -> list[str]:
+    """Packages below a folder."""
+    return [str(x.parent.relative_to(path)) for x in path.rglob("__init__.py") if x.parent != path]
+
+
+def test_contributing_says_what_to_run_for_each_folder() -> None:
+    page = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rooms = {name.partition("/")[0] for name in folders_in(REPOSITORY / "think_vllm")}
+    assert [name for name in sorted(rooms) if f"`think_vllm/{name}/`" not in page] == []
+
+
+def test_unit_tests_lie_where_the_source_lies() -> None:
+    sources = (REPOSITORY / "think_vllm", REPOSITORY)
+    unit = folders_in(REPOSITORY / "tests" / "unit")
+    assert [name for name in unit if not any((x / name).is_dir() for x in sources)] == []
 
 
 def test_flags_page_is_fresh() -> None:

@@ -1,14 +1,16 @@
-"""Prefix caching on the server: thin spans, exact copies, and prompts pruned chunk by chunk."""
+"""A pruned server: its log-probabilities, the anchor of this project, its prefixes and metrics.
+
+Other settings, over the same engine without HTTP: tests/engine.
+"""
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 import pytest
 import torch
 
 from tests.e2e.conftest import Serve
 from tests.support import checks
-from tests.support.checks import BOTH, EAGER, HALF, HITS, TOLERANCE
+from tests.support.checks import EAGER, HALF, HITS, TOLERANCE
 from tests.support.metrics import Snapshot, read_metrics, steady_metrics
 from tests.support.prefix_reference import view_of, worst
 from tests.support.reference import Reference
@@ -24,11 +26,35 @@ PRUNED = (*EAGER, "--kv-channel-prune", "0.5", "--max-num-batched-tokens", "2048
 DENSE = {"vllm_xargs": {"kv_channel_prune": False}}
 
 
-class TestThinPrefixes:
-    @pytest.fixture(scope="class")
-    def server(self, serve: Serve) -> Server:
-        return serve(*PRUNED)
+@pytest.fixture(scope="module")
+def server(serve: Serve) -> Server:
+    # Prompts fit one chunk.
+    return serve(*PRUNED)
 
+
+@pytest.mark.parametrize(
+    ("lengths", "counts"),
+    [
+        # A prompt of n spans plus the recent window is the first whose n-th span is thin.
+        ([191, 192, 193, 223, 224, 225, 415, 416, 417], [6] * 9),
+        # Short prompts choose channels long before their first span is full.
+        ([5, 40, 230, 400], [700, 520, 420, 410]),
+        ([1777, 1999, 1000], [24] * 3),
+    ],
+    ids=["span edges", "decoded spans", "long"],
+)
+def test_logprobs_equal_the_reference(server, recall_reference, lengths, counts):
+    # The comparison would notice if nothing were pruned, or too late.
+    others = [None] if lengths[-1] == 1000 else []
+    checks.check_served(server, recall_reference, lengths, counts, HALF, others=others)
+
+
+def test_prompts_shorter_than_the_windows(server, recall_reference):
+    lengths = [1, 2, 31, 32, 33, 50]
+    checks.check_served(server, recall_reference, lengths, [8] * len(lengths), HALF, together=False)
+
+
+class TestThinPrefixes:
     def test_hit_on_thin_spans(self, server, prefix_reference):
         donor, other = checks.random_prompts([1000, 150], seed=11)
         left, hit = checks.hit_of(server, donor, 8)
@@ -210,43 +236,3 @@ class TestThinPrefixes:
         # As many blocks as tokens need, but for one a span.
         rows = -(-(held + seen.value("held_tokens", kind="dense")) // 48)
         assert seen.value("capacity_multiple") == rows / (rows - held / 192)
-
-
-def test_dense_prefixes_are_exact(serve, recall_reference):
-    # Spans choose their channels a step before they are compacted, each its own.
-    dense = ("--kv-prefix-cache", "dense", "--kv-channel-tables", "span")
-    server = serve(*PRUNED, "--kv-value-prune", "0.3", *dense)
-    thinning = replace(BOTH, tables="span")
-    donor, other = checks.random_prompts([1000, 150], seed=21)
-    left, hit = checks.hit_of(server, donor, 500)  # two more spans fill up and are compacted
-    assert hit == 0
-    prompt = donor[:900] + other
-    answer, hit = checks.hit_of(server, prompt, 300)
-    assert hit == 18 * 48
-    # What was decoded over thin spans is not exact, and not in the cache.
-    conversation = donor + left.tokens + other
-    again, hit = checks.hit_of(server, conversation, 100)
-    assert hit == 1000 // 48 * 48
-    for tokens, completion in ((donor, left), (prompt, answer), (conversation, again)):
-        checks.assert_equal(recall_reference, [tokens], [completion], thinning)
-    server.wait_for_metric("vllm:kv_cache_usage_perc", 0)
-
-
-def test_length_that_vllm_chooses_for_a_small_pool(serve, prefix_reference):
-    # 23 blocks of 48 tokens hold 1,104 dense ones, and more while chunks of a prompt are compacted.
-    chunk = 64
-    arguments = ("--kv-prune-prefill", "--max-num-batched-tokens", str(chunk))
-    server = serve(
-        *EAGER, "--kv-channel-prune", "0.5", "--kv-value-prune", "0.3", *arguments,
-        "--max-model-len", "auto", "--no-async-scheduling",
-        kv_cache_bytes=24 * 196_608,
-    )  # fmt: skip
-    (model,) = server.get("/v1/models").json()["data"]
-    longest = model["max_model_len"]
-    assert 23 * 48 < longest < 2048
-    (prompt,) = checks.random_prompts([longest - 40], seed=3)
-    completion = server.complete(prompt, 40)
-    assert len(completion.tokens) == 40
-    view = view_of(prompt, completion, BOTH)
-    view.chunk_starts = range(0, len(prompt), chunk)
-    assert worst(prefix_reference, prompt, completion, view) < TOLERANCE

@@ -1,21 +1,17 @@
-"""Sliding-window layers beside full ones over HTTP; families of such models: tests/engine."""
+"""Sliding-window layers beside full ones; families of such models: ``test_families.py``."""
 
 from pathlib import Path
 
-import pytest
-
-from tests.e2e.conftest import Serve
+from tests.engine.conftest import Load
 from tests.support.checks import EAGER, check_served, plan_served, random_prompts
 from tests.support.models import make_exact_llama
 from tests.support.reference import Reference, Thinning
-
-pytestmark = pytest.mark.e2e
 
 HEAD_SIZE = 64
 FULL, WINDOW = "full_attention", "sliding_attention"
 
 
-def test_windows_in_blocks_that_held_codes(serve: Serve, tmp_path: Path) -> None:
+def test_windows_in_blocks_that_held_codes(load: Load, tmp_path: Path) -> None:
     # A pool little larger than one request: sliding windows get blocks that were thin a moment ago,
     # and whose codes spell NaNs; full layers get theirs, and requests are preempted.
     model = make_exact_llama(
@@ -28,13 +24,13 @@ def test_windows_in_blocks_that_held_codes(serve: Serve, tmp_path: Path) -> None
     # A whole request, and what a window and a chunk take.
     blocks = (2048 + 100 + 256) // plan.block_size + 4
     pool = blocks * plan.layout.run_bytes * 2
-    server = serve(*EAGER, *flags, *limits, model=model, kv_cache_bytes=pool)
+    engine = load(*EAGER, *flags, *limits, model=model, kv_cache_bytes=pool)
     # Two requests whose thin blocks are all over the pool when they have ended.
     for prompt in random_prompts([2000, 1950], seed=1):
-        server.complete(prompt, 40)
+        engine.complete(prompt, 40)
     lengths = [1500, 950, 500, *range(20, 200, 15)]
     check_served(
-        server, Reference(model), lengths, [300] * len(lengths), Thinning.of(plan),
+        engine, Reference(model), lengths, [300] * len(lengths), Thinning.of(plan),
         frequency_penalty=2.0,
     )  # fmt: skip
-    assert server.metric("vllm:num_preemptions_total") > 0
+    assert engine.metric("vllm:num_preemptions_total") > 0
