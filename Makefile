@@ -7,7 +7,7 @@ MODEL ?= models/tiny-recall
 PORT ?= 8000
 PRUNE ?= 0.5
 QUANT ?= none
-TESTS ?= tests
+TESTS ?=
 WORKERS ?= 2
 NAME ?=
 PART ?=
@@ -23,10 +23,12 @@ CONTRACT := tests/plugin tests/engine tests/e2e/test_served_pruned.py $(patsubst
 BIN := .venv/bin
 BUNDLED := models/tiny-recall
 CHART := deploy/helm/think-vllm
-SPREAD = $(if $(filter tests,$(TESTS)),-n $(WORKERS) --dist loadfile --no-loadscope-reorder)
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
+PYTEST := $(OFFLINE) $(BIN)/python -m pytest
+# Two cores, a file on one of them; long ones come first.
+SPREAD = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup serve test contract fmt lint type model bench bench-load quality-tables image-check gpu-kit gpu-check clean
+.PHONY: help setup serve test test-quick test-all contract fmt lint type model bench bench-load quality-tables image-check gpu-kit gpu-check clean
 
 help: ## Show this list
 	@echo "usage: make TARGET [VARIABLE=value ...]"
@@ -43,16 +45,21 @@ serve: setup ## Serve MODEL, PRUNE of its key channels pruned, QUANT its format 
 		--kv-channel-prune $(PRUNE) --kv-quant $(QUANT) --port $(PORT) \
 		$(if $(IS_BUNDLED),--kv-cache-memory-bytes 268435456) $(ARGS)
 
-# All tests run on two cores, a file on one of them; what TESTS names runs on one.
-test: setup ## Run the tests (TESTS=path, ARGS="-k name", WORKERS=2)
-	$(OFFLINE) $(BIN)/python -m pytest $(SPREAD) $(TESTS) $(ARGS)
+# What TESTS names runs whole, on one core.
+test: setup ## Run the tests, 15 minutes on 2 cores (TESTS=path, ARGS="-k name", WORKERS=2)
+	$(PYTEST) $(if $(TESTS),$(TESTS),$(SPREAD) --tier usual tests) $(ARGS)
+
+test-quick: setup ## Run those without an engine, under 2 minutes (ARGS=, WORKERS=2)
+	$(PYTEST) $(SPREAD) --tier quick tests $(ARGS)
+
+test-all: setup ## Run all tests, half an hour (ARGS=, WORKERS=2)
+	$(PYTEST) $(SPREAD) tests $(ARGS)
 
 contract: setup ## Run the tests of what vLLM does for us on another vLLM's Python (VLLM=, TESTS=, ARGS=)
 	$(BIN)/python -m scripts.other_vllm $(VLLM)
 	PYTHONPATH=$(CURDIR)/.vllm/$(VLLM) $(BIN)/python -c \
 		"import vllm; assert vllm.__version__ == '$(VLLM)', vllm.__version__"
-	PYTHONPATH=$(CURDIR)/.vllm/$(VLLM) $(OFFLINE) $(BIN)/python -m pytest $(SPREAD) \
-		$(if $(filter-out tests,$(TESTS)),$(TESTS),$(CONTRACT)) $(ARGS)
+	PYTHONPATH=$(CURDIR)/.vllm/$(VLLM) $(PYTEST) $(if $(TESTS),$(TESTS),$(SPREAD) $(CONTRACT)) $(ARGS)
 
 fmt: setup ## Format the code and fix what ruff can fix
 	$(BIN)/ruff format .

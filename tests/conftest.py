@@ -31,6 +31,8 @@ import torch  # noqa: E402  (behind what it reads while it is imported)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+pytest_plugins = ["tests.support.tiers"]
+
 # Examples are the same ones in every run, and take as long as a busy machine needs.
 hypothesis.settings.register_profile(
     "same", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
@@ -43,10 +45,12 @@ if TYPE_CHECKING:
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
+
 @pytest.fixture(scope="session")
 def recall_model() -> Path:
     """Directory of the bundled model."""
     return REPOSITORY / "models" / "tiny-recall"
+
 
 @pytest.fixture(scope="session")
 def recall_reference(recall_model: Path) -> "Reference":
@@ -55,12 +59,14 @@ def recall_reference(recall_model: Path) -> "Reference":
 
     return Reference(recall_model)
 
+
 @pytest.fixture(scope="session")
 def prefix_reference(recall_model: Path) -> "PrefixReference":
     """The same for prompts whose prefix was hit, or which were pruned chunk by chunk."""
     from tests.support.prefix_reference import PrefixReference
 
     return PrefixReference(recall_model)
+
 
 @pytest.fixture(autouse=True)
 def vllm_logs_to_open_streams() -> Iterator[None]:

@@ -35,6 +35,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
 
 
+@pytest.mark.extended
 def test_figures_are_those_of_the_reference(recall_model, recall_reference):
     generation = Namespace(
         text=None, num_prompts=2, prompt_tokens=500, new_tokens=30, max_perplexity_change=0.05,

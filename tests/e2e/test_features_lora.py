@@ -14,7 +14,7 @@ from tests.support.reference import Reference, Thinning
 from tests.support.served import Completion
 from tests.support.server import Server
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.extended]
 
 
 class Adapted:

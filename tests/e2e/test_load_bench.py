@@ -9,7 +9,7 @@ from tests.support.processes import run_python
 from tests.support.server import offline_environment
 from think_vllm.tools.bench.results import Results
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.extended]
 
 #: Long enough for gauges to be read often, even where other work slows the server down.
 SCENARIO = """

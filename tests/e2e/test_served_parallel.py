@@ -131,6 +131,7 @@ def test_tensor_parallel(serve: Serve, exact_model: Path, exact_reference: Refer
     ranks.check_dense(exact_reference, frequency_penalty=2.0)
 
 
+@pytest.mark.extended
 def test_tensor_parallel_with_a_shared_kv_head(serve: Serve, tmp_path: Path) -> None:
     # Fewer KV heads than ranks: vLLM gives the one head to both, and each prunes it for the query
     # heads that it has, as if the model had a KV head for each rank.
@@ -143,6 +144,7 @@ def test_tensor_parallel_with_a_shared_kv_head(serve: Serve, tmp_path: Path) -> 
     assert ranks.longest_difference(Reference(model), done, Thinning.of(plan)) > TOLERANCE
 
 
+@pytest.mark.extended
 def test_pipeline_parallel(serve: Serve, tmp_path: Path) -> None:
     # Two steps are under way at a time. Not eager: with --enforce-eager vLLM's CPU build fails
     # with or without thin blocks, as its second stage gets no buffers for what it receives.
@@ -154,6 +156,7 @@ def test_pipeline_parallel(serve: Serve, tmp_path: Path) -> None:
     ranks.check_dense(Reference(model))
 
 
+@pytest.mark.extended
 def test_data_parallel(serve: Serve, recall_reference: Reference) -> None:
     # Either of two API servers shows the metrics of both engines.
     plan, arguments = checks.plan_served(128, kv_channel_prune=0.5)

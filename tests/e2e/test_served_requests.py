@@ -63,6 +63,7 @@ def test_chat_answers_from_a_pruned_prompt(server: Server) -> None:
     assert right >= 19
 
 
+@pytest.mark.extended
 def test_bench_loads_a_server_that_runs(server: Server, recall_model: Path, tmp_path: Path) -> None:
     url = ["--base-url", server.url, "--scenario", "paper"]
     loads = ["--concurrency", "3", "--num-prompts", "6", "--no-plots"]

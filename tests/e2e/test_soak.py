@@ -20,7 +20,9 @@ REQUESTS = int(os.environ.get("SOAK_REQUESTS", "250"))
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", ["prune 0.5", pytest.param("prune 0.4 + kivi4", marks=pytest.mark.extended)]
+)
 def test_soak(serve, tmp_path, name):
     case = CASES[name]
     model = case.model(tmp_path)

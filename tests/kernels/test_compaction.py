@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.kernels.helpers import KINDS, bits, formats, make_channels, make_layers, make_plan
+from tests.kernels.helpers import FORMATS, KINDS, bits, make_channels, make_layers, make_plan
+from tests.support.tables import crossed
 from think_vllm.kernels.cpu.compaction import compact_spans
 from think_vllm.kernels.reference.compaction import compact_spans_ref, read_channels_ref
 
@@ -28,9 +29,7 @@ def test_compact_spans_is_bit_exact(dtype, head_size, block_size, ratio):
     check(make_plan(head_size, dtype, block_size, ratio), dtype)
 
 
-@formats
-@pytest.mark.parametrize(("dtype", "kind"), KINDS, ids=str)
-@pytest.mark.parametrize("head_size", [64, 128])
+@crossed({"dtype, kind": KINDS, "head_size": [64, 128], "thin": FORMATS})
 def test_compact_spans_codes_to_the_bit(dtype, thin, head_size, kind):
     check(make_plan(head_size, dtype, None, **thin), dtype, kind)
 

@@ -195,6 +195,7 @@ for quant in sys.argv[1:]:
 
 
 @pytest.mark.slow
+@pytest.mark.extended
 def test_formats_that_other_processes_compiled_do_not_mix(tmp_path):
     # Each format is compiled in a process of its own, as servers do; the last one loads both.
     environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}

@@ -6,20 +6,18 @@ import torch
 
 from tests.kernels.helpers import FORMATS, formats, make_case, make_plan
 from tests.kernels.test_decode import check, contexts_of, random_contexts, run, run_with_threads
+from tests.support.tables import crossed
 from think_vllm.kernels.reference.compaction import thin_run, write_thin
 from think_vllm.plan.formats import Encoding
 from think_vllm.plan.matrix_layout import MatrixLayout
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-coded_with_all_values = pytest.mark.parametrize(
-    ("quant", "ratio"),
-    [(x["quant"], x["ratio"]) for x in FORMATS if x["quant"] != "none" and not x["value_ratio"]],
-)
+#: Codes of keys and values, all of which are kept of the values.
+CODED = [(x["quant"], x["ratio"]) for x in FORMATS if x["quant"] != "none" and not x["value_ratio"]]
+coded_with_all_values = pytest.mark.parametrize(("quant", "ratio"), CODED)
 
 
-@formats
-@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
-@pytest.mark.parametrize("head_size", [64, 96, 128])
+@crossed({"dtype": [FP32, BF16], "head_size": [64, 96, 128], "thin": FORMATS})
 def test_decode_head_size(dtype, head_size, thin):
     plan = make_plan(head_size, dtype, None, **thin)
     check(make_case(plan, dtype, 4, 2, contexts_of(plan)))
@@ -64,8 +62,7 @@ def test_decode_group_size(num_heads, num_kv_heads, quant, value_ratio):
     check(make_case(plan, FP32, num_heads, num_kv_heads, contexts_of(plan)))
 
 
-@coded_with_all_values
-@pytest.mark.parametrize("block_size", [16, 32, 48, 64, 80, 96, 112, 128])
+@crossed({"block_size": [16, 32, 48, 64, 80, 96, 112, 128], "quant, ratio": CODED})
 def test_decode_block_size(block_size, quant, ratio):
     plan = make_plan(64, FP32, block_size, ratio, quant)
     check(make_case(plan, FP32, 4, 1, contexts_of(plan)))
@@ -104,8 +101,7 @@ def mark_used(run_bytes: torch.Tensor, layout: MatrixLayout, rows: int, columns:
             run_bytes[first : first + 2 * rows] = 1
 
 
-@formats
-@pytest.mark.parametrize("padding", [0x00, 0x7F, 0xFF])
+@crossed({"thin": FORMATS, "padding": [0x00, 0x7F, 0xFF]})
 def test_decode_never_uses_padding(thin, padding):
     # 0x7F and 0xFF spell NaN as fp8, float16, bfloat16 and float32.
     plan = make_plan(64, FP32, None, **thin)
@@ -147,8 +143,7 @@ def test_decode_reads_every_byte(quant, ratio, part):
     assert torch.equal(run(case), before)
 
 
-@coded_with_all_values
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@crossed({"quant, ratio": CODED, "bad": [torch.nan, torch.inf, -torch.inf]})
 def test_decode_broken_numbers_show_in_their_head_alone(quant, ratio, bad):
     plan = make_plan(64, FP32, None, ratio, quant)
     context = (plan.span_tokens + 9, 1)

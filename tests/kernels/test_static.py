@@ -8,6 +8,7 @@ import torch
 
 from tests.kernels.helpers import ROUNDING, SUMMATION
 from tests.support.static_blocks import KEPT, QUANTS, StaticCase, make_plan
+from tests.support.tables import crossed
 from think_vllm.kernels.cpu.static_attention import static_attention
 from think_vllm.kernels.cpu.static_store import read_back, static_parts, store_static
 from think_vllm.kernels.reference.static import read_run, run_parts, store_static_ref
@@ -35,9 +36,7 @@ def check(case: StaticCase, cap: float = 0.0, sinks: torch.Tensor | None = None)
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("quant", QUANTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kept", KEPT, ids=str)
+@crossed({"quant": QUANTS, "dtype": DTYPES, "kept": KEPT})
 def test_static_attention_reads_kept_channels(kept, dtype, quant):
     lengths = [1, 2, 15, 16, 17, 31, 32, 33, 100]
     check(StaticCase(make_plan(*kept, dtype, quant=quant), dtype, (4, 2), lengths))
@@ -84,9 +83,7 @@ def test_static_attention_notices_a_wrong_key():
     assert not torch.allclose(before, attend(case), atol=1e-3)
 
 
-@pytest.mark.parametrize("quant", QUANTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kept", KEPT, ids=str)
+@crossed({"quant": QUANTS, "dtype": DTYPES, "kept": KEPT})
 def test_store_static_writes_the_reference_bytes(kept, dtype, quant):
     plan = make_plan(*kept, dtype, quant=quant)
     case = StaticCase(plan, dtype, (4, 2), [37, 16, 1], gap_blocks=1)

@@ -67,6 +67,7 @@ print(attend.__file__, attend.attend.stats.cache_path, hits, sep="|")
 
 
 @pytest.mark.slow
+@pytest.mark.extended
 def test_warm_up_from_a_read_only_package(tmp_path):
     package = tmp_path / "site" / "think_vllm"
     ignore = shutil.ignore_patterns("__pycache__")

@@ -101,6 +101,7 @@ assert not theirs, theirs
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", [IMPORTS_ON_CPUS, IMPORTS_ON_GPUS], ids=["cpu", "cuda"])
 def test_backends_import_no_kernels_of_the_other_device(code: str) -> None:
     done = run_python("-c", code)

@@ -9,6 +9,8 @@ from tests.support.processes import run_python
 from think_vllm.hooks.patches import PATCHES
 from think_vllm.hooks.patches.patch import Role
 
+pytestmark = pytest.mark.slow  # processes that import vLLM
+
 PROBE = """
 import json, sys
 from pathlib import Path

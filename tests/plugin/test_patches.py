@@ -178,6 +178,7 @@ def test_wrapping_is_done_once_and_in_the_class_itself() -> None:
     assert list(inspect.signature(Child.method).parameters) == ["self", "count"]
 
 
+@pytest.mark.slow
 def test_a_process_has_the_wrappers_of_its_role(recall_model: Path) -> None:
     everywhere = role_targets(Role.PLUGIN, Role.BACKEND, Role.PARSER)
     thin = role_targets(Role.FRONT_END, Role.REPORTS, Role.SCHEDULER, Role.WORKER_V1)

@@ -36,6 +36,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(arguments, status, out.getvalue(), err.getvalue())
 
 
+@pytest.mark.slow
 def test_plan_program_prints_json_with_the_documented_fields(recall_model: Path) -> None:
     flags = ["--kv-channel-prune", "0.5", "--memory", "1GiB", "--json"]
     done = run_python("-m", "think_vllm.tools.cli", "plan", recall_model, *flags)

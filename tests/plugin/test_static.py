@@ -46,6 +46,7 @@ def flags(file: Path) -> list[str]:
     return [*given, "--kv-channel-tables-file", str(file)]
 
 
+@pytest.mark.slow
 def test_static_leaves_all_but_attention_to_vllm(recall_model: Path, file: Path) -> None:
     result = probe(recall_model, settings(file))
     assert result["backend"] == "think_vllm.worker.static.cpu.StaticCPUBackend"
@@ -69,6 +70,7 @@ def test_engines_of_one_process_have_their_own_backends(recall_model: Path, file
     assert found == [StaticCPUBackend, ThinkCPUBackend, StaticCPUBackend]
 
 
+@pytest.mark.slow
 def test_static_that_prunes_no_channel_is_off(recall_model: Path, file: Path) -> None:
     result = probe(recall_model, settings(file, kv_channel_prune=0.005))
     assert result["backend"] == "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackend"

@@ -4,6 +4,8 @@ import pytest
 
 from tests.support.processes import run_python
 
+pytestmark = pytest.mark.slow  # processes that import vLLM
+
 PROBE = """
 import json, sys, vllm
 vllm.__version__ = "0.99.1"

@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.support.tables import crossed
 from tests.triton.lives import Life
 
 
@@ -12,11 +13,14 @@ def evicting(name: str, version: int, device, method: str = "snapkv", **settings
     return Life(name, version, device, **evicted, **settings)
 
 
-@pytest.mark.parametrize("version", [1, 2])
-@pytest.mark.parametrize(
-    ("name", "method"),
-    [("none-0.5", "snapkv"), ("k4v2-0.5", "h2o"), ("fp8", "snapkv"), ("evicted-only", "h2o")],
-)
+@crossed(
+    {
+        "name, method": [
+            ("none-0.5", "snapkv"), ("k4v2-0.5", "h2o"), ("fp8", "snapkv"), ("evicted-only", "h2o"),
+        ],
+        "version": [1, 2],
+    }
+)  # fmt: skip
 def test_lives_of_evicted_requests(name, method, version, device):
     only = {"kv_prune_decode": False} if name == "evicted-only" else {}
     life = evicting(name, version, device, method, seed=version, **only)
@@ -67,8 +71,7 @@ def test_spans_that_fill_while_decoding_have_the_packed_channels(device):
     assert one.freed_spans == 4
 
 
-@pytest.mark.parametrize("version", [1, 2])
-@pytest.mark.parametrize(("name", "method"), [("k4v2-0.5", "snapkv"), ("evicted-only", "h2o")])
+@crossed({"version": [1, 2], "name, method": [("k4v2-0.5", "snapkv"), ("evicted-only", "h2o")]})
 def test_budgets_of_requests(name, method, version, device):
     only = {"kv_prune_decode": False} if name == "evicted-only" else {}
     life = evicting(name, version, device, method, seed=version, graphs=True, **only)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from csrc_triton.context import context_attention
+from tests.support.tables import crossed
 from tests.triton.lives import PLANS, Life
 from tests.triton.reference import split_dense
 from think_vllm.errors import ThinkError
@@ -15,8 +16,7 @@ from think_vllm.worker.cuda.backend import ThinkCUDABackend
 from think_vllm.worker.state import GroupState
 
 
-@pytest.mark.parametrize("version", [1, 2])
-@pytest.mark.parametrize("name", PLANS)
+@crossed({"version": [1, 2], "name": list(PLANS)})
 def test_lives_of_several_requests(name, version, device):
     life = Life(name, version, device, seed=version)
     span, due = life.plan.span_tokens, life.rule.due_position
@@ -66,8 +66,7 @@ def test_decode_batches_run_as_graphs_and_prompts_do_not(version, device):
     assert second.freed_spans == 1
 
 
-@pytest.mark.parametrize("version", [1, 2])
-@pytest.mark.parametrize("name", ["none-0.5-values-0.3", "k4v2-0.5"])
+@crossed({"version": [1, 2], "name": ["none-0.5-values-0.3", "k4v2-0.5"]})
 def test_dense_request_beside_pruned_ones(name, version, device):
     life = Life(name, version, device, graphs=True, seed=version)
     span, due = life.plan.span_tokens, life.rule.due_position

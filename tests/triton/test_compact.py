@@ -4,7 +4,8 @@ import torch
 
 from csrc_triton import compact
 from csrc_triton.compact import compact_spans, compact_workspace
-from tests.kernels.helpers import KINDS, bits, formats, make_channels, make_plan
+from tests.kernels.helpers import FORMATS, KINDS, bits, make_channels, make_plan
+from tests.support.tables import crossed
 from tests.triton.reference import compact_spans_ref, make_layers, split_dense
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -38,8 +39,7 @@ def check(layers, block_table, plan, device, request=(0,), span=(0,)):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # infinities and NaN, in numpy
-@formats
-@pytest.mark.parametrize(("dtype", "kind"), KINDS, ids=str)
+@crossed({"dtype, kind": KINDS, "thin": FORMATS})
 def test_compact_spans_is_bit_exact(device, dtype, kind, thin):
     plan = make_plan(32, dtype, 16, **thin)
     check(*make_cache(plan, dtype, 2, 2, kind), plan, device, [0, 1], [1, 0])

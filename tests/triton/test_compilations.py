@@ -10,6 +10,7 @@ from csrc_triton.static_blocks import order_channels
 from tests.kernels.helpers import make_plan
 from tests.support.compilations import as_compiled, full_name, record_binaries
 from tests.support.static_blocks import make_plan as make_static_plan
+from tests.support.tables import crossed
 from tests.triton.engine import Engine
 from tests.triton.lives import PLANS, Life
 from tests.triton.static_engine import StaticWorker
@@ -61,8 +62,7 @@ def check(life: Life, follow) -> None:
     assert sorted(used - warm) == []
 
 
-@pytest.mark.parametrize("name", PLANS)
-@pytest.mark.parametrize(("version", "layers", "width"), [(1, 1, 40), (2, 3, 48)])
+@crossed({"name": list(PLANS), "version, layers, width": [(2, 3, 48), (1, 1, 40)]})
 def test_requests_compile_nothing(name, version, layers, width, device, monkeypatch):
     monkeypatch.setattr(Engine, "WIDTH", width)  # the block table's
     check(Life(name, version, device, layers=layers, graphs=True), follow_requests)

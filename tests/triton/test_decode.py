@@ -8,7 +8,8 @@ import torch
 
 from csrc_triton.decode import decode_attention, decode_splits
 from csrc_triton.splits import choose_splits, make_workspace
-from tests.kernels.helpers import FORMATS, ROUNDING, SUMMATION, Case, formats, make_plan
+from tests.kernels.helpers import FORMATS, ROUNDING, SUMMATION, Case, make_plan
+from tests.support.tables import crossed
 from tests.triton.reference import decode_attention_ref, make_case
 from think_vllm.kernels.reference.compaction import thin_run
 
@@ -46,16 +47,19 @@ def contexts_of(plan) -> list[tuple[int, int]]:
     return [(0, 0), (1, 0), (N + 1, 0), (span + 1, 1), (2 * span - 1, 1), (2 * span + 7, 2)]
 
 
-@formats
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@crossed({"dtype": [torch.float32, torch.bfloat16], "thin": FORMATS})
 def test_decode_formats(thin, dtype):
     plan = make_plan(64, dtype, 16, **thin)
     check(make_case(plan, dtype, 4, 2, contexts_of(plan)))
 
 
 # Channels in fours, as 64 and 128 are, and not, as 30 are: they lie otherwise in registers.
-@pytest.mark.parametrize(("ratio", "head_size"), [(0.0, 64), (0.5, 64), (0.4, 128)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@crossed(
+    {
+        "ratio, head_size": [(0.0, 64), (0.5, 64), (0.4, 128)],
+        "dtype": [torch.float32, torch.bfloat16],
+    }
+)
 def test_decode_of_biased_fp8_keys(ratio, head_size, dtype):
     plan = make_plan(head_size, dtype, None, ratio, "fp8")
     check(make_case(plan, dtype, 4, 2, contexts_of(plan), key_bias=10.0))
@@ -89,9 +93,12 @@ def test_decode_group_size(num_heads, num_kv_heads):
     check(make_case(plan, torch.float32, num_heads, num_kv_heads, contexts))
 
 
-@pytest.mark.parametrize("splits", [2, 3, 5, 16])
-@pytest.mark.parametrize("quant", ["none", "k4v2"])
-@pytest.mark.parametrize("value_ratio", [0.0, 0.3])
+@crossed(
+    {
+        "splits": [2, 3, 5, 16],
+        "quant, value_ratio": [("none", 0.3), ("k4v2", 0.0), ("none", 0.0), ("k4v2", 0.3)],
+    }
+)
 def test_decode_splits(quant, splits, value_ratio):
     # More splits than blocks leave empty ones; a split may start within a span.
     plan = make_plan(64, torch.float32, 16, 0.5, quant, value_ratio=value_ratio)

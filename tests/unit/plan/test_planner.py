@@ -156,8 +156,9 @@ PLANS = {
 }
 
 
+@pytest.mark.slow
 @given(**PLANS)
-@settings(max_examples=80, deadline=None, derandomize=True)
+@settings(max_examples=80)
 def test_plan_blocks_holds_for_all_formats(
     quant: str, percent: int, head_size: int, itemsize: int, group: int, value_percent: int
 ) -> None:

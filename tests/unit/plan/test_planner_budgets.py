@@ -29,7 +29,8 @@ def most_kept(budget: int, ratio: float, quant: str) -> int:
     return max(kept)
 
 
-@settings(max_examples=30, deadline=None)
+@pytest.mark.slow
+@settings(max_examples=30)
 @given(
     budget=st.integers(128, 5000),
     ratio=st.sampled_from([0.0, 0.4, 0.5]),
